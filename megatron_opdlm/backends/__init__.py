@@ -1,0 +1,1 @@
+"""Machine backends: what Megatron-core needs where CUDA is absent."""

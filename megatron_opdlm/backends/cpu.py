@@ -1,0 +1,203 @@
+"""Runs Megatron-core, unchanged, on a machine without CUDA (gloo collectives).
+
+Megatron-core asks `torch.cuda` for devices, streams, events and random states even where nothing of
+them is needed. `install()` answers those calls for the CPU, once, and only when CUDA is absent; on
+a CUDA machine it does nothing. No other module of this package knows the difference: everyone asks
+`torch.cuda.current_device()` for the device and gets "cpu" here.
+
+The replaced names are the ones that the tensor- and pipeline-parallel layers, the 1F1B schedule,
+distributed data parallel, the distributed optimizer and `dist_checkpointing` of megatron-core
+0.16.1 and 0.19.2 touch."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_FACTORIES = (
+    "tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn",
+    "empty_like", "zeros_like", "ones_like", "full_like",
+)  # fmt: skip
+
+_CUDA_TYPE_NAMES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.float16: "torch.cuda.HalfTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+}
+
+_installed = False
+
+
+def install() -> bool:
+    """Replaces the CUDA calls of Megatron-core when CUDA is absent. Idempotent.
+
+    Returns:
+        True if the CPU stands in for CUDA in this process, False on a CUDA machine.
+    """
+    global _installed
+    if torch.cuda.is_available():
+        return False
+    if not _installed:
+        # MKL picks its kernels by the alignment of memory unless it is told not to; then the same
+        # run gives other last bits the next time, and a resumed run is not the run it resumes. Read
+        # at MKL's first call.
+        os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+        # First, while torch is still its own: importing Megatron imports torch.compile's tables,
+        # which must find one object per name.
+        from megatron.core.tensor_parallel import random as megatron_random
+
+        _replace_megatron_random(megatron_random)
+        _replace_runtime()
+        _replace_factories()
+        _replace_tensor_methods()
+        _installed = True
+    return True
+
+
+class _Stream:
+    """A CUDA stream where there is only program order: every wait is already over."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.cuda_stream = 0
+
+    def wait_stream(self, stream: object) -> None:
+        """Does nothing: work before this line is done."""
+
+    def wait_event(self, event: object) -> None:
+        """Does nothing: work before this line is done."""
+
+    def synchronize(self) -> None:
+        """Does nothing: work before this line is done."""
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        """Returns an event that has already happened."""
+        return event or _Event()
+
+
+class _Event:
+    """A CUDA event that has already happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, stream: object = None) -> None:
+        """Does nothing."""
+
+    def wait(self, stream: object = None) -> None:
+        """Does nothing."""
+
+    def synchronize(self) -> None:
+        """Does nothing."""
+
+    def query(self) -> bool:
+        """Returns True: the event is over."""
+        return True
+
+
+@contextlib.contextmanager
+def _no_stream(stream: object = None) -> Iterator[None]:
+    yield
+
+
+def _nothing() -> Callable[..., None]:
+    """Makes a stand-in for a call whose effect does not exist without CUDA.
+
+    A new one each time: torch.compile's tables refuse the same function under two names.
+    """
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        pass
+
+    return nothing
+
+
+def _on_cpu(device: Any) -> Any:
+    """Returns "cpu" for any spelling of a CUDA device, and every other value untouched."""
+    if isinstance(device, torch.device) and device.type == "cuda":
+        return torch.device("cpu")
+    if isinstance(device, str) and device.split(":")[0] == "cuda":
+        return torch.device("cpu")
+    return device
+
+
+def _replace_runtime() -> None:
+    """Replaces the parts of `torch.cuda` that manage devices, streams and random states."""
+    stream = _Stream()
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.device_count = lambda: 1
+    cuda.set_device = _nothing()
+    cuda.synchronize = _nothing()
+    cuda.empty_cache = _nothing()
+    cuda.current_stream = lambda device=None: stream
+    cuda.default_stream = lambda device=None: stream
+    cuda.Stream = _Stream
+    cuda.Event = _Event
+    cuda.stream = _no_stream
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    cuda.nvtx.range_push = _nothing()
+    cuda.nvtx.range_pop = _nothing()
+
+
+def _replace_factories() -> None:
+    """Makes `torch.zeros(..., device="cuda")` and its like allocate on the CPU.
+
+    Wrapped one by one: a TorchFunctionMode would do the same, but it taxes every operation of the
+    process."""
+    for name in _FACTORIES:
+        setattr(torch, name, _with_cpu_device(getattr(torch, name)))
+
+
+def _with_cpu_device(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def allocate(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("device") is not None:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        return factory(*args, **kwargs)
+
+    return allocate
+
+
+def _replace_tensor_methods() -> None:
+    """Makes `.cuda()` the identity, and `.type()` what the distributed optimizer tests for."""
+    tensor: Any = torch.Tensor
+    plain_type, plain_to = tensor.type, tensor.to
+
+    def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None and self.dtype in _CUDA_TYPE_NAMES:
+            return _CUDA_TYPE_NAMES[self.dtype]
+        return plain_type(self, dtype, *args, **kwargs)
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if "device" in kwargs:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        return plain_to(self, *[_on_cpu(arg) for arg in args], **kwargs)
+
+    tensor.type = type_name
+    tensor.to = to
+    tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.record_stream = _nothing()
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+
+def _replace_megatron_random(module: Any) -> None:
+    """Points Megatron's random-state tracker at the CPU generator."""
+
+    def get_state(
+        device: Any = "cuda", clone: bool = False, graph_safe: bool = False
+    ) -> torch.Tensor:
+        state = torch.get_rng_state()
+        return state.clone() if clone else state
+
+    def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    module._get_cuda_rng_state = get_state
+    module._set_cuda_rng_state = set_state

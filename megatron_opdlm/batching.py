@@ -1,0 +1,157 @@
+"""From noisy states to balanced, packed microbatches whose loss does not depend on how they were
+split.
+
+Shape letters: S stream tokens, T loss rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_opdlm.stream import PackedStream, pack
+from megatron_opdlm.trajectory import TrainingState
+
+LOSS_REDUCTION = ("sequence_mean", "token_mean", "token_sum")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Microbatch:
+    """What one forward and backward pass of the student takes.
+
+    Attributes:
+        student: packed [clean | noisy] documents.
+        teacher: packed causal documents; its loss rows are aligned one to one with the student's.
+        row_weight: [T] float32; the loss of an optimizer step is the sum of weight x divergence
+            over all its microbatches and data-parallel ranks.
+        num_masked: [T] int64, masked positions in each row's block.
+    """
+
+    student: PackedStream
+    teacher: PackedStream
+    row_weight: Tensor
+    num_masked: Tensor
+
+
+def row_weights(states: Sequence[TrainingState], loss_reduction: str) -> list[float]:
+    """Returns the weight of every loss row of each state.
+
+    The denominators are those of the whole optimizer step, over all data-parallel ranks, so
+    gradients just add up:
+
+    - `sequence_mean`: mean over a sequence's rows, then over sequences (the released code);
+    - `token_mean`: mean over all rows of the step;
+    - `token_sum`: sum over a sequence's rows, mean over sequences (the paper's Eq. 5 with w(t) =
+      1).
+
+    Sequences without a loss row count in no denominator.
+
+    Args:
+        states: all states of the optimizer step, of every data-parallel rank.
+        loss_reduction: one of LOSS_REDUCTION.
+
+    Returns:
+        One weight per state; 0 for a state without rows.
+    """
+    num_sequences = sum(state.num_rows > 0 for state in states)
+    num_rows = sum(state.num_rows for state in states)
+    if loss_reduction == "sequence_mean":
+        return [1.0 / (num_sequences * s.num_rows) if s.num_rows else 0.0 for s in states]
+    if loss_reduction == "token_mean":
+        return [1.0 / num_rows if s.num_rows else 0.0 for s in states]
+    if loss_reduction == "token_sum":
+        return [1.0 / num_sequences if s.num_rows else 0.0 for s in states]
+    raise ValueError(f"loss_reduction={loss_reduction!r}: use one of {', '.join(LOSS_REDUCTION)}")
+
+
+def balance(lengths: Sequence[int], num_parts: int) -> list[list[int]]:
+    """Splits items over parts so that the longest part is short: longest first, to the least loaded
+    part.
+
+    Args:
+        lengths: cost of each item.
+        num_parts: number of parts; some stay empty if there are fewer items.
+
+    Returns:
+        For each part, the indices of its items. The same on every rank.
+    """
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    loads = [0] * num_parts
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        part = min(range(num_parts), key=lambda p: (loads[p], p))
+        parts[part].append(item)
+        loads[part] += lengths[item]
+    return parts
+
+
+def fill(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Packs items into as few runs of at most `budget` as first-fit decreasing finds.
+
+    An item longer than the budget gets a run of its own: it is never cut.
+    """
+    runs: list[list[int]] = []
+    loads: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        run = next((r for r in range(len(runs)) if loads[r] + lengths[item] <= budget), None)
+        if run is None:
+            runs.append([])
+            loads.append(0)
+            run = len(runs) - 1
+        runs[run].append(item)
+        loads[run] += lengths[item]
+    return runs
+
+
+def make_microbatches(
+    states: Sequence[TrainingState],
+    *,
+    dp_rank: int,
+    dp_size: int,
+    token_budget: int,
+    multiple: int,
+    loss_reduction: str,
+) -> list[Microbatch]:
+    """Builds the microbatches of one data-parallel rank for one optimizer step.
+
+    Args:
+        states: all states of the optimizer step, the same list on every rank.
+        dp_rank: this rank on the data-parallel axis.
+        dp_size: size of that axis.
+        token_budget: most student tokens per microbatch.
+        multiple: streams are padded to a multiple of this.
+        loss_reduction: one of LOSS_REDUCTION.
+
+    Returns:
+        At least one microbatch; a rank without rows gets one of padding, whose loss is zero.
+    """
+    weights = row_weights(states, loss_reduction)
+    used = [index for index, state in enumerate(states) if state.num_rows]
+    parts = balance([len(states[index].student) for index in used], dp_size)
+    mine = [used[item] for item in parts[dp_rank]]
+    runs = fill([len(states[index].student) for index in mine], token_budget) or [[]]
+    return [
+        _microbatch(
+            [states[mine[item]] for item in run],
+            [weights[mine[item]] for item in run],
+            states[0].trajectory.block_size,
+            multiple,
+        )
+        for run in runs
+    ]
+
+
+def _microbatch(
+    states: list[TrainingState], weights: list[float], block_size: int, multiple: int
+) -> Microbatch:
+    empty = torch.empty(0)
+    return Microbatch(
+        student=pack([state.student for state in states], block_size=block_size, multiple=multiple),
+        teacher=pack([state.teacher for state in states], block_size=1, multiple=multiple),
+        row_weight=torch.cat(
+            [empty, *(torch.full((s.num_rows,), w) for s, w in zip(states, weights, strict=True))]
+        ),
+        num_masked=torch.cat([empty.long(), *(state.num_masked for state in states)]),
+    )

@@ -1,0 +1,216 @@
+"""Checkpoints of a run in Megatron's torch_dist format, written whole or not at all.
+
+    CHECKPOINTS/latest_checkpointed_iteration.txt CHECKPOINTS/iter_0000010/     weights and
+    optimizer (torch_dist), opdlm_model.json, opdlm_state.json, tokenizer/
+
+The iteration is the number of finished rollouts. Weights load into any tensor and pipeline parallel
+size, and so does the optimizer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from megatron_opdlm.convert.errors import ConversionError
+from megatron_opdlm.convert.files import read_json_object, write_json
+from megatron_opdlm.convert.importer import import_hf
+from megatron_opdlm.convert.layout import (
+    LATEST_FILE,
+    STATE_FILE,
+    TOKENIZER_DIR,
+    ModelDescription,
+    iteration_name,
+    read_description,
+    resolve_iteration,
+    write_description,
+)
+from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, build_model
+from megatron_opdlm.optimizer import StudentOptimizer
+from megatron_opdlm.parallel import ParallelState
+
+logger = logging.getLogger(__name__)
+
+# Optimizer state in the shape of the parameters, so that it loads into any parallel layout.
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def as_checkpoint(path: str, cache: Path, *, is_main: bool) -> Path:
+    """Returns a checkpoint for a path that is a checkpoint or a Hugging Face directory.
+
+    Args:
+        path: checkpoint root, iteration folder, or Hugging Face directory.
+        cache: folder that receives the conversion of a Hugging Face directory, once.
+        is_main: whether this process converts; the others wait for it. Call on all ranks.
+
+    Returns:
+        The iteration folder.
+
+    Raises:
+        ConversionError: on all ranks, if there is neither.
+    """
+    source = Path(path)
+    if not (source / "config.json").is_file():
+        return resolve_iteration(source)
+    failure: list[str | None] = [None]
+    if is_main and not (cache / LATEST_FILE).is_file():
+        try:
+            import_hf(source, cache)
+        except (ConversionError, OSError) as error:
+            failure = [str(error)]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise ConversionError(failure[0])
+    return resolve_iteration(cache)
+
+
+def load_model(
+    iteration_dir: Path, options: BuildOptions, parallel: ParallelState
+) -> tuple[BlockDiffusionModel, ModelDescription]:
+    """Builds the model that a checkpoint describes and reads its weights.
+
+    Args:
+        iteration_dir: iteration folder.
+        options: how to build it; weights are converted to its dtype.
+        parallel: process groups; any layout reads any checkpoint.
+
+    Returns:
+        The model of this rank, and the description of the whole.
+    """
+    description = read_description(iteration_dir)
+    model = build_model(description.config, options, parallel)
+    state = {"model": model.sharded_state_dict()}
+    loaded = dist_checkpointing.load(state, str(iteration_dir))
+    model.load_state_dict(loaded["model"])
+    return model, description
+
+
+def freeze(model: BlockDiffusionModel) -> BlockDiffusionModel:
+    """Makes a model the teacher: no gradients, evaluation mode."""
+    model.requires_grad_(False)
+    return model.eval()
+
+
+class CheckpointFolder:
+    """The `checkpoints/` folder of a run."""
+
+    def __init__(self, root: Path, *, keep: int, parallel: ParallelState) -> None:
+        """Names a folder; nothing is written yet.
+
+        Args:
+            root: the folder.
+            keep: newest checkpoints to keep.
+            parallel: process groups.
+        """
+        self.root = root
+        self.keep = keep
+        self.parallel = parallel
+
+    def latest(self) -> Path | None:
+        """Returns the newest complete iteration folder, or None before the first."""
+        return resolve_iteration(self.root) if (self.root / LATEST_FILE).is_file() else None
+
+    def save(
+        self,
+        iteration: int,
+        model: BlockDiffusionModel,
+        optimizer: StudentOptimizer,
+        description: ModelDescription,
+        tokenizer_dir: Path,
+        state: Mapping[str, Any],
+    ) -> Path:
+        """Writes an iteration folder; call on all ranks.
+
+        It is written under another name and renamed when every rank is done, so a killed run leaves
+        no folder that looks complete.
+
+        Args:
+            iteration: number of finished rollouts.
+            model: the student's stage, not wrapped.
+            optimizer: its optimizer.
+            description: what the checkpoint holds.
+            tokenizer_dir: tokenizer files to copy.
+            state: JSON values of `opdlm_state.json`.
+
+        Returns:
+            The iteration folder.
+        """
+        final = self.root / iteration_name(iteration)
+        partial = self.root / f".{final.name}.partial"
+        if self.parallel.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        model_state = model.sharded_state_dict()
+        dist_checkpointing.save(
+            {
+                "model": model_state,
+                "optimizer": optimizer.optimizer.sharded_state_dict(
+                    model_state, metadata=dict(_OPTIMIZER_FORMAT)
+                ),
+                "checkpoint_version": 3.0,
+                "iteration": iteration,
+            },
+            str(partial),
+        )
+        if self.parallel.is_main:
+            write_description(partial, description)
+            write_json(partial / STATE_FILE, dict(state))
+            shutil.copytree(tokenizer_dir, partial / TOKENIZER_DIR)
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(partial, final)
+            self._point_to(iteration)
+            self._prune()
+        dist.barrier()
+        return final
+
+    def load(
+        self, iteration_dir: Path, model: BlockDiffusionModel, optimizer: StudentOptimizer
+    ) -> dict[str, Any]:
+        """Reads weights and optimizer of a run; call on all ranks.
+
+        Args:
+            iteration_dir: from `latest`.
+            model: the student's stage, not wrapped.
+            optimizer: its optimizer.
+
+        Returns:
+            The values of `opdlm_state.json`.
+        """
+        values = read_json_object(iteration_dir / STATE_FILE)
+        optimizer.prime_state()
+        model_state = model.sharded_state_dict()
+        loaded = dist_checkpointing.load(
+            {
+                "model": model_state,
+                "optimizer": optimizer.optimizer.sharded_state_dict(
+                    model_state, is_loading=True, metadata=dict(_OPTIMIZER_FORMAT)
+                ),
+            },
+            str(iteration_dir),
+        )
+        model.load_state_dict(loaded["model"])
+        optimizer.load(loaded["optimizer"], int(values["optimizer_steps"]))
+        return values
+
+    def _point_to(self, iteration: int) -> None:
+        pointer = self.root / LATEST_FILE
+        temporary = pointer.with_suffix(".partial")
+        temporary.write_text(str(iteration))
+        os.replace(temporary, pointer)
+
+    def _prune(self) -> None:
+        for old in sorted(self.root.glob("iter_*"))[: -self.keep]:
+            shutil.rmtree(old)
+
+
+def model_parameters(model: torch.nn.Module) -> int:
+    """Returns the parameters on this rank."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,228 @@
+"""The `opdlm` command. Nothing heavy is imported before a subcommand runs: `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from megatron_opdlm import __version__
+
+if TYPE_CHECKING:
+    from megatron_opdlm.config import Config
+
+_SUBCOMMANDS: tuple[tuple[str, str], ...] = (("megatron_opdlm.convert.cli", "add_convert_parser"),)
+"""Modules that add their own subcommand; they import torch and the like only when it runs."""
+
+_MODEL_CONFIGS = "qwen3"
+"""Folder beside a YAML file with `<model name>.config.json`, for dry runs without the model."""
+
+
+def run() -> NoReturn:
+    """Entry point of the console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one subcommand.
+
+    Args:
+        argv: arguments without the program's name.
+
+    Returns:
+        Exit status: 0, or 2 after a user's error, which is printed as one line.
+    """
+    args = _parse(argv)
+    _set_up_logging()
+    try:
+        status: int | None = args.run(args)
+    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+        if args.traceback:
+            raise
+        sys.stderr.write(f"{_error_prefix()}: {' '.join(str(error).split())}\n")
+        return 2
+    return status or 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Builds the parser of all subcommands.
+
+    A subcommand sets `run`: a function of the parsed arguments that returns an exit status or None.
+    """
+    parser = argparse.ArgumentParser(
+        prog="opdlm",
+        description="Turn an autoregressive language model into a block-diffusion one.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_train_parser(subparsers)
+    _add_plan_parser(subparsers)
+    for module, name in _SUBCOMMANDS:
+        getattr(importlib.import_module(module), name)(subparsers)
+    for subparser in subparsers.choices.values():  # accepted after the subcommand as well
+        subparser.add_argument(
+            "--traceback", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses arguments; `key=value` may stand between options, which argparse alone refuses."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    takes_overrides = "overrides" in vars(args)
+    unknown = [text for text in rest if not takes_overrides or text.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if takes_overrides:
+        args.overrides += rest
+    return args
+
+
+def _add_train_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="distil a student from its own rollouts",
+        description="Train. Also under torchrun, with the same arguments.",
+        epilog=_describe_keys(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_config_arguments(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved configuration and what every rank would hold, then stop",
+    )
+    parser.add_argument(
+        "--nproc", type=int, metavar="N", help="start N processes on this machine with torchrun"
+    )
+    parser.add_argument("--gpus", type=int, metavar="N", help="with --dry-run: ranks to plan for")
+    parser.set_defaults(run=_train)
+
+
+def _add_plan_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "plan",
+        help="memory per GPU, steps and tokens of a run, before you queue it",
+        description="Print what every rank would hold and what the run amounts to. No GPU needed.",
+    )
+    _add_config_arguments(parser)
+    parser.add_argument("--gpus", type=int, metavar="N", required=True, help="ranks to plan for")
+    parser.set_defaults(run=_plan)
+
+
+def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml", help="configuration file")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="keys that replace those of the file"
+    )
+
+
+def _train(args: argparse.Namespace) -> int:
+    from megatron_opdlm.config import load_config
+
+    config = load_config(args.config, args.overrides)  # before any process is started
+    if args.dry_run:
+        return _dry_run(args, config)
+    if args.gpus is not None:
+        raise ValueError("--gpus is for --dry-run; use --nproc to start processes on this machine")
+    if args.nproc is not None:
+        _relaunch(args)
+    from megatron_opdlm import trainer
+
+    trainer.main(config)
+    return 0
+
+
+def _relaunch(args: argparse.Namespace) -> NoReturn:
+    """Replaces this process by torchrun with `--nproc` processes of the same command."""
+    if "WORLD_SIZE" in os.environ:
+        raise ValueError("--nproc is set and torchrun has started this process; drop one of them")
+    if args.nproc < 1:
+        raise ValueError(f"--nproc={args.nproc} must be at least 1")
+    # torchrun would set 1 and say so on every start; processes share the cores instead
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.nproc)))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.nproc)]
+    command = ["-m", "megatron_opdlm", "train", args.config, *args.overrides]
+    if args.traceback:
+        command.insert(2, "--traceback")
+    os.execv(sys.executable, [sys.executable, *launcher, *command])
+
+
+def _dry_run(args: argparse.Namespace, config: Config) -> int:
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # one copy is enough
+    world_size = args.gpus or args.nproc or int(os.environ.get("WORLD_SIZE", "0"))
+    resolved, report = _report(args.config, config, world_size, on_gpus=args.gpus is not None)
+    sys.stdout.write(resolved.to_yaml() + "\n" + report)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from megatron_opdlm.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    sys.stdout.write(_report(args.config, config, args.gpus, on_gpus=True)[1])
+    return 0
+
+
+def _report(
+    config_path: str, config: Config, world_size: int, *, on_gpus: bool
+) -> tuple[Config, str]:
+    """Returns the resolved configuration and the text of the rank table.
+
+    Args:
+        config_path: the YAML file; bundled model descriptions lie beside it.
+        config: the configuration as loaded.
+        world_size: number of ranks; 0 = the fewest, one copy of the model.
+        on_gpus: whether the run is meant for GPUs, whatever this machine has.
+    """
+    import torch
+
+    from megatron_opdlm.plan import find_model_config, format_table, format_totals, rank_table
+
+    config = config.resolved(cuda=on_gpus or torch.cuda.is_available())
+    parallel = config.parallel
+    fewest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    bundled = Path(config_path).resolve().parent / _MODEL_CONFIGS
+    student = find_model_config(config.model.student, bundled=bundled)
+    teacher = find_model_config(config.model.teacher or config.model.student, bundled=bundled)
+    plans = rank_table(config, student=student, teacher=teacher, world_size=world_size or fewest)
+    return config, format_table(plans) + "\n" + format_totals(config, plans)
+
+
+def _describe_keys() -> str:
+    """Returns the list of configuration keys for the help text."""
+    from megatron_opdlm.config import Config
+    from megatron_opdlm.config_schema import collect_keys, describe_type, format_value
+
+    lines = ["keys of CONFIG.yaml and key=value:"]
+    for key in collect_keys(Config).values():
+        default = "required" if key.required else f"default {format_value(key.default)}"
+        lines.append(f"  {key.name}: {describe_type(key.annotation)}, {default}\n      {key.doc}")
+    return "\n".join(lines)
+
+
+def _set_up_logging() -> None:
+    """Logs progress on the first rank, warnings on all."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(
+        level=logging.INFO if is_main else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    logging.getLogger("megatron").setLevel(logging.WARNING)  # it reports its own imports
+    # megatron-core says this at import, six times over, on every machine without Apex.
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
+
+
+def _error_prefix() -> str:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return "error" if world_size == 1 else f"error (rank {os.environ['RANK']})"

@@ -1,0 +1,231 @@
+"""The configuration of a run, and its strict loader.
+
+In YAML and on the command line every key is flat and unique (`lr`, `block_size`); the sections of
+`config_sections.py` only group them in code (`config.optimizer.lr`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_opdlm.config_schema import (
+    build,
+    check_value,
+    collect_keys,
+    flatten,
+    parse_text,
+    require,
+    require_implemented,
+    unknown_key_error,
+)
+from megatron_opdlm.config_sections import (
+    PLANNED,
+    DistillConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ResponseLengthConfig,
+    RolloutConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "PRESETS",
+    "Config",
+    "DistillConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ResponseLengthConfig",
+    "RolloutConfig",
+    "TrainConfig",
+    "load_config",
+]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "official": {},  # the defaults of the fields
+    "paper": {
+        "state_selection": "trajectory",
+        "loss_reduction": "token_sum",
+        "max_response_tokens.curve": "linear",
+        "max_response_tokens.ramp_steps": 10,
+    },
+}
+"""Values that a preset sets. A key that the user gives wins over the preset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run needs to know."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig
+
+    def __post_init__(self) -> None:
+        self._check_rows()
+        self._check_schedule()
+        self._check_longest_row()
+
+    @property
+    def rows_per_rollout(self) -> int:
+        """Responses of one rollout, over all ranks."""
+        return self.rollout.prompts_per_rollout * self.rollout.samples_per_prompt
+
+    @property
+    def optimizer_steps_per_rollout(self) -> int:
+        """Optimizer steps that follow one rollout."""
+        return self.rows_per_rollout // self.train.rows_per_optimizer_step
+
+    @property
+    def total_optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.train.train_rollouts * self.optimizer_steps_per_rollout
+
+    @property
+    def lr_decay_steps(self) -> int:
+        """Optimizer step at which the learning rate reaches min_lr."""
+        given = self.optimizer.lr_decay_steps
+        return self.total_optimizer_steps if given is None else given
+
+    @property
+    def longest_row_tokens(self) -> int:
+        """Upper bound of one row's packed stream, in tokens: [clean x0 | noisy xt].
+
+        The clean part is prompt and response to the end of their last block; the noisy part is the
+        response's blocks, the first of which may begin with up to block_size - 1 prompt tokens.
+        """
+        prompt, response = self.rollout.max_prompt_tokens, self.rollout.max_response_tokens.end
+        return prompt + 2 * response + 3 * (self.rollout.block_size - 1)
+
+    def resolved(self, *, cuda: bool) -> Config:
+        """Returns the configuration with every automatic value replaced by the one it stands for.
+
+        Args:
+            cuda: whether the run's machine has CUDA devices.
+
+        Raises:
+            ValueError: what was left open cannot be had on this machine (FP8 without CUDA).
+        """
+        layer_spec: Literal["transformer_engine", "local"]
+        dtype: Literal["bfloat16", "float32"]
+        layer_spec, dtype = ("transformer_engine", "bfloat16") if cuda else ("local", "float32")
+        model = dataclasses.replace(
+            self.model,
+            teacher=self.model.student if self.model.teacher is None else self.model.teacher,
+            layer_spec=layer_spec if self.model.layer_spec == "auto" else self.model.layer_spec,
+            params_dtype=dtype if self.model.params_dtype == "auto" else self.model.params_dtype,
+        )
+        optimizer = dataclasses.replace(self.optimizer, lr_decay_steps=self.lr_decay_steps)
+        return dataclasses.replace(self, model=model, optimizer=optimizer)
+
+    def to_flat_dict(self) -> dict[str, Any]:
+        """Returns every key and its value; nested keys have a dot."""
+        flat: dict[str, Any] = {}
+        for key in collect_keys(Config).values():
+            value: Any = self
+            for part in key.path:
+                value = getattr(value, part)
+            flat[key.name] = value
+        return flat
+
+    def to_yaml(self) -> str:
+        """Returns the configuration as the YAML text that `load_config` reads."""
+        from omegaconf import OmegaConf
+
+        nested: dict[str, Any] = {}
+        for name, value in self.to_flat_dict().items():
+            parent, _, inner = name.rpartition(".")
+            (nested.setdefault(parent, {}) if parent else nested)[inner] = value
+        return OmegaConf.to_yaml(OmegaConf.create(nested))
+
+    def save_yaml(self, path: str | Path) -> None:
+        """Writes `to_yaml()` to a file."""
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+    def _check_rows(self) -> None:
+        rows, per_step = self.rows_per_rollout, self.train.rows_per_optimizer_step
+        rule = f"must divide prompts_per_rollout x samples_per_prompt = {rows}"
+        require(
+            rows % per_step == 0,
+            "rows_per_optimizer_step",
+            per_step,
+            rule,
+            _divisor_fix(rows, per_step),
+        )
+
+    def _check_schedule(self) -> None:
+        warmup = self.optimizer.lr_warmup_steps
+        rule = f"must be at most lr_decay_steps={self.lr_decay_steps}"
+        if self.optimizer.lr_decay_steps is None:
+            rule += " (null: the optimizer steps of the run)"
+        fix = f"use {self.lr_decay_steps} or less, or train longer"
+        require(warmup <= self.lr_decay_steps, "lr_warmup_steps", warmup, rule, fix)
+
+    def _check_longest_row(self) -> None:
+        budget, longest = self.parallel.micro_batch_tokens, self.longest_row_tokens
+        rule = f"must hold the longest row: prompt and twice the response = {longest} tokens"
+        fix = f"use {longest} or more, or lower max_prompt_tokens or max_response_tokens.end"
+        require(budget >= longest, "micro_batch_tokens", budget, rule, fix)
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and `key=value` overrides into a checked configuration.
+
+    A key takes its value from the first of: override, file, preset, field default.
+
+    Args:
+        path: YAML file, or None for overrides only.
+        overrides: texts such as "lr=2e-5" or "max_response_tokens.end=64".
+
+    Raises:
+        ValueError: naming key, value, rule and fix.
+        FileNotFoundError: there is no such file.
+    """
+    keys = collect_keys(Config)
+    given = _read_yaml(Path(path)) if path is not None else {}
+    for name in given:
+        if name not in keys:
+            raise unknown_key_error(name, keys)
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"override {override} is not key=value; write e.g. lr=1e-5")
+        if name not in keys:
+            raise unknown_key_error(name, keys)
+        require_implemented(name, text, PLANNED.get(name, ()), keys[name].annotation)
+        given[name] = parse_text(name, text, keys[name].annotation)
+    preset = given.get("preset", keys["preset"].default)
+    check_value("preset", preset, keys["preset"].annotation)
+    config: Config = build(Config, PRESETS[preset] | given)
+    return config
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not path.is_file():
+        raise FileNotFoundError(f"config file {path} does not exist; examples/configs has examples")
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (YAMLError, OmegaConfBaseException) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{path} is not a valid configuration file: {text}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `key: value` lines, got a {type(values).__name__}")
+    return flatten(values, collect_keys(Config))
+
+
+def _divisor_fix(rows: int, near: int) -> str:
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+    closest = sorted(divisors, key=lambda n: abs(n - near))[:2]
+    return "use " + " or ".join(map(str, sorted(closest)))

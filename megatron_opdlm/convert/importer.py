@@ -1,0 +1,164 @@
+"""A Hugging Face directory -> a torch_dist checkpoint that any parallel layout loads.
+
+Streaming, on the CPU: one layer's tensor (or 64 MiB of the vocabulary) is in memory at a time.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_opdlm.convert.errors import ConversionError
+from megatron_opdlm.convert.families import FAMILIES
+from megatron_opdlm.convert.files import atomic_directory, require_writable_output
+from megatron_opdlm.convert.hf import HFConfig, read_config
+from megatron_opdlm.convert.layout import (
+    LATEST_FILE,
+    TOKENIZER_DIR,
+    ModelDescription,
+    iteration_name,
+    write_description,
+)
+from megatron_opdlm.convert.names import Entry, VocabRows, extra_state_keys
+from megatron_opdlm.convert.tokenizer import (
+    add_mask_token,
+    copy_tokenizer,
+    has_tokenizer,
+    tokenizer_fingerprint,
+)
+from megatron_opdlm.convert.torch_dist import Piece, write_torch_dist
+from megatron_opdlm.convert.weights import HFWeights, check_tensors, row_slices
+
+_COMMON = {"checkpoint_version": 3.0, "iteration": 0}  # what Megatron-LM's loader looks up
+
+
+def import_hf(
+    hf_dir: str | Path, out_dir: str | Path, *, add_mask: bool = True, progress: bool = True
+) -> None:
+    """Convert a Hugging Face directory into a checkpoint at iteration 0.
+
+    Args:
+        hf_dir: directory with config.json, safetensors and tokenizer files.
+        out_dir: checkpoint root to create; must not exist or be empty.
+        add_mask: give the tokenizer a mask token; False only for a teacher that is never trained.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ConversionError: anything about the input that cannot be converted, before writing starts
+            except for NaN or infinite weights. Nothing half-written stays behind.
+        OSError: the disk is full or not writable; nothing half-written stays behind.
+    """
+    source, out = Path(hf_dir), Path(out_dir)
+    require_writable_output(out)
+    config = read_config(source)
+    with HFWeights(source) as weights:
+        check_tensors(weights, FAMILIES[config.family], config)
+        pieces = _pieces(weights, config)
+        with atomic_directory(out) as folder:
+            iteration_dir = folder / iteration_name(0)
+            iteration_dir.mkdir()
+            description = _describe(source, iteration_dir, config, add_mask)
+            write_description(iteration_dir, description)
+            total = sum(piece.nbytes for piece in pieces)
+            with tqdm(
+                total=total, unit="B", unit_scale=True, desc="import", disable=not progress
+            ) as bar:
+                objects = extra_state_keys(config.num_layers)
+                write_torch_dist(iteration_dir, pieces, objects, _COMMON, bar.update)
+            (folder / LATEST_FILE).write_text("0")
+
+
+def _describe(
+    source: Path, iteration_dir: Path, config: HFConfig, add_mask: bool
+) -> ModelDescription:
+    """Copy the tokenizer and say what the checkpoint holds."""
+    mask_token_id = fingerprint = None
+    if add_mask:
+        mask_token_id = add_mask_token(source, iteration_dir / TOKENIZER_DIR, config.vocab_size)
+        special = {config.pad_token_id, config.bos_token_id, *config.eos_token_ids}
+        if mask_token_id in special:
+            raise ConversionError(
+                f"{source}: mask token id {mask_token_id} is an eos, pad or bos id of the model"
+            )
+    elif has_tokenizer(source):
+        copy_tokenizer(source, iteration_dir / TOKENIZER_DIR)
+    if has_tokenizer(source):
+        fingerprint = tokenizer_fingerprint(source)
+    return ModelDescription(
+        config=config,
+        mask_token_id=mask_token_id,
+        tokenizer_fingerprint=fingerprint,
+        lineage={"source": source.resolve().name},
+    )
+
+
+def _pieces(weights: HFWeights, config: HFConfig) -> list[Piece]:
+    """Everything to write, in the order in which the HF files hold it."""
+    family = FAMILIES[config.family]
+    pieces: list[Piece] = []
+    dtypes: dict[str, torch.dtype] = {}
+    for entry, layer in family.walk(config):
+        found = {weights.dtype(name) for name in entry.hf_names(layer)}
+        dtype = dtypes.setdefault(entry.key, next(iter(found)))
+        if found != {dtype}:
+            raise ConversionError(
+                f"{weights.directory}: {entry.hf_names(layer)[0]} has dtype "
+                f"{weights.dtype(entry.hf_names(layer)[0])} where others have {dtype}; "
+                "tensors of one kind must share a dtype"
+            )
+        if isinstance(entry.transform, VocabRows):
+            pieces += _vocab_pieces(weights, config, entry, dtype)
+        else:
+            pieces.append(_tensor_piece(weights, config, entry, layer, dtype))
+    return pieces
+
+
+def _tensor_piece(
+    weights: HFWeights, config: HFConfig, entry: Entry, layer: int, dtype: torch.dtype
+) -> Piece:
+    """One Megatron tensor: a chunk of a layer-stacked one, or a tensor outside layers."""
+    transform = entry.transform
+    assert not isinstance(transform, VocabRows)
+    shape = transform.megatron_shape(config)
+    stacked = entry.per_layer
+
+    def load() -> Tensor:
+        tensors = [weights.read(name) for name in entry.hf_names(layer)]
+        tensor = transform.to_megatron(tensors, config)
+        return tensor.unsqueeze(0) if stacked else tensor
+
+    return Piece(
+        key=entry.stacked_key,
+        dtype=dtype,
+        global_shape=(config.num_layers, *shape) if stacked else shape,
+        offsets=(layer,) + (0,) * len(shape) if stacked else (0,) * len(shape),
+        shape=(1, *shape) if stacked else shape,
+        load=load,
+    )
+
+
+def _vocab_pieces(
+    weights: HFWeights, config: HFConfig, entry: Entry, dtype: torch.dtype
+) -> list[Piece]:
+    """A vocabulary tensor in slices of rows, the last of them with the padding rows."""
+    shape = entry.transform.megatron_shape(config)
+    (name,) = entry.hf
+
+    def load(rows: slice) -> Tensor:
+        values = weights.read(name, slice(rows.start, min(rows.stop, config.vocab_size)))
+        padding = values.new_zeros(rows.stop - rows.start - values.shape[0], shape[1])
+        return torch.cat([values, padding]) if padding.numel() else values
+
+    return [
+        Piece(
+            key=entry.stacked_key,
+            dtype=dtype,
+            global_shape=shape,
+            offsets=(rows.start, 0),
+            shape=(rows.stop - rows.start, shape[1]),
+            load=partial(load, rows),
+        )
+        for rows in row_slices(shape, dtype)
+    ]

@@ -1,0 +1,140 @@
+"""What a path is: a checkpoint of this package or a Hugging Face directory, in one screen."""
+
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from megatron_opdlm.convert.errors import ConversionError
+from megatron_opdlm.convert.families import FAMILIES
+from megatron_opdlm.convert.files import read_json_object
+from megatron_opdlm.convert.hf import HFConfig, read_config
+from megatron_opdlm.convert.layout import (
+    STATE_FILE,
+    TOKENIZER_DIR,
+    read_description,
+    resolve_iteration,
+)
+from megatron_opdlm.convert.tokenizer import (
+    has_tokenizer,
+    mask_token_id,
+    tokenizer_fingerprint,
+)
+from megatron_opdlm.convert.torch_dist import TorchDistReader
+from megatron_opdlm.convert.weights import HFWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What `inspect` found; plain JSON values throughout."""
+
+    kind: str
+    """'torch_dist checkpoint' or 'Hugging Face directory'."""
+    path: str
+    parameters: int
+    """Of the model, without vocabulary padding; a tied head counts once."""
+    bytes_on_disk: int
+    dtypes: list[str]
+    mask_token_id: int | None
+    block_size: int | None
+    tokenizer_fingerprint: str | None
+    config: dict[str, Any]
+    tensors: dict[str, list[int]]
+    """Shapes as stored; of a checkpoint without its optimizer."""
+    optimizer_tensors: int = 0
+    lineage: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def to_text(self) -> str:
+        """A few aligned lines, layer tensors of a Hugging Face directory summed up by kind."""
+        rows: dict[str, Any] = {
+            "kind": self.kind,
+            "path": self.path,
+            "parameters": f"{self.parameters:,}",
+            "size": f"{self.bytes_on_disk / 1e9:.3f} GB, {', '.join(self.dtypes)}",
+            "mask token": "none" if self.mask_token_id is None else self.mask_token_id,
+            "block size": "not trained" if self.block_size is None else self.block_size,
+            "tokenizer": (self.tokenizer_fingerprint or "none")[:16],
+            "optimizer": f"{self.optimizer_tensors} tensors" if self.optimizer_tensors else "none",
+        }
+        rows |= self.config | self.lineage
+        rows |= {key: v for key, v in self.state.items() if isinstance(v, str | int | float)}
+        width = max(map(len, rows))
+        lines = [f"{key:<{width}}  {value}" for key, value in rows.items()]
+        outside = {k: v for k, v in self.tensors.items() if not k.startswith("model.layers.")}
+        first = {k: v for k, v in self.tensors.items() if k.startswith("model.layers.0.")}
+        width = max(map(len, outside | first))
+        lines += ["", f"{len(self.tensors)} tensors" + (", layers like the first" if first else "")]
+        lines += [f"  {key:<{width}}  {shape}" for key, shape in (outside | first).items()]
+        return "\n".join(lines)
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Describe a checkpoint or a Hugging Face directory; reads headers, not weights.
+
+    Args:
+        path: checkpoint root, iteration folder or Hugging Face directory.
+
+    Raises:
+        ConversionError: neither, or damaged.
+    """
+    source = Path(path)
+    if not source.exists():
+        raise ConversionError(f"{source}: no such file or directory")
+    if (source / "config.json").is_file():
+        return _inspect_hf(source)
+    return _inspect_checkpoint(resolve_iteration(source))
+
+
+def _parameters(config: HFConfig) -> int:
+    return sum(prod(shape) for shape in FAMILIES[config.family].hf_shapes(config).values())
+
+
+def _size(paths: list[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)
+
+
+def _inspect_hf(source: Path) -> Inspection:
+    config = read_config(source)
+    raw = read_json_object(source / "config.json")
+    with HFWeights(source) as weights:
+        shapes = weights.shapes
+        dtypes = {str(weights.dtype(name)).removeprefix("torch.") for name in shapes}
+    found = has_tokenizer(source)
+    return Inspection(
+        kind="Hugging Face directory",
+        path=str(source),
+        parameters=_parameters(config),
+        bytes_on_disk=_size(list(source.glob("*.safetensors"))),
+        dtypes=sorted(dtypes),
+        mask_token_id=mask_token_id(source) if found else None,
+        block_size=raw.get("block_size"),
+        tokenizer_fingerprint=tokenizer_fingerprint(source) if found else None,
+        config={"model_type": raw.get("model_type")} | config.to_json_dict(),
+        tensors={name: list(shape) for name, shape in shapes.items()},
+    )
+
+
+def _inspect_checkpoint(folder: Path) -> Inspection:
+    description = read_description(folder)
+    reader = TorchDistReader(folder)
+    model_keys = [key for key in reader.keys if not key.startswith("optimizer.")]
+    state_path = folder / STATE_FILE
+    tokenizer = folder / TOKENIZER_DIR
+    return Inspection(
+        kind="torch_dist checkpoint",
+        path=str(folder),
+        parameters=_parameters(description.config),
+        bytes_on_disk=_size(list(folder.glob("*.distcp"))),
+        dtypes=sorted({str(reader.dtype(key)).removeprefix("torch.") for key in model_keys}),
+        mask_token_id=description.mask_token_id,
+        block_size=description.block_size,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer)
+        if has_tokenizer(tokenizer)
+        else None,
+        config=description.config.to_json_dict(),
+        tensors={key: list(reader.shape(key)) for key in model_keys},
+        optimizer_tensors=len(reader.keys) - len(model_keys),
+        lineage=description.lineage,
+        state=read_json_object(state_path) if state_path.is_file() else {},
+    )

@@ -1,0 +1,1 @@
+"""Model code that is copied into every `sdar` export; runs with torch and transformers alone."""

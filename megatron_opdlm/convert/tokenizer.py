@@ -1,0 +1,231 @@
+"""The tokenizer of a checkpoint: copied file by file, with a mask token patched into the JSON.
+
+transformers 5 saves a layout that transformers 4 cannot load; the reverse works. So files are never
+re-saved by a library: the originals are copied and only the entries of the mask token are added, in
+the older layout that every version and serving engine reads.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from megatron_opdlm.convert.errors import ConversionError
+from megatron_opdlm.convert.files import read_json_object, write_json
+
+MASK_TOKEN = "<|MASK|>"
+"""The string that SDAR, TraDo and OPDLM use; id 151669 in Qwen3's vocabulary."""
+
+_TOKENIZER_JSON = "tokenizer.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_TOKENIZER_FILES = (
+    _TOKENIZER_JSON,
+    _TOKENIZER_CONFIG,
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
+# transformers 5 names of classes that transformers 4 knows under another one
+_CLASS_NAMES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether the directory holds a tokenizer this module can read."""
+    return (directory / _TOKENIZER_JSON).is_file()
+
+
+def copy_tokenizer(src_dir: Path, dst_dir: Path) -> None:
+    """Copy tokenizer files, chat template and generation_config.json, byte for byte.
+
+    Args:
+        src_dir: Hugging Face directory.
+        dst_dir: created if need be.
+    """
+    dst_dir.mkdir(parents=True, exist_ok=True)
+    for name in _TOKENIZER_FILES:
+        if (src_dir / name).is_file():
+            shutil.copyfile(src_dir / name, dst_dir / name)  # follows a hub cache's links
+
+
+def add_mask_token(src_dir: str | Path, dst_dir: str | Path, vocab_size: int) -> int:
+    """Copy a tokenizer and give it a mask token on the first free embedding row.
+
+    A tokenizer that already names a mask token, or already holds `<|MASK|>`, keeps it.
+
+    Args:
+        src_dir: directory with tokenizer.json.
+        dst_dir: where the copy goes; created if need be.
+        vocab_size: rows of the model's embedding.
+
+    Returns:
+        Id of the mask token; 151669 for Qwen3.
+
+    Raises:
+        ConversionError: no tokenizer.json, no free row, or the id is that of eos, pad, bos or unk.
+    """
+    src, dst = Path(src_dir), Path(dst_dir)
+    tokenizer = _read_tokenizer(src)
+    config = _read_config(src)
+    ids = _token_ids(src, tokenizer)
+    mask = _content(config.get("mask_token")) or MASK_TOKEN
+    mask_id = ids.get(mask, max(ids.values()) + 1)
+    if mask_id >= vocab_size:
+        raise ConversionError(
+            f"{src}: no free embedding row for the mask token (it would be id {mask_id}, "
+            f"vocab_size is {vocab_size}); growing the embedding is not implemented"
+        )
+    for key in _NAMED_TOKENS:
+        name = _content(config.get(key))
+        if key != "mask_token" and name is not None and ids.get(name) == mask_id:
+            raise ConversionError(f"{src}: mask token {mask!r} is also the {key}; they must differ")
+    copy_tokenizer(src, dst)
+    _patch_tokenizer_json(dst, tokenizer, mask, mask_id)
+    _patch_config(dst, config, tokenizer["added_tokens"], mask)
+    loaded = Tokenizer.from_file(str(dst / _TOKENIZER_JSON))
+    if loaded.token_to_id(mask) != mask_id:  # a vocabulary with holes numbers new tokens otherwise
+        raise ConversionError(
+            f"{src}: the tokenizers library gives {mask!r} id {loaded.token_to_id(mask)} where "
+            f"{mask_id} is free; the vocabulary has holes"
+        )
+    return mask_id
+
+
+def tokenizer_fingerprint(directory: str | Path) -> str:
+    """Hash of what maps text to ids: vocabulary, merges and added tokens, without the mask token.
+
+    Student and teacher may differ in the mask token, the chat template and file formatting only.
+
+    Args:
+        directory: directory with tokenizer.json.
+
+    Returns:
+        sha256 in hex.
+
+    Raises:
+        ConversionError: no tokenizer.json, or a malformed one.
+    """
+    path = Path(directory)
+    tokenizer = _read_tokenizer(path)
+    mask = _content(_read_config(path).get("mask_token")) or MASK_TOKEN
+    model = tokenizer["model"]
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
+    content = {
+        "type": model.get("type"),
+        "ids": sorted(
+            (i, token) for token, i in _token_ids(path, tokenizer).items() if token != mask
+        ),
+        "merges": merges,
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def pad_token_id(directory: str | Path) -> int | None:
+    """Id of the tokenizer's pad token; None if it names none."""
+    return _named_id(Path(directory), "pad_token")
+
+
+def mask_token_id(directory: str | Path) -> int | None:
+    """Id of the tokenizer's mask token; None if it names none."""
+    return _named_id(Path(directory), "mask_token")
+
+
+def _named_id(directory: Path, key: str) -> int | None:
+    name = _content(_read_config(directory).get(key))
+    return None if name is None else _token_ids(directory, _read_tokenizer(directory)).get(name)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / _TOKENIZER_CONFIG
+    return read_json_object(path) if path.is_file() else {}
+
+
+def _read_tokenizer(directory: Path) -> dict[str, Any]:
+    path = directory / _TOKENIZER_JSON
+    if not path.is_file():
+        raise ConversionError(
+            f"{path}: file not found; save the tokenizer with AutoTokenizer(...).save_pretrained"
+        )
+    tokenizer = read_json_object(path)
+    if not isinstance(tokenizer.get("model"), dict):
+        raise ConversionError(f"{path}: key model must be an object")
+    added = tokenizer.setdefault("added_tokens", [])
+    if not isinstance(added, list) or not all(
+        isinstance(token, dict)
+        and isinstance(token.get("id"), int)
+        and isinstance(token.get("content"), str)
+        for token in added
+    ):
+        raise ConversionError(f"{path}: added_tokens must be a list of objects with id and content")
+    return tokenizer
+
+
+def _token_ids(directory: Path, tokenizer: dict[str, Any]) -> dict[str, int]:
+    """Every token string -> id, added tokens included."""
+    vocab = tokenizer["model"].get("vocab")
+    if isinstance(vocab, dict):  # BPE, WordPiece, WordLevel
+        ids = dict(vocab)
+    elif isinstance(vocab, list):  # Unigram: [[token, score], ...]
+        ids = {entry[0]: i for i, entry in enumerate(vocab)}
+    else:
+        raise ConversionError(f"{directory / _TOKENIZER_JSON}: key model.vocab is missing")
+    ids |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    if not ids:
+        raise ConversionError(f"{directory / _TOKENIZER_JSON}: the vocabulary is empty")
+    return ids
+
+
+def _content(token: Any) -> str | None:
+    """A special token is a string, or an object with a content key."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _patch_tokenizer_json(dst: Path, tokenizer: dict[str, Any], mask: str, mask_id: int) -> None:
+    """Register the mask as a special token: it never merges, and decoding can skip it."""
+    entry = {
+        "id": mask_id,
+        "content": mask,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    others = [token for token in tokenizer["added_tokens"] if token["content"] != mask]
+    tokenizer["added_tokens"] = sorted([*others, entry], key=lambda token: token["id"])
+    write_json(dst / _TOKENIZER_JSON, tokenizer)
+
+
+def _patch_config(
+    dst: Path, config: dict[str, Any], added: list[dict[str, Any]], mask: str
+) -> None:
+    """Write tokenizer_config, special_tokens_map and added_tokens in the version 4 layout."""
+    config = dict(config)
+    for key in ("backend", "is_local"):  # written by transformers 5, read by nothing
+        config.pop(key, None)
+    if isinstance(config.get("extra_special_tokens"), list):  # transformers 5 for the next key
+        config.setdefault("additional_special_tokens", config.pop("extra_special_tokens"))
+    name = config.get("tokenizer_class", "PreTrainedTokenizerFast")
+    config["tokenizer_class"] = _CLASS_NAMES.get(name, name)
+    specials = [_content(token) for token in config.get("additional_special_tokens") or []]
+    config["additional_special_tokens"] = specials + [mask] * (mask not in specials)
+    config["mask_token"] = mask
+    fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    config["added_tokens_decoder"] = {
+        str(token["id"]): {field: token.get(field, False) for field in fields} for token in added
+    }
+    write_json(dst / _TOKENIZER_CONFIG, config)
+    specials_map: dict[str, Any] = {
+        key: _content(config[key]) for key in _NAMED_TOKENS if config.get(key) is not None
+    }
+    specials_map["additional_special_tokens"] = config["additional_special_tokens"]
+    write_json(dst / "special_tokens_map.json", specials_map)
+    ids = {token["content"]: token["id"] for token in added}
+    write_json(dst / "added_tokens.json", ids)

@@ -1,0 +1,120 @@
+"""Logits of a checkpoint against a Hugging Face directory: did the weights arrive unharmed?
+
+Both networks run in float32 on the same random tokens, under a causal and a block-causal mask. A
+third run with the checkpoint's query, key and value rows out of order must differ: otherwise the
+comparison could not have seen an error.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_opdlm import parallel
+from megatron_opdlm.checkpoint import freeze, load_model
+from megatron_opdlm.convert.errors import ConversionError
+from megatron_opdlm.convert.files import read_json_object
+from megatron_opdlm.convert.hf import HFConfig, read_config
+from megatron_opdlm.convert.layout import read_description, resolve_iteration
+from megatron_opdlm.model import BlockDiffusionModel, BuildOptions
+from megatron_opdlm.stream import make_tags, visible
+
+_SHAPE_FIELDS = (
+    *("family", "num_layers", "hidden_size", "ffn_hidden_size"),
+    *("num_attention_heads", "num_query_groups", "kv_channels", "vocab_size"),
+)
+DEFAULT_BLOCK_SIZE = 4
+"""For a checkpoint that has not been trained yet."""
+NUM_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """Largest differences of logits, over all positions and the vocabulary."""
+
+    causal: float
+    block_causal: float
+    control: float
+    """The same under the causal mask, with the query, key and value rows out of order."""
+    block_size: int
+
+    def passes(self, tolerance: float) -> bool:
+        """Whether both masks agree within `tolerance` and the control does not."""
+        return max(self.causal, self.block_causal) <= tolerance < self.control
+
+
+def verify(checkpoint: str | Path, hf_dir: str | Path, *, seed: int = 0) -> Verification:
+    """Compare a checkpoint with a Hugging Face directory, the base model's or an `sdar` export.
+
+    Args:
+        checkpoint: checkpoint root or iteration folder.
+        hf_dir: directory to compare with; no code from it is run.
+        seed: of the random tokens.
+
+    Raises:
+        ConversionError: one of the two is not what it should be, or they are of different shape.
+    """
+    folder, source = resolve_iteration(checkpoint), Path(hf_dir)
+    config = read_config(source)
+    description = read_description(folder)
+    _require_same_shape(description.config, config)
+    # float32 whatever is stored: a comparison in bfloat16 would hide errors of a few percent
+    reference = _load_reference(source, config)
+    options = BuildOptions(params_dtype=torch.float32)
+    model = freeze(load_model(folder, options, parallel.initialize())[0])
+    generator = torch.Generator().manual_seed(seed)
+    length = min(NUM_TOKENS, config.max_position_embeddings)
+    tokens = torch.randint(config.vocab_size, (length,), generator=generator)
+    block_size = description.block_size or DEFAULT_BLOCK_SIZE
+    deltas = [_delta(model, reference, tokens, size) for size in (1, block_size)]
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("linear_qkv.weight"):
+                weight.copy_(weight.roll(config.kv_channels, dims=0))
+    control = _delta(model, reference, tokens, 1)
+    return Verification(
+        causal=deltas[0], block_causal=deltas[1], control=control, block_size=block_size
+    )
+
+
+def _require_same_shape(ours: HFConfig, theirs: HFConfig) -> None:
+    for name in _SHAPE_FIELDS:
+        if getattr(ours, name) != getattr(theirs, name):
+            raise ConversionError(
+                f"checkpoint and Hugging Face directory are different models: {name} is "
+                f"{getattr(ours, name)} and {getattr(theirs, name)}"
+            )
+
+
+def _load_reference(source: Path, config: HFConfig) -> Any:
+    """transformers' own class for the base family, our modelling code for an `sdar` export."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from megatron_opdlm.convert.sdar.configuration_sdar import SDARConfig
+    from megatron_opdlm.convert.sdar.modeling_sdar import SDARForCausalLM
+
+    if read_json_object(source / "config.json")["model_type"] == "qwen3":
+        hf_config = Qwen3Config.from_pretrained(source)
+        hf_config.rope_theta = config.rope_theta  # transformers 4 loses it from version 5's files
+        hf_config._attn_implementation = "eager"
+        model = Qwen3ForCausalLM.from_pretrained(source, config=hf_config)
+    else:
+        model = SDARForCausalLM.from_pretrained(source, config=SDARConfig.from_pretrained(source))
+    return model.float().eval()
+
+
+@torch.no_grad()
+def _delta(model: BlockDiffusionModel, reference: Any, tokens: Tensor, block_size: int) -> float:
+    """Largest difference of the two networks' logits; block size 1 is the causal mask."""
+    device = torch.cuda.current_device()
+    positions = torch.arange(len(tokens))
+    tags = make_tags(0, positions, noisy=False, block_size=block_size)
+    mask = torch.zeros(1, 1, len(tokens), len(tokens)).masked_fill(
+        ~visible(tags, tags), torch.finfo(torch.float32).min
+    )
+    theirs = reference(tokens[None], attention_mask=mask, position_ids=positions[None]).logits[0]
+    hidden = model(tokens.to(device), tags.to(device))
+    ours = model.logits(model.select_rows(hidden, positions.to(device)))
+    return float((ours[:, : theirs.shape[1]].cpu() - theirs).abs().max())

@@ -1,0 +1,206 @@
+"""The tensors of a Hugging Face directory, checked against a family's table before any is read."""
+
+from contextlib import ExitStack
+from io import FileIO
+from math import prod
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from megatron_opdlm.convert.errors import ConversionError
+from megatron_opdlm.convert.files import read_json_object
+from megatron_opdlm.convert.hf import HFConfig
+from megatron_opdlm.convert.names import EMBEDDING, HEAD, Family, Shape
+from megatron_opdlm.convert.safetensors_file import TensorInfo, read_header, read_tensor
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_LISTED = 5
+ROWS_BYTES = 64 * 2**20
+"""Slice size in which vocabulary tensors are streamed."""
+
+
+class HFWeights:
+    """The safetensors of a HF directory, single-file or sharded; a context manager."""
+
+    def __init__(self, hf_dir: Path):
+        """Read all headers.
+
+        Raises:
+            ConversionError: no safetensors, only pickles, an index that points elsewhere or names
+                tensors its shards lack, a truncated or malformed file.
+        """
+        self.directory = hf_dir
+        self._infos: dict[str, TensorInfo] = {}
+        self._paths: dict[str, Path] = {}
+        self._files: dict[Path, FileIO] = {}
+        self._stack = ExitStack()
+        single, index = hf_dir / SINGLE_FILE, hf_dir / INDEX_FILE
+        if single.is_file():  # transformers prefers it over an index, too
+            self._add(single, read_header(single))
+        elif index.is_file():
+            self._read_index(index)
+        else:
+            raise ConversionError(_no_weights(hf_dir))
+
+    def __enter__(self) -> "HFWeights":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def _add(self, path: Path, infos: dict[str, TensorInfo]) -> None:
+        self._infos |= infos
+        self._paths |= dict.fromkeys(infos, path)
+
+    def _read_index(self, index: Path) -> None:
+        weight_map = read_json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConversionError(f"{index}: weight_map must be a non-empty object")
+        by_file: dict[str, set[str]] = {}
+        for tensor, file_name in weight_map.items():
+            _check_shard_name(index, tensor, file_name)
+            by_file.setdefault(file_name, set()).add(tensor)
+        for file_name, promised in sorted(by_file.items()):
+            path = index.parent / file_name
+            if not path.is_file():
+                raise ConversionError(f"{index}: shard {file_name} is missing from the directory")
+            infos = read_header(path)
+            if promised != set(infos):
+                raise ConversionError(
+                    f"{path}: tensors differ from {index.name}: "
+                    + describe_names(
+                        {"missing": promised - set(infos), "extra": set(infos) - promised}
+                    )
+                )
+            self._add(path, infos)
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Tensor name -> shape."""
+        return {name: info.shape for name, info in self._infos.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a tensor."""
+        return self._infos[name].dtype
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """Read a tensor, or rows of it, and refuse NaN and infinity.
+
+        Raises:
+            ConversionError: a non-finite value, or the file changed meanwhile.
+        """
+        path = self._paths[name]
+        if path not in self._files:
+            self._files[path] = self._stack.enter_context(FileIO(path))
+        tensor = read_tensor(self._files[path], self._infos[name], rows)
+        require_finite(name, tensor)
+        return tensor
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor with NaN or infinity.
+
+    Raises:
+        ConversionError: names the tensor and counts the bad values.
+    """
+    # A sum is non-finite whenever an element is; it needs no temporary of the tensor's size.
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)):
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:  # else the sum itself overflowed
+            raise ConversionError(f"tensor {name} holds {bad} NaN or infinite values")
+
+
+def check_tensors(weights: HFWeights, family: Family, config: HFConfig) -> None:
+    """Compare the directory's tensors with what `config` implies, all differences in one message.
+
+    A tied model that also stores `lm_head.weight` passes when the head equals the embedding.
+
+    Raises:
+        ConversionError: missing, extra or mis-shaped tensors, or a tied head that differs.
+    """
+    expected, found = family.hf_shapes(config), weights.shapes
+    redundant_head = config.tie_word_embeddings and HEAD in found
+    if redundant_head:
+        expected[HEAD] = expected[EMBEDDING]
+    wrong = {
+        f"{name} {list(found[name])} (expected {list(shape)})"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    }
+    extra = {name for name in found if name not in expected and not _is_ignorable(name)}
+    problems = {"missing": set(expected) - set(found), "extra": extra, "wrong shape": wrong}
+    if any(problems.values()):
+        raise ConversionError(
+            f"{weights.directory}: tensors do not match config.json: " + describe_names(problems)
+        )
+    if redundant_head:
+        _check_redundant_head(weights)
+
+
+def row_slices(shape: Shape, dtype: torch.dtype) -> list[slice]:
+    """Cut the first axis of a tensor into ranges of about `ROWS_BYTES`."""
+    step = max(1, ROWS_BYTES // (prod(shape[1:]) * dtype.itemsize))
+    return [slice(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
+
+
+def _check_redundant_head(weights: HFWeights) -> None:
+    for rows in row_slices(weights.shapes[HEAD], weights.dtype(HEAD)):
+        if not torch.equal(weights.read(HEAD, rows), weights.read(EMBEDDING, rows)):
+            raise ConversionError(
+                f"{weights.directory}: tie_word_embeddings is true but {HEAD} differs from "
+                f"{EMBEDDING} (rows {rows.start} to {rows.stop - 1}); set it to false if they "
+                "are separate weights"
+            )
+
+
+def _is_ignorable(name: str) -> bool:
+    return name.endswith(".rotary_emb.inv_freq")  # a buffer that old transformers saved
+
+
+def _check_shard_name(index: Path, tensor: str, file_name: object) -> None:
+    """A shard must be a plain file name: an index must not reach outside its directory."""
+    plain = (
+        isinstance(file_name, str)
+        and "\0" not in file_name
+        and file_name not in ("", ".", "..")
+        and PurePosixPath(file_name).name == file_name
+        and PureWindowsPath(file_name).name == file_name
+    )
+    if not plain:
+        raise ConversionError(
+            f"{index}: shard {file_name!r} of tensor {tensor!r} must be a plain file name"
+        )
+    if not str(file_name).endswith(".safetensors"):
+        raise ConversionError(f"{index}: shard {file_name!r} is not a .safetensors file")
+
+
+def _no_weights(hf_dir: Path) -> str:
+    if not hf_dir.is_dir():
+        return f"{hf_dir}: not a directory"
+    pickles = sorted(path.name for pattern in _PICKLE_PATTERNS for path in hf_dir.glob(pattern))
+    if pickles:
+        return (
+            f"{hf_dir}: only pickle weights ({pickles[0]}); loading a pickle runs code from the "
+            "file, so it is refused. Save the model with safe_serialization=True first"
+        )
+    return f"{hf_dir}: neither {SINGLE_FILE} nor {INDEX_FILE} found"
+
+
+def describe_names(problems: dict[str, set[str]]) -> str:
+    """'2 missing: a, b; 1 extra: c', each list cut after a few names."""
+    parts = []
+    for label, names in problems.items():
+        if names:
+            listed = ", ".join(sorted(names)[:_LISTED])
+            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+            parts.append(f"{len(names)} {label}: {listed}{more}")
+    return "; ".join(parts)

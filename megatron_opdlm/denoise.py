@@ -1,0 +1,117 @@
+"""Unmasking rules: which masked positions of a block become tokens at a denoising step.
+
+A position that is not masked is never chosen, whatever the step asks for, so prompt tokens that
+share a block with the response survive.
+
+Shape letters: B blocks (one per sequence in the batch), K block size.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+from torch import Tensor
+
+LOW_CONFIDENCE_STATIC = "low_confidence_static"
+LOW_CONFIDENCE_DYNAMIC = "low_confidence_dynamic"
+REMASKING = (LOW_CONFIDENCE_STATIC, LOW_CONFIDENCE_DYNAMIC)
+
+
+def check_remasking(remasking: str) -> None:
+    """Raises a ValueError naming the nearest rule if `remasking` is not one of REMASKING."""
+    if remasking in REMASKING:
+        return
+    nearest = difflib.get_close_matches(remasking, REMASKING, n=1, cutoff=0.0)[0]
+    raise ValueError(
+        f"remasking={remasking!r} is not a rule; use one of {', '.join(REMASKING)} "
+        f"(did you mean {nearest!r}?)"
+    )
+
+
+def num_transfer_tokens(block_size: int, denoising_steps: int, step: int) -> int:
+    """Returns how many tokens the static rule commits at a denoising step of a fully masked block.
+
+    block_size // denoising_steps, plus one for the first block_size % denoising_steps steps, so the
+    steps sum to the block.
+
+    >>> [num_transfer_tokens(4, 3, step) for step in range(3)]
+    [2, 1, 1]
+
+    Args:
+        block_size: K.
+        denoising_steps: steps per block.
+        step: denoising step, from 0.
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+    _check_steps(block_size, denoising_steps)
+    if not 0 <= step < denoising_steps:
+        raise ValueError(f"step={step} must lie in [0, denoising_steps={denoising_steps})")
+    return block_size // denoising_steps + (step < block_size % denoising_steps)
+
+
+def choose_commits(
+    confidence_BK: Tensor,
+    masked_BK: Tensor,
+    step_B: Tensor,
+    *,
+    remasking: str,
+    denoising_steps: int,
+    confidence_threshold: float,
+) -> Tensor:
+    """Chooses the positions that are committed at this denoising step.
+
+    With n = `num_transfer_tokens` of the row's step and k = min(n, masked positions of the row):
+    `low_confidence_static` commits the k masked positions of highest confidence;
+    `low_confidence_dynamic` commits these and every masked position whose confidence exceeds the
+    threshold. The last step commits whatever is still masked. Ties go to the lower position. Rules:
+    SDAR, JetEngine, with the two defects fixed that overwrite prompt tokens (n above the masked
+    count) and leave masks behind (steps used up).
+
+    Args:
+        confidence_BK: [B, K] float, finite confidence of the sampled token; ignored where not
+            masked.
+        masked_BK: [B, K] bool, True where the position is still masked.
+        step_B: [B] int64, denoising step of each block from 0; blocks need not be at the same step.
+        remasking: one of REMASKING.
+        denoising_steps: steps per block.
+        confidence_threshold: used by `low_confidence_dynamic`, a probability; strictly above it is
+            committed.
+
+    Returns:
+        [B, K] bool, a subset of masked_BK; at least one position in every row that has a masked
+        one, if denoising_steps <= K.
+
+    Raises:
+        ValueError: on an unknown rule, denoising_steps below 1, or shapes that do not match.
+    """
+    check_remasking(remasking)
+    if masked_BK.shape != confidence_BK.shape or step_B.shape != confidence_BK.shape[:1]:
+        raise ValueError(
+            f"masked_BK {tuple(masked_BK.shape)} and step_B {tuple(step_B.shape)} must match "
+            f"confidence_BK {tuple(confidence_BK.shape)}: expected [B, K], [B] and [B, K]"
+        )
+    block_size = confidence_BK.shape[1]
+    _check_steps(block_size, denoising_steps)
+
+    # num_transfer_tokens, for one step per row
+    quota_B = block_size // denoising_steps + (step_B < block_size % denoising_steps).long()
+    quota_B = torch.where(step_B >= denoising_steps - 1, block_size, quota_B)
+    # Unmasked positions sort last, so a quota above the masked count only ever reaches them, and
+    # `&` drops them.
+    score_BK = confidence_BK.masked_fill(~masked_BK, -torch.inf)
+    order_BK = score_BK.argsort(dim=1, descending=True, stable=True)
+    rank_BK = order_BK.argsort(dim=1)
+    chosen_BK = rank_BK < quota_B.unsqueeze(1)
+    if remasking == LOW_CONFIDENCE_DYNAMIC:
+        chosen_BK |= confidence_BK > confidence_threshold
+    return chosen_BK & masked_BK
+
+
+def _check_steps(block_size: int, denoising_steps: int) -> None:
+    if block_size < 1 or denoising_steps < 1:
+        raise ValueError(
+            f"block_size={block_size} and denoising_steps={denoising_steps} must be at least 1"
+        )

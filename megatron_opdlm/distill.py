@@ -1,0 +1,163 @@
+"""One optimizer step's worth of distillation: teacher forward, student forward, divergence,
+backward.
+
+Shape letters: S stream tokens, T loss rows, D hidden, V_local = padded V / tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_opdlm.attention import AttentionPlan
+from megatron_opdlm.batching import Microbatch
+from megatron_opdlm.losses import vocab_parallel_forward_kl
+from megatron_opdlm.model import BlockDiffusionModel
+from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.pipeline import forward_only
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """Divergence of every loss row of an optimizer step, on all ranks.
+
+    Attributes:
+        loss: sum of weight x divergence over the step, in nats.
+        kl: [T] float32, divergence in nats.
+        num_masked: [T] int64, masked positions in each row's block.
+    """
+
+    loss: float
+    kl: Tensor
+    num_masked: Tensor
+
+
+def teacher_rows(
+    teacher: BlockDiffusionModel, microbatches: Sequence[Microbatch], parallel: ParallelState
+) -> list[Tensor]:
+    """Runs the frozen teacher, causally, on the clean tokens.
+
+    Args:
+        teacher: this rank's stage.
+        microbatches: of this data-parallel rank.
+        parallel: process groups.
+
+    Returns:
+        On the last stage, for every microbatch the hidden states [T, D] whose logits are the
+        targets; elsewhere nothing. Hidden states instead of logits: V / D times smaller.
+    """
+    device = torch.cuda.current_device()
+    streams = [microbatch.teacher.to(device) for microbatch in microbatches]
+    inputs = [(s.token_ids, s.tags, AttentionPlan(tags=s.tags)) for s in streams]
+    hidden = forward_only(teacher, inputs, parallel)
+    with torch.no_grad():
+        return [teacher.select_rows(h, s.loss_rows) for h, s in zip(hidden, streams, strict=False)]
+
+
+def forward_backward(
+    ddp: Any,
+    teacher: BlockDiffusionModel,
+    microbatches: Sequence[Microbatch],
+    targets: Sequence[Tensor],
+    parallel: ParallelState,
+) -> StepRows:
+    """Accumulates the gradient of one optimizer step into the student.
+
+    Args:
+        ddp: the student, wrapped in Megatron's distributed data parallel.
+        teacher: frozen; the last stage applies its LM head.
+        microbatches: of this data-parallel rank.
+        targets: teacher hidden states from `teacher_rows`.
+        parallel: process groups.
+
+    Returns:
+        The divergence of every row. Gradients are summed over microbatches and data-parallel ranks
+        when this returns. Collectives: the layers', the pipeline's point-to-point, the gradient
+        reduction, and one gather of the rows' divergences.
+    """
+    device = torch.cuda.current_device()
+    no_targets: list[Tensor | None] = [None] * len(microbatches)
+    batches = list(zip(microbatches, list(targets) or no_targets, strict=True))
+
+    def forward_step(data: Iterator[Any], model: Any, *unused: Any) -> Any:
+        microbatch, target = next(data)
+        stream = microbatch.student.to(device)
+        hidden = model(stream.token_ids, stream.tags, AttentionPlan(tags=stream.tags))
+
+        def divergence(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            kl = row_divergence(ddp.module, teacher, output, stream.loss_rows, target, parallel)
+            loss = (kl * microbatch.row_weight.to(device)).sum()
+            rows = {
+                "loss": loss.detach(),
+                "kl": kl.detach(),
+                "num_masked": microbatch.num_masked,
+            }
+            return loss, torch.ones((), dtype=torch.int, device=device), rows
+
+        return hidden, divergence
+
+    results = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=[ddp],
+        num_microbatches=len(batches),
+        seq_length=len(microbatches[0].student),
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    return _gather_rows(results, parallel)
+
+
+def row_divergence(
+    student: BlockDiffusionModel,
+    teacher: BlockDiffusionModel,
+    hidden: Tensor,
+    loss_rows: Tensor,
+    target: Tensor,
+    parallel: ParallelState,
+) -> Tensor:
+    """Forward KL of the loss rows of a microbatch, [T] float32.
+
+    Last stage only. Both LM heads see these rows alone.
+    """
+    student_logits = student.logits(student.select_rows(hidden, loss_rows))
+    with torch.no_grad():
+        teacher_logits = teacher.logits(target)
+    return vocab_parallel_forward_kl(
+        student_logits,
+        teacher_logits,
+        vocab_size=student.vocab_size_unpadded,
+        tp_group=parallel.tp_group,
+    )
+
+
+def _gather_rows(results: list[dict[str, Tensor]], parallel: ParallelState) -> StepRows:
+    """Brings the rows of all data-parallel ranks to every rank.
+
+    Last stages gather, then send down the pipeline.
+    """
+    gathered: list[Any] = [None]
+    if parallel.is_last_stage:
+        mine = (
+            float(sum(float(result["loss"]) for result in results)),
+            torch.cat([result["kl"].float().cpu() for result in results]),
+            torch.cat([result["num_masked"] for result in results]),
+        )
+        parts: list[Any] = [None] * parallel.dp_size
+        dist.all_gather_object(parts, mine, group=parallel.dp_group)
+        gathered = [parts]
+    if parallel.pp_size > 1:
+        last = dist.get_global_rank(parallel.pp_group, parallel.pp_size - 1)
+        dist.broadcast_object_list(gathered, last, group=parallel.pp_group)
+    parts = gathered[0]
+    return StepRows(
+        loss=sum(part[0] for part in parts),
+        kl=torch.cat([part[1] for part in parts]),
+        num_masked=torch.cat([part[2] for part in parts]),
+    )

@@ -1,0 +1,157 @@
+"""Process groups.
+
+The only file that reads Megatron's `parallel_state`. Everything else takes a `ParallelState`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron_opdlm.backends import cpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelState:
+    """This process's place in the job: sizes, ranks and groups of every axis.
+
+    Ranks are laid out as in Megatron: tensor-parallel ranks next to each other, then data-parallel,
+    then pipeline-parallel.
+
+    Attributes:
+        tp_group: tensor-parallel group.
+        pp_group: pipeline-parallel group.
+        dp_group: data-parallel group.
+        mp_group: model-parallel group, the tensor x pipeline ranks that hold one copy of the model.
+    """
+
+    tp_group: ProcessGroup
+    pp_group: ProcessGroup
+    dp_group: ProcessGroup
+    mp_group: ProcessGroup
+
+    @property
+    def tp_size(self) -> int:
+        """Tensor-parallel size."""
+        return self.tp_group.size()
+
+    @property
+    def tp_rank(self) -> int:
+        """Rank on the tensor-parallel axis."""
+        return self.tp_group.rank()
+
+    @property
+    def pp_size(self) -> int:
+        """Pipeline-parallel size."""
+        return self.pp_group.size()
+
+    @property
+    def pp_rank(self) -> int:
+        """Pipeline stage of this process."""
+        return self.pp_group.rank()
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel size."""
+        return self.dp_group.size()
+
+    @property
+    def dp_rank(self) -> int:
+        """Rank on the data-parallel axis."""
+        return self.dp_group.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this process holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this process holds the LM head."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes logs and files."""
+        return dist.get_rank() == 0
+
+
+def initialize(
+    *,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    seed: int = 0,
+    timeout_minutes: float = 30.0,
+) -> ParallelState:
+    """Joins the job and builds Megatron's process groups.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous of `torchrun`; without them it is a job of
+    one process. A process group that already exists is used as it is.
+
+    Args:
+        tensor_model_parallel_size: tensor-parallel size.
+        pipeline_model_parallel_size: pipeline-parallel size; the rest of the world is data
+            parallel.
+        seed: seed of Megatron's per-rank random states; results of this package never depend on
+            them.
+        timeout_minutes: how long a collective waits for a lost rank before the job ends with an
+            error.
+
+    Returns:
+        The groups of this process.
+
+    Raises:
+        ValueError: if the world size is not a multiple of tensor x pipeline parallel size.
+    """
+    cpu.install()
+    from megatron.core import parallel_state as mpu
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    if not dist.is_initialized():
+        _init_process_group(timeout_minutes)
+    model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size
+    if dist.get_world_size() % model_parallel:
+        raise ValueError(
+            f"tensor_model_parallel_size={tensor_model_parallel_size} x "
+            f"pipeline_model_parallel_size={pipeline_model_parallel_size} must divide the number "
+            f"of processes, which is {dist.get_world_size()}; start a multiple of {model_parallel} "
+            "processes (torchrun --nproc-per-node)"
+        )
+    if not mpu.model_parallel_is_initialized():
+        mpu.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
+            distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        )
+        model_parallel_cuda_manual_seed(seed)
+    return ParallelState(
+        tp_group=mpu.get_tensor_model_parallel_group(),
+        pp_group=mpu.get_pipeline_model_parallel_group(),
+        dp_group=mpu.get_data_parallel_group(),
+        mp_group=mpu.get_model_parallel_group(),
+    )
+
+
+def _init_process_group(timeout_minutes: float) -> None:
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group(timeout=timeout)
+    else:
+        torch.cuda.set_device(0)
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def shutdown() -> None:
+    """Leaves the job: destroys Megatron's groups and the process group."""
+    from megatron.core import parallel_state as mpu
+
+    if mpu.model_parallel_is_initialized():
+        mpu.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,115 @@
+"""Counter-based random numbers: noise is a function of its coordinates, never of call order.
+
+A row of noise is named by a key, made of (seed, step, prompt id, sample, block ...), and an entry
+of the row by its column. So results do not depend on batch composition, data-parallel size,
+vocabulary sharding or resume.
+
+The bits are integer arithmetic: the same on CPU and CUDA. Every product stays below 2**63, so
+nothing relies on overflow.
+
+Shape letters: T rows (one key each), C columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+MASK_32 = 0xFFFFFFFF
+# Two-round 32-bit finaliser "21f0aaad/d35a2d97" of https://github.com/skeeto/hash-prospector: less
+# bias than murmur3's. The second factor is written as its negative residue modulo 2**32 to keep
+# products within 63 bits.
+FINALISER_ROUNDS = ((16, 0x21F0AAAD), (15, 0xD35A2D97 - (1 << 32)))
+FINAL_SHIFT = 15
+KEY_SALT, COLUMN_SALT = 0x9E3779B9, 0x85EBCA6B
+LARGEST_UNIFORM = 1.0 - 2.0**-24  # the float32 before 1
+
+
+def key(*parts: int | str) -> int:
+    """Returns the 63-bit key that names a row of noise, stable across processes and machines.
+
+    Distinct part lists give distinct keys up to a collision chance of 2**-63: `key(1, 23) !=
+    key(12, 3)`, `key(1) != key("1")`.
+
+    Args:
+        *parts: what the noise may depend on, for example (seed, step, prompt id, sample, block).
+
+    Raises:
+        TypeError: if a part is neither an int nor a str.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        if not isinstance(part, (int, str)):
+            raise TypeError(f"key part {part!r} is a {type(part).__name__}; use int or str")
+        kind, text = (b"s", part.encode()) if isinstance(part, str) else (b"i", b"%d" % part)
+        digest.update(b"%s%d:%s" % (kind, len(text), text))
+    return int.from_bytes(digest.digest(), "big") >> 1
+
+
+def uniform(keys: Tensor, columns: Tensor) -> Tensor:
+    """Returns uniform noise; entry [t, c] depends only on keys[t] and columns[c].
+
+    The resolution near 0 is 2**-32; the value is never 0 nor 1.
+
+    Args:
+        keys: [T] int64, from `key`.
+        columns: [C] int64 in [0, 2**32), shared by all rows, or [T, C] int64, its own for every
+            row.
+
+    Returns:
+        [T, C] float32 in (0, 1), bit-identical on every device.
+    """
+    bits = _bits(keys, columns).to(torch.float32)
+    return bits.add_(0.5).mul_(2.0**-32).clamp_(max=LARGEST_UNIFORM)
+
+
+def gumbel(keys: Tensor, columns: Tensor) -> Tensor:
+    """Returns standard Gumbel noise, -log(-log(1 - u)) of `uniform`.
+
+    Adding it to logits and taking the argmax samples from their softmax. The upper tail, which
+    decides the argmax, comes from u near 0, where the resolution is finest: values reach 22.9, so a
+    token of probability 1e-9 can be drawn.
+
+    Args:
+        keys: [T] int64, from `key`.
+        columns: [C] int64 in [0, 2**32), shared by all rows, or [T, C] int64, its own for every
+            row.
+
+    Returns:
+        [T, C] float32. Devices differ only by the rounding of their logarithm.
+    """
+    return uniform(keys, columns).neg_().log1p_().neg_().log_().neg_()
+
+
+def _bits(keys: Tensor, columns: Tensor) -> Tensor:
+    """[T, C] int64 in [0, 2**32): finaliser of multiplier_t * column_c + offset_t."""
+    shape = columns.shape
+    # One call mixes all three small inputs: a launch per tiny op would cost more than the
+    # arithmetic.
+    mixed = _finalise(
+        torch.cat(
+            [
+                keys & MASK_32,
+                (keys >> 32 & MASK_32) ^ KEY_SALT,
+                (columns.reshape(-1) & MASK_32) ^ COLUMN_SALT,
+            ]
+        )
+    )
+    num_rows = len(keys)
+    # An odd multiplier makes the map from columns one to one within a row; below 2**31 the product
+    # fits.
+    multiplier = (mixed[:num_rows] >> 1 | 1).unsqueeze(1)
+    offset = (mixed[num_rows : 2 * num_rows] ^ mixed[:num_rows]).unsqueeze(1)
+    column = mixed[2 * num_rows :].view(shape)
+    if column.dim() == 1:
+        column = column.unsqueeze(0)
+    return _finalise(torch.addcmul(offset, multiplier, column).bitwise_and_(MASK_32))
+
+
+def _finalise(bits: Tensor) -> Tensor:
+    """Mixes every element of an int64 tensor of 32-bit values in place: one to one, avalanche."""
+    for shift, factor in FINALISER_ROUNDS:
+        bits.bitwise_xor_(bits >> shift).mul_(factor).bitwise_and_(MASK_32)
+    return bits.bitwise_xor_(bits >> FINAL_SHIFT)

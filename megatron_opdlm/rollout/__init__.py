@@ -1,0 +1,1 @@
+"""Rollout: the student decodes responses block by block."""

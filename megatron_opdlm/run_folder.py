@@ -1,0 +1,99 @@
+"""The folder of a run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, rollouts/."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_opdlm.config import Config, load_config
+from megatron_opdlm.trajectory import Trajectory
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINTS = "checkpoints"
+ROLLOUTS = "rollouts"
+IMPORTED = "imported"
+
+# What may change when a run goes on: where it runs and what it reports, not what it computes.
+_MAY_CHANGE = {
+    "train_rollouts", "save", "save_interval", "keep_checkpoints", "resume", "log_samples",
+    "eval_data", "eval_interval", "eval_questions", "wandb_project",
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel",
+    "use_distributed_optimizer", "micro_batch_tokens", "overlap_grad_reduce",
+    "distributed_timeout_minutes", "rollout_batch_size", "recompute_granularity",
+}  # fmt: skip
+
+
+class RunFolder:
+    """Paths of a run, and the check that the folder is this run's."""
+
+    def __init__(self, root: str | Path) -> None:
+        """Names the folder; nothing is written yet."""
+        self.root = Path(root)
+        self.checkpoints = self.root / CHECKPOINTS
+        self.imported = self.root / IMPORTED
+
+    def claim(self, config: Config) -> None:
+        """Takes the folder for this run and writes its resolved configuration. Main process only.
+
+        Raises:
+            ValueError: the folder holds another run, or something else.
+        """
+        previous = self.root / CONFIG_FILE
+        if previous.is_file():
+            if config.train.resume == "never":
+                raise ValueError(
+                    f"save={self.root} already holds a run and resume=never; "
+                    "choose another folder, or set resume=auto to go on with it"
+                )
+            self._require_same_run(load_config(previous), config)
+        elif self.root.exists() and any(self.root.iterdir()):
+            found = ", ".join(sorted(path.name for path in self.root.iterdir())[:4])
+            raise ValueError(
+                f"save={self.root} is not empty and holds no {CONFIG_FILE} (found {found}); "
+                "choose another folder"
+            )
+        (self.root / ROLLOUTS).mkdir(parents=True, exist_ok=True)
+        partial = previous.with_suffix(".partial")
+        config.save_yaml(partial)
+        os.replace(partial, previous)
+
+    def _require_same_run(self, before: Config, now: Config) -> None:
+        old, new = before.to_flat_dict(), now.to_flat_dict()
+        different = [k for k in new if k not in _MAY_CHANGE and old.get(k) != new[k]]
+        if "lr_decay_steps" in different and old["train_rollouts"] != new["train_rollouts"]:
+            raise ValueError(
+                f"save={self.root}: train_rollouts changed from {old['train_rollouts']} to "
+                f"{new['train_rollouts']}, which moves the learning-rate schedule; "
+                f"set lr_decay_steps={old['lr_decay_steps']} to keep it"
+            )
+        if different:
+            key = different[0]
+            raise ValueError(
+                f"save={self.root} already holds another run: {key} was {old.get(key)} and is now "
+                f"{new[key]}{f' ({len(different)} keys differ)' if len(different) > 1 else ''}; "
+                "choose another folder, or start with the old value"
+            )
+
+    def write_samples(
+        self, rollout_step: int, trajectories: Sequence[Trajectory], tokenizer: Any
+    ) -> None:
+        """Writes a few rollouts to look at, as JSON lines with text, ids and commit steps."""
+        path = self.root / ROLLOUTS / f"rollout_{rollout_step:06d}.jsonl"
+        with open(path, "w", encoding="utf-8") as file:
+            for trajectory in trajectories:
+                record = {
+                    "prompt_id": trajectory.prompt_id,
+                    "sample": trajectory.sample,
+                    "prompt": tokenizer.decode(trajectory.prompt_ids.tolist()),
+                    "response": tokenizer.decode(trajectory.text_ids.tolist()),
+                    "ended": trajectory.ended,
+                    "block_size": trajectory.block_size,
+                    "num_prompt_tokens": len(trajectory.prompt_ids),
+                    "num_response_tokens": trajectory.num_response_tokens,
+                    "response_ids": trajectory.response_ids.tolist(),
+                    "commit_step": trajectory.commit_step.tolist(),
+                }
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,0 +1,83 @@
+"""Values that change over training: the learning rate, and the limit on response length."""
+
+from __future__ import annotations
+
+import math
+
+CURVES = ("linear", "cos", "sin")
+
+
+def learning_rate(
+    step: int, *, lr: float, min_lr: float, warmup_steps: int, decay_steps: int
+) -> float:
+    """Returns the learning rate of an optimizer step: linear warm-up, cosine to min_lr, then min_lr
+    for good.
+
+    Step 0 already moves the weights (lr / warmup_steps, or lr without warm-up).
+
+    >>> [learning_rate(s, lr=1.0, min_lr=0.0, warmup_steps=2, decay_steps=4) for s in (0, 2, 4, 9)]
+    [0.5, 1.0, 0.0, 0.0]
+
+    Args:
+        step: optimizer step about to be taken, from 0.
+        lr: peak.
+        min_lr: floor, reached at decay_steps.
+        warmup_steps: steps until the peak; 0 starts at it.
+        decay_steps: step from which the rate is min_lr, warm-up included.
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+    if step < 0:
+        raise ValueError(f"step={step} must not be negative")
+    if not 0 <= warmup_steps <= decay_steps:
+        raise ValueError(
+            f"lr_warmup_steps={warmup_steps} must lie between 0 and lr_decay_steps={decay_steps}"
+        )
+    if not 0 <= min_lr <= lr:
+        raise ValueError(f"min_lr={min_lr} must lie between 0 and lr={lr}")
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    if step >= decay_steps:
+        return min_lr
+    progress = (step - warmup_steps) / (decay_steps - warmup_steps)
+    return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def response_limit(rollout_step: int, *, start: int, end: int, ramp_steps: int, curve: str) -> int:
+    """Returns the most tokens that a response may have at a rollout step (paper, section 4.3).
+
+    min(end, start + floor(f(s / ramp_steps) * (end - start))), where f is the identity (`linear`,
+    the paper), 1 - cos(pi/2 x) (`cos`, slow start, the released code's default) or sin(pi/2 x)
+    (`sin`, fast start). It is not rounded to the block size: the last block is decoded whole, and
+    tokens beyond the limit are not response.
+
+    >>> [response_limit(s, start=100, end=4000, ramp_steps=100, curve="linear") for s in (0, 1, 99)]
+    [100, 139, 3961]
+
+    Args:
+        rollout_step: index of the rollout, from 0.
+        start: limit of the first rollout, in tokens.
+        end: limit from rollout ramp_steps on, in tokens.
+        ramp_steps: length of the ramp in rollouts; 0 means `end` from the start.
+        curve: one of CURVES.
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+    if curve not in CURVES:
+        raise ValueError(f"max_response_tokens.curve={curve!r} must be one of {', '.join(CURVES)}")
+    if not 1 <= start <= end:
+        raise ValueError(
+            f"max_response_tokens: start={start} must lie between 1 and end={end}; "
+            "a curriculum only lengthens"
+        )
+    if rollout_step < 0 or ramp_steps < 0:
+        raise ValueError(f"rollout_step={rollout_step} and ramp_steps={ramp_steps} must be >= 0")
+    if rollout_step >= ramp_steps:
+        return end
+    if curve == "linear":  # in integers: 29 / 100 * 100 is below 29 in floating point
+        return start + rollout_step * (end - start) // ramp_steps
+    angle = math.pi / 2 * rollout_step / ramp_steps
+    fraction = 1.0 - math.cos(angle) if curve == "cos" else math.sin(angle)
+    return start + math.floor(fraction * (end - start))

@@ -1,0 +1,147 @@
+"""Brings up what a job needs: process groups, models with their weights, tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_opdlm.checkpoint import as_checkpoint, freeze, load_model
+from megatron_opdlm.config import ModelConfig, ParallelConfig
+from megatron_opdlm.convert.layout import TOKENIZER_DIR, ModelDescription, read_description
+from megatron_opdlm.model import BlockDiffusionModel, BuildOptions
+from megatron_opdlm.parallel import ParallelState
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """A block-diffusion student, ready to decode or to train.
+
+    Attributes:
+        model: this rank's pipeline stage.
+        description: what the checkpoint says about it.
+        tokenizer: transformers tokenizer with the mask token.
+        tokenizer_dir: its files.
+    """
+
+    model: BlockDiffusionModel
+    description: ModelDescription
+    tokenizer: Any
+    tokenizer_dir: Path
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id of masked positions."""
+        assert self.description.mask_token_id is not None, "checked when the student was loaded"
+        return self.description.mask_token_id
+
+
+def build_options(model: ModelConfig, parallel: ParallelConfig) -> BuildOptions:
+    """Reads how models are built from a resolved configuration."""
+    return BuildOptions(
+        layer_spec=model.layer_spec,
+        params_dtype=DTYPES[model.params_dtype],
+        sequence_parallel=parallel.sequence_parallel,
+        fp8=None if model.fp8 == "none" else model.fp8,
+        fp8_recipe=model.fp8_recipe,
+        recompute_granularity=(
+            None if model.recompute_granularity == "none" else model.recompute_granularity
+        ),
+        make_vocab_size_divisible_by=parallel.make_vocab_size_divisible_by,
+    )
+
+
+def load_student(
+    path: str, cache: Path, options: BuildOptions, parallel: ParallelState, mask_token: str
+) -> Student:
+    """Loads a student and its tokenizer.
+
+    Args:
+        path: checkpoint or Hugging Face directory.
+        cache: folder for the conversion of a Hugging Face directory.
+        options: how to build the model.
+        parallel: process groups.
+        mask_token: text of the mask token.
+
+    Raises:
+        ValueError: there is no mask token, or it collides with another special token.
+    """
+    folder = as_checkpoint(path, cache, is_main=parallel.is_main)
+    description = read_description(folder)
+    tokenizer_dir = folder / TOKENIZER_DIR
+    tokenizer = load_tokenizer(tokenizer_dir)
+    check_mask_token(description, tokenizer, mask_token, path)
+    model, description = load_model(folder, options, parallel)
+    return Student(
+        model=model, description=description, tokenizer=tokenizer, tokenizer_dir=tokenizer_dir
+    )
+
+
+def load_teacher(
+    path: str, cache: Path, options: BuildOptions, parallel: ParallelState, student: Student
+) -> tuple[BlockDiffusionModel, ModelDescription]:
+    """Loads the frozen teacher, after checking that it speaks the student's language.
+
+    Raises:
+        ValueError: another vocabulary or another tokenizer than the student's.
+    """
+    folder = as_checkpoint(path, cache, is_main=parallel.is_main)
+    check_same_language(student.description, read_description(folder), path)
+    model, description = load_model(folder, options, parallel)
+    freeze(model)
+    return model, description
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Loads tokenizer files with transformers; no code of the directory runs."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+
+
+def check_mask_token(
+    description: ModelDescription, tokenizer: Any, mask_token: str, path: str
+) -> None:
+    """Refuses a student whose mask token is missing, ambiguous, or also means something else."""
+    mask_id = description.mask_token_id
+    if mask_id is None:
+        raise ValueError(
+            f"student={path} has no mask token; import it again with: "
+            "opdlm convert import --hf DIR --out CKPT"
+        )
+    named = tokenizer.convert_tokens_to_ids(mask_token)
+    if named != mask_id:
+        raise ValueError(
+            f"mask_token={mask_token!r} is id {named} in the tokenizer of {path}, but the "
+            f"checkpoint says {mask_id}; use the checkpoint's token, "
+            f"{tokenizer.convert_ids_to_tokens(mask_id)!r}"
+        )
+    taken = {"pad": tokenizer.pad_token_id, "eos": tokenizer.eos_token_id}
+    for role, token_id in taken.items():
+        if token_id == mask_id:
+            raise ValueError(
+                f"mask_token={mask_token!r} has the id of the {role} token, {mask_id}; "
+                "import the model again so that the mask gets a row of its own"
+            )
+
+
+def check_same_language(
+    student: ModelDescription, teacher: ModelDescription, teacher_path: str
+) -> None:
+    """Refuses a teacher whose ids do not mean what the student's mean."""
+    if student.config.vocab_size != teacher.config.vocab_size:
+        raise ValueError(
+            f"teacher={teacher_path} has vocab_size={teacher.config.vocab_size}, the student "
+            f"{student.config.vocab_size}; they must be equal: distillation compares whole "
+            "distributions"
+        )
+    if student.tokenizer_fingerprint != teacher.tokenizer_fingerprint:
+        raise ValueError(
+            f"teacher={teacher_path} has another tokenizer than the student "
+            f"({teacher.tokenizer_fingerprint} and {student.tokenizer_fingerprint}); "
+            "use two models of one family"
+        )

@@ -1,0 +1,167 @@
+"""Token streams with tags, and the one attention predicate of this project.
+
+A stream is a flat run of tokens [S] in which several documents lie one after the other, without
+padding between them. Four tags per token say everything that attention has to know:
+
+    DOCUMENT  which sequence the token belongs to
+    NOISY     0 in the clean part x_0, 1 in the noisy part x_t (the doubled sequence of block
+              diffusion, BD3-LM, arXiv 2503.09573)
+    BLOCK     index of its block on the grid anchored at absolute position 0
+    POSITION  absolute position in its document, used by RoPE; a noisy token has the position of
+              the clean one
+
+A causal model is the case of block size 1: there, a clean token sees the clean tokens at or before
+its own position. So teacher, student, training and decoding all share `visible`.
+
+Shape letters: S stream tokens, Q query tokens, K key tokens, T loss rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DOCUMENT, NOISY, BLOCK, POSITION = range(4)
+PADDING_DOCUMENT = -1
+
+
+def visible(query_tags: Tensor, key_tags: Tensor) -> Tensor:
+    """Says which key each query may attend to.
+
+    A clean query sees clean keys of its own block and of those before it (block_causal). A noisy
+    query sees clean keys of the blocks before its own (offset_block_causal) and the noisy keys of
+    its own block (block_diagonal). Never across documents.
+
+    Args:
+        query_tags: [..., Q, 4] int, tags of the queries.
+        key_tags: [..., K, 4] int, tags of the keys.
+
+    Returns:
+        [..., Q, K] bool, True where the query attends to the key.
+    """
+    query, key = query_tags.unsqueeze(-2), key_tags.unsqueeze(-3)
+    query_noisy, key_noisy = query[..., NOISY] != 0, key[..., NOISY] != 0
+    earlier = key[..., BLOCK] < query[..., BLOCK]
+    same_block = key[..., BLOCK] == query[..., BLOCK]
+    clean_key = ~key_noisy & (earlier | (same_block & ~query_noisy))
+    noisy_key = key_noisy & query_noisy & same_block
+    return (query[..., DOCUMENT] == key[..., DOCUMENT]) & (clean_key | noisy_key)
+
+
+def make_tags(document: int, positions: Tensor, *, noisy: bool, block_size: int) -> Tensor:
+    """Makes the tags of one part of one document.
+
+    Args:
+        document: index of the document in its stream.
+        positions: [S] int, absolute positions.
+        noisy: whether this is part of x_t.
+        block_size: tokens per block; 1 makes the part causal.
+
+    Returns:
+        [S, 4] int64 tags.
+    """
+    tags = positions.new_empty(len(positions), 4, dtype=torch.int64)
+    tags[:, DOCUMENT] = document
+    tags[:, NOISY] = int(noisy)
+    tags[:, BLOCK] = positions // block_size
+    tags[:, POSITION] = positions
+    return tags
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One sequence of a stream, before packing.
+
+    Attributes:
+        token_ids: [S] int64.
+        tags: [S, 4] int64; the document tag is set by `pack`.
+        loss_rows: [T] int64, indices into this document of the tokens whose output is wanted.
+    """
+
+    token_ids: Tensor
+    tags: Tensor
+    loss_rows: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.tags.shape == (len(self.token_ids), 4), "one row of four tags per token"
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedStream:
+    """Documents laid one after the other.
+
+    Attributes:
+        token_ids: [S] int64.
+        tags: [S, 4] int64. Alignment padding carries document -1; it sees itself alone and nobody
+            sees it.
+        loss_rows: [T] int64, indices into the stream, in the order of the documents.
+        num_padding: alignment tokens at the end of the stream.
+        block_size: tokens per block; 1 for a causal stream.
+    """
+
+    token_ids: Tensor
+    tags: Tensor
+    loss_rows: Tensor
+    num_padding: int
+    block_size: int
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def attention_pairs(self) -> int:
+        """Returns the (query, key) pairs that the predicate allows, per layer, alignment padding
+        left out.
+
+        Clean or noisy, a token of block b sees the same number of keys: b blocks and its own.
+        """
+        real = self.tags[: len(self) - self.num_padding]
+        return int(self.block_size * (real[:, BLOCK] + 1).sum())
+
+    def to(self, device: torch.device | str | int) -> PackedStream:
+        """Returns the stream with its tensors on `device`."""
+        return PackedStream(
+            token_ids=self.token_ids.to(device),
+            tags=self.tags.to(device),
+            loss_rows=self.loss_rows.to(device),
+            num_padding=self.num_padding,
+            block_size=self.block_size,
+        )
+
+
+def pack(documents: Sequence[Document], *, block_size: int, multiple: int = 1) -> PackedStream:
+    """Lays documents one after the other and pads the end to a multiple that the layers ask for.
+
+    Args:
+        documents: any number of documents, all of the same block size; none gives a stream of
+            padding alone (a data-parallel rank without rows).
+        block_size: the block size of their tags.
+        multiple: the stream's length becomes a multiple of this (sequence parallel: the
+            tensor-parallel size; FP8: 16).
+
+    Returns:
+        The packed stream.
+    """
+    length = sum(len(document) for document in documents)
+    num_padding = -length % multiple if length else multiple
+    tags = [document.tags.clone() for document in documents]
+    for index, part in enumerate(tags):
+        part[:, DOCUMENT] = index
+    padding = torch.zeros(num_padding, 4, dtype=torch.int64)
+    padding[:, DOCUMENT] = PADDING_DOCUMENT
+    rows, offset = [torch.empty(0, dtype=torch.int64)], 0
+    for document in documents:
+        rows.append(document.loss_rows + offset)
+        offset += len(document)
+    return PackedStream(
+        token_ids=torch.cat([*(d.token_ids for d in documents), padding.new_zeros(num_padding)]),
+        tags=torch.cat([*tags, padding]),
+        loss_rows=torch.cat(rows),
+        num_padding=num_padding,
+        block_size=block_size,
+    )

@@ -1,0 +1,383 @@
+"""On-policy distillation: rollout -> teacher -> student -> loss -> optimizer -> log -> save."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_opdlm import parallel as process_groups
+from megatron_opdlm import randomness
+from megatron_opdlm.accounting import FlopsReport, WorkCounters, model_flops_per_token
+from megatron_opdlm.batching import Microbatch, make_microbatches
+from megatron_opdlm.checkpoint import CheckpointFolder
+from megatron_opdlm.config import Config
+from megatron_opdlm.convert.layout import ModelDescription
+from megatron_opdlm.data import PromptSampler, PromptTokens, load_prompts, tokenize_prompts
+from megatron_opdlm.distill import StepRows, forward_backward, teacher_rows
+from megatron_opdlm.metrics import MaskedFractionHistogram, MetricsLogger, PhaseTimer
+from megatron_opdlm.model import stream_multiple
+from megatron_opdlm.optimizer import StudentOptimizer
+from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.rollout.collector import collect
+from megatron_opdlm.rollout.engine import RolloutEngine, tokens_per_forward
+from megatron_opdlm.rollout.request import DecodingOptions, Request
+from megatron_opdlm.run_folder import RunFolder
+from megatron_opdlm.schedules import response_limit
+from megatron_opdlm.setup_models import build_options, load_student, load_teacher
+from megatron_opdlm.trajectory import TrainingState, Trajectory, select_state, training_state
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One run. Every rank holds the same trajectories and plans the same batches; rank 0 writes.
+
+    There is no random state: randomness is a function of (seed, step, prompt id, sample, block). So
+    the weights, the optimizer and three counters are all that a checkpoint needs.
+
+    Attributes:
+        config: resolved configuration.
+        parallel: process groups.
+        rollout_step: rollouts finished.
+        work: tokens and passes since the start of the run, over all ranks.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Joins the job, loads models and data, and resumes. Every input error shows here, before
+        work starts.
+
+        Args:
+            config: resolved configuration.
+        """
+        self.config = config
+        self.parallel: ParallelState = process_groups.initialize(
+            tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+            seed=config.train.seed,
+            timeout_minutes=config.parallel.distributed_timeout_minutes,
+        )
+        self.folder = RunFolder(config.train.save)
+        _on_main(self.parallel, lambda: self.folder.claim(config))
+        self._load_models()
+        self.prompts = self._load_prompts()
+        self.sampler = PromptSampler(
+            num_prompts=len(self.prompts),
+            prompts_per_rollout=config.rollout.prompts_per_rollout,
+            seed=config.train.seed,
+        )
+        self.engine = self._make_engine()
+        self.optimizer = StudentOptimizer(
+            self.student.model,
+            config.optimizer,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+            decay_steps=config.lr_decay_steps,
+        )
+        self.checkpoints = CheckpointFolder(
+            self.folder.checkpoints, keep=config.train.keep_checkpoints, parallel=self.parallel
+        )
+        self.timer = PhaseTimer(torch.cuda.synchronize)
+        self.histogram = MaskedFractionHistogram(config.rollout.block_size)
+        self.metrics = MetricsLogger(
+            self.folder.root,
+            self.parallel.is_main,
+            wandb_project=config.train.wandb_project,
+            config=config.to_flat_dict(),
+        )
+        self.rollout_step = 0
+        self._uncounted = WorkCounters()
+        self.work = WorkCounters()
+        self._resume()
+
+    def train(self) -> None:
+        """Runs the job to its last rollout."""
+        total = self.config.train.train_rollouts
+        self.metrics.open_at(self.rollout_step)
+        with self.metrics, self._bar(total, "rollouts", initial=self.rollout_step) as bar:
+            while self.rollout_step < total:
+                trajectories = self.collect()
+                states = self.select_states(trajectories)
+                for batch in self._split(states):
+                    microbatches = self.make_batch(batch)
+                    targets = self.run_teacher(microbatches)
+                    rows = self.run_student(microbatches, targets)
+                    self.log_step(rows, *self.update(rows))
+                    bar.set_postfix(loss=f"{rows.loss:.4f}")
+                self.log_rollout(trajectories, states)
+                self.rollout_step += 1
+                self.save_if_due()
+                bar.update()
+
+    def collect(self) -> list[Trajectory]:
+        """Rollout: one response per request on the current weights; the same list on every rank."""
+        config = self.config.rollout
+        requests = [
+            self._request(self.prompts[place], sample)
+            for place in self.sampler.batch(self.rollout_step)
+            for sample in range(config.samples_per_prompt)
+        ]
+        share = len(requests[self.parallel.dp_rank :: self.parallel.dp_size])
+        with self.timer.phase("rollout"), self._bar(share, "responses", leave=False) as bar:
+            trajectories, counts = collect(
+                self.engine, requests, self.parallel, on_finish=lambda _: bar.update()
+            )
+        self.work.add_rollout(trajectories, **dataclasses.asdict(counts))
+        return trajectories
+
+    def select_states(self, trajectories: Sequence[Trajectory]) -> list[TrainingState]:
+        """State selection: one noisy state per trajectory, laid out for student and teacher."""
+        config, seed = self.config.distill, self.config.train.seed
+        states = []
+        for trajectory in trajectories:
+            key = randomness.key(
+                seed, "state", self.rollout_step, trajectory.prompt_id, trajectory.sample
+            )
+            masked = select_state(trajectory, state_selection=config.state_selection, key=key)
+            states.append(
+                training_state(
+                    trajectory,
+                    masked,
+                    mask_token_id=self.student.mask_token_id,
+                    include_eos=config.eos_loss == "include",
+                )
+            )
+        return states
+
+    def make_batch(self, states: Sequence[TrainingState]) -> list[Microbatch]:
+        """Stream: this data-parallel rank's share of an optimizer step, packed."""
+        return make_microbatches(
+            states,
+            dp_rank=self.parallel.dp_rank,
+            dp_size=self.parallel.dp_size,
+            token_budget=self.config.parallel.micro_batch_tokens,
+            multiple=self.multiple,
+            loss_reduction=self.config.distill.loss_reduction,
+        )
+
+    def run_teacher(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
+        """Teacher: hidden states whose logits are the targets."""
+        with self.timer.phase("teacher"):
+            return teacher_rows(self.teacher, microbatches, self.parallel)
+
+    def run_student(
+        self, microbatches: Sequence[Microbatch], targets: Sequence[Tensor]
+    ) -> StepRows:
+        """Student and loss: forward, divergence, backward."""
+        with self.timer.phase("student"):
+            self.optimizer.zero_grad()
+            rows = forward_backward(
+                self.optimizer.ddp, self.teacher, microbatches, targets, self.parallel
+            )
+        for microbatch in microbatches:
+            self._uncounted.add_streams(microbatch.teacher, microbatch.student)
+        return rows
+
+    def update(self, rows: StepRows) -> tuple[float, float]:
+        """Optimizer.
+
+        Clips and steps; refuses a loss or gradient that is not finite. Returns (gradient norm, lr).
+        """
+        lr = self.optimizer.next_lr()
+        with self.timer.phase("optimizer"):
+            return self.optimizer.step(rows.loss), lr
+
+    def log_step(self, rows: StepRows, grad_norm: float, lr: float) -> None:
+        """Log: one record per optimizer step."""
+        self.histogram.add(rows.kl, rows.num_masked)
+        self._log(
+            {
+                "train/loss": rows.loss,
+                "train/kl": float(rows.kl.mean()),
+                "train/loss_rows": len(rows.kl),
+                "train/grad_norm": grad_norm,
+                "train/lr": lr,
+            }
+        )
+
+    def log_rollout(
+        self, trajectories: Sequence[Trajectory], states: Sequence[TrainingState]
+    ) -> None:
+        """Log: one record per rollout, and a few responses to look at."""
+        counted = self._uncounted.to_tensor().to(torch.cuda.current_device())
+        dist.all_reduce(counted, group=self.parallel.dp_group)
+        self.work.add(WorkCounters.from_tensor(counted.cpu()))
+        self._uncounted = WorkCounters()
+        lengths = torch.tensor([float(t.num_response_tokens) for t in trajectories])
+        self._log(
+            {
+                "rollout/tokens_per_forward": tokens_per_forward(trajectories),
+                "rollout/response_tokens_mean": float(lengths.mean()),
+                "rollout/response_tokens_max": float(lengths.max()),
+                "rollout/eos_rate": sum(t.ended for t in trajectories) / len(trajectories),
+                "rollout/response_limit": self._response_limit(),
+                "rollout/states_without_loss": sum(state.num_rows == 0 for state in states),
+                **self.histogram.drain(),
+                **self.flops.metrics(self.work),
+                **self.timer.drain(),
+            }
+        )
+        if self.parallel.is_main:
+            samples = trajectories[: self.config.train.log_samples]
+            self.folder.write_samples(self.rollout_step, samples, self.student.tokenizer)
+
+    def save_if_due(self) -> None:
+        """Save: weights, optimizer and counters, every `save_interval` rollouts and at the end."""
+        interval, done = self.config.train.save_interval, self.rollout_step
+        if done < self.config.train.train_rollouts and (not interval or done % interval):
+            return
+        with self.timer.phase("save"):
+            self.checkpoints.save(
+                done,
+                self.student.model,
+                self.optimizer,
+                self._description(),
+                self.student.tokenizer_dir,
+                {
+                    "rollout_step": done,
+                    "optimizer_steps": self.optimizer.num_steps,
+                    "seed": self.config.train.seed,
+                    "work": self.work.to_json(),
+                },
+            )
+
+    def _load_models(self) -> None:
+        config = self.config.model
+        options = build_options(config, self.config.parallel)
+        imported = self.folder.imported
+        self.multiple = stream_multiple(options, self.parallel.tp_size)
+        self.student = load_student(
+            config.student, imported / "student", options, self.parallel, config.mask_token
+        )
+        teacher = config.teacher or config.student
+        name = "student" if teacher == config.student else "teacher"
+        self.teacher, teacher_description = load_teacher(
+            teacher, imported / name, options, self.parallel, self.student
+        )
+        self.flops = FlopsReport(
+            student=model_flops_per_token(self.student.description.config),
+            teacher=model_flops_per_token(teacher_description.config),
+            recompute_granularity=config.recompute_granularity,
+        )
+
+    def _load_prompts(self) -> list[PromptTokens]:
+        config = self.config.rollout
+        tokenized = tokenize_prompts(
+            load_prompts(self.config.train.data),
+            self.student.tokenizer,
+            enable_thinking=config.enable_thinking,
+            max_prompt_tokens=config.max_prompt_tokens,
+            progress=self.parallel.is_main,
+        )
+        longest = config.max_prompt_tokens + config.max_response_tokens.end + config.block_size
+        positions = self.student.model.max_sequence_length
+        if longest > positions:
+            raise ValueError(
+                f"max_prompt_tokens + max_response_tokens.end + block_size = {longest} must be at "
+                f"most the model's max_position_embeddings={positions}; lower one of them"
+            )
+        return tokenized.kept
+
+    def _make_engine(self) -> RolloutEngine:
+        config = self.config.rollout
+        names = (field.name for field in dataclasses.fields(DecodingOptions))
+        return RolloutEngine(
+            self.student.model,
+            self.parallel,
+            DecodingOptions(**{name: getattr(config, name) for name in names}),
+            mask_token_id=self.student.mask_token_id,
+            eos_token_ids=self.student.description.config.eos_token_ids,
+            max_rows=config.rollout_batch_size,
+            stream_multiple=self.multiple,
+        )
+
+    def _resume(self) -> None:
+        latest = self.checkpoints.latest()
+        if latest is None:
+            return
+        values = self.checkpoints.load(latest, self.student.model, self.optimizer)
+        self.rollout_step = int(values["rollout_step"])
+        self.work = WorkCounters.from_json(values["work"])
+        logger.info("resumed from %s after %d rollouts", latest, self.rollout_step)
+
+    def _response_limit(self) -> int:
+        lengths = self.config.rollout.max_response_tokens
+        return response_limit(
+            self.rollout_step,
+            start=lengths.start,
+            end=lengths.end,
+            ramp_steps=lengths.ramp_steps,
+            curve=lengths.curve,
+        )
+
+    def _request(self, prompt: PromptTokens, sample: int) -> Request:
+        seed = self.config.train.seed
+        return Request(
+            prompt_id=prompt.id,
+            sample=sample,
+            prompt_ids=prompt.ids,
+            response_limit=self._response_limit(),
+            key=randomness.key(seed, "rollout", self.rollout_step, prompt.id, sample),
+        )
+
+    def _split(self, states: list[TrainingState]) -> list[list[TrainingState]]:
+        """Cuts a rollout into optimizer steps; one without any loss position is left out."""
+        size = self.config.train.rows_per_optimizer_step
+        batches = [states[start : start + size] for start in range(0, len(states), size)]
+        return [batch for batch in batches if any(state.num_rows for state in batch)]
+
+    def _description(self) -> ModelDescription:
+        before = self.student.description
+        return dataclasses.replace(
+            before,
+            block_size=self.config.rollout.block_size,
+            lineage=before.lineage
+            | {
+                "teacher": self.config.model.teacher or self.config.model.student,
+                "data": self.config.train.data,
+                "method": self.config.distill.method,
+                "optimizer_steps": self.optimizer.num_steps,
+                "response_tokens": self.work.response_tokens,
+            },
+        )
+
+    def _log(self, numbers: dict[str, Any]) -> None:
+        self.metrics.log(
+            numbers, rollout_step=self.rollout_step, optimizer_step=self.optimizer.num_steps
+        )
+
+    def _bar(self, total: int, name: str, *, initial: int = 0, leave: bool = True) -> tqdm:
+        return tqdm(
+            total=total, desc=name, initial=initial, leave=leave, disable=not self.parallel.is_main
+        )
+
+
+def _on_main(parallel: ParallelState, action: Callable[[], None]) -> None:
+    """Runs an action on rank 0.
+
+    Its ValueError becomes every rank's, so that none waits for the others.
+    """
+    message: list[str | None] = [None]
+    if parallel.is_main:
+        try:
+            action()
+        except ValueError as error:
+            message = [str(error)]
+    dist.broadcast_object_list(message, src=0)
+    if message[0] is not None:
+        raise ValueError(message[0])
+
+
+def main(config: Config) -> None:
+    """Trains as the configuration says; entry point of `opdlm train` on every rank."""
+    resolved = config.resolved(cuda=torch.cuda.is_available())
+    try:
+        Trainer(resolved).train()
+    finally:
+        process_groups.shutdown()

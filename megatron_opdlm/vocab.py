@@ -1,0 +1,37 @@
+"""Vocabulary sharding: which columns of the logits a tensor-parallel rank holds.
+
+Megatron splits the padded vocabulary evenly: rank r holds columns [r * V_local, (r + 1) * V_local).
+Columns at and beyond vocab_size are padding and belong to no softmax.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+
+def local_columns(
+    num_local_columns: int, *, vocab_size: int, tp_group: ProcessGroup | None
+) -> tuple[int, int]:
+    """Returns (first, valid): the global id of this rank's first column, and how many of its
+    columns are not padding.
+
+    >>> local_columns(8, vocab_size=6, tp_group=None)
+    (0, 6)
+
+    Args:
+        num_local_columns: V_local.
+        vocab_size: tokens without padding.
+        tp_group: tensor-parallel group; None means unsharded.
+
+    Raises:
+        ValueError: if the shards together hold fewer columns than vocab_size.
+    """
+    rank, size = (0, 1) if tp_group is None else (dist.get_rank(tp_group), tp_group.size())
+    if not 0 < vocab_size <= size * num_local_columns:
+        raise ValueError(
+            f"vocab_size={vocab_size} must lie between 1 and the padded vocabulary, "
+            f"{num_local_columns} local columns x {size} ranks = {num_local_columns * size}"
+        )
+    first = rank * num_local_columns
+    return first, min(max(vocab_size - first, 0), num_local_columns)

@@ -1,0 +1,14 @@
+"""Process-wide set-up: one compute thread, and heavy imports before any rank is forked."""
+
+import importlib.util
+import warnings
+
+import torch
+
+# Before any fork: the parent's OpenMP pool does not survive into a forked child, which then hangs.
+torch.set_num_threads(1)
+
+if importlib.util.find_spec("megatron") is not None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron-core warns about absent GPU packages
+        import megatron.core  # noqa: F401  (imported here so that forked ranks inherit it)

@@ -1,0 +1,1 @@
+"""Tests over gloo on up to four forked CPU processes."""

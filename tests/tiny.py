@@ -1,0 +1,79 @@
+"""A tiny Hugging Face Qwen3 with a real byte-level tokenizer, made on the spot for tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BASE_VOCABULARY = 256
+VOCAB_SIZE = 301
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Writes a byte-level tokenizer without merges: 256 bytes and three special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    fast.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(str(directory))
+
+
+def write_model(directory: Path, *, seed: int = 0, std: float = 0.12, **overrides: Any) -> Path:
+    """Writes config, weights and tokenizer of a random Qwen3.
+
+    `std` large enough for varied logits.
+    """
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    values: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "initializer_range": std,
+        "eos_token_id": 258,
+        "pad_token_id": 256,
+        "bos_token_id": None,
+    }
+    torch.manual_seed(seed)
+    config = Qwen3Config(**(values | overrides))
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # away from one, so that a swapped norm shows
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(str(directory))
+    write_tokenizer(directory)
+    return directory
+
+
+def write_prompts(path: Path, count: int = 16) -> Path:
+    """Writes prompts of every length modulo a block size of 4."""
+    lines = [
+        json.dumps({"prompt": "x" * (1 + i % 7) + str(i), "id": f"p{i}"}) for i in range(count)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path

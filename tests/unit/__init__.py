@@ -1,0 +1,1 @@
+"""Tests on one CPU process without a process group."""

@@ -1,0 +1,155 @@
+"""The command line: help, overrides, errors, dry run."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_opdlm import __version__, cli
+from megatron_opdlm.config import Config, load_config
+from megatron_opdlm.config_schema import collect_keys
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+CONFIG = str(CONFIGS / "qwen3_4b.yaml")
+
+
+def run(capsys, *argv):
+    status = cli.main(argv)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_help_imports_nothing_heavy():
+    program = (
+        "import sys; from megatron_opdlm.cli import build_parser; build_parser().format_help();"
+        "print([m for m in ('torch', 'megatron', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_version_and_usage(capsys):
+    for argv, status in (["--version"], 0), ([], 2), (["train"], 2), (["train", CONFIG, "--n"], 2):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(argv)
+        assert stopped.value.code == status
+    assert __version__ in capsys.readouterr().out
+
+
+def test_the_help_of_train_lists_every_key(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert all(f"  {name}: " in text for name in collect_keys(Config))
+
+
+def test_overrides_may_stand_anywhere(capsys):
+    status, out, _ = run(capsys, "train", CONFIG, "lr=2e-5", "--dry-run", "seed=5", "--gpus", "2")
+    assert status == 0
+    assert "lr: 2.0e-05" in out
+    assert "seed: 5" in out
+
+
+def test_an_error_is_one_line_and_status_2(capsys):
+    status, out, err = run(capsys, "train", CONFIG, "lrr=1", "--dry-run")
+    assert (status, out) == (2, "")
+    assert err == "error: unknown key lrr; did you mean lr?\n"
+
+
+@pytest.mark.parametrize("position", [0, 3])
+def test_a_traceback_is_there_when_asked_for(position):
+    argv = ["train", CONFIG, "lrr=1", "--dry-run"]
+    argv.insert(position, "--traceback")
+    with pytest.raises(ValueError, match="unknown key"):
+        cli.main(argv)
+
+
+def test_errors_under_torchrun_name_the_rank(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run(capsys, "train", CONFIG, "lrr=1")[2].startswith("error (rank 1): unknown key")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (["--gpus", "8"], "--gpus is for --dry-run"),
+        (["--nproc", "0"], "--nproc=0 must be at least 1"),
+        (["--dry-run", "--gpus", "3"], "number of GPUs 3 must be a multiple of .* 2 x 1"),
+        (["--dry-run", "student=nowhere/Model-1B"], "nowhere/Model-1B holds neither"),
+        (
+            ["--dry-run", "tensor_model_parallel_size=3"],
+            "must divide the model's num_key_value_heads",
+        ),
+        (
+            ["--dry-run", "pipeline_model_parallel_size=5"],
+            "must divide the model's num_hidden_layers",
+        ),
+    ],
+)
+def test_bad_arguments(capsys, arguments, rule):
+    import re
+
+    status, _, err = run(capsys, "train", CONFIG, *arguments)
+    assert status == 2
+    assert re.search(rule, err)
+
+
+def test_nproc_starts_torchrun_with_the_same_arguments(monkeypatch):
+    commands = []
+
+    def execv(path, argv):
+        commands.append(argv)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("os.execv", execv)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(SystemExit):
+        cli.main(["train", CONFIG, "--nproc", "4", "lr=2e-5"])
+    assert commands[0][1:] == (
+        "-m torch.distributed.run --standalone --nproc-per-node 4 -m megatron_opdlm train "
+        f"{CONFIG} lr=2e-5"
+    ).split(" ")
+
+
+def test_nproc_under_torchrun_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert "torchrun has started this process" in run(capsys, "train", CONFIG, "--nproc", "2")[2]
+
+
+def test_a_bad_configuration_stops_before_any_process_starts(capsys, monkeypatch):
+    monkeypatch.setattr("os.execv", None)
+    assert run(capsys, "train", CONFIG, "--nproc", "2", "lrr=1")[0] == 2
+
+
+def test_train_hands_the_configuration_to_the_trainer(capsys, monkeypatch):
+    from megatron_opdlm import trainer
+
+    seen = []
+    monkeypatch.setattr(trainer, "main", seen.append)
+    assert run(capsys, "train", CONFIG, "seed=3")[0] == 0
+    assert seen == [load_config(CONFIG, ["seed=3"])]
+
+
+def test_a_dry_run_prints_a_configuration_that_loads(capsys, tmp_path):
+    out = run(capsys, "train", CONFIG, "--dry-run", "--gpus", "4")[1]
+    path = tmp_path / "resolved.yaml"
+    path.write_text(out.split("\n\n")[0])
+    assert load_config(path) == load_config(CONFIG).resolved(cuda=True)
+    assert "4 ranks = tp 2 x dp 2 x pp 1" in out
+
+
+def test_other_ranks_of_a_dry_run_are_silent(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run(capsys, "train", CONFIG, "--dry-run") == (0, "", "")
+
+
+def test_plan_prints_the_table_without_the_configuration(capsys):
+    status, out, _ = run(capsys, "plan", CONFIG, "--gpus", "2")
+    assert status == 0
+    assert out.startswith("rank tp dp pp")

@@ -1,0 +1,125 @@
+"""The launchers: valid bash and valid Python at once, and what they start where."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+EXAMPLES = REPOSITORY / "examples"
+SIZES = ("0.6b", "1.7b", "4b", "8b")
+LAUNCHER = EXAMPLES / "opdlm_qwen3_8b.sh"
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine whose commands print their arguments: python, srun, nvidia-smi, scontrol."""
+    binaries = tmp_path / "venv" / "bin"
+    binaries.mkdir(parents=True)
+
+    def command(name, body):
+        path = binaries / name
+        path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        path.chmod(0o755)
+
+    command("python", 'echo "python $*"')
+    command("srun", 'echo "srun $*"')
+    command("nvidia-smi", "exit 1")
+    monkeypatch.setenv("PATH", f"{binaries}:{os.environ['PATH']}")
+    monkeypatch.setenv("VIRTUAL_ENV", str(binaries.parent))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return command
+
+
+def bash(*arguments):
+    done = subprocess.run(
+        ["bash", *map(str, arguments)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_launcher_is_valid_bash_and_valid_python(size):
+    path = EXAMPLES / f"opdlm_qwen3_{size}.sh"
+    subprocess.run(["bash", "-n", path], check=True)
+    compile(path.read_text(), path, "exec")
+    assert os.access(path, os.X_OK)
+
+
+def test_launchers_differ_in_the_models_name_alone():
+    texts = {
+        (EXAMPLES / f"opdlm_qwen3_{size}.sh").read_text().replace(f"qwen3_{size}", "qwen3_SIZE")
+        for size in SIZES
+    }
+    assert len(texts) == 1
+
+
+def test_slurm_lines_name_no_account_and_stand_before_any_command():
+    """sbatch stops reading #SBATCH at the first line that is no comment."""
+    lines = LAUNCHER.read_text().splitlines()
+    first_command = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    options = [line.split()[1] for line in lines[:first_command] if line.startswith("#SBATCH")]
+    assert any(option.startswith("--nodes=") for option in options)
+    assert not any("#SBATCH" in line for line in lines[first_command:])
+    assert not any(option.startswith(("--account", "--partition")) for option in options)
+
+
+def test_without_a_gpu_one_process_runs(machine):
+    assert bash(LAUNCHER, "lr=1e-4") == f"python {LAUNCHER} lr=1e-4"
+
+
+def test_on_gpus_torchrun_runs_one_process_each(machine):
+    machine("nvidia-smi", "printf 'GPU 0: a\\nGPU 1: b\\n'")
+    text = bash(LAUNCHER, "lr=1e-4")
+    assert text == (
+        f"python -m torch.distributed.run --standalone --nproc-per-node=2 {LAUNCHER} lr=1e-4"
+    )
+
+
+def test_a_dry_run_is_one_process_wherever_it_starts(machine, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    machine("nvidia-smi", "printf 'GPU 0: a\\n'")
+    assert bash(LAUNCHER, "--dry-run", "a=b") == f"python {LAUNCHER} --gpus 8 --dry-run a=b"
+
+
+def test_a_slurm_job_starts_one_torchrun_per_node(machine, monkeypatch, tmp_path):
+    """sbatch runs a copy of the file in a spool folder; the job knows where the file is."""
+    spooled = tmp_path / "spool" / "slurm_script"
+    spooled.parent.mkdir()
+    shutil.copy(LAUNCHER, spooled)
+    machine(
+        "scontrol",
+        'if [ "$1" = show ] && [ "$2" = job ]; then\n'
+        f"  printf 'JobId=%s JobName=a\\n   Command={LAUNCHER} lr=1e-4\\n   WorkDir=/x\\n' \"$3\"\n"
+        "else printf 'node3\\nnode4\\n'; fi",
+    )
+    for name, value in (
+        ("JOB_ID", "123456"),
+        ("JOB_NUM_NODES", "2"),
+        ("JOB_NODELIST", "node[3-4]"),
+    ):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    text = bash(spooled, "lr=1e-4")
+    assert text.startswith("srun --nodes=2 --ntasks=2 --ntasks-per-node=1")
+    assert "-m torch.distributed.run --nnodes=2 --nproc-per-node=gpu" in text
+    assert "--rdzv-backend=c10d --rdzv-endpoint=node3:23456" in text
+    assert text.endswith(f"{LAUNCHER} lr=1e-4")
+
+
+def test_torchrun_runs_the_same_file():
+    """Two real processes reach the command line, with the file's configuration."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        + [str(LAUNCHER), "nproc_per_node=2"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    for rank in range(2):
+        assert f"error (rank {rank}): unknown key nproc_per_node" in done.stderr

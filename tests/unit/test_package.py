@@ -1,0 +1,71 @@
+"""What is shipped, and the rules of this code base that a machine can check."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+from setuptools.config.pyprojecttoml import read_configuration
+
+REPOSITORY = Path(__file__).parents[2]
+PACKAGE = REPOSITORY / "megatron_opdlm"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+NAMES = [str(path.relative_to(PACKAGE)) for path in MODULES]
+
+# torchrun's interface is environment variables, and so is MKL's, for the CPU backend; no knob is.
+USES_ENVIRONMENT = {"cli.py", "parallel.py", "backends/cpu.py"}
+
+
+@pytest.fixture(scope="module")
+def project():
+    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+
+
+def test_the_wheel_holds_every_module():
+    configuration = read_configuration(REPOSITORY / "pyproject.toml")
+    packages = set(configuration["tool"]["setuptools"]["packages"])
+    folders = {".".join(path.parent.relative_to(REPOSITORY).parts) for path in MODULES}
+    assert folders <= packages
+    assert not {name for name in packages if not name.startswith("megatron_opdlm")}
+
+
+def test_every_file_of_the_package_that_is_no_module_is_shipped(project):
+    patterns = project["tool"]["setuptools"]["package-data"]
+    shipped = {
+        path
+        for package, globs in patterns.items()
+        for pattern in globs
+        for path in (REPOSITORY / package.replace(".", "/")).glob(pattern)
+    }
+    others = {p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert others == shipped
+
+
+def test_versions_agree(project):
+    from megatron_opdlm import __version__
+
+    assert project["project"]["version"] == __version__
+
+
+def test_constraints_pin_what_the_project_needs_exactly(project):
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pins = [line.split(";")[0].strip() for line in lines if not line.startswith("#")]
+    names = {pin.split("==")[0].lower().replace("_", "-") for pin in pins}
+    assert all("==" in pin for pin in pins)
+    needed = project["project"]["dependencies"] + project["project"]["optional-dependencies"]["dev"]
+    for requirement in needed:
+        assert requirement.split(">")[0].lower().replace("_", "-") in names, requirement
+
+
+@pytest.mark.parametrize("path", MODULES, ids=NAMES)
+def test_house_rules(path):
+    name = str(path.relative_to(PACKAGE))
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        where = f"{path.relative_to(REPOSITORY)}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{where}: bare except"
+            caught = ast.unparse(node.type)
+            assert caught != "Exception", f"{where}: broad except"
+        if isinstance(node, ast.Attribute) and name not in USES_ENVIRONMENT:
+            assert ast.unparse(node) not in ("os.environ", "os.getenv"), f"{where}: environment"

@@ -1,0 +1,138 @@
+"""What every rank would hold, against counts made by hand."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megatron_opdlm.config import load_config
+from megatron_opdlm.plan import check_models, find_model_config, format_table, rank_table
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+HF = {
+    size: find_model_config(f"models/Qwen3-{size}", bundled=CONFIGS / "qwen3")
+    for size in ("0.6B", "8B")
+}
+
+
+def config(*overrides):
+    required = ["student=a", "data=b", "save=c", "train_rollouts=1"]
+    return load_config(None, [*required, *overrides]).resolved(cuda=True)
+
+
+def table(hf, world_size, *overrides, teacher=None):
+    return rank_table(config(*overrides), student=hf, teacher=teacher or hf, world_size=world_size)
+
+
+def sizes(tp_size=1, pp_size=1):
+    return f"tensor_model_parallel_size={tp_size}", f"pipeline_model_parallel_size={pp_size}"
+
+
+def test_ranks_are_laid_out_tensor_data_pipeline():
+    plans = table(HF["8B"], 8, *sizes(2, 2))
+    assert [(p.tp_rank, p.dp_rank, p.pp_rank) for p in plans] == [
+        (0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1), (1, 1, 1),
+    ]  # fmt: skip
+    assert [p.layers for p in plans[::4]] == [range(18), range(18, 36)]
+
+
+def test_one_rank_holds_the_published_number_of_parameters():
+    """8B: 8,190,735,360; 0.6B: 596,049,920. 151936 is a multiple of 128: nothing is padded."""
+    assert table(HF["8B"], 1)[0].student_parameters == 8_190_735_360
+    assert table(HF["0.6B"], 1)[0].student_parameters == 596_049_920
+
+
+def test_vectors_are_copied_and_matrices_split():
+    hf = HF["8B"]
+    whole, half = table(hf, 1)[0], table(hf, 2, *sizes(2))[0]
+    vectors = hf.num_layers * (2 * hf.hidden_size + 2 * hf.kv_channels) + hf.hidden_size
+    padding = (152064 - 151936) * hf.hidden_size * 2 * 0  # 151936 = 1187 x 128, not x 256
+    padded = -(-151936 // 256) * 256 - 151936
+    matrices = whole.student_parameters - vectors + 2 * padded * hf.hidden_size + padding
+    assert half.student_parameters == matrices // 2 + vectors
+
+
+@pytest.mark.parametrize(("size", "copies"), [("0.6B", 1), ("8B", 0)])
+def test_tied_embeddings_have_a_second_copy_on_the_last_stage(size, copies):
+    hf = HF[size]
+    whole, stages = table(hf, 1)[0], table(hf, 2, *sizes(1, 2))
+    total = sum(plan.student_parameters for plan in stages)
+    assert total - whole.student_parameters == copies * hf.vocab_size * hf.hidden_size
+
+
+def test_middle_stages_hold_no_vocabulary():
+    plans = table(HF["8B"], 8, *sizes(2, 4))
+    assert [plan.vocab_rows is None for plan in plans] == [False] * 2 + [True] * 4 + [False] * 2
+    assert plans[0].vocab_rows == range(76032)
+    assert plans[1].vocab_rows == range(76032, 152064)
+
+
+def test_the_padded_vocabulary_at_tensor_parallel_8():
+    assert table(HF["8B"], 8, *sizes(8))[-1].vocab_rows == range(152576 * 7 // 8, 152576)
+
+
+def test_bytes_by_hand():
+    number = 596_049_920
+    plan = table(HF["0.6B"], 1)[0]
+    assert plan.weight_bytes == 2 * 2 * number
+    assert plan.gradient_bytes == 4 * number
+    assert plan.optimizer_bytes == 12 * number
+    rows, capacity = 128, 6000
+    assert plan.kv_cache_bytes == rows * capacity * 2 * 28 * 8 * 128 * 2
+    assert plan.total_bytes == 20 * number + plan.kv_cache_bytes
+
+    float32 = table(HF["0.6B"], 1, "params_dtype=float32")[0]
+    assert float32.weight_bytes == 2 * 4 * number
+    assert float32.optimizer_bytes == 8 * number  # the weights are their own master copy
+
+
+def test_the_distributed_optimizer_splits_its_state_over_data_parallel_ranks():
+    split, whole = (
+        table(HF["0.6B"], 4, f"use_distributed_optimizer={value}")[0].optimizer_bytes
+        for value in ("true", "false")
+    )
+    assert split * 4 == whole
+
+
+def test_a_teacher_of_another_size_is_counted_apart():
+    plan = table(HF["0.6B"], 1, teacher=HF["8B"])[0]
+    assert (plan.student_parameters, plan.teacher_parameters) == (596_049_920, 8_190_735_360)
+
+
+@pytest.mark.parametrize("world_size", [0, 6, 3])
+def test_a_world_that_holds_no_whole_copies_is_refused(world_size):
+    with pytest.raises(ValueError, match="use a multiple of 4"):
+        table(HF["8B"], world_size, *sizes(2, 2))
+
+
+def test_models_that_do_not_fit():
+    hf = HF["8B"]
+    with pytest.raises(ValueError, match="teacher has vocab_size=7.* 151936"):
+        check_models(
+            config(),
+            student=hf,
+            teacher=dataclasses.replace(hf, vocab_size=7, bos_token_id=None, eos_token_ids=()),
+        )
+    with pytest.raises(ValueError, match="make 6000 tokens, .* max_position_embeddings=5999"):
+        check_models(
+            config(), student=hf, teacher=dataclasses.replace(hf, max_position_embeddings=5999)
+        )
+    check_models(
+        config(), student=hf, teacher=dataclasses.replace(hf, max_position_embeddings=6000)
+    )
+
+
+def test_the_table_has_one_line_per_rank():
+    lines = format_table(table(HF["8B"], 8, *sizes(4))).splitlines()
+    assert len(lines) == 2 + 8
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_a_folder_is_read_before_the_bundled_copy(tmp_path):
+    folder = tmp_path / "Qwen3-8B"
+    folder.mkdir()
+    text = (CONFIGS / "qwen3" / "Qwen3-0.6B.config.json").read_text()
+    (folder / "config.json").write_text(text)
+    assert find_model_config(str(folder), bundled=CONFIGS / "qwen3") == HF["0.6B"]
+    with pytest.raises(FileNotFoundError, match="holds neither"):
+        find_model_config(str(tmp_path / "Qwen3-8B-typo"), bundled=CONFIGS / "qwen3")

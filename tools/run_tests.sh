@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# run_tests.sh [pytest arguments]: sets everything up, then lint, types and tests. Exit status 0 = all pass.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+tools/setup_venv.sh
+bin=.venv/bin
+$bin/ruff check .
+$bin/ruff format --check .
+$bin/mypy
+$bin/pytest -q tests/unit tests/distributed "$@"
