@@ -8,6 +8,7 @@ size, and so does the optimizer."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -47,7 +48,7 @@ def as_checkpoint(path: str, cache: Path, *, is_main: bool) -> Path:
 
     Args:
         path: checkpoint root, iteration folder, or Hugging Face directory.
-        cache: folder that receives the conversion of a Hugging Face directory, once.
+        cache: folder that receives conversions; one of the same files is used again.
         is_main: whether this process converts; the others wait for it. Call on all ranks.
 
     Returns:
@@ -59,16 +60,26 @@ def as_checkpoint(path: str, cache: Path, *, is_main: bool) -> Path:
     source = Path(path)
     if not (source / "config.json").is_file():
         return resolve_iteration(source)
+    converted = cache / f"{source.resolve().name}-{_fingerprint(source)}"
     failure: list[str | None] = [None]
-    if is_main and not (cache / LATEST_FILE).is_file():
+    if is_main and not (converted / LATEST_FILE).is_file():
         try:
-            import_hf(source, cache)
+            import_hf(source, converted)
         except (ConversionError, OSError) as error:
             failure = [str(error)]
     dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
         raise ConversionError(failure[0])
-    return resolve_iteration(cache)
+    return resolve_iteration(converted)
+
+
+def _fingerprint(directory: Path) -> str:
+    """Names the state of a folder by its files' names, sizes and times, without reading them."""
+    digest = hashlib.sha256(str(directory.resolve()).encode())
+    for path in sorted(directory.iterdir()):
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:12]
 
 
 def load_model(

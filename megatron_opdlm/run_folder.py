@@ -35,8 +35,8 @@ class RunFolder:
         self.checkpoints = self.root / CHECKPOINTS
         self.imported = self.root / IMPORTED
 
-    def claim(self, config: Config) -> None:
-        """Takes the folder for this run and writes its resolved configuration. Main process only.
+    def check(self, config: Config) -> None:
+        """Checks that the folder is free or this run's own; nothing is written. Main process only.
 
         Raises:
             ValueError: the folder holds another run, or something else.
@@ -49,16 +49,21 @@ class RunFolder:
                     "choose another folder, or set resume=auto to go on with it"
                 )
             self._require_same_run(load_config(previous), config)
-        elif self.root.exists() and any(self.root.iterdir()):
-            found = ", ".join(sorted(path.name for path in self.root.iterdir())[:4])
+            return
+        found = sorted(path.name for path in self.root.iterdir()) if self.root.exists() else []
+        if set(found) - {IMPORTED}:  # conversions alone are left by a start that went no further
             raise ValueError(
-                f"save={self.root} is not empty and holds no {CONFIG_FILE} (found {found}); "
-                "choose another folder"
+                f"save={self.root} is not empty and holds no {CONFIG_FILE} "
+                f"(found {', '.join(found[:4])}); choose another folder"
             )
+
+    def claim(self, config: Config) -> None:
+        """Makes the folder this run's: writes its resolved configuration. Main process only."""
         (self.root / ROLLOUTS).mkdir(parents=True, exist_ok=True)
-        partial = previous.with_suffix(".partial")
+        path = self.root / CONFIG_FILE
+        partial = path.with_suffix(".partial")
         config.save_yaml(partial)
-        os.replace(partial, previous)
+        os.replace(partial, path)
 
     def _require_same_run(self, before: Config, now: Config) -> None:
         old, new = before.to_flat_dict(), now.to_flat_dict()

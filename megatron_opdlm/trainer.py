@@ -18,7 +18,7 @@ from megatron_opdlm.accounting import FlopsReport, WorkCounters, model_flops_per
 from megatron_opdlm.batching import Microbatch, make_microbatches
 from megatron_opdlm.checkpoint import CheckpointFolder
 from megatron_opdlm.config import Config
-from megatron_opdlm.convert.layout import ModelDescription
+from megatron_opdlm.convert.layout import ModelDescription, read_description
 from megatron_opdlm.data import PromptSampler, PromptTokens, load_prompts, tokenize_prompts
 from megatron_opdlm.distill import StepRows, forward_backward, teacher_rows
 from megatron_opdlm.metrics import MaskedFractionHistogram, MetricsLogger, PhaseTimer
@@ -64,7 +64,7 @@ class Trainer:
             timeout_minutes=config.parallel.distributed_timeout_minutes,
         )
         self.folder = RunFolder(config.train.save)
-        _on_main(self.parallel, lambda: self.folder.claim(config))
+        _on_main(self.parallel, lambda: self.folder.check(config))
         self._load_models()
         self.prompts = self._load_prompts()
         self.sampler = PromptSampler(
@@ -95,6 +95,7 @@ class Trainer:
         self._uncounted = WorkCounters()
         self.work = WorkCounters()
         self._resume()
+        _on_main(self.parallel, lambda: self.folder.claim(config))
 
     def train(self) -> None:
         """Runs the job to its last rollout."""
@@ -250,15 +251,16 @@ class Trainer:
     def _load_models(self) -> None:
         config = self.config.model
         options = build_options(config, self.config.parallel)
-        imported = self.folder.imported
         self.multiple = stream_multiple(options, self.parallel.tp_size)
         self.student = load_student(
-            config.student, imported / "student", options, self.parallel, config.mask_token
+            config.student, self.folder.imported, options, self.parallel, config.mask_token
         )
-        teacher = config.teacher or config.student
-        name = "student" if teacher == config.student else "teacher"
         self.teacher, teacher_description = load_teacher(
-            teacher, imported / name, options, self.parallel, self.student
+            config.teacher or config.student,
+            self.folder.imported,
+            options,
+            self.parallel,
+            self.student,
         )
         self.flops = FlopsReport(
             student=model_flops_per_token(self.student.description.config),
@@ -301,6 +303,11 @@ class Trainer:
         latest = self.checkpoints.latest()
         if latest is None:
             return
+        if read_description(latest).config != self.student.description.config:
+            raise ValueError(
+                f"save={self.folder.root}: {latest} is a checkpoint of another model than "
+                f"student={self.config.model.student}; choose another folder"
+            )
         values = self.checkpoints.load(latest, self.student.model, self.optimizer)
         self.rollout_step = int(values["rollout_step"])
         self.work = WorkCounters.from_json(values["work"])
