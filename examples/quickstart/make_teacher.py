@@ -146,6 +146,7 @@ def train(
                 index += 1
                 if problem.prompt not in exclude:
                     problems.append(problem)
+            assert exclude.isdisjoint(p.prompt for p in problems), "held-out question in training"
             ids, labels = training_batch(tokenizer, problems)
             ids = corrupt(ids, labels, share=0.5 if 4 * step >= args.steps else 0.0)
             for group in optimizer.param_groups:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -199,5 +200,7 @@ def _replace_megatron_random(module: Any) -> None:
     def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
+    # The CPU generator stands in for the GPU's, so "CPU RNG state changed" is always true and no news.
+    logging.getLogger(module.__name__).setLevel(logging.ERROR)
     module._get_cuda_rng_state = get_state
     module._set_cuda_rng_state = set_state
