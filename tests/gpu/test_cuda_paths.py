@@ -1,0 +1,140 @@
+"""What only a GPU can show. Run on one with: pytest tests/gpu (one process, one device)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import write_model, write_prompts
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}  # FP8 wants multiples of 16, fused kernels a head of 64
+
+
+@pytest.fixture(scope="module")
+def parallel() -> Iterator[object]:
+    from megatron_opdlm import parallel as process_groups
+
+    yield process_groups.initialize()
+    process_groups.shutdown()
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from megatron_opdlm.convert.importer import import_hf
+    from megatron_opdlm.convert.layout import resolve_iteration
+
+    root = tmp_path_factory.mktemp("gpu")
+    write_model(root / "hf", **SIZES)
+    import_hf(root / "hf", root / "checkpoint", progress=False)
+    return resolve_iteration(root / "checkpoint")
+
+
+def random_stream() -> object:
+    from megatron_opdlm.stream import Document, make_tags, pack
+
+    documents = []
+    for clean, noisy in ((300, 100), (64, 40), (500, 200)):
+        tags = torch.cat(
+            [
+                make_tags(0, torch.arange(clean), noisy=False, block_size=4),
+                make_tags(0, torch.arange(clean - noisy, clean), noisy=True, block_size=4),
+            ]
+        )
+        token_ids = torch.randint(0, 256, (len(tags),))
+        documents.append(Document(token_ids=token_ids, tags=tags, loss_rows=torch.arange(8)))
+    return pack(documents, block_size=4, multiple=16)
+
+
+def test_noise_has_the_same_bits_as_on_the_cpu() -> None:
+    from megatron_opdlm.randomness import uniform
+
+    keys = torch.tensor([1, 2**62 + 17, 12345678901])
+    columns = torch.arange(1000)
+    assert torch.equal(uniform(keys.cuda(), columns.cuda()).cpu(), uniform(keys, columns))
+
+
+def test_compiled_flex_attention_equals_tiles() -> None:
+    from megatron_opdlm.attention import (
+        flex_attention,
+        make_block_mask,
+        make_tiles,
+        tiled_attention,
+    )
+
+    stream = random_stream().to("cuda")
+    torch.manual_seed(0)
+    query = torch.randn(len(stream), 4, 64, device="cuda", requires_grad=True)
+    key = torch.randn(len(stream), 2, 64, device="cuda", requires_grad=True)
+    value = torch.randn(len(stream), 2, 64, device="cuda", requires_grad=True)
+    flex = flex_attention(query, key, value, make_block_mask(stream.tags), 0.125)
+    tiled = tiled_attention(query, key, value, make_tiles(stream.tags), 0.125)
+    torch.testing.assert_close(flex, tiled, atol=2e-3, rtol=2e-3)
+    weight = torch.randn_like(flex)
+    inputs = (query, key, value)
+    for mine, oracle in zip(
+        torch.autograd.grad((flex * weight).sum(), inputs),
+        torch.autograd.grad((tiled * weight).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, oracle, atol=5e-3, rtol=5e-3)
+
+
+def test_transformer_engine_equals_the_local_spec(parallel: object, imported: Path) -> None:
+    pytest.importorskip("transformer_engine")
+    from megatron_opdlm.checkpoint import load_model
+    from megatron_opdlm.model import BuildOptions
+
+    stream = random_stream().to("cuda")
+    logits = []
+    for layer_spec in ("local", "transformer_engine"):
+        options = BuildOptions(layer_spec=layer_spec, params_dtype=torch.float32)
+        model, _ = load_model(imported, options, parallel)
+        with torch.no_grad():
+            hidden = model(stream.token_ids, stream.tags)
+            logits.append(model.logits(model.select_rows(hidden, stream.loss_rows)))
+    torch.testing.assert_close(logits[0], logits[1], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("fp8", ["none", "hybrid"])
+def test_training_step_in_bf16_and_fp8(tmp_path: Path, fp8: str) -> None:
+    pytest.importorskip("transformer_engine")
+    from megatron_opdlm.config import load_config
+    from megatron_opdlm.metrics import read_metrics
+    from megatron_opdlm.trainer import Trainer
+
+    write_model(tmp_path / "hf", **SIZES)
+    write_prompts(tmp_path / "prompts.jsonl", 16)
+    config = load_config(
+        None,
+        [
+            f"student={tmp_path / 'hf'}",
+            f"data={tmp_path / 'prompts.jsonl'}",
+            f"save={tmp_path / 'run'}",
+            "train_rollouts=1",
+            "prompts_per_rollout=8",
+            "rows_per_optimizer_step=4",
+            "max_prompt_tokens=100",
+            "max_response_tokens.start=12",
+            "max_response_tokens.end=24",
+            "lr_warmup_steps=1",
+            f"fp8={fp8}",
+        ],
+    ).resolved(cuda=True)
+    Trainer(config).train()
+    losses = [
+        r["train/loss"]
+        for r in read_metrics(tmp_path / "run" / "metrics.jsonl")
+        if "train/loss" in r
+    ]
+    assert len(losses) == 2 and all(loss > 0 for loss in losses)
