@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _FACTORIES = (
     "tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn",
@@ -152,6 +153,9 @@ def _replace_factories() -> None:
 
     Wrapped one by one: a TorchFunctionMode would do the same, but it taxes every operation of the
     process."""
+    # `with torch.device("meta")` knows the factories by identity: have it make its list before they
+    # change.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _with_cpu_device(getattr(torch, name)))
 
@@ -200,7 +204,8 @@ def _replace_megatron_random(module: Any) -> None:
     def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
-    # The CPU generator stands in for the GPU's, so "CPU RNG state changed" is always true and no news.
+    # The CPU generator stands in for the GPU's, so "CPU RNG state changed" is always true and no
+    # news.
     logging.getLogger(module.__name__).setLevel(logging.ERROR)
     module._get_cuda_rng_state = get_state
     module._set_cuda_rng_state = set_state

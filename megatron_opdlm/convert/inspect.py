@@ -118,7 +118,7 @@ def _inspect_hf(source: Path) -> Inspection:
 def _inspect_checkpoint(folder: Path) -> Inspection:
     description = read_description(folder)
     reader = TorchDistReader(folder)
-    model_keys = [key for key in reader.keys if not key.startswith("optimizer.")]
+    model_keys = [key for key in reader.keys if "optimizer" not in key]
     state_path = folder / STATE_FILE
     tokenizer = folder / TOKENIZER_DIR
     return Inspection(

@@ -17,7 +17,7 @@ ENGINE_MASK_ID = 151669
 """LMDeploy and SGLang hard-code Qwen3's mask id and ignore the config's."""
 
 _GENERATION_FILE = "generation_config.json"
-_CODE_FILES = ("configuration_sdar.py", "modeling_sdar.py")
+_CODE_FILES = ("configuration_sdar.py", "modeling_sdar.py", "decoding_sdar.py")
 
 
 def write_sdar_files(
@@ -72,16 +72,13 @@ def write_sdar_files(
 def sdar_config(
     description: ModelDescription, *, block_size: int, dtype: str, pad_token_id: int | None
 ) -> dict[str, Any]:
-    """config.json of an `sdar` export.
+    """All keys of config.json that some reader needs.
 
     Args:
         description: the checkpoint's `opdlm_model.json`.
         block_size: tokens per block.
         dtype: dtype of the exported weights.
         pad_token_id: the tokenizer's, for models whose config names none.
-
-    Returns:
-        All keys that some reader needs.
     """
     config = description.config
     eos = config.eos_token_ids

@@ -134,13 +134,17 @@ def test_real_qwen3_tokenizer(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     assert add_mask_token(REAL, tmp_path, 151936) == 151669
-    before, after = AutoTokenizer.from_pretrained(REAL), AutoTokenizer.from_pretrained(tmp_path)
+    before, after = (
+        Tokenizer.from_file(str(REAL / "tokenizer.json")),
+        AutoTokenizer.from_pretrained(tmp_path),
+    )
     assert after.mask_token_id == 151669 and len(after) == 151670
     assert after.eos_token_id == 151645 and after.pad_token_id == 151643
-    assert after.chat_template == before.chat_template
+    template = json.loads((REAL / "tokenizer_config.json").read_text())["chat_template"]
+    assert after.chat_template in (template, (REAL / "chat_template.jinja").read_text())
     assert after.get_vocab() == before.get_vocab() | {MASK_TOKEN: 151669}
     text = "<|im_start|>user\nWhat is 17 * 23?<|im_end|>\n<think>\n\n</think>\n\n391 \u00e9\u4f60"
-    assert after.encode(text) == before.encode(text)
+    assert after.encode(text) == before.encode(text).ids
     assert after.decode(after.encode(text), skip_special_tokens=False) == text
     assert "<think>" in after.decode(after.encode(text), skip_special_tokens=True)
     assert after.decode([391, 151669], skip_special_tokens=True) == before.decode([391])

@@ -19,6 +19,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_sdar import SDARConfig
+from .decoding_sdar import choose_commits, sample
 
 
 class BlockCache:
@@ -181,10 +182,6 @@ class SDARModel(SDARPreTrainedModel):
         """Token embedding."""
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the token embedding."""
-        self.embed_tokens = value
-
     def forward(
         self,
         input_ids: Tensor,
@@ -245,10 +242,6 @@ class SDARForCausalLM(SDARPreTrainedModel, GenerationMixin):
         """Output projection."""
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        """Replace the output projection."""
-        self.lm_head = value
-
     def forward(self, input_ids: Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
         """Logits [B, S, V], unshifted; arguments as in `SDARModel.forward`."""
         out = self.model(input_ids, **kwargs)
@@ -297,16 +290,17 @@ class SDARForCausalLM(SDARPreTrainedModel, GenerationMixin):
             [B, P + R] prompts and responses, each cut after its first eos and padded.
         """
         if attention_mask is not None and not bool(attention_mask.all()):
-            raise ValueError(
-                "attention_mask must be all ones: generate() takes prompts of one length"
-            )
+            raise ValueError("attention_mask must be all ones: prompts must have one length")
         if remasking not in ("low_confidence_static", "low_confidence_dynamic"):
             raise ValueError(f"remasking={remasking!r} must be low_confidence_static or _dynamic")
         size = self.config.block_size if block_size is None else block_size
         steps = size if denoising_steps is None else denoising_steps
         if not 1 <= steps <= size:
             raise ValueError(f"denoising_steps={steps} must be between 1 and block_size={size}")
+        # Tokens committed at each step, the first steps taking what does not divide evenly.
+        schedule = [size // steps + (step < size % steps) for step in range(steps)]
         threshold = confidence_threshold if remasking == "low_confidence_dynamic" else None
+        sampling = (temperature, top_k, top_p, generator)
         eos = self._eos_ids(eos_token_id, input_ids.device)
         rows, prompt = input_ids.shape
         total = -(-(prompt + max_new_tokens) // size) * size
@@ -314,25 +308,38 @@ class SDARForCausalLM(SDARPreTrainedModel, GenerationMixin):
         tokens[:, :prompt] = input_ids
         cache, finished = BlockCache(), torch.zeros(rows, dtype=torch.bool, device=tokens.device)
         for start in range(prompt // size * size, total, size):
-            masked = torch.arange(start, start + size, device=tokens.device) >= prompt
-            masked = masked.repeat(rows, 1)
-            for step in range(steps):
-                if not masked.any():
-                    break
-                logits = self._block_logits(tokens, cache, start, size)
-                sampled, confidence = sample(logits, temperature, top_k, top_p, generator)
-                number = size // steps + (step < size % steps)
-                number = size if step == steps - 1 else number
-                commit = choose_commits(confidence, masked, number, threshold)
-                block = tokens[:, start : start + size]  # a view: writing it writes tokens
-                block[commit] = sampled[commit]
-                masked = masked & ~commit
-            response = tokens[:, max(start, prompt) : start + size]
-            finished |= torch.isin(response, eos).any(1)
+            first = max(start, prompt)
+            self._decode_block(tokens, cache, start, first, schedule, threshold, sampling)
+            finished |= torch.isin(tokens[:, first : start + size], eos).any(1)
             if finished.all():
                 total = start + size
                 break
         return self._cut(tokens[:, : min(total, prompt + max_new_tokens)], prompt, eos)
+
+    def _decode_block(
+        self,
+        tokens: Tensor,
+        cache: BlockCache,
+        start: int,
+        first: int,
+        schedule: list[int],
+        threshold: float | None,
+        sampling: tuple[Any, ...],
+    ) -> None:
+        """Fill the masks of the block at `start`, which begin at position `first`, in place."""
+        size = sum(schedule)
+        block = tokens[:, start : start + size]  # a view: writing it writes tokens
+        masked = (torch.arange(start, start + size, device=tokens.device) >= first).repeat(
+            len(tokens), 1
+        )
+        for step, number in enumerate(schedule):
+            if not masked.any():
+                break
+            sampled, confidence = sample(self._block_logits(tokens, cache, start, size), *sampling)
+            last = step == len(schedule) - 1  # commits whatever is left
+            commit = choose_commits(confidence, masked, size if last else number, threshold)
+            block[commit] = sampled[commit]
+            masked = masked & ~commit
 
     def _block_logits(self, tokens: Tensor, cache: BlockCache, start: int, size: int) -> Tensor:
         """Logits [B, K, V] of the block at `start`; finished tokens before it join the cache."""
@@ -367,63 +374,3 @@ class SDARForCausalLM(SDARPreTrainedModel, GenerationMixin):
         if after.any():
             tokens[:, prompt:].masked_fill_(after, pad)
         return tokens[:, : prompt + int((~after).sum(1).max())]
-
-
-def choose_commits(
-    confidence: Tensor, masked: Tensor, number: int, threshold: float | None
-) -> Tensor:
-    """Which masked positions take their sampled token now.
-
-    Args:
-        confidence: [B, K] probability of the sampled token.
-        masked: [B, K] bool; nothing else is ever written.
-        number: the most confident ones to commit; ties go to the lower position.
-        threshold: also commit every position above it; None: no others.
-
-    Returns:
-        [B, K] bool.
-    """
-    confidence = confidence.masked_fill(~masked, -1.0)
-    order = confidence.argsort(dim=1, descending=True, stable=True)
-    commit = torch.zeros_like(masked).scatter(1, order[:, :number], True)
-    if threshold is not None:
-        commit = commit | (confidence > threshold)
-    return commit & masked
-
-
-def sample(
-    logits: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:
-    """Sample with temperature, then top-k, then top-p.
-
-    Args:
-        logits: [B, K, V] float32.
-        temperature: 0 for the argmax.
-        top_k: 0 for all tokens.
-        top_p: 1 for all tokens; the most likely token always stays.
-        generator: random generator, None for torch's own.
-
-    Returns:
-        tokens [B, K] and their confidence [B, K]: the probability under the unfiltered softmax at
-        temperature 1, so that it means the same under every sampling setting.
-    """
-    probabilities = logits.softmax(-1)
-    if temperature == 0:
-        tokens = logits.argmax(-1)
-    else:
-        scaled = logits / temperature
-        if top_k > 0:
-            kth = scaled.topk(min(top_k, scaled.shape[-1])).values[..., -1:]
-            scaled = scaled.masked_fill(scaled < kth, float("-inf"))
-        if top_p < 1:
-            ordered, order = scaled.softmax(-1).sort(-1, descending=True)
-            outside = ordered.cumsum(-1) - ordered >= top_p  # the first one never is
-            outside = torch.zeros_like(outside).scatter(-1, order, outside)
-            scaled = scaled.masked_fill(outside, float("-inf"))
-        flat = scaled.softmax(-1).flatten(0, 1)
-        tokens = torch.multinomial(flat, 1, generator=generator).view(logits.shape[:-1])
-    return tokens, probabilities.gather(-1, tokens[..., None])[..., 0]
