@@ -42,7 +42,13 @@ def main(argv: Sequence[str]) -> int:
     _set_up_logging()
     try:
         status: int | None = args.run(args)
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+    except (
+        ValueError,
+        FileNotFoundError,
+        FileExistsError,
+        ImportError,
+        FloatingPointError,
+    ) as error:
         if args.traceback:
             raise
         sys.stderr.write(f"{_error_prefix()}: {' '.join(str(error).split())}\n")

@@ -23,7 +23,7 @@ from megatron_opdlm.model import BlockDiffusionModel
 from megatron_opdlm.schedules import learning_rate
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(FloatingPointError):
     """The loss or the gradient is NaN or infinite.
 
     Raised on all ranks before the optimizer steps.
@@ -122,8 +122,8 @@ class StudentOptimizer:
         grad_norm = float(self.optimizer.get_grad_norm())
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise NonFiniteError(
-                f"optimizer step {self.num_steps}: loss={loss}, gradient norm={grad_norm}; "
-                "stopped before the weights changed. Resume from the last checkpoint with a lower lr, or "
+                f"optimizer step {self.num_steps}: loss={loss}, gradient norm={grad_norm}; stopped "
+                "before the weights changed. Resume from the last checkpoint with a lower lr, or "
                 "look at the last rollouts"
             )
         for group in self.optimizer.param_groups:

@@ -21,10 +21,12 @@ from megatron_opdlm.config import Config
 from megatron_opdlm.convert.layout import ModelDescription, read_description
 from megatron_opdlm.data import PromptSampler, PromptTokens, load_prompts, tokenize_prompts
 from megatron_opdlm.distill import StepRows, forward_backward, teacher_rows
+from megatron_opdlm.evaluation.online import OnlineEvaluation
 from megatron_opdlm.metrics import MaskedFractionHistogram, MetricsLogger, PhaseTimer
 from megatron_opdlm.model import stream_multiple
 from megatron_opdlm.optimizer import StudentOptimizer
 from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.plan import check_models, find_model_config
 from megatron_opdlm.rollout.collector import collect
 from megatron_opdlm.rollout.engine import RolloutEngine, tokens_per_forward
 from megatron_opdlm.rollout.request import DecodingOptions, Request
@@ -73,6 +75,7 @@ class Trainer:
             seed=config.train.seed,
         )
         self.engine = self._make_engine()
+        self.evaluation = OnlineEvaluation(config, self.student, self.parallel, self.multiple)
         self.optimizer = StudentOptimizer(
             self.student.model,
             config.optimizer,
@@ -103,6 +106,7 @@ class Trainer:
         self.metrics.open_at(self.rollout_step)
         with self.metrics, self._bar(total, "rollouts", initial=self.rollout_step) as bar:
             while self.rollout_step < total:
+                self.evaluate_if_due()
                 trajectories = self.collect()
                 states = self.select_states(trajectories)
                 for batch in self._split(states):
@@ -115,6 +119,9 @@ class Trainer:
                 self.rollout_step += 1
                 self.save_if_due()
                 bar.update()
+            self.evaluate_if_due()
+        if self.parallel.is_main:
+            logger.info("finished; the student is in %s", self.folder.checkpoints)
 
     def collect(self) -> list[Trajectory]:
         """Rollout: one response per request on the current weights; the same list on every rank."""
@@ -228,6 +235,11 @@ class Trainer:
             samples = trajectories[: self.config.train.log_samples]
             self.folder.write_samples(self.rollout_step, samples, self.student.tokenizer)
 
+    def evaluate_if_due(self) -> None:
+        """Evaluate: accuracy of the weights as they are, every `eval_interval` rollouts."""
+        if self.evaluation.is_due(self.rollout_step):
+            self._log(self.evaluation.run())
+
     def save_if_due(self) -> None:
         """Save: weights, optimizer and counters, every `save_interval` rollouts and at the end."""
         interval, done = self.config.train.save_interval, self.rollout_step
@@ -277,13 +289,6 @@ class Trainer:
             max_prompt_tokens=config.max_prompt_tokens,
             progress=self.parallel.is_main,
         )
-        longest = config.max_prompt_tokens + config.max_response_tokens.end + config.block_size
-        positions = self.student.model.max_sequence_length
-        if longest > positions:
-            raise ValueError(
-                f"max_prompt_tokens + max_response_tokens.end + block_size = {longest} must be at "
-                f"most the model's max_position_embeddings={positions}; lower one of them"
-            )
         return tokenized.kept
 
     def _make_engine(self) -> RolloutEngine:
@@ -384,6 +389,10 @@ def _on_main(parallel: ParallelState, action: Callable[[], None]) -> None:
 def main(config: Config) -> None:
     """Trains as the configuration says; entry point of `opdlm train` on every rank."""
     resolved = config.resolved(cuda=torch.cuda.is_available())
+    # What the configurations alone can tell is told before any process joins a group.
+    models = (resolved.model.student, resolved.model.teacher or resolved.model.student)
+    student, teacher = (find_model_config(path) for path in models)
+    check_models(resolved, student=student, teacher=teacher)
     try:
         Trainer(resolved).train()
     finally:
