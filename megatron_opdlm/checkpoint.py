@@ -178,7 +178,7 @@ class CheckpointFolder:
             shutil.rmtree(final, ignore_errors=True)
             os.rename(partial, final)
             self._point_to(iteration)
-            self._prune()
+            self._prune(iteration)
         dist.barrier()
         return final
 
@@ -217,8 +217,10 @@ class CheckpointFolder:
         temporary.write_text(str(iteration))
         os.replace(temporary, pointer)
 
-    def _prune(self) -> None:
-        for old in sorted(self.root.glob("iter_*"))[: -self.keep]:
+    def _prune(self, iteration: int) -> None:
+        """Keeps the newest up to `iteration`; later ones belong to a run set back by hand."""
+        done = sorted(p for p in self.root.glob("iter_*") if p.name <= iteration_name(iteration))
+        for old in done[: -self.keep]:
             shutil.rmtree(old)
 
 

@@ -128,6 +128,8 @@ class StudentOptimizer:
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self.next_lr()
+            # Megatron leaves this product to its own scheduler: 0 for norms.
+            group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
         self.optimizer.step()
         self.num_steps += 1
         return grad_norm

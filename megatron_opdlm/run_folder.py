@@ -21,7 +21,7 @@ _MAY_CHANGE = {
     "train_rollouts", "save", "save_interval", "keep_checkpoints", "resume", "log_samples",
     "eval_data", "eval_interval", "eval_questions", "wandb_project",
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel",
-    "use_distributed_optimizer", "micro_batch_tokens", "overlap_grad_reduce",
+    "micro_batch_tokens", "overlap_grad_reduce",
     "distributed_timeout_minutes", "rollout_batch_size", "recompute_granularity",
 }  # fmt: skip
 

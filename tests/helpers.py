@@ -46,7 +46,7 @@ def run_ranks(
                 process = context.Process(
                     target=_rank_main,
                     args=(writer, rendezvous, rank, world_size, timeout, fn, args),
-                    daemon=True,
+                    daemon=False,  # a rank may start processes of its own: checkpoint writers
                 )
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork with threads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ CHAT_TEMPLATE = (
 )
 BASE_VOCABULARY = 256
 VOCAB_SIZE = 301
+EOS_TOKEN_IDS = [256, *range(0, 250, 25)]  # <|im_end|> and some bytes
 
 
 def write_tokenizer(directory: Path) -> None:
@@ -38,7 +40,8 @@ def write_tokenizer(directory: Path) -> None:
 def write_model(directory: Path, *, seed: int = 0, std: float = 0.12, **overrides: Any) -> Path:
     """Writes config, weights and tokenizer of a random Qwen3.
 
-    `std` large enough for varied logits.
+    `std` large enough for varied logits. Several of the bytes end a sequence too, so that random
+    weights do so now and then.
     """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -54,8 +57,8 @@ def write_model(directory: Path, *, seed: int = 0, std: float = 0.12, **override
         "rope_theta": 10000.0,
         "tie_word_embeddings": True,
         "initializer_range": std,
-        "eos_token_id": 258,
-        "pad_token_id": 256,
+        "eos_token_id": EOS_TOKEN_IDS,
+        "pad_token_id": 257,
         "bos_token_id": None,
     }
     torch.manual_seed(seed)
@@ -65,9 +68,37 @@ def write_model(directory: Path, *, seed: int = 0, std: float = 0.12, **override
         for name, parameter in model.named_parameters():
             if "norm" in name:  # away from one, so that a swapped norm shows
                 parameter.add_(0.2 * torch.randn_like(parameter))
+        # transformers makes the padding row zero; a norm of zeros would blow up its gradient.
+        model.model.embed_tokens.weight[config.pad_token_id].normal_(std=std)
     model.save_pretrained(str(directory))
     write_tokenizer(directory)
     return directory
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """One model in both formats."""
+
+    hf: Path
+    checkpoint: Path
+
+
+def tiny_model(session_folder: Path, **overrides: Any) -> TinyModel:
+    """Writes and imports a model, once per session and set of overrides.
+
+    Args:
+        session_folder: `tmp_path_factory.getbasetemp()`.
+        overrides: of the Qwen3 config.
+    """
+    from megatron_opdlm.convert.importer import import_hf
+
+    name = "_".join(f"{key}={overrides[key]}" for key in sorted(overrides))
+    root = session_folder / f"tiny_{name}"
+    model = TinyModel(hf=root / "hf", checkpoint=root / "checkpoint")
+    if not model.checkpoint.exists():
+        write_model(model.hf, **overrides)
+        import_hf(model.hf, model.checkpoint, progress=False)
+    return model
 
 
 def write_prompts(path: Path, count: int = 16) -> Path:

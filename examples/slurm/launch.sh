@@ -31,7 +31,8 @@ done
 
 if [ -n "${SLURM_JOB_ID:-}" ]; then
   nodes=${SLURM_JOB_NUM_NODES:-1}
-  head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  # no pipe into head: it leaves early, and then pipefail ends this script
+  read -r head_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   port=$((20000 + SLURM_JOB_ID % 10000)) # two jobs on one node do not meet
   exec srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
     "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node=gpu \

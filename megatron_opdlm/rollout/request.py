@@ -5,11 +5,13 @@ Shape letters: P prompt tokens, K block size.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from megatron_opdlm.denoise import check_remasking
+from megatron_opdlm.rollout.sampler import SMALLEST_TEMPERATURE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,12 @@ class DecodingOptions:
                 0 < self.confidence_threshold <= 1,
                 "above 0 and at most 1",
             ),
-            ("temperature", self.temperature, self.temperature >= 0, "0 (argmax) or more"),
+            (
+                "temperature",
+                self.temperature,
+                self.temperature == 0 or SMALLEST_TEMPERATURE <= self.temperature < math.inf,
+                f"0 (argmax) or at least {SMALLEST_TEMPERATURE}",
+            ),
             ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
         )

@@ -46,9 +46,8 @@ def test_vectors_are_copied_and_matrices_split():
     hf = HF["8B"]
     whole, half = table(hf, 1)[0], table(hf, 2, *sizes(2))[0]
     vectors = hf.num_layers * (2 * hf.hidden_size + 2 * hf.kv_channels) + hf.hidden_size
-    padding = (152064 - 151936) * hf.hidden_size * 2 * 0  # 151936 = 1187 x 128, not x 256
-    padded = -(-151936 // 256) * 256 - 151936
-    matrices = whole.student_parameters - vectors + 2 * padded * hf.hidden_size + padding
+    padding = 2 * (152064 - 151936) * hf.hidden_size  # embedding and head, to a multiple of 256
+    matrices = whole.student_parameters - vectors + padding
     assert half.student_parameters == matrices // 2 + vectors
 
 
