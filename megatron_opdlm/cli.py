@@ -17,7 +17,11 @@ from megatron_opdlm import __version__
 if TYPE_CHECKING:
     from megatron_opdlm.config import Config
 
-_SUBCOMMANDS: tuple[tuple[str, str], ...] = (("megatron_opdlm.convert.cli", "add_convert_parser"),)
+_SUBCOMMANDS: tuple[tuple[str, str], ...] = (
+    ("megatron_opdlm.convert.cli", "add_convert_parser"),
+    ("megatron_opdlm.generate", "add_generate_parser"),
+    ("megatron_opdlm.evaluation.cli", "add_eval_parser"),
+)
 """Modules that add their own subcommand; they import torch and the like only when it runs."""
 
 _MODEL_CONFIGS = "qwen3"

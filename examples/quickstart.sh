@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# quickstart.sh [--nproc N] [--out DIR] [--seed N] [--num-questions N] [key=value ...]
+# Sets everything up in .venv, then distils a small autoregressive teacher into a block-diffusion student on
+# this machine, evaluates both, exports the student and writes a report. See docs/quickstart.md.
+set -euo pipefail
+started=$(date +%s)
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+tools/setup_venv.sh
+exec .venv/bin/python examples/quickstart/run.py --started "$started" "$@"

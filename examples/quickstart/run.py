@@ -1,0 +1,283 @@
+"""The quickstart, step by step: import, evaluate, distil, evaluate, export, check, report.
+
+    bash examples/quickstart.sh [--nproc N] [--out DIR] [--seed N] [key=value ...]
+
+Every step is a command that can be typed by hand; it is printed before it runs. `key=value` changes
+a key of examples/configs/quickstart.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from memory import PeakMemory
+from rich.console import Console
+from rich.table import Table
+
+from megatron_opdlm.config import Config, load_config
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CONFIG = "examples/configs/quickstart.yaml"
+TEACHER = "examples/quickstart/teacher"
+HELDOUT = "examples/quickstart/data/heldout.jsonl"
+DEFAULT_OUT = "runs/quickstart"
+THRESHOLD = 0.9
+NUM_CHECKED = 32
+"""Questions on which the export is compared with the checkpoint."""
+
+console = Console(highlight=False)
+
+
+def main() -> int:
+    """Runs everything; returns the exit status."""
+    args = parse_arguments()
+    os.chdir(ROOT)
+    try:
+        out = fresh_folder(args.out)
+        overrides = [f"seed={args.seed}", f"save={out / 'run'}", f"student={out / 'student'}"]
+        config = load_config(CONFIG, overrides + args.overrides)
+    except (ValueError, FileExistsError) as error:
+        console.print(f"error: {error}", markup=False)
+        return 2
+    steps = Steps(args, config, out)
+    with PeakMemory() as memory:
+        try:
+            steps.run(overrides + args.overrides)
+        except subprocess.CalledProcessError as error:
+            console.print(f"stopped: the command above ended with status {error.returncode}")
+            return 1
+        steps.report(memory)
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Options, and key=value for the training."""
+    parser = argparse.ArgumentParser(prog="quickstart.sh", description=__doc__.split("\n")[0])
+    parser.add_argument("--nproc", type=int, default=1, help="processes; default: 1")
+    parser.add_argument(
+        "--out", help=f"new folder; default: {DEFAULT_OUT}, or {DEFAULT_OUT}-2 ... if taken"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument(
+        "--num-questions", type=int, default=512, help="held-out questions; default: 512"
+    )
+    parser.add_argument("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the training")
+    args, rest = parser.parse_known_args()
+    if unknown := [text for text in rest if text.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.overrides += rest
+    return args
+
+
+def fresh_folder(wanted: str | None) -> Path:
+    """Returns a folder that does not exist yet; an earlier run is never touched.
+
+    Raises:
+        FileExistsError: the folder that was asked for holds something.
+    """
+    if wanted is not None:
+        out = Path(wanted)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise FileExistsError(f"--out {out} exists and is not empty; choose another folder")
+    else:
+        out, number = Path(DEFAULT_OUT), 1
+        while out.exists():
+            number += 1
+            out = Path(f"{DEFAULT_OUT}-{number}")
+        if number > 1:
+            console.print(f"{DEFAULT_OUT} holds an earlier run and stays; this one goes to {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+class Steps:
+    """The commands, and the figures that they leave behind."""
+
+    def __init__(self, args: argparse.Namespace, config: Config, out: Path) -> None:
+        self.args = args
+        self.config = config
+        self.out = out
+        self.run_dir = out / "run"
+        self.export_dir = out / "export"
+        self.seconds: dict[str, float] = {}
+
+    def run(self, overrides: list[str]) -> None:
+        """Runs all commands in order."""
+        student, out = str(self.out / "student"), self.out
+        nproc = ["--nproc", str(self.args.nproc)] if self.args.nproc > 1 else []
+        self.step("Import the teacher as the student's initial weights")
+        self.opdlm("convert", "import", "--hf", TEACHER, "--out", student)
+        self.step("The teacher, and the student before training")
+        self.evaluate(student, out / "before.json", "--static", "--teacher", TEACHER, examples=2)
+        self.step("On-policy distillation")
+        self.opdlm("train", CONFIG, *nproc, *overrides)
+        self.step("The student after training")
+        self.evaluate(
+            str(self.run_dir), out / "after.json", "--static", "--dynamic",
+            "--confidence-threshold", str(THRESHOLD), examples=6,
+        )  # fmt: skip
+        self.step("Export for transformers and serving engines")
+        checkpoints = str(self.run_dir / "checkpoints")
+        self.opdlm(
+            "convert", "export", "--checkpoint", checkpoints, "--out", str(self.export_dir),
+            "--format", "sdar",
+        )  # fmt: skip
+        self.step("Reload the export with transformers and compare")
+        self.check()
+
+    def step(self, title: str) -> None:
+        """Announces the next step."""
+        console.rule(f"[bold]{title}", align="left")
+
+    def opdlm(self, *arguments: str, launcher: tuple[str, ...] = ()) -> None:
+        """Runs one `opdlm` command and keeps its wall time."""
+        console.print("$ opdlm " + shlex.join(arguments), style="dim", markup=False, soft_wrap=True)
+        # One thread: for a model this small a second one costs more than it gives. And no warnings
+        # of libraries about themselves; ours go through logging.
+        environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | os.environ
+        start = time.monotonic()
+        command = [sys.executable, *launcher, "-m", "megatron_opdlm", *arguments]
+        subprocess.run(command, check=True, env=environment)
+        name = " ".join(arguments[: 2 if arguments[0] == "convert" else 1])
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+    def evaluate(self, model: str, out: Path, *settings: str, examples: int) -> None:
+        """Runs `opdlm eval` on the held-out questions, on as many processes as the training."""
+        parallel = self.config.parallel
+        launcher: tuple[str, ...] = ()
+        if self.args.nproc > 1:
+            launcher = ("-m", "torch.distributed.run", "--standalone")
+            launcher += ("--nproc-per-node", str(self.args.nproc))
+        self.opdlm(
+            "eval", "--model", model, "--task", f"heldout={HELDOUT}",
+            "--num-questions", str(self.args.num_questions), "--seeds", str(self.args.seed),
+            "--max-new-tokens", str(self.config.rollout.max_response_tokens.end), *settings,
+            "--tensor-model-parallel-size", str(parallel.tensor_model_parallel_size),
+            "--pipeline-model-parallel-size", str(parallel.pipeline_model_parallel_size),
+            "--json", str(out), "--examples", str(examples), launcher=launcher,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Loads the export with its own code, and compares logits and greedy responses."""
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as modules:
+            # transformers copies the export's code there; the user's cache stays as it is.
+            os.environ["HF_MODULES_CACHE"] = modules
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                from check_export import check_export, load_export
+
+                self.exported = check_export(
+                    load_export(self.export_dir),
+                    self.run_dir,
+                    HELDOUT,
+                    num_questions=NUM_CHECKED,
+                    response_limit=self.config.rollout.max_response_tokens.end,
+                )
+        self.seconds["check"] = time.monotonic() - start
+        found = self.exported
+        console.print(
+            f"logits under the block-causal mask: max |delta| = {found.max_delta:.1e} "
+            f"(control, causal mask: {found.control:.1e})\n"
+            f"generate(): {found.num_equal} of {found.num_questions} greedy responses are the same",
+            soft_wrap=True,
+        )
+
+    def report(self, memory: PeakMemory) -> None:
+        """Writes the report folder and prints the table."""
+        from megatron_opdlm.evaluation.report import COLUMNS, ReportRow, write_report
+
+        self.step("Report")
+        seed = self.config.train.seed
+        before = read_results(self.out / "before.json")
+        after = read_results(self.out / "after.json")
+        dynamic = f"dynamic({THRESHOLD:g})"
+        named = {
+            "teacher": before["teacher"],
+            "student before, static": before["static"],
+            "student, static": after["static"],
+            f"student, {dynamic}": after[dynamic],
+        }
+        rows = [ReportRow.from_result(name, result, seed) for name, result in named.items()]
+        shown = {dynamic: after[dynamic], "before training": before["static"]}
+        examples = [
+            {"setting": setting} | example
+            for setting, result in shown.items()
+            for example in result["examples"]
+        ]
+        summary = self.summary(before, after, memory)
+        write_report(
+            self.out / "report",
+            title="Quickstart: from an autoregressive teacher to a block-diffusion student",
+            summary=summary,
+            rows=rows,
+            run_dir=self.run_dir,
+            examples=examples,
+        )
+        table = Table(*COLUMNS)
+        for row in rows:
+            table.add_row(*row.cells())
+        console.print(table)
+        console.print(
+            f"{summary['train_tokens']:,} training tokens, {summary['seconds']:.0f} s with set-up, "
+            f"{summary['peak_memory_gb']:.2f} GB peak memory\n"
+            f"report: {self.out / 'report' / 'report.html'}\n"
+            f"watch it decode: .venv/bin/opdlm generate --model {self.run_dir} --show-steps "
+            '--remasking low_confidence_dynamic --max-new-tokens 40 --prompt "Zoe owns 5 coins. '
+            'She gives Ivy 4, then doubles them. How many coins now?"',
+            markup=False,
+            soft_wrap=True,
+        )
+
+    def summary(
+        self, before: dict[str, Any], after: dict[str, Any], memory: PeakMemory
+    ) -> dict[str, Any]:
+        """Content of summary.json."""
+        from megatron_opdlm.metrics import read_metrics
+
+        records = read_metrics(self.run_dir / "metrics.jsonl")
+        tokens = [r["perf/tokens_paper"] for r in records if "perf/tokens_paper" in r]
+        dynamic = after[f"dynamic({THRESHOLD:g})"]
+        return {
+            "teacher_accuracy": before["teacher"]["accuracy"],
+            "student_before": before["static"]["accuracy"],
+            "student_static": after["static"]["accuracy"],
+            "student_dynamic": dynamic["accuracy"],
+            "tokens_per_forward": dynamic["tokens_per_forward"],
+            "num_questions": dynamic["num_questions"],
+            "train_tokens": tokens[-1],
+            "seconds": time.time() - self.args.started,
+            "peak_memory_gb": memory.gigabytes,
+            "seed": self.config.train.seed,
+            "details": {
+                "processes": self.args.nproc,
+                "seconds_by_step": self.seconds,
+                "tokens_per_forward_static": after["static"]["tokens_per_forward"],
+                "export_max_delta": self.exported.max_delta,
+                "export_control_delta": self.exported.control,
+                "export_equal_responses": self.exported.num_equal,
+                "export_compared_responses": self.exported.num_questions,
+            },
+        }
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Results of `opdlm eval --json` by decoding setting."""
+    results = json.loads(path.read_text(encoding="utf-8"))["results"]
+    return {result["setting"]: result for result in results}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""A loaded student that answers prompts: what `opdlm generate`, `opdlm eval` and evaluation during
+training share."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_opdlm import parallel as process_groups
+from megatron_opdlm import randomness
+from megatron_opdlm.config import ModelConfig
+from megatron_opdlm.convert.files import read_json_object
+from megatron_opdlm.convert.layout import LATEST_FILE
+from megatron_opdlm.data import Prompt, PromptTokens, TokenizedPrompts, tokenize_prompts
+from megatron_opdlm.model import BuildOptions, stream_multiple
+from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.rollout.collector import collect
+from megatron_opdlm.rollout.engine import Observer, RolloutEngine
+from megatron_opdlm.rollout.request import DecodingOptions, Request
+from megatron_opdlm.run_folder import CHECKPOINTS
+from megatron_opdlm.setup_models import DTYPES, Student, load_student
+from megatron_opdlm.trajectory import Trajectory
+
+DEFAULT_BLOCK_SIZE = 4
+"""For weights that were not trained for a block size yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """A student with its tokenizer and process groups; every decoding setting runs on it.
+
+    Attributes:
+        student: model, tokenizer and description.
+        parallel: process groups.
+        trained_block_size: tokens per block the weights were trained for; None before training.
+        max_rows: sequences decoded at once on a data-parallel rank.
+        multiple: the length of a pass is padded to a multiple of this.
+    """
+
+    student: Student
+    parallel: ParallelState
+    trained_block_size: int | None
+    max_rows: int
+    multiple: int = 1
+
+    @classmethod
+    def open(
+        cls,
+        path: str,
+        *,
+        tensor_model_parallel_size: int = 1,
+        pipeline_model_parallel_size: int = 1,
+        params_dtype: str = "auto",
+        max_rows: int = 256,
+    ) -> Decoder:
+        """Joins the job and loads a student. Call on all ranks.
+
+        Args:
+            path: run folder, checkpoint root, iteration folder, or Hugging Face directory. The last
+                is converted into a temporary folder that is gone when this returns.
+            tensor_model_parallel_size: tensor-parallel size.
+            pipeline_model_parallel_size: pipeline-parallel size.
+            params_dtype: "float32", "bfloat16", or "auto": bfloat16 on CUDA, else float32.
+            max_rows: sequences decoded at once on a data-parallel rank.
+
+        Raises:
+            ValueError: neither a checkpoint nor a model, no mask token, or a model that the
+                parallel sizes do not divide.
+        """
+        parallel = process_groups.initialize(
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
+        )
+        cuda = torch.cuda.is_available()
+        dtype = ("bfloat16" if cuda else "float32") if params_dtype == "auto" else params_dtype
+        options = BuildOptions(
+            layer_spec="transformer_engine" if cuda else "local", params_dtype=DTYPES[dtype]
+        )
+        scratch: list[str] = [tempfile.mkdtemp(prefix="opdlm_") if parallel.is_main else ""]
+        dist.broadcast_object_list(scratch, src=0)
+        source = find_checkpoint(path)
+        try:
+            mask_token = ModelConfig(student=path).mask_token
+            cache = Path(scratch[0]) / "student"
+            student = load_student(str(source), cache, options, parallel, mask_token)
+            dist.barrier()  # the folder stays until every rank has read it
+        finally:
+            if parallel.is_main:
+                shutil.rmtree(scratch[0])
+        return cls(
+            student=student,
+            parallel=parallel,
+            trained_block_size=student.description.block_size or _block_size_of_export(source),
+            max_rows=max_rows,
+            multiple=stream_multiple(options, parallel.tp_size),
+        )
+
+    @property
+    def block_size(self) -> int:
+        """Block size to decode with, unless someone asks for another."""
+        return self.trained_block_size or DEFAULT_BLOCK_SIZE
+
+    def tokenize(
+        self,
+        prompts: Sequence[Prompt],
+        options: DecodingOptions,
+        *,
+        response_limit: int,
+        enable_thinking: bool = False,
+    ) -> TokenizedPrompts:
+        """Tokenises the prompts that leave room for a response in the model's positions.
+
+        Raises:
+            ValueError: no prompt does, or the response alone is too long.
+        """
+        positions = self.student.model.max_sequence_length
+        room = positions - response_limit - (options.block_size - 1)
+        if room < 1:
+            raise ValueError(
+                f"max_new_tokens={response_limit} with block_size={options.block_size} leaves no "
+                f"room for a prompt in the model's {positions} positions; use "
+                f"{max(1, positions // 2)} or less"
+            )
+        return tokenize_prompts(
+            prompts,
+            self.student.tokenizer,
+            enable_thinking=enable_thinking,
+            max_prompt_tokens=room,
+        )
+
+    def decode(
+        self,
+        prompts: Sequence[PromptTokens],
+        options: DecodingOptions,
+        *,
+        response_limit: int,
+        seed: int,
+        on_finish: Callable[[Trajectory], None] | None = None,
+        observer: Observer | None = None,
+    ) -> list[Trajectory]:
+        """Decodes one response per prompt. Call on all ranks with the same arguments.
+
+        Args:
+            prompts: tokenised prompts.
+            options: how blocks are denoised.
+            response_limit: most response tokens.
+            seed: with temperature > 0, a response is a function of this and the prompt's id.
+            on_finish: called with each trajectory that this rank finishes.
+            observer: called after each denoising step of each row. Data-parallel ranks then all
+                decode everything, instead of a share each, so that one of them sees it all.
+
+        Returns:
+            Trajectories in the order of the prompts; the same on every rank.
+        """
+        engine = RolloutEngine(
+            self.student.model,
+            self.parallel,
+            options,
+            mask_token_id=self.student.mask_token_id,
+            eos_token_ids=self.student.description.config.eos_token_ids,
+            max_rows=self.max_rows,
+            stream_multiple=self.multiple,
+        )
+        requests = [
+            Request(
+                prompt_id=prompt.id,
+                sample=0,
+                prompt_ids=prompt.ids,
+                response_limit=response_limit,
+                key=randomness.key(seed, "generate", prompt.id, 0),
+            )
+            for prompt in prompts
+        ]
+        if observer is not None:
+            return engine.generate(requests, on_finish=on_finish, observer=observer)
+        return collect(engine, requests, self.parallel, on_finish=on_finish)[0]
+
+
+def find_checkpoint(path: str) -> Path:
+    """Returns the checkpoint of a run folder; any other path as it is."""
+    checkpoints = Path(path) / CHECKPOINTS
+    return checkpoints if (checkpoints / LATEST_FILE).is_file() else Path(path)
+
+
+def _block_size_of_export(source: Path) -> int | None:
+    """Returns the block size that an exported Hugging Face directory names."""
+    config = source / "config.json"
+    return read_json_object(config).get("block_size") if config.is_file() else None

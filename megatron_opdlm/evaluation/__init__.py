@@ -1,0 +1,1 @@
+"""Questions with checkable answers: grading, decoding settings side by side, reports."""

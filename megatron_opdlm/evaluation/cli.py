@@ -1,0 +1,199 @@
+"""`opdlm eval`: accuracy and speed of a student on questions with checkable answers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_opdlm.generate import (
+    REMASKING,
+    Parsers,
+    add_model_arguments,
+    decoding_options,
+    open_decoder,
+    require_folder,
+)
+
+if TYPE_CHECKING:
+    from megatron_opdlm.decoder import Decoder
+    from megatron_opdlm.evaluation.task import EvalResult, Task
+    from megatron_opdlm.evaluation.teacher import Teacher
+    from megatron_opdlm.rollout.request import DecodingOptions
+
+STATIC, DYNAMIC = REMASKING
+
+
+def add_eval_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
+    """Adds `eval`; it sets `run(args) -> exit status`."""
+    parser = subparsers.add_parser(
+        "eval",
+        help="accuracy and tokens per forward on questions with answers",
+        description="Decode and grade; static and dynamic decoding side by side unless one is "
+        "asked for. Also under torchrun, with the same arguments.",
+    )
+    parser.add_argument(
+        "--task",
+        action="append",
+        required=True,
+        metavar="NAME=FILE",
+        help="prompt file whose entries have an answer, a number; may be given several times",
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--static", action="store_true", help="low_confidence_static decoding")
+    parser.add_argument("--dynamic", action="store_true", help="low_confidence_dynamic decoding")
+    parser.add_argument(
+        "--confidence-threshold",
+        type=float,
+        nargs="+",
+        default=[0.9],
+        metavar="P",
+        help="of dynamic decoding; several make several settings; default: 0.9",
+    )
+    parser.add_argument(
+        "--teacher", metavar="HF_DIR", help="decode this model too, greedily, with transformers"
+    )
+    parser.add_argument(
+        "--num-questions", type=int, metavar="N", help="of each file, from its start; default: all"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        metavar="N",
+        help="one run each; greedy decoding takes the first alone; default: 0",
+    )
+    parser.add_argument("--json", metavar="OUT", help="write all figures to this file")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="responses per setting to print, and to put into the JSON file; default: 0",
+    )
+    parser.set_defaults(run=run_eval)
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """Runs `opdlm eval`."""
+    from megatron_opdlm import parallel
+    from megatron_opdlm.evaluation.task import load_task
+    from megatron_opdlm.evaluation.teacher import load_reference
+
+    tasks = [load_task(*_split_task(text), args.num_questions) for text in args.task]
+    if args.json is not None:
+        require_folder(args.json, "--json")
+    teacher = None if args.teacher is None else load_reference(args.teacher)
+    decoder = open_decoder(args, max_rows=args.max_rows)
+    try:
+        results = _run_settings(args, decoder, teacher, tasks)
+        if decoder.parallel.is_main:
+            _report(args, decoder, results)
+    finally:
+        parallel.shutdown()
+    return 0
+
+
+def _split_task(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise ValueError(f"--task {text} must be NAME=FILE, e.g. gsm8k=data/gsm8k.jsonl")
+    return name, path
+
+
+def _settings(args: argparse.Namespace, decoder: Decoder) -> list[DecodingOptions]:
+    both = not (args.static or args.dynamic)
+    chosen = [(STATIC, args.confidence_threshold[0])] if args.static or both else []
+    if args.dynamic or both:
+        chosen += [(DYNAMIC, threshold) for threshold in args.confidence_threshold]
+    return [
+        decoding_options(args, decoder, remasking=remasking, confidence_threshold=threshold)
+        for remasking, threshold in chosen
+    ]
+
+
+def _run_settings(
+    args: argparse.Namespace, decoder: Decoder, teacher: Teacher | None, tasks: Sequence[Task]
+) -> list[EvalResult]:
+    from megatron_opdlm.evaluation.runner import evaluate
+    from megatron_opdlm.evaluation.teacher import evaluate_teacher
+
+    settings = _settings(args, decoder)
+    seeds = args.seeds if args.temperature > 0 else args.seeds[:1]
+    results = []
+    for task in tasks:
+        if teacher is not None:
+            results.append(
+                evaluate_teacher(
+                    teacher,
+                    task,
+                    response_limit=args.max_new_tokens,
+                    enable_thinking=args.enable_thinking,
+                    progress=True,
+                )
+            )
+        for options in settings:
+            for seed in seeds:
+                results.append(
+                    evaluate(
+                        decoder,
+                        task,
+                        options,
+                        response_limit=args.max_new_tokens,
+                        seed=seed,
+                        enable_thinking=args.enable_thinking,
+                        progress=True,
+                    )
+                )
+    return results
+
+
+def _report(args: argparse.Namespace, decoder: Decoder, results: Sequence[EvalResult]) -> None:
+    from rich.console import Console
+
+    from megatron_opdlm.evaluation.examples import choose
+    from megatron_opdlm.evaluation.table import example_text, result_table
+
+    # Piped output is read by programs and logs, which do not wrap.
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=120)
+    for result in results:
+        for answer in choose(result.answers, args.examples):
+            console.print(example_text(result, answer))
+    console.print(result_table(results))
+    if args.json is not None:
+        write_results(args.json, args.model, results, decoder.student.tokenizer, args.examples)
+
+
+def write_results(
+    path: str, model: str, results: Sequence[EvalResult], tokenizer: Any, num_examples: int
+) -> None:
+    """Writes all figures, and the first responses of each setting, as JSON; whole or not at all.
+
+    Args:
+        path: file to write.
+        model: what was evaluated.
+        results: one per task, setting and seed.
+        tokenizer: the student's.
+        num_examples: responses per setting to include.
+    """
+    from megatron_opdlm.evaluation.examples import choose, example_record
+
+    records = [
+        result.to_json()
+        | {
+            "examples": [
+                example_record(answer, tokenizer) for answer in choose(result.answers, num_examples)
+            ]
+        }
+        for result in results
+    ]
+    partial = Path(f"{path}.partial")
+    text = json.dumps({"model": model, "results": records}, indent=1, ensure_ascii=False)
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, path)

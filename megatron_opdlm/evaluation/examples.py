@@ -1,0 +1,56 @@
+"""One graded response as JSON, with everything that a page needs to replay its decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_opdlm.blocks import block_start
+from megatron_opdlm.display import token_texts
+from megatron_opdlm.evaluation.task import Answer
+
+
+def choose(answers: Sequence[Answer], count: int) -> list[Answer]:
+    """Returns the first answers, the last of them exchanged for the first wrong one beyond them.
+
+    A report that shows successes alone is no report.
+    """
+    chosen = list(answers[:count])
+    wrong = [answer for answer in answers if not answer.correct]
+    if chosen and wrong and all(answer.correct for answer in chosen):
+        chosen[-1] = wrong[0]
+    return chosen
+
+
+def example_record(answer: Answer, tokenizer: Any) -> dict[str, Any]:
+    """Returns question, verdict and, for a student's response, how it was decoded.
+
+    Keys of the decoding: `prompt_tail`, texts of the prompt tokens that share the first decoded
+    block; `tokens`, texts of the decoded tokens; `commit_steps`, the step within its block at which
+    each was committed; `passes_at`, the same counted over the whole response; `num_tokens`, how
+    many of them are the response.
+    """
+    record = {
+        "id": answer.question.id,
+        "question": answer.question.messages[-1]["content"],
+        "reference": answer.question.answer,
+        "response": answer.response,
+        "correct": answer.correct,
+        "ended": answer.ended,
+        "num_tokens": answer.num_tokens,
+    }
+    trajectory = answer.trajectory
+    if trajectory is None:
+        return record
+    prompt_ids = trajectory.prompt_ids.tolist()
+    before = trajectory.num_steps.cumsum(0) - trajectory.num_steps
+    grid = trajectory.commit_grid + before.unsqueeze(1)
+    tail = prompt_ids[block_start(len(prompt_ids), trajectory.block_size) :]
+    return record | {
+        "block_size": trajectory.block_size,
+        "passes": trajectory.num_passes,
+        "prompt_tail": token_texts(tokenizer, tail),
+        "tokens": token_texts(tokenizer, trajectory.response_ids.tolist()),
+        "commit_steps": trajectory.commit_step.tolist(),
+        "passes_at": grid.flatten()[len(tail) :].tolist(),
+    }

@@ -1,0 +1,92 @@
+"""Accuracy over training: a fixed set of questions, answered by the weights as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+from megatron_opdlm.config import Config
+from megatron_opdlm.decoder import Decoder
+from megatron_opdlm.denoise import LOW_CONFIDENCE_DYNAMIC, LOW_CONFIDENCE_STATIC
+from megatron_opdlm.evaluation.runner import evaluate
+from megatron_opdlm.evaluation.task import Task, load_task
+from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.rollout.request import DecodingOptions
+from megatron_opdlm.setup_models import Student
+
+
+class OnlineEvaluation:
+    """Greedy static and dynamic decoding of `eval_data`, every `eval_interval` rollouts.
+
+    It reads the live weights, draws no random number and leaves no state behind, so a run with it
+    trains the same numbers as a run without.
+    """
+
+    def __init__(
+        self, config: Config, student: Student, parallel: ParallelState, multiple: int
+    ) -> None:
+        """Reads the questions; errors in them show before work starts.
+
+        Args:
+            config: resolved configuration.
+            student: the student in training.
+            parallel: process groups.
+            multiple: the length of a pass is padded to a multiple of this.
+        """
+        self.interval = config.train.eval_interval
+        self.response_limit = config.rollout.max_response_tokens.end
+        self.enable_thinking = config.rollout.enable_thinking
+        self.total = config.train.train_rollouts
+        self.options = DecodingOptions(
+            block_size=config.rollout.block_size,
+            denoising_steps=config.rollout.denoising_steps,
+            confidence_threshold=config.rollout.confidence_threshold,
+        )
+        self.task: Task | None = None
+        if config.train.eval_data is not None:
+            self.task = load_task(
+                "eval",
+                config.train.eval_data,
+                config.train.eval_questions,
+                key="eval_questions",
+            )
+        self.decoder = Decoder(
+            student=student,
+            parallel=parallel,
+            trained_block_size=config.rollout.block_size,
+            max_rows=config.rollout.rollout_batch_size,
+            multiple=multiple,
+        )
+
+    def is_due(self, rollouts_done: int) -> bool:
+        """Says whether to evaluate now: before the first rollout, at the interval, at the end.
+
+        A record carries the index of the rollout that follows it, as a resumed run expects.
+        """
+        if self.task is None:
+            return False
+        return rollouts_done % self.interval == 0 or rollouts_done == self.total
+
+    def run(self) -> dict[str, float]:
+        """Answers the questions. Call on all ranks.
+
+        Returns:
+            Metrics by name; the same on every rank.
+        """
+        assert self.task is not None, "is_due() says whether there is anything to run"
+        start = time.perf_counter()
+        metrics: dict[str, float] = {"eval/questions": len(self.task.questions)}
+        for name, remasking in (
+            ("static", LOW_CONFIDENCE_STATIC),
+            ("dynamic", LOW_CONFIDENCE_DYNAMIC),
+        ):
+            result = evaluate(
+                self.decoder,
+                self.task,
+                dataclasses.replace(self.options, remasking=remasking),
+                response_limit=self.response_limit,
+                enable_thinking=self.enable_thinking,
+            )
+            metrics[f"eval/accuracy_{name}"] = result.accuracy
+            metrics[f"eval/tokens_per_forward_{name}"] = result.tokens_per_forward
+        return metrics | {"eval/seconds": time.perf_counter() - start}

@@ -1,0 +1,85 @@
+"""Asks a student the questions of a task under one decoding setting."""
+
+from __future__ import annotations
+
+import time
+
+from tqdm import tqdm
+
+from megatron_opdlm.decoder import Decoder
+from megatron_opdlm.denoise import LOW_CONFIDENCE_DYNAMIC
+from megatron_opdlm.evaluation.task import EvalResult, Task, grade
+from megatron_opdlm.rollout.request import DecodingOptions
+
+
+def setting_name(options: DecodingOptions) -> str:
+    """Returns how reports call a decoding setting: static, dynamic(0.9)."""
+    if options.remasking == LOW_CONFIDENCE_DYNAMIC:
+        return f"dynamic({options.confidence_threshold:g})"
+    return "static"
+
+
+def evaluate(
+    decoder: Decoder,
+    task: Task,
+    options: DecodingOptions,
+    *,
+    response_limit: int,
+    seed: int = 0,
+    enable_thinking: bool = False,
+    progress: bool = False,
+) -> EvalResult:
+    """Decodes and grades every question of a task. Call on all ranks with the same arguments.
+
+    A prompt too long for the model counts as a wrong answer: the number of questions is that of the
+    task, whatever the model.
+
+    Args:
+        decoder: the student.
+        task: questions.
+        options: how blocks are denoised.
+        response_limit: most response tokens.
+        seed: seed of the sampling; greedy decoding doesn't depend on it.
+        enable_thinking: passed to the chat template.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The graded answers; the same on every rank.
+    """
+    name = setting_name(options)
+    prompts = decoder.tokenize(
+        task.questions, options, response_limit=response_limit, enable_thinking=enable_thinking
+    ).kept
+    share = len(prompts[decoder.parallel.dp_rank :: decoder.parallel.dp_size])
+    start = time.perf_counter()
+    show = progress and decoder.parallel.is_main
+    with tqdm(total=share, desc=f"{task.name} {name}", disable=not show) as bar:
+        trajectories = decoder.decode(
+            prompts,
+            options,
+            response_limit=response_limit,
+            seed=seed,
+            on_finish=lambda _: bar.update(),
+        )
+    seconds = time.perf_counter() - start
+    texts = decoder.student.tokenizer.batch_decode(
+        [trajectory.text_ids.tolist() for trajectory in trajectories], skip_special_tokens=True
+    )
+    answers = [grade(question, "", num_tokens=0, ended=False) for question in task.questions]
+    for prompt, trajectory, text in zip(prompts, trajectories, texts, strict=True):
+        answers[prompt.index] = grade(
+            task.questions[prompt.index],
+            text,
+            num_tokens=trajectory.num_response_tokens,
+            ended=trajectory.ended,
+            trajectory=trajectory,
+        )
+    return EvalResult(
+        task=task.name,
+        setting=name,
+        seed=seed,
+        temperature=options.temperature,
+        answers=answers,
+        num_passes=sum(trajectory.num_passes for trajectory in trajectories),
+        seconds=seconds,
+    )

@@ -1,0 +1,67 @@
+"""Results as tables for people."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from megatron_opdlm.evaluation.task import Answer, EvalResult
+
+HEADER = ("task", "decoding", "accuracy", "tokens/forward", "tokens", "eos", "questions", "seed")
+
+
+def result_rows(results: Sequence[EvalResult]) -> list[tuple[str, ...]]:
+    """Returns one row of HEADER per task and setting; runs that differ in the seed share one."""
+    groups: dict[tuple[str, str], list[EvalResult]] = {}
+    for result in results:
+        groups.setdefault((result.task, result.setting), []).append(result)
+    return [_row(group) for group in groups.values()]
+
+
+def result_table(results: Sequence[EvalResult]) -> Table:
+    """Returns the rows as a table for a terminal."""
+    table = Table(*HEADER, title="accuracy in %, with standard error")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in result_rows(results):
+        table.add_row(*row)
+    return table
+
+
+def example_text(result: EvalResult, answer: Answer) -> Text:
+    """Returns a question, the response to it and the verdict."""
+    verdict = "correct" if answer.correct else f"wrong, the answer is {answer.question.answer}"
+    text = Text(f"[{result.setting}] {answer.question.messages[-1]['content']}\n", style="dim")
+    text.append(f"    {answer.response}\n", style="default")
+    text.append(f"    {verdict}", style="green" if answer.correct else "red")
+    return text
+
+
+def accuracy_text(results: Sequence[EvalResult]) -> str:
+    """Returns the accuracy in % with what is known of its error.
+
+    One run: the binomial standard error of its questions. Several seeds: mean and standard
+    deviation over the seeds.
+    """
+    percents = [100 * result.accuracy for result in results]
+    if len(results) == 1:
+        return f"{percents[0]:.1f} \u00b1 {100 * results[0].standard_error:.1f}"
+    return f"{statistics.mean(percents):.1f} \u00b1 {statistics.stdev(percents):.1f} (std of seeds)"
+
+
+def _row(group: Sequence[EvalResult]) -> tuple[str, ...]:
+    first = group[0]
+    sampling = f", T={first.temperature:g}" if first.temperature > 0 else ""
+    return (
+        first.task,
+        first.setting + sampling,
+        accuracy_text(group),
+        f"{statistics.mean(result.tokens_per_forward for result in group):.2f}",
+        f"{statistics.mean(result.response_tokens_mean for result in group):.1f}",
+        f"{statistics.mean(result.eos_rate for result in group):.2f}",
+        str(first.num_questions),
+        ", ".join(str(result.seed) for result in group),
+    )
