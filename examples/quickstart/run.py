@@ -47,6 +47,7 @@ def main() -> int:
         out = fresh_folder(args.out)
         overrides = [f"seed={args.seed}", f"save={out / 'run'}", f"student={out / 'student'}"]
         config = load_config(CONFIG, overrides + args.overrides)
+        out.mkdir(parents=True, exist_ok=True)
     except (ValueError, FileExistsError) as error:
         console.print(f"error: {error}", markup=False)
         return 2
@@ -82,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def fresh_folder(wanted: str | None) -> Path:
-    """Returns a folder that does not exist yet; an earlier run is never touched.
+    """Returns where the results go; an earlier run is never touched.
 
     Raises:
         FileExistsError: the folder that was asked for holds something.
@@ -97,8 +98,8 @@ def fresh_folder(wanted: str | None) -> Path:
             number += 1
             out = Path(f"{DEFAULT_OUT}-{number}")
         if number > 1:
-            console.print(f"{DEFAULT_OUT} holds an earlier run and stays; this one goes to {out}")
-    out.mkdir(parents=True, exist_ok=True)
+            text = f"{DEFAULT_OUT} holds an earlier run and stays; this one goes to {out}"
+            console.print(text, soft_wrap=True)
     return out
 
 
