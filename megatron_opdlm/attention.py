@@ -167,6 +167,39 @@ def _join(pieces: list[tuple[Tensor, Tensor, Tensor]], device: torch.device) -> 
     )
 
 
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    """Attention of a batch under a mask.
+
+    The query heads that share a key head are laid out as further queries of that head, so that no
+    key is copied and every kernel that takes a mask can be chosen.
+
+    Args:
+        query: [G, Q, N, D].
+        key: [G, K, M, D], M divides N; query head i reads key head i // (N / M).
+        value: [G, K, M, D].
+        mask: [G, 1, Q, K] bool, True where the query sees the key; every query sees one.
+        scale: factor of the scores.
+
+    Returns:
+        [G, Q, N, D], differentiable.
+    """
+    num_rows, num_queries, num_heads, size = query.shape
+    num_groups = key.shape[2]
+    shared = num_heads // num_groups
+    by_key_head = query.view(num_rows, num_queries, num_groups, shared, size)
+    output = F.scaled_dot_product_attention(
+        by_key_head.permute(0, 2, 3, 1, 4).flatten(2, 3),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=mask.repeat(1, 1, shared, 1) if shared > 1 else mask,
+        scale=scale,
+    )
+    by_query = output.view(num_rows, num_groups, shared, num_queries, size)
+    return by_query.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
 def tiled_attention(
     query: Tensor, key: Tensor, value: Tensor, tiles: list[Tile], scale: float
 ) -> Tensor:
@@ -184,15 +217,10 @@ def tiled_attention(
     """
     outputs, order = [], []
     for tile in tiles:
-        output = F.scaled_dot_product_attention(
-            query[tile.queries].transpose(1, 2),
-            key[tile.keys].transpose(1, 2),
-            value[tile.keys].transpose(1, 2),
-            attn_mask=tile.mask,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
+        output = masked_attention(
+            query[tile.queries], key[tile.keys], value[tile.keys], tile.mask, scale
         )
-        outputs.append(output.transpose(1, 2).flatten(0, 1)[tile.kept])
+        outputs.append(output.flatten(0, 1)[tile.kept])
         order.append(tile.kept_queries)
     return torch.cat(outputs)[torch.argsort(torch.cat(order))]
 

@@ -44,10 +44,10 @@ def row_weights(states: Sequence[TrainingState], loss_reduction: str) -> list[fl
 
     - `sequence_mean`: mean over a sequence's rows, then over sequences (the released code);
     - `token_mean`: mean over all rows of the step;
-    - `token_sum`: sum over a sequence's rows, mean over sequences (the paper's Eq. 5 with w(t) =
-      1).
+    - `token_sum`: sum over a sequence's rows, mean over all sequences, where one without a loss
+      row adds zero (the paper's Eq. 5 with w(t) = 1).
 
-    Sequences without a loss row count in no denominator.
+    In the first two, sequences without a loss row count in no denominator.
 
     Args:
         states: all states of the optimizer step, of every data-parallel rank.
@@ -63,7 +63,7 @@ def row_weights(states: Sequence[TrainingState], loss_reduction: str) -> list[fl
     if loss_reduction == "token_mean":
         return [1.0 / num_rows if s.num_rows else 0.0 for s in states]
     if loss_reduction == "token_sum":
-        return [1.0 / num_sequences if s.num_rows else 0.0 for s in states]
+        return [1.0 / len(states) if s.num_rows else 0.0 for s in states]
     raise ValueError(f"loss_reduction={loss_reduction!r}: use one of {', '.join(LOSS_REDUCTION)}")
 
 

@@ -20,8 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.files import read_json_object, write_json
+from megatron_opdlm.convert.files import read_json_object, sync_tree, write_json
 from megatron_opdlm.convert.importer import import_hf
 from megatron_opdlm.convert.layout import (
     LATEST_FILE,
@@ -35,7 +34,7 @@ from megatron_opdlm.convert.layout import (
 )
 from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, build_model
 from megatron_opdlm.optimizer import StudentOptimizer
-from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.parallel import ParallelState, from_main
 
 logger = logging.getLogger(__name__)
 
@@ -46,31 +45,36 @@ _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 def as_checkpoint(path: str, cache: Path, *, is_main: bool) -> Path:
     """Returns a checkpoint for a path that is a checkpoint or a Hugging Face directory.
 
+    Rank 0 looks, and converts if it must; the others take its word, so that all nodes agree.
+
     Args:
         path: checkpoint root, iteration folder, or Hugging Face directory.
         cache: folder that receives conversions; one of the same files is used again.
-        is_main: whether this process converts; the others wait for it. Call on all ranks.
+        is_main: whether this is rank 0. Call on all ranks.
 
     Returns:
         The iteration folder.
 
     Raises:
-        ConversionError: on all ranks, if there is neither.
+        ValueError: on all ranks, if there is neither, or if this node does not see it.
     """
-    source = Path(path)
-    if not (source / "config.json").is_file():
-        return resolve_iteration(source)
-    converted = cache / f"{source.resolve().name}-{_fingerprint(source)}"
-    failure: list[str | None] = [None]
-    if is_main and not (converted / LATEST_FILE).is_file():
-        try:
+
+    def find() -> Path:
+        source = Path(path)
+        if not (source / "config.json").is_file():
+            return resolve_iteration(source)
+        converted = cache / f"{source.resolve().name}-{_fingerprint(source)}"
+        if not (converted / LATEST_FILE).is_file():
             import_hf(source, converted)
-        except (ConversionError, OSError) as error:
-            failure = [str(error)]
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise ConversionError(failure[0])
-    return resolve_iteration(converted)
+        return resolve_iteration(converted)
+
+    folder = from_main(find, is_main=is_main)
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} exists on the first node but not here; models and run folders must be on a "
+            "file system that all nodes share"
+        )
+    return folder
 
 
 def _fingerprint(directory: Path) -> str:
@@ -97,10 +101,26 @@ def load_model(
     """
     description = read_description(iteration_dir)
     model = build_model(description.config, options, parallel)
-    state = {"model": model.sharded_state_dict()}
-    loaded = dist_checkpointing.load(state, str(iteration_dir))
-    model.load_state_dict(loaded["model"])
+    loaded = dist_checkpointing.load({"model": _weights(model)}, str(iteration_dir))
+    _take_weights(model, loaded["model"])
     return model, description
+
+
+def _weights(model: BlockDiffusionModel) -> dict[str, Any]:
+    """Returns the sharded tensors of a model.
+
+    Without `_extra_state`: that is the history of delayed FP8 scaling, which is not used here, and
+    layers of the local spec have none, though both kinds must load each other's checkpoints.
+    """
+    state = model.sharded_state_dict()
+    return {name: part for name, part in state.items() if not name.endswith("_extra_state")}
+
+
+def _take_weights(model: BlockDiffusionModel, state: dict[str, Any]) -> None:
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    different = [n for n in (*missing, *unexpected) if not n.endswith("_extra_state")]
+    if different:
+        raise ValueError(f"the checkpoint and the model differ in {', '.join(different[:4])}")
 
 
 def freeze(model: BlockDiffusionModel) -> BlockDiffusionModel:
@@ -125,8 +145,12 @@ class CheckpointFolder:
         self.parallel = parallel
 
     def latest(self) -> Path | None:
-        """Returns the newest complete iteration folder, or None before the first."""
-        return resolve_iteration(self.root) if (self.root / LATEST_FILE).is_file() else None
+        """Returns the newest complete iteration folder, or None before the first. On all ranks."""
+
+        def find() -> Path | None:
+            return resolve_iteration(self.root) if (self.root / LATEST_FILE).is_file() else None
+
+        return from_main(find, is_main=self.parallel.is_main)
 
     def save(
         self,
@@ -156,7 +180,8 @@ class CheckpointFolder:
         final = self.root / iteration_name(iteration)
         partial = self.root / f".{final.name}.partial"
         if self.parallel.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left_over in self.root.glob(".iter_*"):  # of runs that were killed while saving
+                shutil.rmtree(left_over)
             partial.mkdir(parents=True)
         dist.barrier()
         model_state = model.sharded_state_dict()
@@ -175,7 +200,9 @@ class CheckpointFolder:
             write_description(partial, description)
             write_json(partial / STATE_FILE, dict(state))
             shutil.copytree(tokenizer_dir, partial / TOKENIZER_DIR)
-            shutil.rmtree(final, ignore_errors=True)
+            sync_tree(partial)
+            if final.exists():  # the same iteration again: at no time without a complete one
+                os.rename(final, self.root / f".{final.name}.old")
             os.rename(partial, final)
             self._point_to(iteration)
             self._prune(iteration)
@@ -197,7 +224,7 @@ class CheckpointFolder:
         """
         values = read_json_object(iteration_dir / STATE_FILE)
         optimizer.prime_state()
-        model_state = model.sharded_state_dict()
+        model_state = _weights(model)
         loaded = dist_checkpointing.load(
             {
                 "model": model_state,
@@ -207,7 +234,7 @@ class CheckpointFolder:
             },
             str(iteration_dir),
         )
-        model.load_state_dict(loaded["model"])
+        _take_weights(model, loaded["model"])
         optimizer.load(loaded["optimizer"], int(values["optimizer_steps"]))
         return values
 
@@ -220,7 +247,7 @@ class CheckpointFolder:
     def _prune(self, iteration: int) -> None:
         """Keeps the newest up to `iteration`; later ones belong to a run set back by hand."""
         done = sorted(p for p in self.root.glob("iter_*") if p.name <= iteration_name(iteration))
-        for old in done[: -self.keep]:
+        for old in (*done[: -self.keep], *self.root.glob(".iter_*")):
             shutil.rmtree(old)
 
 

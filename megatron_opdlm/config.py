@@ -46,6 +46,9 @@ __all__ = [
     "load_config",
 ]
 
+WARMUP_ROLLOUTS = 5
+"""Rollouts of warm-up in the paper's Table 13."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     "official": {},  # the defaults of the fields
     "paper": {
@@ -96,6 +99,13 @@ class Config:
         return self.total_optimizer_steps if given is None else given
 
     @property
+    def lr_warmup_steps(self) -> int:
+        """Optimizer steps of linear warm-up."""
+        given = self.optimizer.lr_warmup_steps
+        of_the_paper = WARMUP_ROLLOUTS * self.optimizer_steps_per_rollout
+        return min(of_the_paper, self.lr_decay_steps) if given is None else given
+
+    @property
     def longest_row_tokens(self) -> int:
         """Upper bound of one row's packed stream, in tokens: [clean x0 | noisy xt].
 
@@ -105,25 +115,35 @@ class Config:
         prompt, response = self.rollout.max_prompt_tokens, self.rollout.max_response_tokens.end
         return prompt + 2 * response + 3 * (self.rollout.block_size - 1)
 
-    def resolved(self, *, cuda: bool) -> Config:
+    def resolved(self, *, cuda: bool, transformer_engine: bool | None = None) -> Config:
         """Returns the configuration with every automatic value replaced by the one it stands for.
 
         Args:
             cuda: whether the run's machine has CUDA devices.
+            transformer_engine: whether it has Transformer Engine; None = if it has CUDA.
 
         Raises:
             ValueError: what was left open cannot be had on this machine (FP8 without CUDA).
         """
         layer_spec: Literal["transformer_engine", "local"]
         dtype: Literal["bfloat16", "float32"]
-        layer_spec, dtype = ("transformer_engine", "bfloat16") if cuda else ("local", "float32")
+        engine = cuda if transformer_engine is None else transformer_engine
+        layer_spec, dtype = "local", "float32"
+        if engine:
+            layer_spec = "transformer_engine"
+        if cuda:
+            dtype = "bfloat16"
         model = dataclasses.replace(
             self.model,
             teacher=self.model.student if self.model.teacher is None else self.model.teacher,
             layer_spec=layer_spec if self.model.layer_spec == "auto" else self.model.layer_spec,
             params_dtype=dtype if self.model.params_dtype == "auto" else self.model.params_dtype,
         )
-        optimizer = dataclasses.replace(self.optimizer, lr_decay_steps=self.lr_decay_steps)
+        optimizer = dataclasses.replace(
+            self.optimizer,
+            lr_warmup_steps=self.lr_warmup_steps,
+            lr_decay_steps=self.lr_decay_steps,
+        )
         return dataclasses.replace(self, model=model, optimizer=optimizer)
 
     def to_flat_dict(self) -> dict[str, Any]:
@@ -162,7 +182,7 @@ class Config:
         )
 
     def _check_schedule(self) -> None:
-        warmup = self.optimizer.lr_warmup_steps
+        warmup = self.lr_warmup_steps
         rule = f"must be at most lr_decay_steps={self.lr_decay_steps}"
         if self.optimizer.lr_decay_steps is None:
             rule += " (null: the optimizer steps of the run)"

@@ -82,8 +82,8 @@ class ModelConfig(_Section):
     """Number format of weights and activations; auto = bfloat16 on CUDA, float32 on a CPU."""
     fp8: Literal["none", "hybrid", "e4m3"] = "none"
     """FP8 matrix products through Transformer Engine; hybrid = e4m3 forward, e5m2 backward."""
-    fp8_recipe: Literal["tensorwise", "delayed", "blockwise"] = "tensorwise"
-    """Scaling of FP8 tensors. Tensorwise and blockwise keep no history, so resumed runs repeat."""
+    fp8_recipe: Literal["tensorwise", "blockwise"] = "tensorwise"
+    """Scaling of FP8 tensors. Neither keeps a history, as delayed scaling would (see the docs)."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Activations to recompute in the backward pass: none, the core attention, or whole layers."""
     mask_token: str = "<|MASK|>"
@@ -119,7 +119,7 @@ class ParallelConfig(_Section):
     """Reduces gradients between data-parallel ranks during the backward pass."""
     make_vocab_size_divisible_by: int = 128
     """The padded vocabulary is a multiple of this times tensor_model_parallel_size."""
-    distributed_timeout_minutes: int = 10
+    distributed_timeout_minutes: int = 60
     """Minutes before a collective that one rank never joins is an error."""
 
     def _check(self) -> None:
@@ -236,8 +236,8 @@ class OptimizerConfig(_Section):
     """Highest learning rate."""
     min_lr: float = 1e-6
     """Learning rate at the end of the cosine, and ever after."""
-    lr_warmup_steps: int = 5
-    """Optimizer steps of linear warm-up. The paper counts rollouts: 5 of them are 80 steps."""
+    lr_warmup_steps: int | None = None
+    """Optimizer steps of linear warm-up; null = those of 5 rollouts, as the paper counts (80)."""
     lr_decay_steps: int | None = None
     """Optimizer step at which the cosine ends; null = the last one of the run."""
     adam_beta1: float = 0.9
@@ -253,7 +253,9 @@ class OptimizerConfig(_Section):
 
     def _check(self) -> None:
         self._positive("lr", "adam_eps")
-        self._at_least(0, "min_lr", "lr_warmup_steps", "weight_decay", "clip_grad")
+        self._at_least(0, "min_lr", "weight_decay", "clip_grad")
+        if self.lr_warmup_steps is not None:
+            self._at_least(0, "lr_warmup_steps")
         rule = f"must be at most lr={self.lr}"
         require(self.min_lr <= self.lr, "min_lr", self.min_lr, rule, "lower min_lr or raise lr")
         for name in ("adam_beta1", "adam_beta2"):

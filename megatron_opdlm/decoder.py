@@ -18,7 +18,7 @@ from megatron_opdlm.config import ModelConfig
 from megatron_opdlm.convert.files import read_json_object
 from megatron_opdlm.convert.layout import LATEST_FILE
 from megatron_opdlm.data import Prompt, PromptTokens, TokenizedPrompts, tokenize_prompts
-from megatron_opdlm.model import BuildOptions, stream_multiple
+from megatron_opdlm.model import BuildOptions, has_transformer_engine, stream_multiple
 from megatron_opdlm.parallel import ParallelState
 from megatron_opdlm.rollout.collector import collect
 from megatron_opdlm.rollout.engine import Observer, RolloutEngine
@@ -80,7 +80,8 @@ class Decoder:
         cuda = torch.cuda.is_available()
         dtype = ("bfloat16" if cuda else "float32") if params_dtype == "auto" else params_dtype
         options = BuildOptions(
-            layer_spec="transformer_engine" if cuda else "local", params_dtype=DTYPES[dtype]
+            layer_spec="transformer_engine" if has_transformer_engine() else "local",
+            params_dtype=DTYPES[dtype],
         )
         scratch: list[str] = [tempfile.mkdtemp(prefix="opdlm_") if parallel.is_main else ""]
         dist.broadcast_object_list(scratch, src=0)

@@ -135,10 +135,9 @@ def run_generate(args: argparse.Namespace) -> int:
     if args.out is not None:
         require_folder(args.out, "--out")
     decoder = open_decoder(args, max_rows=1 if args.show_steps else args.max_rows)
-    try:
-        _generate(args, decoder, prompts)
-    finally:
-        parallel.shutdown()
+    _generate(args, decoder, prompts)
+    # Only after success: leaving the groups is collective, and would wait for ranks that failed.
+    parallel.shutdown()
     return 0
 
 

@@ -8,7 +8,9 @@ size."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from torch import Tensor
 
-from megatron_opdlm.attention import AttentionPlan, TagAttention
+from megatron_opdlm.attention import FLEX_BLOCK, AttentionPlan, TagAttention
 from megatron_opdlm.blocks import round_up
 from megatron_opdlm.convert.hf import HFConfig
 from megatron_opdlm.parallel import ParallelState
@@ -138,9 +140,9 @@ class BlockDiffusionModel(GPTModel):
             whole = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=self.tp_group
             )
-        else:
-            whole = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
-        return whole[:, 0][rows]
+            return whole[:, 0][rows]
+        # Selected first: the backward all-reduce then moves T rows, not S.
+        return copy_to_tensor_model_parallel_region(hidden[:, 0][rows], group=self.tp_group)
 
     def logits(self, rows: Tensor) -> Tensor:
         """Applies this rank's shard of the LM head. Last stage only.
@@ -164,10 +166,24 @@ class BlockDiffusionModel(GPTModel):
         return self.output_layer.weight
 
 
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine's layers can run here."""
+    return torch.cuda.is_available() and find_spec("transformer_engine") is not None
+
+
 def stream_multiple(options: BuildOptions, tp_size: int) -> int:
-    """Returns what the length of a stream must be a multiple of for these layers."""
+    """Returns what the length of any stream must be a multiple of for these layers."""
     multiple = FP8_ALIGNMENT if options.fp8 else 1
     return multiple * (tp_size if options.sequence_parallel else 1)
+
+
+def training_stream_multiple(options: BuildOptions, tp_size: int) -> int:
+    """Returns what the length of a training stream must be a multiple of.
+
+    On CUDA those go through FlexAttention, whose compiled kernel shall see whole squares only.
+    """
+    squares = FLEX_BLOCK if torch.cuda.is_available() else 1
+    return math.lcm(stream_multiple(options, tp_size), squares)
 
 
 def padded_vocab_size(vocab_size: int, *, divisor: int, tp_size: int) -> int:
@@ -251,6 +267,12 @@ def _block_spec(config: TransformerConfig, layer_spec: str) -> TransformerBlockS
     """Returns the spec of this stage's layers, with our attention and, locally, our norm."""
     num_layers = get_num_layers_to_build(config)
     if layer_spec == "transformer_engine":
+        if not has_transformer_engine():
+            raise ValueError(
+                "layer_spec=transformer_engine needs a CUDA device and the package "
+                "transformer-engine (pip install 'megatron-opdlm[te]'); or set layer_spec=local, "
+                "which has no FP8"
+            )
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)

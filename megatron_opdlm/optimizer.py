@@ -59,7 +59,9 @@ class StudentOptimizer:
             overlap_grad_reduce: overlap gradient reduction with the backward pass.
             decay_steps: optimizer steps until the learning rate reaches its minimum.
         """
+        assert config.lr_warmup_steps is not None, "a resolved configuration has it"
         self.config = config
+        self.warmup_steps = config.lr_warmup_steps
         self.decay_steps = decay_steps
         self.num_steps = 0
         self.ddp = DistributedDataParallel(
@@ -102,7 +104,7 @@ class StudentOptimizer:
             self.num_steps,
             lr=self.config.lr,
             min_lr=self.config.min_lr,
-            warmup_steps=self.config.lr_warmup_steps,
+            warmup_steps=self.warmup_steps,
             decay_steps=self.decay_steps,
         )
 
@@ -131,12 +133,16 @@ class StudentOptimizer:
             # Megatron leaves this product to its own scheduler: 0 for norms.
             group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
         self.optimizer.step()
+        self._weights_changed()
         self.num_steps += 1
         return grad_norm
 
     def prime_state(self) -> None:
-        """Allocates the Adam state that a checkpoint is about to be read into."""
-        for adam in _torch_optimizers(self.optimizer):
+        """Allocates the state of torch's Adam that a checkpoint is about to be read into.
+
+        Megatron allocates that of Transformer Engine's and Apex's Adam itself.
+        """
+        for adam in filter(_is_torch_adam, _inner_optimizers(self.optimizer)):
             for group in adam.param_groups:
                 for parameter in group["params"]:
                     adam.state[parameter] = {
@@ -158,7 +164,7 @@ class StudentOptimizer:
         """
         moments = state.pop("param_state", None)
         self.optimizer.load_state_dict(state)
-        adams = _torch_optimizers(self.optimizer)
+        adams = _inner_optimizers(self.optimizer)
         if moments is not None:
             for adam in adams:
                 for values in adam.state.values():
@@ -169,16 +175,28 @@ class StudentOptimizer:
             for group in adam.param_groups:
                 if "step" in group:
                     group["step"] = num_steps
-            if isinstance(adam, torch.optim.Optimizer) and type(adam).__module__.startswith(
-                "torch."
-            ):
+            if _is_torch_adam(adam):
                 for values in adam.state.values():
                     values["step"] = torch.tensor(float(num_steps))
+        self._weights_changed()
         self.num_steps = num_steps
 
+    def _weights_changed(self) -> None:
+        """Makes Transformer Engine convert the weights to FP8 anew; without FP8 nothing happens.
 
-def _torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """Returns the torch optimizers inside Megatron's wrappers."""
+        It keeps the converted weights between forward passes, and only Megatron's schedules, which
+        the rollout does not always use, tell it when to drop them.
+        """
+        self.ddp.module.set_is_first_microbatch()
+
+
+def _is_torch_adam(adam: torch.optim.Optimizer) -> bool:
+    """Whether this is torch's own Adam, which counts its steps in the state of each parameter."""
+    return type(adam).__module__.startswith("torch.")
+
+
+def _inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """Returns the optimizers inside Megatron's wrappers."""
     chained: Sequence[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part.optimizer for part in chained if part.optimizer is not None]
 

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_opdlm.backends import cpu
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +31,11 @@ class ParallelState:
         tp_group: tensor-parallel group.
         pp_group: pipeline-parallel group.
         dp_group: data-parallel group.
-        mp_group: model-parallel group, the tensor x pipeline ranks that hold one copy of the model.
     """
 
     tp_group: ProcessGroup
     pp_group: ProcessGroup
     dp_group: ProcessGroup
-    mp_group: ProcessGroup
 
     @property
     def tp_size(self) -> int:
@@ -86,7 +88,7 @@ def initialize(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     seed: int = 0,
-    timeout_minutes: float = 30.0,
+    timeout_minutes: float = 60.0,
 ) -> ParallelState:
     """Joins the job and builds Megatron's process groups.
 
@@ -133,18 +135,49 @@ def initialize(
         tp_group=mpu.get_tensor_model_parallel_group(),
         pp_group=mpu.get_pipeline_model_parallel_group(),
         dp_group=mpu.get_data_parallel_group(),
-        mp_group=mpu.get_model_parallel_group(),
     )
 
 
 def _init_process_group(timeout_minutes: float) -> None:
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local_rank} of this machine has no GPU of its own: there are "
+                f"{torch.cuda.device_count()}; start at most that many (--nproc, --nproc-per-node)"
+            )
+        torch.cuda.set_device(local_rank)
         dist.init_process_group(timeout=timeout)
     else:
         torch.cuda.set_device(0)
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def from_main(action: Callable[[], _T], *, is_main: bool) -> _T:
+    """Runs an action on rank 0 and gives its result to all ranks.
+
+    A ValueError or OSError, too: raised as it is on rank 0 and as a ValueError with its text
+    elsewhere, so that every rank can say what is wrong.
+
+    Args:
+        action: what only one process may do, or what all must agree on; its result is pickled.
+        is_main: whether this is rank 0. Call on all ranks.
+    """
+    outcome: list[tuple[_T | None, str | None]] = [(None, None)]
+    failure: ValueError | OSError | None = None
+    if is_main:
+        try:
+            outcome = [(action(), None)]
+        except (ValueError, OSError) as error:
+            failure, outcome = error, [(None, str(error))]
+    dist.broadcast_object_list(outcome, src=0)
+    if failure is not None:
+        raise failure
+    result, message = outcome[0]
+    if message is not None:
+        raise ValueError(message)
+    return cast(_T, result)
 
 
 def shutdown() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,9 +23,13 @@ from megatron_opdlm.data import PromptSampler, PromptTokens, load_prompts, token
 from megatron_opdlm.distill import StepRows, forward_backward, teacher_rows
 from megatron_opdlm.evaluation.online import OnlineEvaluation
 from megatron_opdlm.metrics import MaskedFractionHistogram, MetricsLogger, PhaseTimer
-from megatron_opdlm.model import stream_multiple
+from megatron_opdlm.model import (
+    has_transformer_engine,
+    stream_multiple,
+    training_stream_multiple,
+)
 from megatron_opdlm.optimizer import StudentOptimizer
-from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.parallel import ParallelState, from_main
 from megatron_opdlm.plan import check_models, find_model_config
 from megatron_opdlm.rollout.collector import collect
 from megatron_opdlm.rollout.engine import RolloutEngine, tokens_per_forward
@@ -66,7 +70,7 @@ class Trainer:
             timeout_minutes=config.parallel.distributed_timeout_minutes,
         )
         self.folder = RunFolder(config.train.save)
-        _on_main(self.parallel, lambda: self.folder.check(config))
+        from_main(lambda: self.folder.check(config), is_main=self.parallel.is_main)
         self._load_models()
         self.prompts = self._load_prompts()
         self.sampler = PromptSampler(
@@ -75,7 +79,9 @@ class Trainer:
             seed=config.train.seed,
         )
         self.engine = self._make_engine()
-        self.evaluation = OnlineEvaluation(config, self.student, self.parallel, self.multiple)
+        self.evaluation = OnlineEvaluation(
+            config, self.student, self.parallel, self.rollout_multiple
+        )
         self.optimizer = StudentOptimizer(
             self.student.model,
             config.optimizer,
@@ -98,7 +104,7 @@ class Trainer:
         self._uncounted = WorkCounters()
         self.work = WorkCounters()
         self._resume()
-        _on_main(self.parallel, lambda: self.folder.claim(config))
+        from_main(lambda: self.folder.claim(config), is_main=self.parallel.is_main)
 
     def train(self) -> None:
         """Runs the job to its last rollout."""
@@ -165,7 +171,7 @@ class Trainer:
             dp_rank=self.parallel.dp_rank,
             dp_size=self.parallel.dp_size,
             token_budget=self.config.parallel.micro_batch_tokens,
-            multiple=self.multiple,
+            multiple=self.training_multiple,
             loss_reduction=self.config.distill.loss_reduction,
         )
 
@@ -263,7 +269,8 @@ class Trainer:
     def _load_models(self) -> None:
         config = self.config.model
         options = build_options(config, self.config.parallel)
-        self.multiple = stream_multiple(options, self.parallel.tp_size)
+        self.rollout_multiple = stream_multiple(options, self.parallel.tp_size)
+        self.training_multiple = training_stream_multiple(options, self.parallel.tp_size)
         self.student = load_student(
             config.student, self.folder.imported, options, self.parallel, config.mask_token
         )
@@ -301,7 +308,7 @@ class Trainer:
             mask_token_id=self.student.mask_token_id,
             eos_token_ids=self.student.description.config.eos_token_ids,
             max_rows=config.rollout_batch_size,
-            stream_multiple=self.multiple,
+            stream_multiple=self.rollout_multiple,
         )
 
     def _resume(self) -> None:
@@ -370,30 +377,20 @@ class Trainer:
         )
 
 
-def _on_main(parallel: ParallelState, action: Callable[[], None]) -> None:
-    """Runs an action on rank 0.
-
-    Its ValueError becomes every rank's, so that none waits for the others.
-    """
-    message: list[str | None] = [None]
-    if parallel.is_main:
-        try:
-            action()
-        except ValueError as error:
-            message = [str(error)]
-    dist.broadcast_object_list(message, src=0)
-    if message[0] is not None:
-        raise ValueError(message[0])
-
-
 def main(config: Config) -> None:
     """Trains as the configuration says; entry point of `opdlm train` on every rank."""
-    resolved = config.resolved(cuda=torch.cuda.is_available())
+    resolved = config.resolved(
+        cuda=torch.cuda.is_available(), transformer_engine=has_transformer_engine()
+    )
     # What the configurations alone can tell is told before any process joins a group.
     models = (resolved.model.student, resolved.model.teacher or resolved.model.student)
     student, teacher = (find_model_config(path) for path in models)
     check_models(resolved, student=student, teacher=teacher)
+    trainer = Trainer(resolved)
     try:
-        Trainer(resolved).train()
-    finally:
-        process_groups.shutdown()
+        trainer.train()
+    except ValueError as error:
+        # Past the start no ValueError is the user's: show where it comes from.
+        raise RuntimeError("training stopped") from error
+    # Only after success: leaving the groups is collective, and would wait for ranks that failed.
+    process_groups.shutdown()

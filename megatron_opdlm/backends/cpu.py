@@ -132,7 +132,8 @@ def _replace_runtime() -> None:
     stream = _Stream()
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
-    cuda.device_count = lambda: 1
+    # As many as there are processes here: each has "its own" device.
+    cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cuda.set_device = _nothing()
     cuda.synchronize = _nothing()
     cuda.empty_cache = _nothing()

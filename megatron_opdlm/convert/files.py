@@ -77,7 +77,7 @@ def atomic_directory(out_dir: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        _sync_tree(partial)
+        sync_tree(partial)
         require_writable_output(out_dir)
         os.rename(partial, out_dir)  # replaces an empty directory, fails on any other
         _sync_path(out_dir.parent)
@@ -86,7 +86,8 @@ def atomic_directory(out_dir: Path) -> Iterator[Path]:
         raise
 
 
-def _sync_tree(root: Path) -> None:
+def sync_tree(root: Path) -> None:
+    """Flush every file and folder below `root` to disk."""
     for path in sorted(root.rglob("*"), reverse=True):  # files before the folders that hold them
         _sync_path(path)
     _sync_path(root)

@@ -89,12 +89,11 @@ def run_eval(args: argparse.Namespace) -> int:
         require_folder(args.json, "--json")
     teacher = None if args.teacher is None else load_reference(args.teacher)
     decoder = open_decoder(args, max_rows=args.max_rows)
-    try:
-        results = _run_settings(args, decoder, teacher, tasks)
-        if decoder.parallel.is_main:
-            _report(args, decoder, results)
-    finally:
-        parallel.shutdown()
+    results = _run_settings(args, decoder, teacher, tasks)
+    if decoder.parallel.is_main:
+        _report(args, decoder, results)
+    # Only after success: leaving the groups is collective, and would wait for ranks that failed.
+    parallel.shutdown()
     return 0
 
 

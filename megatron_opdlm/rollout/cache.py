@@ -14,10 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_opdlm.attention import masked_attention
 from megatron_opdlm.stream import BLOCK, DOCUMENT, NOISY, POSITION, visible
+
+MASK_CELLS = 2**24
+"""Most (query, key) pairs of the mask of one attention call; a single row may exceed it."""
 
 
 class KVCache:
@@ -91,13 +94,10 @@ class DecodeView:
         row, self._positions = row[: self.num_tokens], tags[: self.num_tokens, POSITION]
         self._slot_of_token = slots[row]
         counts = torch.bincount(row, minlength=len(slots))
-        # Rows in prefill have many queries; padding the others to their length would dominate the
-        # pass.
-        is_prefill = counts > 2 * block_size
+        num_keys = first_noisy + block_size
         self._groups = [
-            self._group(rows, tags, counts, slots, first_noisy, block_size)
-            for rows in (is_prefill.nonzero()[:, 0], (~is_prefill).nonzero()[:, 0])
-            if len(rows)
+            self._group(torch.tensor(rows), tags, counts, slots, first_noisy, block_size)
+            for rows in _like_sized(counts.tolist(), num_keys.tolist(), 2 * block_size)
         ]
         self._on_device = False
 
@@ -158,15 +158,14 @@ class DecodeView:
         output = torch.zeros_like(query)
         for group in self._groups:
             num_keys = group.mask.shape[-1]
-            attended = F.scaled_dot_product_attention(
-                query[group.queries].transpose(1, 2),
-                keys[group.slots, :num_keys].transpose(1, 2),
-                values[group.slots, :num_keys].transpose(1, 2),
-                attn_mask=group.mask,
-                scale=scale,
-                enable_gqa=query.shape[1] != key.shape[1],
+            attended = masked_attention(
+                query[group.queries],
+                keys[group.slots, :num_keys],
+                values[group.slots, :num_keys],
+                group.mask,
+                scale,
             )
-            output[group.kept_queries] = attended.transpose(1, 2).flatten(0, 1)[group.kept]
+            output[group.kept_queries] = attended.flatten(0, 1)[group.kept]
         return output
 
     def _move(self, device: torch.device) -> None:
@@ -183,3 +182,27 @@ class DecodeView:
             for group in self._groups
         ]
         self._on_device = True
+
+
+def _like_sized(num_queries: list[int], num_keys: list[int], slack: int) -> list[list[int]]:
+    """Groups rows so that padding one to the other costs little and no mask grows large.
+
+    Args:
+        num_queries: queries of each row: a few while it decodes, its whole prompt at first.
+        num_keys: keys of each row.
+        slack: queries by which the rows of a group may differ in any case.
+
+    Returns:
+        Rows of each group; rows with equally many queries stay in their order.
+    """
+    groups: list[list[int]] = []
+    for row in sorted(range(len(num_queries)), key=lambda row: num_queries[row]):
+        if groups:
+            group = groups[-1]
+            fits = num_queries[row] <= 1.25 * num_queries[group[0]] + slack
+            keys = max(num_keys[row], max(num_keys[other] for other in group))
+            if fits and (len(group) + 1) * num_queries[row] * keys <= MASK_CELLS:
+                group.append(row)
+                continue
+        groups.append([row])
+    return groups

@@ -34,6 +34,9 @@ from megatron_opdlm.rollout.sampler import sample_tokens
 from megatron_opdlm.stream import BLOCK, DOCUMENT, NOISY, PADDING_DOCUMENT, POSITION
 from megatron_opdlm.trajectory import Trajectory
 
+PREFILL_TOKENS = 16384
+"""Most prompt tokens that new sequences bring into one pass; bounds the memory of a pass."""
+
 
 @dataclass
 class Row:
@@ -123,27 +126,26 @@ class RolloutEngine:
         capacity = max((self._check(request) for request in requests), default=0)
         num_slots = min(self.max_rows, len(requests))
         cache = KVCache(num_slots=num_slots, capacity=capacity)
-        waiting = deque(range(len(requests)))
-        rows = [self._admit(requests, waiting.popleft(), slot) for slot in range(num_slots)]
+        waiting, free_slots = deque(range(len(requests))), list(range(num_slots))
+        rows: list[Row] = []
         finished: list[Trajectory | None] = [None] * len(requests)
         self.counts = RolloutCounts()
-        while rows:
+        while rows or waiting:
+            rows = sorted(rows + self._admit(requests, waiting, free_slots), key=lambda r: r.slot)
             self._denoise(rows, requests, cache)
             still_active = []
             for row in rows:
-                request = requests[row.index]
                 if observer is not None:
                     self._show(row, observer)
-                trajectory = self._advance(row, request)
+                trajectory = self._advance(row, requests[row.index])
                 if trajectory is None:
                     still_active.append(row)
                     continue
+                free_slots.append(row.slot)
                 finished[row.index] = trajectory
                 if on_finish is not None:
                     on_finish(trajectory)
-                if waiting:
-                    still_active.append(self._admit(requests, waiting.popleft(), row.slot))
-            rows = sorted(still_active, key=lambda row: row.slot)
+            rows = still_active
         return [trajectory for trajectory in finished if trajectory is not None]
 
     def _check(self, request: Request) -> int:
@@ -171,7 +173,20 @@ class RolloutEngine:
             )
         return total
 
-    def _admit(self, requests: Sequence[Request], index: int, slot: int) -> Row:
+    def _admit(
+        self, requests: Sequence[Request], waiting: deque[int], free_slots: list[int]
+    ) -> list[Row]:
+        """Gives free slots to waiting requests, as many as their prompts fit into one pass."""
+        admitted: list[Row] = []
+        num_tokens = 0
+        while waiting and free_slots:
+            num_tokens += len(requests[waiting[0]].prompt_ids)
+            if admitted and num_tokens > PREFILL_TOKENS:
+                break
+            admitted.append(self._start(requests, waiting.popleft(), free_slots.pop(0)))
+        return admitted
+
+    def _start(self, requests: Sequence[Request], index: int, slot: int) -> Row:
         request, block_size = requests[index], self.options.block_size
         prompt_length = len(request.prompt_ids)
         num_decoded = num_decoded_tokens(prompt_length, request.response_limit, block_size)

@@ -13,6 +13,8 @@ from torch import Tensor
 from megatron_opdlm.denoise import check_remasking
 from megatron_opdlm.rollout.sampler import SMALLEST_TEMPERATURE
 
+MAX_DENOISING_STEPS = 256  # the random key of a draw has eight bits for the step
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingOptions:
@@ -43,8 +45,8 @@ class DecodingOptions:
             (
                 "denoising_steps",
                 self.denoising_steps,
-                1 <= self.denoising_steps <= self.block_size,
-                f"between 1 and block_size={self.block_size}",
+                1 <= self.denoising_steps <= min(self.block_size, MAX_DENOISING_STEPS),
+                f"between 1 and block_size={self.block_size}, and at most {MAX_DENOISING_STEPS}",
             ),
             (
                 "confidence_threshold",

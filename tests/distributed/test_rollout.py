@@ -1,0 +1,211 @@
+"""Rollouts on several ranks, and the exactness rule: training sees the logits the rollout saw."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_opdlm.attention import AttentionPlan
+from megatron_opdlm.pipeline import forward_only
+from megatron_opdlm.rollout.collector import collect
+from megatron_opdlm.rollout.request import DecodingOptions
+from megatron_opdlm.stream import BLOCK, NOISY, POSITION, pack
+from megatron_opdlm.trajectory import training_state
+from tests.helpers import run_ranks
+from tests.rollouts import MASK, RecordingEngine, draw_key, load, make_engine, make_request, same
+from tests.tiny import tiny_model
+
+LAYOUTS = {
+    "1": (1, {}),
+    "TP2 sequence parallel": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "PP2": (2, {"pipeline_model_parallel_size": 2}),
+    "DP2": (2, {}),
+    "TP2 x PP2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+}
+OPTIONS = {
+    "greedy": DecodingOptions(),
+    "dynamic": DecodingOptions(
+        block_size=4, remasking="low_confidence_dynamic", confidence_threshold=0.08, temperature=1.0
+    ),
+    "blocks of 3": DecodingOptions(block_size=3, denoising_steps=2, temperature=1.0),
+    "blocks of 8": DecodingOptions(block_size=8, denoising_steps=5, temperature=0.7, top_k=20),
+    "causal": DecodingOptions(block_size=1, denoising_steps=1, temperature=1.0),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.getbasetemp())
+
+
+def make_requests(block_size):
+    """Prompt lengths of every remainder; limits that end inside a block and at its end."""
+    return [make_request(i, 5 + i, 7 + i % 4) for i in range(2 * block_size + 2)]
+
+
+# --- training sees what the rollout saw ---
+
+
+def masked_document(state):
+    """The student's document with every masked position as a row, loss or not."""
+    shown = (state.student.tags[:, NOISY] == 1) & (state.student.token_ids == MASK)
+    assert bool(shown[state.student.loss_rows].all())
+    return dataclasses.replace(state.student, loss_rows=shown.nonzero()[:, 0])
+
+
+def training_logits(model, parallel, documents, block_size, multiple):
+    """[T, V] logits of the rows of all documents, packed into one stream."""
+    stream = pack(documents, block_size=block_size, multiple=multiple)
+    plan = AttentionPlan(tags=stream.tags)
+    hidden = forward_only(model, [(stream.token_ids, stream.tags, plan)], parallel)
+    with torch.no_grad():
+        return model.logits(model.select_rows(hidden[0], stream.loss_rows))
+
+
+def largest_differences(rank, checkpoint, options, grid_shift):
+    """Largest |training - rollout| of the logits by prompt remainder, and what was covered.
+
+    Args:
+        grid_shift: whether training anchors the block grid at the end of the prompt (a bug).
+    """
+    model, parallel, _ = load(checkpoint)
+    engine = make_engine(model, parallel, options, cls=RecordingEngine)
+    requests = make_requests(options.block_size)
+    trajectories = engine.generate(requests)
+    size = options.block_size
+    worst, compared = {}, 0
+    for step in range(options.denoising_steps):
+        documents, expected, remainders = [], [], []
+        for request, trajectory in zip(requests, trajectories, strict=True):
+            state = training_state(
+                trajectory, trajectory.commit_grid >= step, mask_token_id=MASK, include_eos=True
+            )
+            if not state.num_rows:
+                continue
+            document = masked_document(state)
+            positions = document.tags[document.loss_rows, POSITION].tolist()
+            expected += [engine.recorded[draw_key(request.key, p, step)] for p in positions]
+            remainders += [len(request.prompt_ids) % size] * len(positions)
+            if grid_shift:
+                document.tags[:, BLOCK] = (
+                    document.tags[:, POSITION] - len(request.prompt_ids) % size + size
+                ) // size
+            documents.append(document)
+        got = training_logits(model, parallel, documents, size, 1)[:, : model.vocab_size_unpadded]
+        delta = (got - torch.stack(expected)).abs().amax(1).tolist()
+        compared += len(delta)
+        for remainder, value in zip(remainders, delta, strict=True):
+            worst[remainder] = max(value, worst.get(remainder, 0.0))
+    return worst, compared, len(engine.recorded), trajectories
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_training_logits_equal_rollout_logits(name, model):
+    options = OPTIONS[name]
+    ((worst, compared, recorded, trajectories),) = run_ranks(
+        largest_differences, 1, model.checkpoint, options, False
+    )
+    assert worst.keys() == set(range(options.block_size))
+    assert max(worst.values()) < 1e-5
+    # Left out are only blocks whose masked positions all lie after the response.
+    assert 0.8 * recorded <= compared <= recorded
+    assert any(not t.ended for t in trajectories)
+    if options.block_size > 1:
+        assert options.temperature == 0 or any(
+            t.ended and (len(t.prompt_ids) + t.num_response_tokens) % options.block_size
+            for t in trajectories
+        ), "an end of sequence inside a block"
+        assert any(
+            not t.ended and t.num_response_tokens < len(t.response_ids) for t in trajectories
+        ), "a truncated response with tokens beyond its limit"
+
+
+def test_control_a_grid_anchored_at_the_prompt_fails(model):
+    ((worst, *_),) = run_ranks(largest_differences, 1, model.checkpoint, OPTIONS["dynamic"], True)
+    assert worst.pop(0) < 1e-5  # where both grids are one
+    assert min(worst.values()) > 0.1
+
+
+# --- the same rollout on any layout ---
+
+
+def roll_out(rank, checkpoint, layout):
+    model, parallel, build = load(checkpoint, **layout)
+    result = {}
+    for name, options in OPTIONS.items():
+        engine = make_engine(model, parallel, options, build=build, max_rows=5)
+        finished = []
+        trajectories, counts = collect(
+            engine, make_requests(options.block_size), parallel, on_finish=finished.append
+        )
+        assert model.training, "left in the mode it was found in"
+        result[name] = trajectories, counts, len(finished)
+    return result
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(model):
+    (result,) = run_ranks(roll_out, 1, model.checkpoint, {})
+    return result
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1"])
+def test_layouts_give_token_identical_trajectories(layout, model, on_one_rank):
+    world_size, sizes = LAYOUTS[layout]
+    results = run_ranks(roll_out, world_size, model.checkpoint, sizes)
+    for name, (expected, counts, _) in on_one_rank.items():
+        for rank, result in enumerate(results):
+            trajectories, rank_counts, num_finished = result[name]
+            assert all(map(same, trajectories, expected)), f"{name} on rank {rank}"
+            assert len(trajectories) == len(expected)
+            assert rank_counts.head_rows == counts.head_rows
+            if layout == "DP2":
+                assert num_finished == len(expected) // 2
+            else:
+                assert num_finished == len(expected)
+                assert rank_counts.passes == counts.passes
+
+
+def roll_out_few(rank, checkpoint):
+    model, parallel, _ = load(checkpoint)
+    engine = make_engine(model, parallel, DecodingOptions())
+    trajectories, counts = collect(engine, [make_request(0, 5, 4)], parallel)
+    nothing, _ = collect(engine, [], parallel)
+    return [t.prompt_id for t in trajectories], counts.passes, nothing
+
+
+def test_more_ranks_than_requests(model):
+    results = run_ranks(roll_out_few, 2, model.checkpoint)
+    assert results == [(["p0"], results[0][1], [])] * 2 and results[0][1] > 0
+
+
+# --- failures reach every rank ---
+
+
+def roll_out_with_nan(rank, checkpoint, layout, stage):
+    model, parallel, _ = load(checkpoint, **layout)
+    if parallel.pp_rank == stage:
+        with torch.no_grad():
+            next(p for n, p in model.named_parameters() if "linear_proj" in n)[0, 0] = torch.nan
+    engine = make_engine(model, parallel, DecodingOptions())
+    try:
+        engine.generate([make_request(i, 5, 4) for i in range(3)])
+    except FloatingPointError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_nan_weights_raise_on_every_stage(stage, model):
+    layout = {"pipeline_model_parallel_size": 2}
+    messages = run_ranks(roll_out_with_nan, 2, model.checkpoint, layout, stage)
+    assert all(message and "prompts p0, p1, p2" in message for message in messages)
+
+
+def test_nan_weights_raise_on_every_tensor_parallel_rank(model):
+    layout = {"tensor_model_parallel_size": 2}
+    messages = run_ranks(roll_out_with_nan, 2, model.checkpoint, layout, 0)
+    assert all(message and "prompts p0, p1, p2" in message for message in messages)
+
+
+def test_control_finite_weights_do_not_raise(model):
+    assert run_ranks(roll_out_with_nan, 1, model.checkpoint, {}, 7) == [None]

@@ -1,0 +1,130 @@
+"""Attention against the KV cache equals attention over the whole sequence."""
+
+import pytest
+import torch
+
+from megatron_opdlm.rollout.cache import DecodeView, KVCache
+from tests.oracle import block_tags, dense_mask
+from tests.unit.test_attention import dense_attention
+
+HEADS, KV_HEADS, WIDTH, SCALE = 4, 2, 8, 0.3
+
+
+class Sequence:
+    """One row: the newest query, key and value of each position."""
+
+    def __init__(self, slot, block_size, prompt_length, seed):
+        self.slot, self.block_size = slot, block_size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.block = prompt_length // block_size * block_size
+        self.cached = 0
+        self.keys = self.values = torch.empty(0, KV_HEADS, WIDTH, dtype=torch.float64)
+
+    def new_tokens(self):
+        """Queries, keys and values from `cached` to the end of the block."""
+        length = self.block + self.block_size - self.cached
+        shapes = [HEADS, KV_HEADS, KV_HEADS]
+        parts = [
+            torch.randn(length, heads, WIDTH, generator=self.generator, dtype=torch.float64)
+            for heads in shapes
+        ]
+        self.keys = torch.cat([self.keys[: self.cached], parts[1]])
+        self.values = torch.cat([self.values[: self.cached], parts[2]])
+        return parts
+
+    def expected(self, query):
+        """Output of the new tokens, from the whole sequence."""
+        end = self.block + self.block_size
+        mask = dense_mask(block_tags(self.block, end, self.block_size))
+        whole = torch.zeros(end, HEADS, WIDTH, dtype=torch.float64)
+        whole[self.cached :] = query
+        return dense_attention(whole, self.keys, self.values, mask, SCALE)[self.cached :]
+
+    def step(self, finished):
+        self.cached = self.block
+        if finished:
+            self.block += self.block_size
+
+
+def run_pass(cache, rows, block_size, num_padding, layer=1):
+    """One pass over rows; returns output and what it should be."""
+    cache_tags, parts = [], [row.new_tokens() for row in rows]
+    for index, row in enumerate(rows):
+        tags = block_tags(row.block, row.block + block_size, block_size)[row.cached :]
+        tags[:, 0] = index
+        cache_tags.append(tags)
+    padding = torch.zeros(num_padding, 4, dtype=torch.int64)
+    padding[:, 0] = -1
+    view = DecodeView(
+        cache,
+        torch.cat([*cache_tags, padding]),
+        torch.tensor([row.slot for row in rows]),
+        torch.tensor([row.block for row in rows]),
+        block_size=block_size,
+    )
+    inputs = [torch.cat([part[i] for part in parts]) for i in range(3)]
+    garbage = [torch.full((num_padding, *x.shape[1:]), 7.0, dtype=x.dtype) for x in inputs]
+    output = view.attend(
+        layer, *(torch.cat(pair) for pair in zip(inputs, garbage, strict=True)), SCALE
+    )
+    expected = [row.expected(part[0]) for row, part in zip(rows, parts, strict=True)]
+    return output, torch.cat(expected)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 4])
+@pytest.mark.parametrize("slots", [(0, 1, 2), (0, 2, 3), (3,)], ids=str)
+def test_passes_equal_full_attention(block_size, slots):
+    cache = KVCache(num_slots=4, capacity=48)
+    prompts = [1, 23, 6][: len(slots)]
+    rows = [
+        Sequence(slot, block_size, prompt, seed)
+        for seed, (slot, prompt) in enumerate(zip(slots, prompts, strict=True))
+    ]
+    for number in range(7):
+        output, expected = run_pass(cache, rows, block_size, num_padding=number % 3)
+        torch.testing.assert_close(output[: len(expected)], expected, rtol=1e-10, atol=1e-10)
+        assert not bool(output[len(expected) :].any())
+        for index, row in enumerate(rows):
+            row.step(finished=(number + index) % 3 == 0)
+
+
+def test_a_slot_is_taken_over():
+    """A short sequence in the place of a long one does not see what the long one left."""
+    cache = KVCache(num_slots=2, capacity=40)
+    rows = [Sequence(0, 4, 30, 0), Sequence(1, 4, 5, 1)]
+    run_pass(cache, rows, 4, 0)
+    rows[0] = Sequence(0, 4, 2, 2)
+    rows[1].step(finished=True)
+    output, expected = run_pass(cache, rows, 4, 0)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_layers_do_not_share():
+    cache = KVCache(num_slots=1, capacity=8)
+    row, other = Sequence(0, 4, 5, 0), Sequence(0, 4, 5, 1)
+    run_pass(cache, [row], 4, 0, layer=1)
+    run_pass(cache, [other], 4, 0, layer=2)
+    row.step(finished=False)
+    output, expected = run_pass(cache, [row], 4, 0, layer=1)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_memory_is_what_the_documentation_says():
+    cache = KVCache(num_slots=3, capacity=16)
+    assert cache.num_bytes == 0
+    run_pass(cache, [Sequence(0, 4, 5, 0)], 4, 0, layer=1)
+    run_pass(cache, [Sequence(0, 4, 5, 0)], 4, 0, layer=2)
+    assert cache.num_bytes == 2 * 2 * 3 * 16 * KV_HEADS * WIDTH * 8
+
+
+def test_control_a_stale_commit_is_seen():
+    """A finished block whose noisy keys stay in the cache gives another output."""
+    cache = KVCache(num_slots=1, capacity=16)
+    row = Sequence(0, 4, 5, 0)
+    run_pass(cache, [row], 4, 0)
+    row.step(finished=True)
+    stale = row.keys.clone()
+    output, expected = run_pass(cache, [row], 4, 0)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
+    row.keys[4:8] = stale[4:8]
+    assert not torch.allclose(row.keys[4:8], cache.layer(1, row.keys)[0][0, 4:8])

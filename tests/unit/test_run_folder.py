@@ -1,0 +1,136 @@
+"""Who may use a run folder, and the samples in it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_opdlm.config import load_config
+from megatron_opdlm.run_folder import CONFIG_FILE, IMPORTED, ROLLOUTS, RunFolder
+from tests.training import tiny_config
+from tests.unit.test_trajectory import make_trajectory
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def make(save, **values):
+    return tiny_config(Path("student"), Path("data.jsonl"), save, **values)
+
+
+def take(save, **values):
+    """Checks and claims, as a run does."""
+    config, folder = make(save, **values), RunFolder(save)
+    folder.check(config)
+    folder.claim(config)
+    return config
+
+
+def test_a_new_folder_gets_the_resolved_configuration(save):
+    config = take(save)
+    assert load_config(save / CONFIG_FILE) == config
+    assert (save / ROLLOUTS).is_dir()
+    assert sorted(path.name for path in save.iterdir()) == [CONFIG_FILE, ROLLOUTS]
+
+
+def test_check_writes_nothing(save):
+    RunFolder(save).check(make(save))
+    assert not save.exists()
+
+
+def test_the_same_run_goes_on(save):
+    take(save)
+    take(save)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"pipeline_model_parallel_size": 2},
+        {"micro_batch_tokens": 9999},
+        {"rollout_batch_size": 3},
+        {"save_interval": 5},
+        {"keep_checkpoints": 7},
+        {"log_samples": 0},
+        {"recompute_granularity": "full"},
+    ],
+    ids=str,
+)
+def test_where_a_run_goes_on_may_change(save, change):
+    take(save)
+    take(save, **change)
+    assert load_config(save / CONFIG_FILE) == make(save, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_size": 8}, "block_size was 4 and is now 8"),
+        ({"lr": 2e-3}, "lr was 0.001 and is now 0.002"),
+        ({"seed": 5}, "seed was 1234 and is now 5"),
+        ({"max_response_tokens__end": 12}, r"max_response_tokens.end was 14 and is now 12"),
+        ({"use_distributed_optimizer": False}, "use_distributed_optimizer was True and is now"),
+        ({"block_size": 2, "denoising_steps": 2}, r"\(2 keys differ\)"),
+        ({"train_rollouts": 5}, "moves the learning-rate schedule; set lr_decay_steps=6 to keep"),
+    ],
+    ids=str,
+)
+def test_what_a_run_computes_may_not(save, change, message):
+    take(save)
+    with pytest.raises(ValueError, match=message):
+        RunFolder(save).check(make(save, **change))
+
+
+def test_a_longer_run_with_its_schedule_kept(save):
+    take(save)
+    take(save, train_rollouts=5, lr_decay_steps=6)
+
+
+def test_resume_never(save):
+    take(save, resume="never")
+    with pytest.raises(ValueError, match="already holds a run and resume=never"):
+        RunFolder(save).check(make(save, resume="never"))
+
+
+def test_a_folder_with_something_else(save):
+    save.mkdir()
+    RunFolder(save).check(make(save))  # an empty one is free
+    (save / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="is not empty and holds no config.yaml .found thesis.tex"):
+        RunFolder(save).check(make(save))
+
+
+def test_conversions_of_an_aborted_start_are_no_run(save):
+    (save / IMPORTED).mkdir(parents=True)
+    RunFolder(save).check(make(save))
+
+
+class Bytes:
+    """Decodes ids as numbers."""
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+def test_samples(save):
+    config = take(save)
+    trajectory = make_trajectory(6, [0, 1, 1, 0, 2, 3], 4, num_response_tokens=3, ended=True)
+    second = dataclasses.replace(trajectory, sample=1, ended=False)
+    RunFolder(save).write_samples(7, [trajectory, second], Bytes())
+    lines = (save / ROLLOUTS / "rollout_000007.jsonl").read_text().splitlines()
+    first, other = map(json.loads, lines)
+    assert first["prompt"] == "10 11 12 13 14 15" and first["response"] == "16 17 18"
+    assert first["ended"] and not other["ended"] and (first["sample"], other["sample"]) == (0, 1)
+    # The record is enough to make the trajectory again.
+    again = dataclasses.replace(
+        trajectory,
+        response_ids=torch.tensor(first["response_ids"]),
+        commit_step=torch.tensor(first["commit_step"]),
+    )
+    assert torch.equal(again.commit_grid, trajectory.commit_grid)
+    assert config.train.log_samples == 1
