@@ -259,6 +259,18 @@ def test_going_back_keeps_the_new_checkpoint(make_config, uninterrupted, tmp_pat
     assert folder.name == "iter_0000002" and (folder / STATE_FILE).is_file()
 
 
+def test_saving_the_same_iteration_again(make_config, uninterrupted, tmp_path):
+    """Set back by hand to before an iteration that exists: replaced, and nothing is left over."""
+    save = rewound(uninterrupted, tmp_path, 2)
+    (save / "checkpoints" / ".iter_0000007.partial").mkdir()
+    assert (save / "checkpoints" / "iter_0000003").is_dir()
+    (pieces,) = run_ranks(train, 1, make_config, save, {})
+    for name, weight in assemble([pieces]).items():
+        assert torch.equal(weight, uninterrupted[1][name]), name
+    assert resolve_iteration(save / "checkpoints").name == "iter_0000003"
+    assert not list((save / "checkpoints").glob(".iter_*"))
+
+
 # --- Hugging Face directories ---
 
 

@@ -10,6 +10,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from megatron_opdlm.rollout import cache as cache_module
+from megatron_opdlm.rollout import engine as engine_module
 from megatron_opdlm.rollout.engine import tokens_per_forward
 from megatron_opdlm.rollout.request import DecodingOptions
 from tests.helpers import run_ranks
@@ -70,6 +72,22 @@ def compare_with_recompute(rank, folder, max_rows):
 def test_engine_equals_full_recompute(max_rows, model):
     (sampled,) = run_ranks(compare_with_recompute, 1, model, max_rows)
     assert {ended for *_, ended in sampled} == {True, False}
+
+
+def test_prompts_enter_in_bounded_passes(model, monkeypatch):
+    """A small budget only delays sequences: more passes, the same responses."""
+    (free,) = run_ranks(sampled_in_passes, 1, model)
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 1)
+    monkeypatch.setattr(cache_module, "MASK_CELLS", 64)
+    (bounded,) = run_ranks(sampled_in_passes, 1, model)
+    assert bounded[0] == free[0]
+    assert bounded[1] > free[1]
+
+
+def sampled_in_passes(rank, folder):
+    model, parallel, _ = load(folder.checkpoint)
+    engine = make_engine(model, parallel, SAMPLED, max_rows=len(REQUESTS))
+    return [plain(trajectory) for trajectory in engine.generate(REQUESTS)], engine.counts.passes
 
 
 def fuzz(rank, folder):

@@ -157,3 +157,44 @@ def test_what_is_not_finite_stops_before_the_update(loss, poison, model):
 def test_control_a_finite_step_changes_the_weights(model):
     ((message, unchanged, steps),) = run_ranks(refuse, 1, model, 1.0, 0.0)
     assert message is None and not unchanged and steps == 1
+
+
+class ForeignAdam(torch.optim.Adam):
+    """Not torch's own Adam; as Transformer Engine's, it refuses state that it does not know."""
+
+    def state_dict(self):
+        for state in self.state.values():
+            assert set(state) <= {"exp_avg", "exp_avg_sq"}, state.keys()
+        return super().state_dict()
+
+
+def prime(rank, folder, foreign):
+    model, _, _ = load(folder.checkpoint)
+    optimizer = make_optimizer(model, CONFIG, True)
+    (part,) = optimizer.optimizer.chained_optimizers
+    if foreign:
+        part.optimizer.__class__ = ForeignAdam
+    optimizer.prime_state()
+    part.optimizer.state_dict()
+    return len(part.optimizer.state)
+
+
+def test_only_torch_adam_is_primed(model):
+    """Priming another Adam with torch's `step` would make every resume fail."""
+    (primed,) = run_ranks(prime, 1, model, False)
+    (left_alone,) = run_ranks(prime, 1, model, True)
+    assert primed > 0 and left_alone == 0
+
+
+def tell_fp8_layers(rank, folder):
+    model, _, _ = load(folder.checkpoint)
+    optimizer = make_optimizer(model, CONFIG, True)
+    told = []
+    model.set_is_first_microbatch = lambda: told.append(optimizer.num_steps)
+    optimizer.zero_grad()
+    optimizer.step(loss=0.5)
+    return told
+
+
+def test_fp8_layers_hear_of_new_weights(model):
+    assert run_ranks(tell_fp8_layers, 1, model) == [[0]]
