@@ -11,14 +11,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import queue
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_opdlm.convert.files import read_json_object, sync_tree, write_json
 from megatron_opdlm.convert.importer import import_hf
@@ -184,6 +185,7 @@ class CheckpointFolder:
                 shutil.rmtree(left_over)
             partial.mkdir(parents=True)
         dist.barrier()
+        _save_in_this_process()
         model_state = model.sharded_state_dict()
         dist_checkpointing.save(
             {
@@ -251,6 +253,10 @@ class CheckpointFolder:
             shutil.rmtree(old)
 
 
-def model_parameters(model: torch.nn.Module) -> int:
-    """Returns the parameters on this rank."""
-    return sum(parameter.numel() for parameter in model.parameters())
+def _save_in_this_process() -> None:
+    """Spares Megatron's writer the server process that it starts for asynchronous saves.
+
+    We save synchronously; the server would cost seconds per rank and outlive a killed job.
+    """
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()

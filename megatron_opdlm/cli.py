@@ -46,6 +46,9 @@ def main(argv: Sequence[str]) -> int:
     _set_up_logging()
     try:
         status: int | None = args.run(args)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; a training run goes on when started again with its save\n")
+        return 130
     except (
         ValueError,
         FileNotFoundError,
@@ -143,20 +146,30 @@ def _train(args: argparse.Namespace) -> int:
         return _dry_run(args, config)
     if args.gpus is not None:
         raise ValueError("--gpus is for --dry-run; use --nproc to start processes on this machine")
-    if args.nproc is not None:
-        _relaunch(args)
-    from megatron_opdlm import trainer
+    from megatron_opdlm import start
 
-    trainer.main(config)
+    if args.nproc is not None:
+        _relaunch(args, config)
+    start.main(config)
     return 0
 
 
-def _relaunch(args: argparse.Namespace) -> NoReturn:
+def _relaunch(args: argparse.Namespace, config: Config) -> NoReturn:
     """Replaces this process by torchrun with `--nproc` processes of the same command."""
     if "WORLD_SIZE" in os.environ:
         raise ValueError("--nproc is set and torchrun has started this process; drop one of them")
     if args.nproc < 1:
         raise ValueError(f"--nproc={args.nproc} must be at least 1")
+    parallel = config.parallel
+    copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if args.nproc % copy:
+        raise ValueError(
+            f"--nproc={args.nproc} must be a multiple of tensor_model_parallel_size x "
+            f"pipeline_model_parallel_size = {copy}; use {copy} or a multiple of it"
+        )
+    from megatron_opdlm import start
+
+    start.check(config)  # here, where its one line is not followed by torchrun's report
     # torchrun would set 1 and say so on every start; processes share the cores instead
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.nproc)))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.nproc)]
@@ -231,6 +244,10 @@ def _set_up_logging() -> None:
     logging.getLogger("megatron").setLevel(logging.WARNING)  # it reports its own imports
     # megatron-core says this at import, six times over, on every machine without Apex.
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
+    # What the libraries below say about each other's interfaces is nothing a user can act on.
+    for module in (r"megatron\.core\.", r"torch\.distributed\.", r"torch\.optim\."):
+        for category in (FutureWarning, UserWarning):
+            warnings.filterwarnings("ignore", category=category, module=module)
 
 
 def _error_prefix() -> str:

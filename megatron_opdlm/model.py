@@ -171,6 +171,16 @@ def has_transformer_engine() -> bool:
     return torch.cuda.is_available() and find_spec("transformer_engine") is not None
 
 
+def require_transformer_engine(layer_spec: str) -> None:
+    """Refuses the Transformer Engine layers where they cannot run."""
+    if layer_spec == "transformer_engine" and not has_transformer_engine():
+        raise ValueError(
+            "layer_spec=transformer_engine needs a CUDA device and the package "
+            "transformer-engine (pip install 'megatron-opdlm[te]'); or set layer_spec=local, "
+            "which has no FP8"
+        )
+
+
 def stream_multiple(options: BuildOptions, tp_size: int) -> int:
     """Returns what the length of any stream must be a multiple of for these layers."""
     multiple = FP8_ALIGNMENT if options.fp8 else 1
@@ -266,13 +276,8 @@ def transformer_config(
 def _block_spec(config: TransformerConfig, layer_spec: str) -> TransformerBlockSubmodules:
     """Returns the spec of this stage's layers, with our attention and, locally, our norm."""
     num_layers = get_num_layers_to_build(config)
+    require_transformer_engine(layer_spec)
     if layer_spec == "transformer_engine":
-        if not has_transformer_engine():
-            raise ValueError(
-                "layer_spec=transformer_engine needs a CUDA device and the package "
-                "transformer-engine (pip install 'megatron-opdlm[te]'); or set layer_spec=local, "
-                "which has no FP8"
-            )
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)

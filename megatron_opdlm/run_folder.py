@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 ROLLOUTS = "rollouts"
 IMPORTED = "imported"
+LOCK_FILE = ".lock"
 
 # What may change when a run goes on: where it runs and what it reports, not what it computes.
 _MAY_CHANGE = {
@@ -51,11 +53,30 @@ class RunFolder:
             self._require_same_run(load_config(previous), config)
             return
         found = sorted(path.name for path in self.root.iterdir()) if self.root.exists() else []
-        if set(found) - {IMPORTED}:  # conversions alone are left by a start that went no further
+        if set(found) - {
+            IMPORTED,
+            LOCK_FILE,
+        }:  # conversions alone are left by a start that went no further
             raise ValueError(
                 f"save={self.root} is not empty and holds no {CONFIG_FILE} "
                 f"(found {', '.join(found[:4])}); choose another folder"
             )
+
+    def lock(self) -> None:
+        """Keeps other jobs out of the folder until this process ends. Main process only.
+
+        Raises:
+            ValueError: another job is running there.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.root / LOCK_FILE, "w")  # noqa: SIM115  held until the process ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"save={self.root} is in use by another job that is still running; "
+                "wait for it, stop it, or choose another folder"
+            ) from None
 
     def claim(self, config: Config) -> None:
         """Makes the folder this run's: writes its resolved configuration. Main process only."""

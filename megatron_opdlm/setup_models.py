@@ -139,9 +139,15 @@ def check_same_language(
             f"{student.config.vocab_size}; they must be equal: distillation compares whole "
             "distributions"
         )
-    if student.tokenizer_fingerprint != teacher.tokenizer_fingerprint:
+    require_same_fingerprint(
+        student.tokenizer_fingerprint, teacher.tokenizer_fingerprint, teacher_path
+    )
+
+
+def require_same_fingerprint(student: str | None, teacher: str | None, teacher_path: str) -> None:
+    """Refuses a teacher whose tokenizer maps text to other ids than the student's."""
+    if student != teacher:
         raise ValueError(
-            f"teacher={teacher_path} has another tokenizer than the student "
-            f"({teacher.tokenizer_fingerprint} and {student.tokenizer_fingerprint}); "
-            "use two models of one family"
+            f"teacher={teacher_path} has another tokenizer than the student (fingerprints "
+            f"{str(teacher)[:12]} and {str(student)[:12]}); use two models of one family"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,14 +24,9 @@ from megatron_opdlm.data import PromptSampler, PromptTokens, load_prompts, token
 from megatron_opdlm.distill import StepRows, forward_backward, teacher_rows
 from megatron_opdlm.evaluation.online import OnlineEvaluation
 from megatron_opdlm.metrics import MaskedFractionHistogram, MetricsLogger, PhaseTimer
-from megatron_opdlm.model import (
-    has_transformer_engine,
-    stream_multiple,
-    training_stream_multiple,
-)
+from megatron_opdlm.model import stream_multiple, training_stream_multiple
 from megatron_opdlm.optimizer import StudentOptimizer
 from megatron_opdlm.parallel import ParallelState, from_main
-from megatron_opdlm.plan import check_models, find_model_config
 from megatron_opdlm.rollout.collector import collect
 from megatron_opdlm.rollout.engine import RolloutEngine, tokens_per_forward
 from megatron_opdlm.rollout.request import DecodingOptions, Request
@@ -71,6 +67,7 @@ class Trainer:
         )
         self.folder = RunFolder(config.train.save)
         from_main(lambda: self.folder.check(config), is_main=self.parallel.is_main)
+        from_main(self.folder.lock, is_main=self.parallel.is_main)
         self._load_models()
         self.prompts = self._load_prompts()
         self.sampler = PromptSampler(
@@ -238,6 +235,7 @@ class Trainer:
             }
         )
         if self.parallel.is_main:
+            self._report_progress(trajectories)
             samples = trajectories[: self.config.train.log_samples]
             self.folder.write_samples(self.rollout_step, samples, self.student.tokenizer)
 
@@ -361,10 +359,22 @@ class Trainer:
                 "teacher": self.config.model.teacher or self.config.model.student,
                 "data": self.config.train.data,
                 "method": self.config.distill.method,
+                "enable_thinking": self.config.rollout.enable_thinking,
                 "optimizer_steps": self.optimizer.num_steps,
                 "response_tokens": self.work.response_tokens,
             },
         )
+
+    def _report_progress(self, trajectories: Sequence[Trajectory]) -> None:
+        """One line per rollout where no progress bar is drawn: in the log file of a job."""
+        if not sys.stderr.isatty():
+            logger.info(
+                "rollout %d of %d, optimizer step %d: %.2f tokens per forward",
+                self.rollout_step + 1,
+                self.config.train.train_rollouts,
+                self.optimizer.num_steps,
+                tokens_per_forward(trajectories),
+            )
 
     def _log(self, numbers: dict[str, Any]) -> None:
         self.metrics.log(
@@ -372,25 +382,6 @@ class Trainer:
         )
 
     def _bar(self, total: int, name: str, *, initial: int = 0, leave: bool = True) -> tqdm:
-        return tqdm(
-            total=total, desc=name, initial=initial, leave=leave, disable=not self.parallel.is_main
-        )
-
-
-def main(config: Config) -> None:
-    """Trains as the configuration says; entry point of `opdlm train` on every rank."""
-    resolved = config.resolved(
-        cuda=torch.cuda.is_available(), transformer_engine=has_transformer_engine()
-    )
-    # What the configurations alone can tell is told before any process joins a group.
-    models = (resolved.model.student, resolved.model.teacher or resolved.model.student)
-    student, teacher = (find_model_config(path) for path in models)
-    check_models(resolved, student=student, teacher=teacher)
-    trainer = Trainer(resolved)
-    try:
-        trainer.train()
-    except ValueError as error:
-        # Past the start no ValueError is the user's: show where it comes from.
-        raise RuntimeError("training stopped") from error
-    # Only after success: leaving the groups is collective, and would wait for ranks that failed.
-    process_groups.shutdown()
+        # None: drawn only where someone can watch it.
+        hidden = None if self.parallel.is_main else True
+        return tqdm(total=total, desc=name, initial=initial, leave=leave, disable=hidden)

@@ -173,6 +173,7 @@ def model_card(
         "@WARNING@": warning,
         "@BLOCK@": str(block_size),
         "@MASK@": str(description.mask_token_id),
+        "@THINKING@": str(bool(description.lineage.get("enable_thinking", False))),
     }
     for key, value in substitutions.items():
         text = text.replace(key, value)

@@ -106,6 +106,7 @@ def test_nproc_starts_torchrun_with_the_same_arguments(monkeypatch):
         raise SystemExit(0)
 
     monkeypatch.setattr("os.execv", execv)
+    monkeypatch.setattr(start, "check", lambda config: config)  # its files are not here
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with pytest.raises(SystemExit):
         cli.main(["train", CONFIG, "--nproc", "4", "lr=2e-5"])
@@ -121,16 +122,32 @@ def test_nproc_under_torchrun_is_refused(capsys, monkeypatch):
     assert "torchrun has started this process" in run(capsys, "train", CONFIG, "--nproc", "2")[2]
 
 
-def test_a_bad_configuration_stops_before_any_process_starts(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (["lrr=1"], "unknown key lrr"),
+        (["layer_spec=local", "data=nowhere.jsonl"], "prompt file nowhere.jsonl does not exist"),
+        (["tensor_model_parallel_size=3"], "--nproc=2 must be a multiple"),
+    ],
+)
+def test_a_bad_start_stops_before_any_process_starts(capsys, monkeypatch, arguments, rule):
     monkeypatch.setattr("os.execv", None)
-    assert run(capsys, "train", CONFIG, "--nproc", "2", "lrr=1")[0] == 2
+    status, _, err = run(capsys, "train", CONFIG, "--nproc", "2", *arguments)
+    assert (status, rule in err) == (2, True), err
+
+
+def test_interruption_is_no_traceback(capsys, monkeypatch):
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(start, "main", interrupt)
+    status, _, err = run(capsys, "train", CONFIG)
+    assert status == 130 and "goes on when started again" in err
 
 
 def test_train_hands_the_configuration_to_the_trainer(capsys, monkeypatch):
-    from megatron_opdlm import trainer
-
     seen = []
-    monkeypatch.setattr(trainer, "main", seen.append)
+    monkeypatch.setattr(start, "main", seen.append)
     assert run(capsys, "train", CONFIG, "seed=3")[0] == 0
     assert seen == [load_config(CONFIG, ["seed=3"])]
 

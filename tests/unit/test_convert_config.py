@@ -162,7 +162,9 @@ def test_json_dict_is_strict() -> None:
             HFConfig.from_json_dict(broken)
 
 
-@pytest.mark.skipif(not REAL_CONFIGS.is_dir(), reason="the shared Qwen3 configs are not here")
+@pytest.mark.skipif(
+    not REAL_CONFIGS.is_dir(), reason="needs the real Qwen3 configs beside the checkout"
+)
 @pytest.mark.parametrize(
     ("size", "tensors", "parameters"),
     [("0.6B", 310, 596_049_920), ("1.7B", 310, 1_720_574_976), ("8B", 399, 8_190_735_360)],

@@ -129,7 +129,7 @@ def test_missing_tokenizer(tmp_path: Path) -> None:
     assert EOS != PAD
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the shared Qwen3 tokenizer is not here")
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the real Qwen3 tokenizer beside the checkout")
 def test_real_qwen3_tokenizer(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

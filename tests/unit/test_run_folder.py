@@ -134,3 +134,13 @@ def test_samples(save):
     )
     assert torch.equal(again.commit_grid, trajectory.commit_grid)
     assert config.train.log_samples == 1
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    """A second job on the same folder would rewrite the first one's metrics."""
+    first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    first.lock()
+    with pytest.raises(ValueError, match="is in use by another job"):
+        second.lock()
+    first._lock.close()
+    second.lock()

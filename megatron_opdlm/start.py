@@ -1,0 +1,72 @@
+"""Starting a run: every check that needs neither weights nor process groups, then the trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_opdlm import parallel as process_groups
+from megatron_opdlm.config import Config
+from megatron_opdlm.convert.layout import read_description, resolve_iteration
+from megatron_opdlm.convert.tokenizer import tokenizer_fingerprint
+from megatron_opdlm.data import PromptSampler, load_prompts
+from megatron_opdlm.model import has_transformer_engine, require_transformer_engine
+from megatron_opdlm.plan import check_models, find_model_config
+from megatron_opdlm.run_folder import RunFolder
+from megatron_opdlm.setup_models import require_same_fingerprint
+
+
+def check(config: Config) -> Config:
+    """Finds every mistake that configuration, prompts and model folders can show by themselves.
+
+    Nothing is written, and no model is read, so this takes seconds whatever the model's size.
+
+    Args:
+        config: configuration as loaded.
+
+    Returns:
+        The configuration with its automatic values resolved for this machine.
+
+    Raises:
+        ValueError: naming field, value, rule and fix.
+        FileNotFoundError: a path that is not there.
+    """
+    resolved = config.resolved(
+        cuda=torch.cuda.is_available(), transformer_engine=has_transformer_engine()
+    )
+    require_transformer_engine(resolved.model.layer_spec)
+    RunFolder(resolved.train.save).check(resolved)
+    prompts = load_prompts(resolved.train.data)
+    PromptSampler(
+        num_prompts=len(prompts),
+        prompts_per_rollout=resolved.rollout.prompts_per_rollout,
+        seed=resolved.train.seed,
+    )
+    student = resolved.model.student
+    teacher = resolved.model.teacher or student
+    check_models(resolved, student=find_model_config(student), teacher=find_model_config(teacher))
+    require_same_fingerprint(_fingerprint(student), _fingerprint(teacher), teacher)
+    return resolved
+
+
+def main(config: Config) -> None:
+    """Trains as the configuration says; what `opdlm train` does on every rank."""
+    # Not imported for a check alone: Megatron takes seconds.
+    from megatron_opdlm.trainer import Trainer
+
+    trainer = Trainer(check(config))
+    try:
+        trainer.train()
+    except ValueError as error:
+        # Past the start no ValueError is the user's: show where it comes from.
+        raise RuntimeError("training stopped") from error
+    # Only after success: leaving the groups is collective, and would wait for ranks that failed.
+    process_groups.shutdown()
+
+
+def _fingerprint(model: str) -> str | None:
+    """What a model's tokenizer maps to what; of a Hugging Face directory or a checkpoint."""
+    if (Path(model) / "config.json").is_file():
+        return tokenizer_fingerprint(model)
+    return read_description(resolve_iteration(model)).tokenizer_fingerprint
