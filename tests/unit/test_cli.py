@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opdlm import __version__, cli
+from megatron_opdlm import __version__, cli, start
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.config_schema import collect_keys
 
