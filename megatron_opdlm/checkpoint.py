@@ -203,7 +203,7 @@ class CheckpointFolder:
             write_json(partial / STATE_FILE, dict(state))
             shutil.copytree(tokenizer_dir, partial / TOKENIZER_DIR)
             sync_tree(partial)
-            if final.exists():  # the same iteration again: at no time without a complete one
+            if final.exists():  # the same iteration again: set aside until its successor is there
                 os.rename(final, self.root / f".{final.name}.old")
             os.rename(partial, final)
             self._point_to(iteration)

@@ -15,6 +15,7 @@ from megatron_opdlm.model import has_transformer_engine, require_transformer_eng
 from megatron_opdlm.plan import check_models, find_model_config
 from megatron_opdlm.run_folder import RunFolder
 from megatron_opdlm.setup_models import require_same_fingerprint
+from megatron_opdlm.trainer import Trainer
 
 
 def check(config: Config) -> Config:
@@ -52,9 +53,6 @@ def check(config: Config) -> Config:
 
 def main(config: Config) -> None:
     """Trains as the configuration says; what `opdlm train` does on every rank."""
-    # Not imported for a check alone: Megatron takes seconds.
-    from megatron_opdlm.trainer import Trainer
-
     trainer = Trainer(check(config))
     try:
         trainer.train()
