@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
     apply_factories,
 )
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 
 from megatron_opdlm.config import Config, load_config
@@ -68,15 +66,6 @@ def tiny_config(student: Path, data: Path, save: Path, **values: Any) -> Config:
 
 def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def save_without_server() -> None:
-    """Makes dist_checkpointing hand write results over in memory; call in a forked rank.
-
-    It starts a process for them that imports torch again, seconds per rank, and nothing of it is
-    needed where saving is synchronous.
-    """
-    filesystem_async._results_queue = queue.Queue()
 
 
 def parameter_pieces(model: BlockDiffusionModel, values: dict[str, Tensor]) -> Pieces:

@@ -17,7 +17,7 @@ from megatron_opdlm.metrics import read_metrics
 from megatron_opdlm.trainer import Trainer
 from tests.helpers import run_ranks
 from tests.tiny import tiny_model, write_prompts
-from tests.training import assemble, parameter_pieces, save_without_server, tiny_config
+from tests.training import assemble, parameter_pieces, tiny_config
 
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -43,7 +43,6 @@ class KilledInSave(Trainer):
 
 def train(rank, make_config, save, values, cls=Trainer):
     """Trains to the end; returns this rank's part of the weights and the Adam steps it holds."""
-    save_without_server()
     trainer = cls(make_config(save=save, **values))
     trainer.train()
     model = trainer.student.model
