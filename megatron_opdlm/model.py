@@ -1,4 +1,4 @@
-"""Qwen3-family models on Megatron's `GPTModel`, with our core attention over tags.
+"""Dense Qwen and Llama models on Megatron's `GPTModel`, with our core attention over tags.
 
 Construction, parameter names and the forward pass of the network stay behind this file and
 `convert/`.
@@ -34,8 +34,10 @@ from torch import Tensor
 
 from megatron_opdlm.attention import FLEX_BLOCK, AttentionPlan, TagAttention
 from megatron_opdlm.blocks import round_up
+from megatron_opdlm.convert.families import FAMILIES
 from megatron_opdlm.convert.hf import HFConfig
 from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.rope import inverse_frequencies
 from megatron_opdlm.stream import POSITION
 
 FP8_ALIGNMENT = 16
@@ -95,6 +97,7 @@ class BlockDiffusionModel(GPTModel):
 
     vocab_size_unpadded: int
     tp_group: torch.distributed.ProcessGroup
+    inverse_frequency: Tensor
 
     def forward(self, token_ids: Tensor, tags: Tensor, plan: AttentionPlan | None = None) -> Tensor:
         """Runs this pipeline stage on one stream.
@@ -121,8 +124,7 @@ class BlockDiffusionModel(GPTModel):
 
     def _rotary_angles(self, positions: Tensor) -> Tensor:
         """RoPE angles at explicit positions: [S] int64 in, [S, 1, 1, kv_channels] float32 out."""
-        inverse_frequency = self.rotary_pos_emb.inv_freq.to(positions.device)
-        angles = torch.outer(positions.float(), inverse_frequency)
+        angles = torch.outer(positions.float(), self.inverse_frequency)
         return torch.cat([angles, angles], dim=-1)[:, None, None, :]
 
     def select_rows(self, hidden: Tensor, rows: Tensor) -> Tensor:
@@ -232,6 +234,7 @@ def transformer_config(
     hf: HFConfig, options: BuildOptions, parallel: ParallelState
 ) -> TransformerConfig:
     """Translates a Hugging Face config into Megatron's."""
+    family = FAMILIES[hf.family]
     bf16 = options.params_dtype is torch.bfloat16
     return TransformerConfig(
         num_layers=hf.num_layers,
@@ -245,7 +248,8 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        qk_layernorm=True,
+        add_qkv_bias=family.qkv_bias,
+        qk_layernorm=family.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
@@ -280,15 +284,16 @@ def _block_spec(config: TransformerConfig, layer_spec: str) -> TransformerBlockS
     if layer_spec == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         norm: Any = TENorm
     else:
-        layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+        layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
         norm = RMSNorm
         layer.submodules.input_layernorm = norm
         layer.submodules.pre_mlp_layernorm = norm
-        layer.submodules.self_attention.submodules.q_layernorm = norm
-        layer.submodules.self_attention.submodules.k_layernorm = norm
+        if config.qk_layernorm:
+            layer.submodules.self_attention.submodules.q_layernorm = norm
+            layer.submodules.self_attention.submodules.k_layernorm = norm
     layer.submodules.self_attention.submodules.core_attention = TagAttention
     layers: list[ModuleSpec] = [layer] * num_layers
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
@@ -325,8 +330,12 @@ def build_model(
         post_process=parallel.is_last_stage,
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="rope",
-        rotary_base=hf.rope_theta,
     )
     model.vocab_size_unpadded = hf.vocab_size
     model.tp_group = parallel.tp_group
-    return model.cuda()
+    model = model.cuda()
+    # Ours in place of Megatron's, whose scaling fixes three of Llama 3.1's four numbers.
+    model.inverse_frequency = inverse_frequencies(
+        width=hf.kv_channels, theta=hf.rope_theta, scaling=hf.rope_scaling
+    ).to(torch.cuda.current_device())
+    return model

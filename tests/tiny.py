@@ -1,7 +1,8 @@
-"""A tiny Hugging Face Qwen3 with a real byte-level tokenizer, made on the spot for tests."""
+"""A tiny Hugging Face model with a real byte-level tokenizer, made on the spot for tests."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,14 +38,17 @@ def write_tokenizer(directory: Path) -> None:
     fast.save_pretrained(str(directory))
 
 
-def write_model(directory: Path, *, seed: int = 0, std: float = 0.12, **overrides: Any) -> Path:
-    """Writes config, weights and tokenizer of a random Qwen3.
+def write_model(
+    directory: Path, *, family: str = "qwen3", seed: int = 0, std: float = 0.12, **overrides: Any
+) -> Path:
+    """Writes config, weights and tokenizer of a random model.
 
     `std` large enough for varied logits. Several of the bytes end a sequence too, so that random
     weights do so now and then.
     """
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
+    name = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}[family]
     values: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
@@ -62,11 +66,13 @@ def write_model(directory: Path, *, seed: int = 0, std: float = 0.12, **override
         "bos_token_id": None,
     }
     torch.manual_seed(seed)
-    config = Qwen3Config(**(values | overrides))
-    model = Qwen3ForCausalLM(config)
+    if family == "qwen2":
+        del values["head_dim"]  # always hidden_size / num_attention_heads
+    config = getattr(transformers, f"{name}Config")(**(values | overrides))
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:  # away from one, so that a swapped norm shows
+            if "norm" in name or "bias" in name:  # away from 1 and 0, so that a swap shows
                 parameter.add_(0.2 * torch.randn_like(parameter))
         # transformers makes the padding row zero; a norm of zeros would blow up its gradient.
         model.model.embed_tokens.weight[config.pad_token_id].normal_(std=std)
@@ -88,11 +94,11 @@ def tiny_model(session_folder: Path, **overrides: Any) -> TinyModel:
 
     Args:
         session_folder: `tmp_path_factory.getbasetemp()`.
-        overrides: of the Qwen3 config.
+        overrides: arguments of `write_model`, keys of the config among them.
     """
     from megatron_opdlm.convert.importer import import_hf
 
-    name = "_".join(f"{key}={overrides[key]}" for key in sorted(overrides))
+    name = hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:12]
     root = session_folder / f"tiny_{name}"
     model = TinyModel(hf=root / "hf", checkpoint=root / "checkpoint")
     if not model.checkpoint.exists():

@@ -10,6 +10,8 @@ from megatron_opdlm.convert.errors import ConversionError
 FORMATS = ("sdar",)
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_TOLERANCE = 1e-3
+MASK_TOKEN = "<|MASK|>"  # tokenizer.MASK_TOKEN and mask_row.MASK_INITS, which import torch
+MASK_INITS = ("keep", "mean")
 
 
 def add_convert_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -28,6 +30,19 @@ def _add_import(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--out", required=True, metavar="DIR", help="checkpoint to create")
     parser.add_argument(
         "--no-mask", action="store_true", help="add no mask token (a teacher that is never trained)"
+    )
+    parser.add_argument(
+        "--mask-token",
+        metavar="TEXT",
+        default=MASK_TOKEN,
+        help="text of the mask token; one that the tokenizer has keeps its id, another gets the "
+        f"first free row of the embedding, or a new one; default: {MASK_TOKEN}",
+    )
+    parser.add_argument(
+        "--mask-init",
+        choices=MASK_INITS,
+        help="the mask token's embedding: keep what the model has there, or the mean of the rows "
+        "before it; default: keep a row that is there, mean for a new one",
     )
     parser.set_defaults(run=_reporting_os_errors(_import))
 
@@ -86,7 +101,13 @@ def _reporting_os_errors(
 def _import(args: argparse.Namespace) -> int:
     from megatron_opdlm.convert.importer import import_hf
 
-    import_hf(args.hf, args.out, add_mask=not args.no_mask)
+    import_hf(
+        args.hf,
+        args.out,
+        add_mask=not args.no_mask,
+        mask_token=args.mask_token,
+        mask_init=args.mask_init,
+    )
     return 0
 
 

@@ -17,6 +17,8 @@ import torch
 from megatron_opdlm.convert.errors import ConversionError
 from megatron_opdlm.convert.families import family_of
 from megatron_opdlm.convert.files import read_json_object
+from megatron_opdlm.convert.names import Family
+from megatron_opdlm.rope import RopeScaling
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,9 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
 }
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_SCALING_KEYS = tuple(field.name for field in fields(RopeScaling))
+SHIFT_KEYS = ("right_shift_logits", "shift_logits", "arm_shift", "student_arm_shift")
+"""Keys by which block-diffusion code says that its logits are shifted; never so here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,7 @@ class HFConfig:
     """Ids that end a response: config.json's first, then others of generation_config.json."""
     pad_token_id: int | None
     bos_token_id: int | None
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         """Check ranges and cross-field rules; the error names the config.json key."""
@@ -110,12 +116,16 @@ class HFConfig:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConversionError(f"model description has unknown fields {unknown}")
-        if missing := sorted(known - set(values)):
+        if missing := sorted(known - set(values) - {"rope_scaling"}):  # younger than the others
             raise ConversionError(f"model description lacks fields {missing}")
-        eos = values["eos_token_ids"]
+        eos, scaling = values["eos_token_ids"], values.get("rope_scaling")
         if not isinstance(eos, list):
             raise ConversionError(f"eos_token_ids={eos!r} must be a list of ids")
-        return cls(**(values | {"eos_token_ids": tuple(eos)}))
+        if scaling is not None:
+            if not isinstance(scaling, dict) or set(scaling) != set(_SCALING_KEYS):
+                raise ConversionError(f"rope_scaling={scaling!r} must have {list(_SCALING_KEYS)}")
+            scaling = _rope_scaling("rope_scaling", scaling)
+        return cls(**(values | {"eos_token_ids": tuple(eos), "rope_scaling": scaling}))
 
 
 # config.json key -> our field; all are required positive integers (head_dim: see _head_dim)
@@ -163,14 +173,18 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> HFConfig:
     family = family_of(raw)
     _refuse_unsupported(raw)
     family.check_config(raw)
+    if family.default_key_value_heads and raw.get("num_key_value_heads") is None:
+        raw = raw | {"num_key_value_heads": _required(raw, "num_attention_heads")}
     ints = {
         field: _required(raw, key) for key, field in _POSITIVE_INTS.items() if key != "head_dim"
     }
+    theta, scaling = _rope(raw, family)
     return HFConfig(
         family=family.name,
         **ints,
         kv_channels=_head_dim(raw, family.default_head_dim),
-        rope_theta=_rope_theta(raw),
+        rope_theta=theta,
+        rope_scaling=scaling,
         rms_norm_eps=raw.get("rms_norm_eps", family.default_rms_norm_eps),
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         initializer_range=raw.get("initializer_range", 0.02),
@@ -183,6 +197,12 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> HFConfig:
 
 def _refuse_unsupported(raw: dict[str, Any]) -> None:
     """Features of the config that would change the forward pass and are not implemented."""
+    for key in SHIFT_KEYS:
+        if raw.get(key):
+            raise ConversionError(
+                f"{key}={raw[key]!r}: logits that predict the next token are not implemented for "
+                "block diffusion; position i must predict token i"
+            )
     if raw.get("quantization_config") is not None:
         raise ConversionError(
             "quantization_config is set; convert the unquantised checkpoint instead"
@@ -205,22 +225,26 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         )
 
 
-def _rope_theta(raw: dict[str, Any]) -> float:
-    """RoPE base: rope_parameters.rope_theta (transformers 5), then rope_theta; never a default."""
-    theta = raw.get("rope_theta")
-    for key in ("rope_scaling", "rope_parameters"):  # rope_parameters last: it wins
+def _rope(raw: dict[str, Any], family: Family) -> tuple[float, RopeScaling | None]:
+    """RoPE base and scaling: rope_parameters (transformers 5), then rope_theta and rope_scaling."""
+    theta, kinds = raw.get("rope_theta"), {}
+    for key in ("rope_scaling", "rope_parameters"):  # rope_parameters last: its theta wins
         section = raw.get(key)
         if section is None:
             continue
         if not isinstance(section, dict):
             raise ConversionError(f"{key}={section!r} must be null or an object")
-        _check_rope_section(key, section)
+        kinds[key] = _check_rope_section(key, section, family)
         if section.get("rope_theta") is not None:
             if theta is not None and section["rope_theta"] != theta:
                 logger.warning(
                     "%s.rope_theta=%r overrides rope_theta=%r", key, section["rope_theta"], theta
                 )
             theta = section["rope_theta"]
+    if len(kinds) == 2 and kinds["rope_scaling"] != kinds["rope_parameters"]:
+        raise ConversionError("rope_scaling and rope_parameters contradict each other; remove one")
+    if theta is None:
+        theta = family.default_rope_theta
     if theta is None:
         raise ConversionError(
             "no rope_parameters.rope_theta and no rope_theta; a default would be a guess"
@@ -228,21 +252,52 @@ def _rope_theta(raw: dict[str, Any]) -> float:
     if not (_is_int(theta) or isinstance(theta, float)):
         raise ConversionError(f"rope_theta={theta!r} must be a number")
     try:
-        return float(theta)
+        return float(theta), next(iter(kinds.values()), None)
     except OverflowError:
         raise ConversionError("rope_theta must be a finite number") from None
 
 
-def _check_rope_section(key: str, section: dict[str, Any]) -> None:
+def _check_rope_section(key: str, section: dict[str, Any], family: Family) -> RopeScaling | None:
     kind = section.get("rope_type", section.get("type", "default"))
-    if kind != "default":
-        raise ConversionError(f"{key}: rope_type={kind!r} is not implemented; only 'default'")
+    if kind not in family.rope_types:
+        raise ConversionError(
+            f"{key}: rope_type={kind!r} is not implemented for {family.name}; "
+            f"only {' and '.join(map(repr, family.rope_types))}"
+        )
     if (factor := section.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ConversionError(
             f"{key}: partial_rotary_factor={factor!r} is not implemented; only 1.0"
         )
-    if unknown := sorted(set(section) - _ROPE_KEYS):
+    scaling = {name: value for name, value in section.items() if name not in _ROPE_KEYS}
+    wanted = _SCALING_KEYS if kind == "llama3" else ()
+    if unknown := sorted(set(scaling) - set(wanted)):
         raise ConversionError(f"{key} has keys that are not implemented: {unknown}")
+    if missing := [name for name in wanted if name not in scaling]:
+        raise ConversionError(f"{key}: rope_type='llama3' needs {missing}")
+    return _rope_scaling(key, scaling) if scaling else None
+
+
+def _rope_scaling(key: str, values: dict[str, Any]) -> RopeScaling:
+    """Check Llama 3.1's four numbers."""
+    for name, value in values.items():
+        number = (_is_int(value) or isinstance(value, float)) and 0 < value < math.inf
+        if not number:
+            raise ConversionError(f"{key}.{name}={value!r} must be a positive number")
+    low, high = values["low_freq_factor"], values["high_freq_factor"]
+    if low >= high:
+        raise ConversionError(
+            f"{key}.low_freq_factor={low!r} must be below high_freq_factor={high!r}"
+        )
+    positions = values["original_max_position_embeddings"]
+    if not _is_int(positions):
+        raise ConversionError(
+            f"{key}.original_max_position_embeddings={positions!r} must be an integer"
+        )
+    try:
+        floats = {name: float(values[name]) for name in _SCALING_KEYS[:3]}
+    except OverflowError:
+        raise ConversionError(f"{key} holds a number that is too large") from None
+    return RopeScaling(**floats, original_max_position_embeddings=positions)
 
 
 def _dtype_name(raw: dict[str, Any]) -> str:

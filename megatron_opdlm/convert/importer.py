@@ -3,6 +3,7 @@
 Streaming, on the CPU: one layer's tensor (or 64 MiB of the vocabulary) is in memory at a time.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from megatron_opdlm.convert.layout import (
     iteration_name,
     write_description,
 )
-from megatron_opdlm.convert.names import Entry, VocabRows, extra_state_keys
+from megatron_opdlm.convert.mask_row import MaskRow, mean_row
+from megatron_opdlm.convert.names import Entry, VocabRows
 from megatron_opdlm.convert.tokenizer import (
+    MASK_TOKEN,
     add_mask_token,
     copy_tokenizer,
     has_tokenizer,
@@ -35,14 +38,26 @@ _COMMON = {"checkpoint_version": 3.0, "iteration": 0}  # what Megatron-LM's load
 
 
 def import_hf(
-    hf_dir: str | Path, out_dir: str | Path, *, add_mask: bool = True, progress: bool = True
+    hf_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    add_mask: bool = True,
+    mask_token: str = MASK_TOKEN,
+    mask_init: str | None = None,
+    progress: bool = True,
 ) -> None:
     """Convert a Hugging Face directory into a checkpoint at iteration 0.
+
+    The mask token gets the first embedding row that no token uses. Without a free row the
+    embedding, and the head of an untied model, grow by one.
 
     Args:
         hf_dir: directory with config.json, safetensors and tokenizer files.
         out_dir: checkpoint root to create; must not exist or be empty.
         add_mask: give the tokenizer a mask token; False only for a teacher that is never trained.
+        mask_token: its text; one that the tokenizer knows is used as it is.
+        mask_init: 'keep' its embedding as the model has it, or the 'mean' of the rows before it;
+            None keeps an existing row and fills a new one with the mean.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -55,46 +70,55 @@ def import_hf(
     config = read_config(source)
     with HFWeights(source) as weights:
         check_tensors(weights, FAMILIES[config.family], config)
-        pieces = _pieces(weights, config)
         with atomic_directory(out) as folder:
             iteration_dir = folder / iteration_name(0)
             iteration_dir.mkdir()
-            description = _describe(source, iteration_dir, config, add_mask)
-            write_description(iteration_dir, description)
+            mask = _add_tokenizer(source, iteration_dir, config, mask_token if add_mask else None)
+            row = None if mask is None else MaskRow.plan(mask, config.vocab_size, mask_init)
+            grown = row is not None and row.is_new
+            config = replace(config, vocab_size=config.vocab_size + grown)
+            write_description(iteration_dir, _describe(source, config, row))
+            pieces = _pieces(weights, config, row)
             total = sum(piece.nbytes for piece in pieces)
             with tqdm(
                 total=total, unit="B", unit_scale=True, desc="import", disable=not progress
             ) as bar:
-                objects = extra_state_keys(config.num_layers)
+                objects = FAMILIES[config.family].extra_state_keys(config.num_layers)
                 write_torch_dist(iteration_dir, pieces, objects, _COMMON, bar.update)
             (folder / LATEST_FILE).write_text("0")
 
 
-def _describe(
-    source: Path, iteration_dir: Path, config: HFConfig, add_mask: bool
-) -> ModelDescription:
-    """Copy the tokenizer and say what the checkpoint holds."""
-    mask_token_id = fingerprint = None
-    if add_mask:
-        mask_token_id = add_mask_token(source, iteration_dir / TOKENIZER_DIR, config.vocab_size)
-        special = {config.pad_token_id, config.bos_token_id, *config.eos_token_ids}
-        if mask_token_id in special:
-            raise ConversionError(
-                f"{source}: mask token id {mask_token_id} is an eos, pad or bos id of the model"
-            )
-    elif has_tokenizer(source):
-        copy_tokenizer(source, iteration_dir / TOKENIZER_DIR)
-    if has_tokenizer(source):
-        fingerprint = tokenizer_fingerprint(source)
+def _add_tokenizer(
+    source: Path, iteration_dir: Path, config: HFConfig, mask_token: str | None
+) -> int | None:
+    """Copy the tokenizer; add the mask token if there is to be one, and return its id."""
+    target = iteration_dir / TOKENIZER_DIR
+    if mask_token is None:
+        if has_tokenizer(source):
+            copy_tokenizer(source, target)
+        return None
+    mask_token_id = add_mask_token(source, target, config.vocab_size, mask_token)
+    special = {config.pad_token_id, config.bos_token_id, *config.eos_token_ids}
+    if mask_token_id in special:
+        raise ConversionError(
+            f"{source}: mask token id {mask_token_id} is an eos, pad or bos id of the model; "
+            "choose another with --mask-token"
+        )
+    return mask_token_id
+
+
+def _describe(source: Path, config: HFConfig, row: MaskRow | None) -> ModelDescription:
+    """Say what the checkpoint holds."""
+    lineage = {"source": source.resolve().name}
     return ModelDescription(
         config=config,
-        mask_token_id=mask_token_id,
-        tokenizer_fingerprint=fingerprint,
-        lineage={"source": source.resolve().name},
+        mask_token_id=None if row is None else row.token_id,
+        tokenizer_fingerprint=tokenizer_fingerprint(source) if has_tokenizer(source) else None,
+        lineage=lineage if row is None else lineage | {"mask_row": row.describe()},
     )
 
 
-def _pieces(weights: HFWeights, config: HFConfig) -> list[Piece]:
+def _pieces(weights: HFWeights, config: HFConfig, row: MaskRow | None) -> list[Piece]:
     """Everything to write, in the order in which the HF files hold it."""
     family = FAMILIES[config.family]
     pieces: list[Piece] = []
@@ -109,7 +133,7 @@ def _pieces(weights: HFWeights, config: HFConfig) -> list[Piece]:
                 "tensors of one kind must share a dtype"
             )
         if isinstance(entry.transform, VocabRows):
-            pieces += _vocab_pieces(weights, config, entry, dtype)
+            pieces += _vocab_pieces(weights, config, entry, dtype, row)
         else:
             pieces.append(_tensor_piece(weights, config, entry, layer, dtype))
     return pieces
@@ -140,16 +164,20 @@ def _tensor_piece(
 
 
 def _vocab_pieces(
-    weights: HFWeights, config: HFConfig, entry: Entry, dtype: torch.dtype
+    weights: HFWeights, config: HFConfig, entry: Entry, dtype: torch.dtype, row: MaskRow | None
 ) -> list[Piece]:
     """A vocabulary tensor in slices of rows, the last of them with the padding rows."""
     shape = entry.transform.megatron_shape(config)
     (name,) = entry.hf
+    stored = weights.shapes[name][0]  # without a row that is added for the mask token
 
     def load(rows: slice) -> Tensor:
-        values = weights.read(name, slice(rows.start, min(rows.stop, config.vocab_size)))
+        values = weights.read(name, slice(rows.start, min(rows.stop, stored)))
         padding = values.new_zeros(rows.stop - rows.start - values.shape[0], shape[1])
-        return torch.cat([values, padding]) if padding.numel() else values
+        values = torch.cat([values, padding]) if padding.numel() else values
+        if row is not None and row.replaces(name) and rows.start <= row.token_id < rows.stop:
+            values[row.token_id - rows.start] = mean_row(weights, name, row.token_id)
+        return values
 
     return [
         Piece(

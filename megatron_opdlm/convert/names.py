@@ -29,23 +29,6 @@ VOCAB_DIVISOR = 128
 """Megatron's default make_vocab_size_divisible_by; what a TP1 run pads the vocabulary to."""
 
 
-_EXTRA_STATE = (
-    *(
-        f"decoder.layers.self_attention.{module}"
-        for module in ("core_attention", "linear_qkv", "linear_proj", "q_layernorm", "k_layernorm")
-    ),
-    "decoder.layers.mlp.linear_fc1",
-    "decoder.layers.mlp.linear_fc2",
-)
-
-
-def extra_state_keys(num_layers: int) -> list[str]:
-    """Keys of the FP8 states that Megatron's loader insists on; empty when weights are imported."""
-    layers = range(num_layers)
-    keys = [f"{key}._extra_state/shard_{n}_{num_layers}" for key in _EXTRA_STATE for n in layers]
-    return [*keys, "decoder.final_layernorm._extra_state/shard_0_1"]
-
-
 def shape_of(dims: str, config: "HFConfig") -> Shape:
     """Sizes of the shape letters in `dims`, e.g. 'HQ' -> (hidden, query heads * head)."""
     sizes = {
@@ -212,6 +195,22 @@ class Family:
     """transformers' default for an absent head_dim; None: hidden_size / num_attention_heads."""
     default_rms_norm_eps: float
     """transformers' default for an absent rms_norm_eps."""
+    default_rope_theta: float | None = None
+    """Of configs older than the key; None: the key must be there."""
+    default_key_value_heads: bool = False
+    """Whether an absent num_key_value_heads means as many as query heads."""
+    rope_types: tuple[str, ...] = ("default",)
+    """RoPE variants that models of this family come with."""
+
+    @property
+    def qk_layernorm(self) -> bool:
+        """Whether queries and keys are normalised."""
+        return any(entry.key.endswith(".q_layernorm.weight") for entry in self.entries)
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether the query, key and value projections have biases."""
+        return any(entry.key.endswith(".linear_qkv.bias") for entry in self.entries)
 
     def entries_for(self, config: "HFConfig") -> tuple[Entry, ...]:
         """Rows that a model with `config` has."""
@@ -223,6 +222,19 @@ class Family:
         for entry, layer in self.walk(config):
             shapes |= zip(entry.hf_names(layer), entry.transform.hf_shapes(config), strict=True)
         return shapes
+
+    def extra_state_keys(self, num_layers: int) -> list[str]:
+        """Keys of the FP8 states that Megatron's loader insists on; empty in an import.
+
+        One for every module that may be a Transformer Engine layer, in every layer.
+        """
+        modules = {entry.stacked_key.rsplit(".", 1)[0] for entry in self.entries if entry.per_layer}
+        modules.add("decoder.layers.self_attention.core_attention")
+        layers = range(num_layers)
+        keys = [
+            f"{key}._extra_state/shard_{n}_{num_layers}" for key in sorted(modules) for n in layers
+        ]
+        return [*keys, "decoder.final_layernorm._extra_state/shard_0_1"]
 
     def walk(self, config: "HFConfig") -> list[tuple[Entry, int]]:
         """(row, layer) pairs in file order: all rows of layer 0, then of layer 1, ..."""

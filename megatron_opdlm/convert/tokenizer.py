@@ -55,33 +55,38 @@ def copy_tokenizer(src_dir: Path, dst_dir: Path) -> None:
             shutil.copyfile(src_dir / name, dst_dir / name)  # follows a hub cache's links
 
 
-def add_mask_token(src_dir: str | Path, dst_dir: str | Path, vocab_size: int) -> int:
+def add_mask_token(
+    src_dir: str | Path, dst_dir: str | Path, vocab_size: int, mask_token: str = MASK_TOKEN
+) -> int:
     """Copy a tokenizer and give it a mask token on the first free embedding row.
 
-    A tokenizer that already names a mask token, or already holds `<|MASK|>`, keeps it.
+    A tokenizer that already names a mask token, or already holds `mask_token`, keeps it.
 
     Args:
         src_dir: directory with tokenizer.json.
         dst_dir: where the copy goes; created if need be.
         vocab_size: rows of the model's embedding.
+        mask_token: text of the mask token.
 
     Returns:
-        Id of the mask token; 151669 for Qwen3.
+        Id of the mask token: 151669 for Qwen3; `vocab_size` where no row is free, so that the
+        embedding must grow by one.
 
     Raises:
-        ConversionError: no tokenizer.json, no free row, or the id is that of eos, pad, bos or unk.
+        ConversionError: no tokenizer.json, a tokenizer that names another mask token or has more
+            tokens than the embedding rows, or the id is that of eos, pad, bos or unk.
     """
     src, dst = Path(src_dir), Path(dst_dir)
     tokenizer = _read_tokenizer(src)
     config = _read_config(src)
     ids = _token_ids(src, tokenizer)
-    mask = _content(config.get("mask_token")) or MASK_TOKEN
-    mask_id = ids.get(mask, max(ids.values()) + 1)
-    if mask_id >= vocab_size:
+    mask = _mask_text(src, config, mask_token)
+    if (top := max(token_id for token, token_id in ids.items() if token != mask)) >= vocab_size:
         raise ConversionError(
-            f"{src}: no free embedding row for the mask token (it would be id {mask_id}, "
-            f"vocab_size is {vocab_size}); growing the embedding is not implemented"
+            f"{src}: the tokenizer has ids up to {top}, the embedding only {vocab_size} rows; "
+            "they are not of one model"
         )
+    mask_id = ids.get(mask, max(ids.values()) + 1)
     for key in _NAMED_TOKENS:
         name = _content(config.get(key))
         if key != "mask_token" and name is not None and ids.get(name) == mask_id:
@@ -135,6 +140,19 @@ def pad_token_id(directory: str | Path) -> int | None:
 def mask_token_id(directory: str | Path) -> int | None:
     """Id of the tokenizer's mask token; None if it names none."""
     return _named_id(Path(directory), "mask_token")
+
+
+def _mask_text(src: Path, config: dict[str, Any], mask_token: str) -> str:
+    """The mask token that the tokenizer names, else the requested one."""
+    named = _content(config.get("mask_token"))
+    if named is None:
+        return mask_token
+    if mask_token not in (named, MASK_TOKEN):
+        raise ConversionError(
+            f"{src}: the tokenizer's mask token is {named!r}, not {mask_token!r}; "
+            "leave --mask-token away to use it"
+        )
+    return named
 
 
 def _named_id(directory: Path, key: str) -> int | None:

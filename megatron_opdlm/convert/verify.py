@@ -5,7 +5,7 @@ third run with the checkpoint's query, key and value rows out of order must diff
 comparison could not have seen an error.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_opdlm import parallel
 from megatron_opdlm.checkpoint import freeze, load_model
 from megatron_opdlm.convert.errors import ConversionError
+from megatron_opdlm.convert.families import FAMILIES
 from megatron_opdlm.convert.files import read_json_object
 from megatron_opdlm.convert.hf import HFConfig, read_config
 from megatron_opdlm.convert.layout import read_description, resolve_iteration
@@ -59,7 +60,8 @@ def verify(checkpoint: str | Path, hf_dir: str | Path, *, seed: int = 0) -> Veri
     folder, source = resolve_iteration(checkpoint), Path(hf_dir)
     config = read_config(source)
     description = read_description(folder)
-    _require_same_shape(description.config, config)
+    new_row = description.mask_token_id == config.vocab_size
+    _require_same_shape(description.config, config, new_row=new_row)
     # float32 whatever is stored: a comparison in bfloat16 would hide errors of a few percent
     reference = _load_reference(source, config)
     options = BuildOptions(params_dtype=torch.float32)
@@ -79,30 +81,40 @@ def verify(checkpoint: str | Path, hf_dir: str | Path, *, seed: int = 0) -> Veri
     )
 
 
-def _require_same_shape(ours: HFConfig, theirs: HFConfig) -> None:
+def _require_same_shape(ours: HFConfig, theirs: HFConfig, *, new_row: bool) -> None:
+    """Same network; the checkpoint may have grown by the mask token's row."""
+    expected = replace(theirs, vocab_size=theirs.vocab_size + new_row)
     for name in _SHAPE_FIELDS:
-        if getattr(ours, name) != getattr(theirs, name):
+        if getattr(ours, name) != getattr(expected, name):
             raise ConversionError(
                 f"checkpoint and Hugging Face directory are different models: {name} is "
-                f"{getattr(ours, name)} and {getattr(theirs, name)}"
+                f"{getattr(ours, name)} and {getattr(expected, name)}"
             )
 
 
 def _load_reference(source: Path, config: HFConfig) -> Any:
-    """transformers' own class for the base family, our modelling code for an `sdar` export."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    """transformers' own class for a base model, our modelling code for an `sdar` export."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from megatron_opdlm.convert.sdar.configuration_sdar import SDARConfig
     from megatron_opdlm.convert.sdar.modeling_sdar import SDARForCausalLM
 
-    if read_json_object(source / "config.json")["model_type"] == "qwen3":
-        hf_config = Qwen3Config.from_pretrained(source)
-        hf_config.rope_theta = config.rope_theta  # transformers 4 loses it from version 5's files
+    if read_json_object(source / "config.json")["model_type"] in FAMILIES:
+        hf_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if not hasattr(hf_config, "rope_parameters"):  # transformers 4 loses these of 5's files
+            hf_config.rope_theta = config.rope_theta
+            hf_config.rope_scaling = _version_4_scaling(config)
         hf_config._attn_implementation = "eager"
-        model = Qwen3ForCausalLM.from_pretrained(source, config=hf_config)
+        model = AutoModelForCausalLM.from_pretrained(source, config=hf_config)
     else:
         model = SDARForCausalLM.from_pretrained(source, config=SDARConfig.from_pretrained(source))
     return model.float().eval()
+
+
+def _version_4_scaling(config: HFConfig) -> dict[str, Any] | None:
+    if config.rope_scaling is None:
+        return None
+    return {"rope_type": "llama3"} | asdict(config.rope_scaling)
 
 
 @torch.no_grad()

@@ -47,6 +47,38 @@ def tiny_config(**overrides: Any) -> dict[str, Any]:
     } | overrides
 
 
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def family_config(family: str, **overrides: Any) -> dict[str, Any]:
+    """config.json of a tiny model of any family, with what its models have and Qwen3's lack."""
+    if family == "qwen3":
+        return tiny_config(**overrides)
+    own: dict[str, Any] = {
+        "qwen2": {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 128},
+        "llama": {
+            "architectures": ["LlamaForCausalLM"],
+            "mlp_bias": False,
+            "pretraining_tp": 1,
+            "rope_scaling": dict(LLAMA3_SCALING),
+            "rope_theta": 500000.0,
+        },
+    }[family]
+    config = tiny_config(model_type=family, **own)
+    if family == "qwen2":
+        del config["attention_bias"], config["head_dim"]  # its models have neither key
+    else:
+        for key in ("max_window_layers", "sliding_window", "use_sliding_window"):
+            del config[key]
+    return config | overrides
+
+
 def random_tensors(raw: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
     """Random weights of every tensor the config implies; norms away from 1, so that swaps show."""
     generator = torch.Generator().manual_seed(seed)
@@ -106,13 +138,14 @@ def write_tokenizer(directory: Path) -> None:
 def write_hf(
     directory: Path,
     *,
+    family: str = "qwen3",
     dtype: torch.dtype = torch.float32,
     shards: int = 1,
     seed: int = 0,
     **overrides: Any,
 ) -> dict[str, Tensor]:
     """A complete model directory; returns its tensors."""
-    raw = tiny_config(torch_dtype=str(dtype).removeprefix("torch."), **overrides)
+    raw = family_config(family, torch_dtype=str(dtype).removeprefix("torch."), **overrides)
     tensors = random_tensors(raw, dtype, seed)
     write_weights(directory, tensors, shards)
     write_json(directory / "config.json", raw)

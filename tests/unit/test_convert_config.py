@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from megatron_opdlm.convert.errors import ConversionError
 from megatron_opdlm.convert.families import FAMILIES
 from megatron_opdlm.convert.hf import HFConfig, parse_config, read_config
-from megatron_opdlm.convert.names import extra_state_keys
 from tests.unit.convert_models import tiny_config
 
 REAL_CONFIGS = Path(__file__).parents[3] / "shared/data/qwen3_configs"
@@ -177,6 +176,6 @@ def test_real_models_have_the_published_size(size: str, tensors: int, parameters
 
 
 def test_extra_state_keys_carry_layer_and_count() -> None:
-    keys = extra_state_keys(3)
+    keys = FAMILIES["qwen3"].extra_state_keys(3)
     assert "decoder.layers.mlp.linear_fc1._extra_state/shard_2_3" in keys
     assert len(keys) == 7 * 3 + 1

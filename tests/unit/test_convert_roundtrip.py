@@ -151,7 +151,7 @@ def test_description_of_an_import(tmp_path: Path) -> None:
     assert description.mask_token_id == MASK and description.block_size is None
     assert description.config.eos_token_ids == (EOS, PAD)
     assert description.tokenizer_fingerprint == tokenizer_fingerprint(tmp_path / "hf")
-    assert description.lineage == {"source": "hf"}
+    assert description.lineage == {"source": "hf", "mask_row": "free, kept"}
     assert ModelDescription.from_json_dict(description.to_json_dict()) == description
 
 

@@ -80,9 +80,20 @@ def test_an_existing_mask_is_kept(tmp_path: Path) -> None:
 def test_no_free_row(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "a")
     assert add_mask_token(tmp_path / "a", tmp_path / "b", MASK + 1) == MASK
-    with pytest.raises(ConversionError, match="no free embedding row"):
-        add_mask_token(tmp_path / "a", tmp_path / "c", MASK)
-    assert not (tmp_path / "c").exists()
+    assert add_mask_token(tmp_path / "a", tmp_path / "c", MASK) == MASK  # one row must be added
+    with pytest.raises(ConversionError, match="ids up to 260, the embedding only 260 rows"):
+        add_mask_token(tmp_path / "a", tmp_path / "d", MASK - 1)
+    assert not (tmp_path / "d").exists()
+
+
+def test_another_mask_token(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "a")
+    assert add_mask_token(tmp_path / "a", tmp_path / "b", 300, "<mask>") == MASK
+    assert json.loads((tmp_path / "b/tokenizer_config.json").read_text())["mask_token"] == "<mask>"
+    assert add_mask_token(tmp_path / "a", tmp_path / "c", 300, "<think>") == 260  # one it has
+    assert add_mask_token(tmp_path / "b", tmp_path / "d", 300) == MASK  # the named one, by default
+    with pytest.raises(ConversionError, match="mask token is '<mask>', not '<other>'"):
+        add_mask_token(tmp_path / "b", tmp_path / "e", 300, "<other>")
 
 
 @pytest.mark.parametrize("key", ["eos_token", "pad_token"])

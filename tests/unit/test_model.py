@@ -1,4 +1,4 @@
-"""Logits of an imported model equal transformers' Qwen3, whatever the layout.
+"""Logits of an imported model equal transformers', whatever the family and the layout.
 
 Documents are causal (block size 1) or doubled, [clean | noisy]; transformers gets the same
 attention as an explicit 4-D mask.
@@ -21,17 +21,30 @@ from megatron_opdlm.model import (
     stream_multiple,
 )
 from megatron_opdlm.pipeline import forward_only
+from megatron_opdlm.rope import inverse_frequencies
 from megatron_opdlm.stream import Document, make_tags, pack
 from tests.helpers import run_ranks
 from tests.oracle import hf_logits, load_hf
 from tests.tiny import VOCAB_SIZE, tiny_model
 
+LLAMA3 = {  # borders inside the 256 positions, so that every branch of the scaling is used
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 SHAPES = {
     "8/8": {"num_attention_heads": 8, "num_key_value_heads": 8},
     "8/4": {"num_attention_heads": 8, "num_key_value_heads": 4},
     "8/2": {"num_attention_heads": 8, "num_key_value_heads": 2},
     "head_dim 8": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
     "untied": {"tie_word_embeddings": False},
+    "qwen2": {"family": "qwen2", "hidden_size": 64},
+    "qwen2 untied": {"family": "qwen2", "hidden_size": 64, "tie_word_embeddings": False},
+    "llama": {"family": "llama"},
+    "llama 3.1": {"family": "llama", "tie_word_embeddings": False, "rope_parameters": LLAMA3},
 }
 LAYOUTS = {
     "TP1": {"world_size": 1},
@@ -134,6 +147,21 @@ def test_control_wrong_qkv_order_fails(shape, expected, tmp_path, monkeypatch):
     got = whole(run_ranks(megatron_logits, 1, {shape: wrong}, LAYOUTS["TP1"]))
     for key, value in got.items():
         assert (value - expected[key]).abs().max() > 0.1
+
+
+def forget_to_scale(rank, folder):
+    parallel = process_groups.initialize()
+    model, _ = load_model(resolve_iteration(folder), BuildOptions(), parallel)
+    model.inverse_frequency = inverse_frequencies(width=16, theta=10000.0, scaling=None)
+    stream = make_streams()["causal"]
+    with torch.no_grad():
+        hidden = model(stream.token_ids, stream.tags)
+        return model.logits(model.select_rows(hidden, stream.loss_rows))
+
+
+def test_control_unscaled_rope_gives_other_logits(folders, expected):
+    (got,) = run_ranks(forget_to_scale, 1, folders["llama 3.1"].checkpoint)
+    assert (got[:, :VOCAB_SIZE] - expected["llama 3.1", "causal"]).abs().max() > 0.05
 
 
 def attend_causally_to_the_doubled_stream(rank, folder):

@@ -3,10 +3,12 @@
 from typing import Any
 
 from megatron_opdlm.convert.errors import ConversionError
+from megatron_opdlm.convert.families.llama import LLAMA
+from megatron_opdlm.convert.families.qwen2 import QWEN2
 from megatron_opdlm.convert.families.qwen3 import QWEN3
 from megatron_opdlm.convert.names import Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (QWEN3,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (QWEN3, QWEN2, LLAMA)}
 
 
 def family_of(raw: dict[str, Any]) -> Family:

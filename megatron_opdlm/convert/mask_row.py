@@ -1,0 +1,71 @@
+"""The embedding row of the mask token: one that no token uses, or a new one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_opdlm.convert.errors import ConversionError
+from megatron_opdlm.convert.names import EMBEDDING
+from megatron_opdlm.convert.weights import HFWeights, row_slices
+
+MASK_INITS = ("keep", "mean")
+
+
+@dataclass(frozen=True)
+class MaskRow:
+    """What happens to the mask token's row at import.
+
+    Attributes:
+        token_id: the row.
+        is_new: whether the vocabulary grows by it.
+        use_mean: whether the input embedding is the mean of the rows before it; else it is kept.
+    """
+
+    token_id: int
+    is_new: bool
+    use_mean: bool
+
+    @classmethod
+    def plan(cls, token_id: int, vocab_size: int, mask_init: str | None) -> MaskRow:
+        """Decides from the model's vocabulary and the user's wish.
+
+        Args:
+            token_id: id of the mask token, at most vocab_size.
+            vocab_size: rows of the model's embedding.
+            mask_init: 'keep', 'mean' or None, see `importer.import_hf`.
+
+        Raises:
+            ConversionError: another mask_init, or a new row is to be kept.
+        """
+        if mask_init not in (None, *MASK_INITS):
+            raise ConversionError(f"mask_init={mask_init!r} must be one of {list(MASK_INITS)}")
+        is_new = token_id == vocab_size
+        if is_new and mask_init == "keep":
+            raise ConversionError(
+                f"mask_init='keep': the mask token's row {token_id} is new, the model has only "
+                f"{vocab_size}; use 'mean', or a token that the tokenizer has as --mask-token"
+            )
+        return cls(token_id=token_id, is_new=is_new, use_mean=is_new or mask_init == "mean")
+
+    def replaces(self, name: str) -> bool:
+        """Whether the row of this vocabulary tensor becomes a mean.
+
+        In an untied head only a new row does: no softmax here holds the mask's column.
+        """
+        return self.is_new or (self.use_mean and name == EMBEDDING)
+
+    def describe(self) -> str:
+        """For people: what was done."""
+        return ("new" if self.is_new else "free") + (", mean" if self.use_mean else ", kept")
+
+
+def mean_row(weights: HFWeights, name: str, num_rows: int) -> Tensor:
+    """Mean of the first rows of a vocabulary tensor, [H] float64; read in slices."""
+    hidden = weights.shapes[name][1]
+    total = torch.zeros(hidden, dtype=torch.float64)
+    for rows in row_slices((num_rows, hidden), weights.dtype(name)):
+        total += weights.read(name, rows).double().sum(0)
+    return total / num_rows
