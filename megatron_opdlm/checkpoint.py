@@ -8,8 +8,6 @@ size, and so does the optimizer."""
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import os
 import queue
 import shutil
@@ -22,7 +20,6 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_opdlm.convert.files import read_json_object, sync_tree, write_json
-from megatron_opdlm.convert.importer import import_hf
 from megatron_opdlm.convert.layout import (
     LATEST_FILE,
     STATE_FILE,
@@ -37,54 +34,8 @@ from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, build_model
 from megatron_opdlm.optimizer import StudentOptimizer
 from megatron_opdlm.parallel import ParallelState, from_main
 
-logger = logging.getLogger(__name__)
-
 # Optimizer state in the shape of the parameters, so that it loads into any parallel layout.
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-def as_checkpoint(path: str, cache: Path, *, is_main: bool) -> Path:
-    """Returns a checkpoint for a path that is a checkpoint or a Hugging Face directory.
-
-    Rank 0 looks, and converts if it must; the others take its word, so that all nodes agree.
-
-    Args:
-        path: checkpoint root, iteration folder, or Hugging Face directory.
-        cache: folder that receives conversions; one of the same files is used again.
-        is_main: whether this is rank 0. Call on all ranks.
-
-    Returns:
-        The iteration folder.
-
-    Raises:
-        ValueError: on all ranks, if there is neither, or if this node does not see it.
-    """
-
-    def find() -> Path:
-        source = Path(path)
-        if not (source / "config.json").is_file():
-            return resolve_iteration(source)
-        converted = cache / f"{source.resolve().name}-{_fingerprint(source)}"
-        if not (converted / LATEST_FILE).is_file():
-            import_hf(source, converted)
-        return resolve_iteration(converted)
-
-    folder = from_main(find, is_main=is_main)
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder} exists on the first node but not here; models and run folders must be on a "
-            "file system that all nodes share"
-        )
-    return folder
-
-
-def _fingerprint(directory: Path) -> str:
-    """Names the state of a folder by its files' names, sizes and times, without reading them."""
-    digest = hashlib.sha256(str(directory.resolve()).encode())
-    for path in sorted(directory.iterdir()):
-        status = path.stat()
-        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
-    return digest.hexdigest()[:12]
 
 
 def load_model(

@@ -215,8 +215,11 @@ def _report(
     parallel = config.parallel
     fewest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     bundled = Path(config_path).resolve().parent / _MODEL_CONFIGS
-    student = find_model_config(config.model.student, bundled=bundled)
-    teacher = find_model_config(config.model.teacher or config.model.student, bundled=bundled)
+    mask_token = config.model.mask_token
+    student, teacher = (
+        find_model_config(model, mask_token=mask_token, bundled=bundled)
+        for model in (config.model.student, config.model.teacher or config.model.student)
+    )
     plans = rank_table(config, student=student, teacher=teacher, world_size=world_size or fewest)
     return config, format_table(plans) + "\n" + format_totals(config, plans)
 

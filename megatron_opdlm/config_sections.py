@@ -88,10 +88,16 @@ class ModelConfig(_Section):
     """Activations to recompute in the backward pass: none, the core attention, or whole layers."""
     mask_token: str = "<|MASK|>"
     """Token that marks a masked position; import adds it to tokenizer and embeddings."""
+    mask_init: Literal["keep", "mean"] | None = None
+    """Its embedding at import: keep the free row, or a mean of the others; null = mean if new."""
+    import_cache: str | None = None
+    """Folder for imports of Hugging Face models, shared by jobs; null = imported/ beside save."""
 
     def _check(self) -> None:
         require(bool(self.student), "student", self.student, "must be a path", "name a directory")
         require(bool(self.mask_token), "mask_token", "''", "must not be empty", "use <|MASK|>")
+        fix = "name a folder, or null"
+        require(self.import_cache != "", "import_cache", "''", "must be a path or null", fix)
         if self.fp8 != "none":
             needs = "needs Transformer Engine and bfloat16"
             fix = "set layer_spec=transformer_engine on a CUDA machine, or fp8=none"

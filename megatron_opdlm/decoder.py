@@ -3,9 +3,10 @@ training share."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +15,13 @@ import torch.distributed as dist
 
 from megatron_opdlm import parallel as process_groups
 from megatron_opdlm import randomness
-from megatron_opdlm.config import ModelConfig
 from megatron_opdlm.convert.files import read_json_object
 from megatron_opdlm.convert.layout import LATEST_FILE
+from megatron_opdlm.convert.tokenizer import MASK_TOKEN
 from megatron_opdlm.data import Prompt, PromptTokens, TokenizedPrompts, tokenize_prompts
+from megatron_opdlm.import_cache import ImportCache
 from megatron_opdlm.model import BuildOptions, has_transformer_engine, stream_multiple
-from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.parallel import ParallelState, from_main
 from megatron_opdlm.rollout.collector import collect
 from megatron_opdlm.rollout.engine import Observer, RolloutEngine
 from megatron_opdlm.rollout.request import DecodingOptions, Request
@@ -58,16 +60,18 @@ class Decoder:
         pipeline_model_parallel_size: int = 1,
         params_dtype: str = "auto",
         max_rows: int = 256,
+        import_cache: str | None = None,
     ) -> Decoder:
         """Joins the job and loads a student. Call on all ranks.
 
         Args:
-            path: run folder, checkpoint root, iteration folder, or Hugging Face directory. The last
-                is converted into a temporary folder that is gone when this returns.
+            path: run folder, checkpoint root, iteration folder, or Hugging Face directory.
             tensor_model_parallel_size: tensor-parallel size.
             pipeline_model_parallel_size: pipeline-parallel size.
             params_dtype: "float32", "bfloat16", or "auto": bfloat16 on CUDA, else float32.
             max_rows: sequences decoded at once on a data-parallel rank.
+            import_cache: where a Hugging Face directory is converted, to be found again; None = a
+                temporary folder, which is gone when this returns.
 
         Raises:
             ValueError: neither a checkpoint nor a model, no mask token, or a model that the
@@ -83,17 +87,10 @@ class Decoder:
             layer_spec="transformer_engine" if has_transformer_engine() else "local",
             params_dtype=DTYPES[dtype],
         )
-        scratch: list[str] = [tempfile.mkdtemp(prefix="opdlm_") if parallel.is_main else ""]
-        dist.broadcast_object_list(scratch, src=0)
         source = find_checkpoint(path)
-        try:
-            mask_token = ModelConfig(student=path).mask_token
-            cache = Path(scratch[0]) / "student"
-            student = load_student(str(source), cache, options, parallel, mask_token)
-            dist.barrier()  # the folder stays until every rank has read it
-        finally:
-            if parallel.is_main:
-                shutil.rmtree(scratch[0])
+        with _import_folder(import_cache, parallel) as folder:
+            cache = ImportCache(folder=folder, mask_token=MASK_TOKEN)
+            student = load_student(str(source), cache, options, parallel, mask_token=None)
         return cls(
             student=student,
             parallel=parallel,
@@ -181,6 +178,21 @@ class Decoder:
         if observer is not None:
             return engine.generate(requests, on_finish=on_finish, observer=observer)
         return collect(engine, requests, self.parallel, on_finish=on_finish)[0]
+
+
+@contextlib.contextmanager
+def _import_folder(given: str | None, parallel: ParallelState) -> Iterator[Path]:
+    """The folder for imports: the given one, or one that goes when every rank has read it."""
+    if given is not None:
+        yield Path(given)
+        return
+    scratch = from_main(lambda: tempfile.mkdtemp(prefix="opdlm_"), is_main=parallel.is_main)
+    try:
+        yield Path(scratch)
+        dist.barrier()
+    finally:
+        if parallel.is_main:
+            shutil.rmtree(scratch)
 
 
 def find_checkpoint(path: str) -> Path:

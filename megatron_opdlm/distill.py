@@ -66,6 +66,8 @@ def forward_backward(
     microbatches: Sequence[Microbatch],
     targets: Sequence[Tensor],
     parallel: ParallelState,
+    *,
+    mask_token_id: int,
 ) -> StepRows:
     """Accumulates the gradient of one optimizer step into the student.
 
@@ -75,6 +77,7 @@ def forward_backward(
         microbatches: of this data-parallel rank.
         targets: teacher hidden states from `teacher_rows`.
         parallel: process groups.
+        mask_token_id: in no softmax.
 
     Returns:
         The divergence of every row. Gradients are summed over microbatches and data-parallel ranks
@@ -91,14 +94,16 @@ def forward_backward(
         hidden = model(stream.token_ids, stream.tags, AttentionPlan(tags=stream.tags))
 
         def divergence(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            kl = row_divergence(ddp.module, teacher, output, stream.loss_rows, target, parallel)
+            kl = row_divergence(
+                ddp.module, teacher, output, stream.loss_rows, target, parallel, mask_token_id
+            )
             loss = (kl * microbatch.row_weight.to(device)).sum()
-            rows = {
+            result = {
                 "loss": loss.detach(),
                 "kl": kl.detach(),
                 "num_masked": microbatch.num_masked,
             }
-            return loss, torch.ones((), dtype=torch.int, device=device), rows
+            return loss, torch.ones((), dtype=torch.int, device=device), result
 
         return hidden, divergence
 
@@ -121,6 +126,7 @@ def row_divergence(
     loss_rows: Tensor,
     target: Tensor,
     parallel: ParallelState,
+    mask_token_id: int,
 ) -> Tensor:
     """Forward KL of the loss rows of a microbatch, [T] float32.
 
@@ -133,6 +139,7 @@ def row_divergence(
         student_logits,
         teacher_logits,
         vocab_size=student.vocab_size_unpadded,
+        mask_token_id=mask_token_id,
         tp_group=parallel.tp_group,
     )
 

@@ -61,6 +61,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="run folder, checkpoint, or Hugging Face directory",
     )
     parser.add_argument(
+        "--import-cache",
+        metavar="DIR",
+        help="where a Hugging Face directory is converted, once for all that name the same DIR "
+        "(training: import_cache); default: a temporary folder, removed once it is loaded",
+    )
+    parser.add_argument(
         "--block-size", type=int, metavar="K", help="default: what the student was trained for"
     )
     parser.add_argument(
@@ -105,6 +111,7 @@ def open_decoder(args: argparse.Namespace, *, max_rows: int) -> Decoder:
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         params_dtype=args.params_dtype,
         max_rows=max_rows,
+        import_cache=args.import_cache,
     )
 
 

@@ -22,13 +22,16 @@ def vocab_parallel_forward_kl(
     teacher_logits_TV: Tensor,
     *,
     vocab_size: int,
+    mask_token_id: int | None = None,
     tp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Returns KL(teacher || student) = sum_v p_v (log p_v - log q_v) of every row, over the full
     vocabulary, in nats.
 
     p is the teacher's softmax and q the student's (paper, Eq. 5 and the OPDLM objective, w(t) = 1).
-    Padded columns are in neither. Teacher logits may be -inf: a term with p_v = 0 is 0.
+    Padded columns are in neither, nor is the mask token's, as in sampling: no response holds it,
+    and a teacher whose vocabulary grew by it never learnt it. Teacher logits may be -inf: a term
+    with p_v = 0 is 0.
 
     Differentiable in the student only: dKL/dz_v = q_v - p_v, formed in the forward pass and kept as
     one [T, V_local] tensor of the student's dtype; padded columns get 0. The arithmetic is float32,
@@ -42,6 +45,7 @@ def vocab_parallel_forward_kl(
             padded vocabulary.
         teacher_logits_TV: [T, V_local] float, the same columns of the teacher.
         vocab_size: tokens without padding; columns from here on are padding.
+        mask_token_id: a column that belongs to no softmax either; None if there is none.
         tp_group: tensor-parallel group that shards the vocabulary; None means unsharded.
 
     Returns:
@@ -59,8 +63,13 @@ def vocab_parallel_forward_kl(
             f"teacher_logits_TV has shape {got}; expected the student's {expected}: "
             "same rows, same padded vocabulary shard"
         )
-    _, num_valid = local_columns(expected[1], vocab_size=vocab_size, tp_group=tp_group)
-    return _VocabParallelForwardKL.apply(student_logits_TV, teacher_logits_TV, num_valid, tp_group)
+    first, num_valid = local_columns(expected[1], vocab_size=vocab_size, tp_group=tp_group)
+    mask_column = None if mask_token_id is None else mask_token_id - first
+    if mask_column is not None and not 0 <= mask_column < num_valid:
+        mask_column = None  # another rank's
+    return _VocabParallelForwardKL.apply(
+        student_logits_TV, teacher_logits_TV, num_valid, mask_column, tp_group
+    )
 
 
 class _VocabParallelForwardKL(torch.autograd.Function):
@@ -72,6 +81,7 @@ class _VocabParallelForwardKL(torch.autograd.Function):
         student_TV: Tensor,
         teacher_TV: Tensor,
         num_valid: int,
+        mask_column: int | None,
         tp_group: ProcessGroup | None,
     ) -> Tensor:
         dtype = torch.promote_types(student_TV.dtype, teacher_TV.dtype)
@@ -79,6 +89,8 @@ class _VocabParallelForwardKL(torch.autograd.Function):
         # Copies, because all that follows is in place: never more than three buffers of this size.
         student = student_TV[:, :num_valid].to(dtype, copy=True)
         teacher = teacher_TV[:, :num_valid].to(dtype, copy=True)
+        if mask_column is not None:
+            student[:, mask_column] = teacher[:, mask_column] = -torch.inf
 
         # 1. both softmaxes, from global maxima and global sums of exponentials
         maxima = torch.stack([_row_max(student), _row_max(teacher)])
@@ -108,12 +120,12 @@ class _VocabParallelForwardKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         # Multiplies in grad_T's dtype and rounds once, without a temporary of that dtype.
         grad_student = torch.empty_like(gradient)
         torch.mul(gradient, grad_T.unsqueeze(1), out=grad_student)
-        return grad_student, None, None, None
+        return grad_student, None, None, None, None
 
 
 def _row_max(logits_TV: Tensor) -> Tensor:

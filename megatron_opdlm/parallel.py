@@ -154,7 +154,9 @@ def _init_process_group(timeout_minutes: float) -> None:
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def from_main(action: Callable[[], _T], *, is_main: bool) -> _T:
+def from_main(
+    action: Callable[[], _T], *, is_main: bool, timeout: datetime.timedelta | None = None
+) -> _T:
     """Runs an action on rank 0 and gives its result to all ranks.
 
     A ValueError or OSError, too: raised as it is on rank 0 and as a ValueError with its text
@@ -163,7 +165,10 @@ def from_main(action: Callable[[], _T], *, is_main: bool) -> _T:
     Args:
         action: what only one process may do, or what all must agree on; its result is pickled.
         is_main: whether this is rank 0. Call on all ranks.
+        timeout: how long the others wait for it; None = as long as for any collective. If rank 0
+            dies they learn of it at once, from gloo's closed connections.
     """
+    group = None if timeout is None else dist.new_group(backend="gloo", timeout=timeout)
     outcome: list[tuple[_T | None, str | None]] = [(None, None)]
     failure: ValueError | OSError | None = None
     if is_main:
@@ -171,7 +176,10 @@ def from_main(action: Callable[[], _T], *, is_main: bool) -> _T:
             outcome = [(action(), None)]
         except (ValueError, OSError) as error:
             failure, outcome = error, [(None, str(error))]
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    if group is not None:
+        dist.barrier()  # no rank leaves the group while another still listens
+        dist.destroy_process_group(group)
     if failure is not None:
         raise failure
     result, message = outcome[0]

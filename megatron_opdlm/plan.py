@@ -13,9 +13,11 @@ from megatron_opdlm.blocks import round_up
 from megatron_opdlm.config import Config
 from megatron_opdlm.convert.families import FAMILIES
 from megatron_opdlm.convert.files import read_json_object
-from megatron_opdlm.convert.hf import HFConfig, parse_config, read_config
+from megatron_opdlm.convert.hf import HFConfig, parse_config
+from megatron_opdlm.convert.importer import imported_config
 from megatron_opdlm.convert.layout import LATEST_FILE, read_description, resolve_iteration
 from megatron_opdlm.convert.names import EMBEDDING, VocabRows
+from megatron_opdlm.convert.tokenizer import MASK_TOKEN
 from megatron_opdlm.model import check_parallel_fit, padded_vocab_size
 from megatron_opdlm.schedules import response_limit
 
@@ -109,11 +111,14 @@ def check_models(config: Config, *, student: HFConfig, teacher: HFConfig) -> Non
         )
 
 
-def find_model_config(model: str, *, bundled: Path | None = None) -> HFConfig:
-    """Reads the hyperparameters of a Hugging Face directory or a checkpoint.
+def find_model_config(
+    model: str, *, mask_token: str = MASK_TOKEN, bundled: Path | None = None
+) -> HFConfig:
+    """Reads the hyperparameters of a checkpoint, or those that a Hugging Face directory will have.
 
     Args:
         model: path of the directory.
+        mask_token: that its import will add.
         bundled: folder with `<directory name>.config.json` for models that are not on this machine.
 
     Raises:
@@ -122,7 +127,7 @@ def find_model_config(model: str, *, bundled: Path | None = None) -> HFConfig:
     """
     path = Path(model)
     if (path / "config.json").is_file():
-        return read_config(path)
+        return imported_config(path, mask_token)
     if (path / LATEST_FILE).is_file() or (path / ".metadata").is_file():
         return read_description(resolve_iteration(path)).config
     if bundled is not None and (copy := bundled / f"{path.name}.config.json").is_file():

@@ -24,7 +24,7 @@ _MAY_CHANGE = {
     "eval_data", "eval_interval", "eval_questions", "wandb_project",
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel",
     "micro_batch_tokens", "overlap_grad_reduce",
-    "distributed_timeout_minutes", "rollout_batch_size", "recompute_granularity",
+    "distributed_timeout_minutes", "rollout_batch_size", "recompute_granularity", "import_cache",
 }  # fmt: skip
 
 
@@ -35,7 +35,10 @@ class RunFolder:
         """Names the folder; nothing is written yet."""
         self.root = Path(root)
         self.checkpoints = self.root / CHECKPOINTS
-        self.imported = self.root / IMPORTED
+
+    def imported(self, config: Config) -> Path:
+        """The folder of imports: beside this one, so that the runs of a series share it."""
+        return Path(config.model.import_cache or self.root.absolute().parent / IMPORTED)
 
     def check(self, config: Config) -> None:
         """Checks that the folder is free or this run's own; nothing is written. Main process only.
@@ -43,6 +46,11 @@ class RunFolder:
         Raises:
             ValueError: the folder holds another run, or something else.
         """
+        if self.imported(config).resolve() == self.root.resolve():
+            raise ValueError(
+                f"save={self.root} is the folder for imports; choose another folder, or another "
+                "import_cache"
+            )
         previous = self.root / CONFIG_FILE
         if previous.is_file():
             if config.train.resume == "never":

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from megatron_opdlm.checkpoint import as_checkpoint, freeze, load_model
+from megatron_opdlm.checkpoint import freeze, load_model
 from megatron_opdlm.config import ModelConfig, ParallelConfig
 from megatron_opdlm.convert.layout import TOKENIZER_DIR, ModelDescription, read_description
+from megatron_opdlm.import_cache import ImportCache
 from megatron_opdlm.model import BlockDiffusionModel, BuildOptions
 from megatron_opdlm.parallel import ParallelState
 
@@ -56,21 +57,25 @@ def build_options(model: ModelConfig, parallel: ParallelConfig) -> BuildOptions:
 
 
 def load_student(
-    path: str, cache: Path, options: BuildOptions, parallel: ParallelState, mask_token: str
+    path: str,
+    cache: ImportCache,
+    options: BuildOptions,
+    parallel: ParallelState,
+    mask_token: str | None,
 ) -> Student:
     """Loads a student and its tokenizer.
 
     Args:
         path: checkpoint or Hugging Face directory.
-        cache: folder for the conversion of a Hugging Face directory.
+        cache: where a Hugging Face directory is converted.
         options: how to build the model.
         parallel: process groups.
-        mask_token: text of the mask token.
+        mask_token: text of the mask token; None takes the checkpoint's, whatever it is.
 
     Raises:
         ValueError: there is no mask token, or it collides with another special token.
     """
-    folder = as_checkpoint(path, cache, is_main=parallel.is_main)
+    folder = cache.checkpoint(path, is_main=parallel.is_main)
     description = read_description(folder)
     tokenizer_dir = folder / TOKENIZER_DIR
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -82,14 +87,14 @@ def load_student(
 
 
 def load_teacher(
-    path: str, cache: Path, options: BuildOptions, parallel: ParallelState, student: Student
+    path: str, cache: ImportCache, options: BuildOptions, parallel: ParallelState, student: Student
 ) -> tuple[BlockDiffusionModel, ModelDescription]:
     """Loads the frozen teacher, after checking that it speaks the student's language.
 
     Raises:
         ValueError: another vocabulary or another tokenizer than the student's.
     """
-    folder = as_checkpoint(path, cache, is_main=parallel.is_main)
+    folder = cache.checkpoint(path, is_main=parallel.is_main)
     check_same_language(student.description, read_description(folder), path)
     model, description = load_model(folder, options, parallel)
     freeze(model)
@@ -104,15 +109,20 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def check_mask_token(
-    description: ModelDescription, tokenizer: Any, mask_token: str, path: str
+    description: ModelDescription, tokenizer: Any, mask_token: str | None, path: str
 ) -> None:
-    """Refuses a student whose mask token is missing, ambiguous, or also means something else."""
+    """Refuses a student whose mask token is missing, ambiguous, or also means something else.
+
+    With `mask_token` None the checkpoint alone says which it is.
+    """
     mask_id = description.mask_token_id
     if mask_id is None:
         raise ValueError(
             f"student={path} has no mask token; import it again with: "
             "opdlm convert import --hf DIR --out CKPT"
         )
+    if mask_token is None:
+        mask_token = tokenizer.convert_ids_to_tokens(mask_id)
     named = tokenizer.convert_tokens_to_ids(mask_token)
     if named != mask_id:
         raise ValueError(

@@ -46,7 +46,11 @@ def check(config: Config) -> Config:
     )
     student = resolved.model.student
     teacher = resolved.model.teacher or student
-    check_models(resolved, student=find_model_config(student), teacher=find_model_config(teacher))
+    check_models(
+        resolved,
+        student=find_model_config(student, mask_token=resolved.model.mask_token),
+        teacher=find_model_config(teacher, mask_token=resolved.model.mask_token),
+    )
     require_same_fingerprint(_fingerprint(student), _fingerprint(teacher), teacher)
     return resolved
 

@@ -23,6 +23,7 @@ from megatron_opdlm.convert.layout import ModelDescription, read_description
 from megatron_opdlm.data import PromptSampler, PromptTokens, load_prompts, tokenize_prompts
 from megatron_opdlm.distill import StepRows, forward_backward, teacher_rows
 from megatron_opdlm.evaluation.online import OnlineEvaluation
+from megatron_opdlm.import_cache import ImportCache
 from megatron_opdlm.metrics import MaskedFractionHistogram, MetricsLogger, PhaseTimer
 from megatron_opdlm.model import stream_multiple, training_stream_multiple
 from megatron_opdlm.optimizer import StudentOptimizer
@@ -184,7 +185,12 @@ class Trainer:
         with self.timer.phase("student"):
             self.optimizer.zero_grad()
             rows = forward_backward(
-                self.optimizer.ddp, self.teacher, microbatches, targets, self.parallel
+                self.optimizer.ddp,
+                self.teacher,
+                microbatches,
+                targets,
+                self.parallel,
+                mask_token_id=self.student.mask_token_id,
             )
         for microbatch in microbatches:
             self._uncounted.add_streams(microbatch.teacher, microbatch.student)
@@ -269,15 +275,16 @@ class Trainer:
         options = build_options(config, self.config.parallel)
         self.rollout_multiple = stream_multiple(options, self.parallel.tp_size)
         self.training_multiple = training_stream_multiple(options, self.parallel.tp_size)
+        cache = ImportCache(
+            folder=self.folder.imported(self.config),
+            mask_token=config.mask_token,
+            mask_init=config.mask_init,
+        )
         self.student = load_student(
-            config.student, self.folder.imported, options, self.parallel, config.mask_token
+            config.student, cache, options, self.parallel, config.mask_token
         )
         self.teacher, teacher_description = load_teacher(
-            config.teacher or config.student,
-            self.folder.imported,
-            options,
-            self.parallel,
-            self.student,
+            config.teacher or config.student, cache, options, self.parallel, self.student
         )
         self.flops = FlopsReport(
             student=model_flops_per_token(self.student.description.config),

@@ -10,8 +10,6 @@ import pytest
 import torch
 
 from megatron_opdlm import checkpoint as checkpoint_module
-from megatron_opdlm import parallel as process_groups
-from megatron_opdlm.checkpoint import as_checkpoint
 from megatron_opdlm.convert.layout import LATEST_FILE, STATE_FILE, resolve_iteration
 from megatron_opdlm.metrics import read_metrics
 from megatron_opdlm.trainer import Trainer
@@ -268,34 +266,6 @@ def test_saving_the_same_iteration_again(make_config, uninterrupted, tmp_path):
         assert torch.equal(weight, uninterrupted[1][name]), name
     assert resolve_iteration(save / "checkpoints").name == "iter_0000003"
     assert not list((save / "checkpoints").glob(".iter_*"))
-
-
-# --- Hugging Face directories ---
-
-
-def convert(rank, hf, cache):
-    parallel = process_groups.initialize()
-    try:
-        return as_checkpoint(str(hf), cache, is_main=parallel.is_main)
-    except ValueError as error:
-        return str(error)
-
-
-def test_hugging_face_directory_is_imported_once(model, tmp_path):
-    cache = tmp_path / "imported"
-    first, second = run_ranks(convert, 2, model.hf, cache)
-    assert first == second and first.parent.parent == cache
-    written = (first / ".metadata").stat().st_mtime_ns
-    assert run_ranks(convert, 1, model.hf, cache) == [first]
-    assert (first / ".metadata").stat().st_mtime_ns == written
-    (model.hf / "config.json").touch()  # another state of the directory is converted anew
-    assert run_ranks(convert, 1, model.hf, cache) != [first]
-
-
-def test_every_rank_says_why_an_import_failed(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    messages = run_ranks(convert, 2, tmp_path, tmp_path / "imported")
-    assert "mamba" in messages[0] and messages[0] == messages[1]
 
 
 def test_without_distributed_optimizer(make_config, tmp_path):

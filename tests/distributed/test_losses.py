@@ -9,7 +9,7 @@ from tests.helpers import run_ranks
 from tests.unit.test_losses import PADDED, dense_kl, make_logits, value_and_gradient
 
 
-def sharded_kl(rank, student, teacher, vocab_size):
+def sharded_kl(rank, student, teacher, vocab_size, mask_token_id=None):
     """This rank's value, and gradient of its shard."""
     width = student.shape[1] // dist.get_world_size()
     shard = slice(rank * width, (rank + 1) * width)
@@ -18,6 +18,7 @@ def sharded_kl(rank, student, teacher, vocab_size):
         student[:, shard],
         teacher[:, shard],
         vocab_size=vocab_size,
+        mask_token_id=mask_token_id,
         tp_group=dist.group.WORLD,
     )
 
@@ -38,6 +39,19 @@ def test_value_and_gradient(tp, vocab_size):
     if vocab_size < PADDED:  # control: the padded columns would change the value
         forgotten = dense_kl(student, teacher, PADDED)
         assert ((forgotten - got[0]).abs() > 1e-3).any()
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("mask_token_id", [0, 13, 18])  # 18: the only valid column of rank 3
+def test_mask_token_is_in_no_softmax(tp, mask_token_id):
+    student, teacher = make_logits()
+    kl, gradient = gathered(run_ranks(sharded_kl, tp, student, teacher, 19, mask_token_id))
+    others = [v for v in range(19) if v != mask_token_id]
+    expected = value_and_gradient(
+        dense_kl, student[:, others], teacher[:, others], vocab_size=len(others)
+    )
+    torch.testing.assert_close((kl, gradient[:, others]), expected, rtol=1e-12, atol=1e-12)
+    assert (gradient[:, mask_token_id] == 0).all()
 
 
 @pytest.mark.parametrize("tp", [2, 4])

@@ -14,7 +14,7 @@ from megatron_opdlm.trajectory import select_state
 from tests.helpers import run_ranks
 from tests.oracle import hf_logits, load_hf
 from tests.rollouts import MASK, same
-from tests.tiny import tiny_model, write_prompts
+from tests.tiny import VOCAB_SIZE, tiny_model, write_prompts
 from tests.training import assemble, parameter_pieces, tiny_config, to_hf
 
 LAYOUTS = {
@@ -161,6 +161,9 @@ def test_control_training_moves_the_weights(runs, tmp_path_factory):
 # --- plain autograd ---
 
 
+NOT_MASK = [v for v in range(VOCAB_SIZE) if v != MASK]  # columns of every softmax
+
+
 def reference(hf, teacher, trajectories, masks):
     """Loss and gradients of one optimizer step: a whole doubled sequence per row, dense masks."""
     rows = []
@@ -174,10 +177,11 @@ def reference(hf, teacher, trajectories, masks):
         tags = [[0, 0, p // size, p] for p in range(length)]
         tags += [[0, 1, p // size, p] for p in noisy]
         ids = torch.cat([trajectory.token_ids, torch.tensor(shown)])
-        student = hf_logits(hf, ids, torch.tensor(tags)).log_softmax(-1)
+        student = hf_logits(hf, ids, torch.tensor(tags))[:, NOT_MASK].log_softmax(-1)
+
         causal = torch.tensor([[0, 0, p, p] for p in range(length)])
         with torch.no_grad():
-            target = hf_logits(teacher, trajectory.token_ids, causal).log_softmax(-1)
+            target = hf_logits(teacher, trajectory.token_ids, causal)[:, NOT_MASK].log_softmax(-1)
         losses = [
             (target[p - 1].exp() * (target[p - 1] - student[length + p - start])).sum()
             for p in noisy
@@ -251,7 +255,12 @@ def losses_of_splits(rank, make_config, save, splits):
         targets = teacher_rows(trainer.teacher, batches, trainer.parallel)
         trainer.optimizer.zero_grad()
         rows = forward_backward(
-            trainer.optimizer.ddp, trainer.teacher, batches, targets, trainer.parallel
+            trainer.optimizer.ddp,
+            trainer.teacher,
+            batches,
+            targets,
+            trainer.parallel,
+            mask_token_id=MASK,
         )
         gradient = assemble([trainer.pieces("main_grad")])
         result.append((rows.loss, sorted(rows.kl.tolist()), gradient, len(batches)))

@@ -42,6 +42,22 @@ def test_value_and_gradient_float64(vocab_size):
     assert (got[1][:, vocab_size:] == 0).all()
 
 
+@pytest.mark.parametrize("mask_token_id", [0, 7, VOCAB - 1])
+def test_mask_token_is_in_no_softmax(mask_token_id):
+    student, teacher = make_logits()
+    options = {"vocab_size": VOCAB, "mask_token_id": mask_token_id}
+    kl, gradient = value_and_gradient(vocab_parallel_forward_kl, student, teacher, **options)
+    others = [v for v in range(VOCAB) if v != mask_token_id]
+    expected, dense_gradient = value_and_gradient(
+        dense_kl, student[:, others], teacher[:, others], vocab_size=VOCAB - 1
+    )
+    torch.testing.assert_close(kl, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient[:, others], dense_gradient, rtol=1e-12, atol=1e-12)
+    assert (gradient[:, mask_token_id] == 0).all()
+    with_mask = vocab_parallel_forward_kl(student, teacher, vocab_size=VOCAB)  # control
+    assert ((with_mask - kl).abs() > 1e-3).any()
+
+
 def test_oracle_agrees_with_torch():
     student, teacher = make_logits()
     kl = F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="none").sum(1)

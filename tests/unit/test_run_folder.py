@@ -58,6 +58,7 @@ def test_the_same_run_goes_on(save):
         {"keep_checkpoints": 7},
         {"log_samples": 0},
         {"recompute_granularity": "full"},
+        {"import_cache": "elsewhere"},
     ],
     ids=str,
 )
@@ -72,6 +73,7 @@ def test_where_a_run_goes_on_may_change(save, change):
     [
         ({"block_size": 8}, "block_size was 4 and is now 8"),
         ({"lr": 2e-3}, "lr was 0.001 and is now 0.002"),
+        ({"mask_init": "mean"}, "mask_init was None and is now mean"),
         ({"seed": 5}, "seed was 1234 and is now 5"),
         ({"max_response_tokens__end": 12}, r"max_response_tokens.end was 14 and is now 12"),
         ({"use_distributed_optimizer": False}, "use_distributed_optimizer was True and is now"),
@@ -103,6 +105,21 @@ def test_a_folder_with_something_else(save):
     (save / "thesis.tex").touch()
     with pytest.raises(ValueError, match="is not empty and holds no config.yaml .found thesis.tex"):
         RunFolder(save).check(make(save))
+
+
+def test_imports_are_shared_by_the_runs_of_a_series(save):
+    assert RunFolder(save).imported(make(save)) == save.parent / IMPORTED
+    named = make(save, import_cache=save.parent / "elsewhere")
+    assert RunFolder(save).imported(named) == save.parent / "elsewhere"
+
+
+def test_the_folder_for_imports_is_no_run_folder(tmp_path):
+    for save, values in (
+        (tmp_path / IMPORTED, {}),
+        (tmp_path / "run", {"import_cache": tmp_path / "x" / ".." / "run"}),
+    ):
+        with pytest.raises(ValueError, match="is the folder for imports; choose another folder"):
+            RunFolder(save).check(make(save, **values))
 
 
 def test_conversions_of_an_aborted_start_are_no_run(save):
