@@ -122,6 +122,8 @@ def to_hf(whole: dict[str, Tensor], config: HFConfig) -> dict[str, Tensor]:
         if isinstance(entry.transform, VocabRows):
             parts = (tensor[: config.vocab_size],)
         else:
-            parts = entry.transform.to_hf(tensor.contiguous(), config)
+            views = entry.transform.parts(tensor.contiguous(), config)
+            shapes = entry.transform.hf_shapes(config)
+            parts = tuple(v.reshape(shape) for v, shape in zip(views, shapes, strict=True))
         result |= zip(entry.hf_names(layer), parts, strict=True)
     return result

@@ -1,15 +1,21 @@
 """`opdlm convert`: import, export, verify, inspect."""
 
 import argparse
+import contextlib
+import errno
 import json
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 from megatron_opdlm.convert.errors import ConversionError
 
-FORMATS = ("sdar",)
+FORMATS = ("sdar", "a2d", "base", "qwen3", "qwen2", "llama")
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_TOLERANCE = 1e-3
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MASK_TOKEN = "<|MASK|>"  # tokenizer.MASK_TOKEN and mask_row.MASK_INITS, which import torch
 MASK_INITS = ("keep", "mean")
 
@@ -44,6 +50,12 @@ def _add_import(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="the mask token's embedding: keep what the model has there, or the mean of the rows "
         "before it; default: keep a row that is there, mean for a new one",
     )
+    parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="Jinja template for prompts, where the tokenizer has none (base models), or in its "
+        "place; it travels with checkpoint and export; default: the tokenizer's",
+    )
     parser.set_defaults(run=_reporting_os_errors(_import))
 
 
@@ -51,12 +63,30 @@ def _add_export(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = actions.add_parser("export", help="torch_dist checkpoint -> Hugging Face directory")
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint to export")
     parser.add_argument("--out", required=True, metavar="DIR", help="directory to create")
-    parser.add_argument("--format", choices=FORMATS, default="sdar", help="default: sdar")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="sdar",
+        help="sdar: transformers, LMDeploy, SGLang, JetEngine (Qwen3 only); a2d: the dLLM toolkit "
+        "and the OPDLM evaluation; base, or the name of the checkpoint's own family: plain "
+        "weights; default: sdar",
+    )
     parser.add_argument("--iteration", type=int, metavar="N", help="default: the latest")
     parser.add_argument(
         "--block-size", type=int, metavar="B", help="for a checkpoint that was not trained yet"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored")
+    parser.add_argument(
+        "--untie",
+        action=argparse.BooleanOptionalAction,
+        help="write the output layer of a tied model as a tensor of its own; default: for sdar, "
+        "which SGLang cannot load tied",
+    )
+    parser.add_argument(
+        "--relocate-mask",
+        action="store_true",
+        help="sdar: move the mask token to the id that LMDeploy and SGLang hard-code; unties",
+    )
     parser.set_defaults(run=_reporting_os_errors(_export))
 
 
@@ -87,12 +117,42 @@ def _reporting_os_errors(
 
     def run(args: argparse.Namespace) -> int:
         try:
-            return action(args)
+            with _stopped_by_signals():
+                return action(args)
         except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
+            path = error.filename
+            if path is None or error.errno in _FULL:  # a copy names the file that it reads
+                path = getattr(args, "out", path)
+            where = "" if path is None else f"{path}: "
             raise ConversionError(f"{where}{error.strerror or error}") from error
 
     return run
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """What batch systems and closed terminals send clears up as Ctrl-C does.
+
+    They allow 30 seconds or more before they kill; deleting an unfinished output takes less.
+    """
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise SystemExit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in _STOPPING}
+    before = {n: handler for n, handler in before.items() if handler != signal.SIG_IGN}  # nohup
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if received:
+            name = signal.Signals(received[0]).name
+            sys.stderr.write(f"\nerror: stopped by {name}; nothing half-written is left\n")
 
 
 # The actions import what they need when they run: `opdlm --help` must not load torch.
@@ -107,19 +167,23 @@ def _import(args: argparse.Namespace) -> int:
         add_mask=not args.no_mask,
         mask_token=args.mask_token,
         mask_init=args.mask_init,
+        chat_template=args.chat_template,
     )
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
-    from megatron_opdlm.convert.exporter import export_sdar
+    from megatron_opdlm.convert.exporter import export
 
-    export_sdar(
+    export(
         args.checkpoint,
         args.out,
+        format=args.format,
         iteration=args.iteration,
         block_size=args.block_size,
         dtype=args.dtype,
+        untie=args.untie,
+        relocate_mask=args.relocate_mask,
     )
     return 0
 

@@ -3,68 +3,134 @@
 Streaming: one Megatron tensor (or one chunk of the vocabulary) is in memory at a time.
 """
 
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.files import atomic_directory, require_writable_output
-from megatron_opdlm.convert.hf import DTYPES
-from megatron_opdlm.convert.layout import ModelDescription, read_description, resolve_iteration
+from megatron_opdlm.convert.files import (
+    atomic_directory,
+    read_json_object,
+    require_writable_output,
+)
+from megatron_opdlm.convert.formats import find_format
+from megatron_opdlm.convert.formats.files import write_files
+from megatron_opdlm.convert.formats.format import ExportedModel, ExportFormat
+from megatron_opdlm.convert.hf import DTYPES, SHIFT_KEYS
+from megatron_opdlm.convert.layout import (
+    STATE_FILE,
+    TOKENIZER_DIR,
+    ModelDescription,
+    read_description,
+    resolve_iteration,
+)
+from megatron_opdlm.convert.mask_relocation import UntiedTensors
 from megatron_opdlm.convert.model_tensors import SHARD_BYTES, ModelTensors, write_weights
-from megatron_opdlm.convert.sdar_files import write_sdar_files
+from megatron_opdlm.convert.tokenizer import pad_token_id
+
+logger = logging.getLogger(__name__)
 
 
-def export_sdar(
+def export(
     checkpoint_dir: str | Path,
     out_dir: str | Path,
     *,
+    format: str = "sdar",
     iteration: int | None = None,
     block_size: int | None = None,
     dtype: str | None = None,
+    untie: bool | None = None,
+    relocate_mask: bool = False,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> None:
-    """Export a student in the `sdar` format (transformers, LMDeploy, SGLang, JetEngine).
+    """Export a checkpoint, of an import or of a training run, as a Hugging Face directory.
 
     Args:
-        checkpoint_dir: checkpoint root or iteration folder, of an import or of a training run.
+        checkpoint_dir: checkpoint root or iteration folder.
         out_dir: folder to create; must not exist or be empty.
+        format: 'sdar' (transformers, LMDeploy, SGLang, JetEngine; Qwen3 only), 'a2d' (the dLLM
+            toolkit, the released OPDLM evaluation), or 'base' or the family's name (plain weights
+            under the model_type they were imported with; no mask token or block size needed).
         iteration: which iteration; None for the latest.
         block_size: needed only if the checkpoint was not trained; must equal the trained one.
         dtype: 'float32', 'bfloat16' or 'float16'; None as stored.
+        untie: write the output layer of a tied model as a tensor of its own; None: as the format's
+            readers need it ('sdar': yes).
+        relocate_mask: move the mask token to the id that the format's serving engines hard-code;
+            the export is then untied.
         shard_bytes: largest safetensors file.
         progress: show a progress bar on stderr.
 
     Raises:
-        ConversionError: not a checkpoint of a student, missing, extra or mis-shaped tensors, NaN or
-            infinite weights, an output that exists. Nothing half-written stays behind.
+        ConversionError: a format that does not hold this model, not a checkpoint of a student where
+            one is needed, shifted logits, a mask token that engines would mistake, missing, extra
+            or mis-shaped tensors, NaN or infinite weights, an output that exists. Nothing
+            half-written stays behind.
         OSError: the disk is full or not writable; nothing half-written stays behind.
     """
     out = Path(out_dir)
-    require_writable_output(out)
-    iteration_dir = resolve_iteration(checkpoint_dir, iteration)
-    description = read_description(iteration_dir)
-    size = _block_size(iteration_dir, description, block_size)
+    require_writable_output(out, Path(checkpoint_dir))
     if dtype is not None and dtype not in DTYPES:
         raise ConversionError(f"dtype={dtype!r} must be one of {sorted(DTYPES)}")
-    source = ModelTensors(iteration_dir, description.config)
+    iteration_dir = resolve_iteration(checkpoint_dir, iteration)
+    description, state = read_description(iteration_dir), _read_state(iteration_dir)
+    chosen = find_format(format, description.config.family)
+    _refuse_shifted(iteration_dir, description.lineage, state)
+    if chosen.for_students and description.mask_token_id is None:
+        raise ConversionError(f"{iteration_dir}: the checkpoint has no mask token; not a student")
+    size = _block_size(iteration_dir, description, block_size, chosen)
+    new_mask = _new_mask_id(description, chosen, relocate_mask)
+    untie = chosen.untied if untie is None else untie
+    source = _tensors(iteration_dir, description, untie, new_mask)
+    model = ExportedModel(
+        name=out.absolute().name,
+        config=replace(
+            description.config,
+            tie_word_embeddings=not isinstance(source, UntiedTensors)
+            and description.config.tie_word_embeddings,
+        ),
+        mask_token_id=description.mask_token_id if new_mask is None else new_mask,
+        moved_mask_from=None if new_mask is None else description.mask_token_id,
+        block_size=size,
+        is_trained=description.block_size is not None,
+        dtype=dtype or str(source.dtype).removeprefix("torch."),
+        pad_token_id=_pad_token_id(iteration_dir, description),
+        lineage=description.lineage,
+        state=state,
+    )
     with atomic_directory(out) as partial:
-        name = dtype or str(source.dtype).removeprefix("torch.")
-        write_sdar_files(
-            partial,
-            iteration_dir,
-            description,
-            block_size=size,
-            dtype=name,
-            name=out.absolute().name,
-        )
+        write_files(partial, iteration_dir / TOKENIZER_DIR, model, chosen)
         write_weights(partial, source, DTYPES[dtype] if dtype else None, shard_bytes, progress)
 
 
-def _block_size(iteration_dir: Path, description: ModelDescription, requested: int | None) -> int:
+def _read_state(iteration_dir: Path) -> dict[str, Any]:
+    path = iteration_dir / STATE_FILE
+    return read_json_object(path) if path.is_file() else {}
+
+
+def _refuse_shifted(iteration_dir: Path, *records: Mapping[str, Any]) -> None:
+    for record in records:
+        for key in SHIFT_KEYS:
+            if record.get(key):
+                raise ConversionError(
+                    f"{iteration_dir}: {key}={record[key]!r}: logits that predict the next token "
+                    "cannot be exported; readers take position i to predict token i"
+                )
+
+
+def _block_size(
+    iteration_dir: Path,
+    description: ModelDescription,
+    requested: int | None,
+    export_format: ExportFormat,
+) -> int | None:
     trained = description.block_size
     if requested is not None and requested < 1:
         raise ConversionError(f"block_size={requested} must be positive")
-    if trained is None and requested is None:
+    if trained is None and requested is None and export_format.for_students:
         raise ConversionError(
             f"{iteration_dir}: the weights were not trained for a block size yet; pass --block-size"
         )
@@ -72,4 +138,53 @@ def _block_size(iteration_dir: Path, description: ModelDescription, requested: i
         raise ConversionError(
             f"block_size={requested} must equal the {trained} that the weights were trained for"
         )
-    return trained if requested is None else requested  # type: ignore[return-value]
+    return trained if requested is None else requested
+
+
+def _new_mask_id(
+    description: ModelDescription, export_format: ExportFormat, relocate: bool
+) -> int | None:
+    """Where the mask token moves to; None if it stays."""
+    wanted, found = export_format.engine_mask_id, description.mask_token_id
+    if wanted is None:
+        if relocate:
+            raise ConversionError(
+                f"relocate_mask is for format='sdar'; readers of {export_format.name!r} look the "
+                "mask token up"
+            )
+        return None
+    if found == wanted:
+        return None
+    if description.config.vocab_size <= wanted:
+        if relocate:
+            raise ConversionError(
+                f"relocate_mask: the embedding has {description.config.vocab_size} rows and no "
+                f"row {wanted}; export without it, for transformers"
+            )
+        logger.warning(
+            "LMDeploy and SGLang hard-code mask token id %d and cannot serve this model, whose "
+            "mask token is %d",
+            wanted,
+            found,
+        )
+        return None
+    if not relocate:
+        raise ConversionError(
+            f"mask token id {found} is not the {wanted} that LMDeploy and SGLang hard-code; pass "
+            "--relocate-mask to move it there"
+        )
+    return wanted
+
+
+def _tensors(
+    iteration_dir: Path, description: ModelDescription, untie: bool, new_mask: int | None
+) -> ModelTensors:
+    config, old_mask = description.config, description.mask_token_id
+    if new_mask is not None and old_mask is not None:
+        return UntiedTensors(iteration_dir, config, (old_mask, new_mask))
+    return UntiedTensors(iteration_dir, config) if untie else ModelTensors(iteration_dir, config)
+
+
+def _pad_token_id(iteration_dir: Path, description: ModelDescription) -> int | None:
+    found = description.config.pad_token_id
+    return pad_token_id(iteration_dir / TOKENIZER_DIR) if found is None else found

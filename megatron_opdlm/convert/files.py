@@ -1,14 +1,24 @@
 """Directories written whole or not at all, and JSON read with errors a person can act on."""
 
 import contextlib
+import gc
+import glob
 import json
+import logging
 import os
+import re
 import shutil
+import socket
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_opdlm.convert.errors import ConversionError
+
+logger = logging.getLogger(__name__)
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -24,16 +34,50 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConversionError(f"{path}: not UTF-8 text (byte {error.start})") from None
     try:
-        value = json.loads(text)
+        with without_garbage_collection():
+            value = json.loads(text, object_pairs_hook=unique_keys)
+        if _SURROGATE.search(text):  # maybe half of a character
+            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ConversionError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     except RecursionError:
         raise ConversionError(f"{path}: JSON is nested too deeply") from None
-    except ValueError as error:  # an integer literal of thousands of digits
+    except UnicodeEncodeError:
+        raise ConversionError(f"{path}: not Unicode text: half of a surrogate pair") from None
+    except ValueError as error:  # a key that is there twice, an integer of thousands of digits
         raise ConversionError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConversionError(f"{path}: top level must be an object, got {type(value).__name__}")
     return value
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads: refuses what readers understand differently.
+
+    Raises:
+        ValueError: an object has a key twice.
+    """
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {twice!r} is there twice")
+    return value
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Pause the collector while something large and free of cycles is built, such as JSON.
+
+    A large tokenizer is 300,000 lists, which the collector would walk again and again as they grow:
+    more than half of the time that it takes to read one. Also a decorator.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -41,17 +85,26 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def require_writable_output(out_dir: Path) -> None:
-    """Refuse an output path that holds something.
+def require_writable_output(out_dir: Path, source: Path | None = None) -> None:
+    """Refuse an output path that holds something, or that lies in what is read.
+
+    Args:
+        out_dir: the output.
+        source: folder that the output is made of, if any.
 
     Raises:
-        ConversionError: `out_dir` is a file, or a directory that is not empty.
+        ConversionError: `out_dir` is a file, a directory that is not empty, a mount point, which no
+            finished directory can replace, or is inside `source`.
     """
+    if source is not None and source.resolve() in (out_dir.resolve(), *out_dir.resolve().parents):
+        raise ConversionError(f"output {out_dir} is inside the input {source}; choose another path")
     if out_dir.is_dir():
         if any(out_dir.iterdir()):
             raise ConversionError(
                 f"output {out_dir} exists and is not empty; choose another path or remove it"
             )
+        if out_dir.is_mount():
+            raise ConversionError(f"output {out_dir} is a mount point; choose a folder in it")
     elif out_dir.exists() or out_dir.is_symlink():
         raise ConversionError(
             f"output {out_dir} exists and is not a directory; choose another path"
@@ -62,28 +115,41 @@ def require_writable_output(out_dir: Path) -> None:
 def atomic_directory(out_dir: Path) -> Iterator[Path]:
     """Yield a temporary sibling directory that becomes `out_dir` when the block succeeds.
 
-    Every file is flushed to disk before the rename, so a crash leaves either the complete directory
-    or a hidden `.NAME.partial-PID` sibling, never an `out_dir` that looks complete.
+    A process that is killed leaves a hidden `.NAME.partial-HOST-PID` sibling, never an `out_dir`
+    that looks complete; later conversions to the same place name it in the log. The disk is not
+    waited for: after a power failure files may be short, which readers tell from their sizes, and
+    what a conversion writes can be converted again.
 
     Raises:
         ConversionError: `out_dir` exists and is not empty.
     """
     require_writable_output(out_dir)
-    out_dir = out_dir.absolute()
+    out_dir = out_dir.resolve()  # a link to an empty directory cannot be replaced, its target can
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = out_dir.parent / f".{out_dir.name}.partial-{os.getpid()}"
-    if partial.exists():  # left by a killed process that had the same pid
-        shutil.rmtree(partial)
-    partial.mkdir()
+    prefix = f".{out_dir.name}.partial-"
+    partial = out_dir.parent / f"{prefix}{socket.gethostname()}-{os.getpid()}"
     try:
+        if partial.exists():  # of a killed process that had the same pid
+            shutil.rmtree(partial)
+        _report_left_overs(out_dir.parent, prefix)
+        partial.mkdir()
         yield partial
-        sync_tree(partial)
         require_writable_output(out_dir)
         os.rename(partial, out_dir)  # replaces an empty directory, fails on any other
-        _sync_path(out_dir.parent)
     except BaseException:  # also Ctrl-C: nothing half-written stays behind
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _report_left_overs(folder: Path, prefix: str) -> None:
+    names = sorted(path.name for path in folder.glob(glob.escape(prefix) + "*"))
+    if names:
+        logger.warning(
+            "%s holds %s: delete what no conversion that still runs is writing (the names end in "
+            "host and process id)",
+            folder,
+            ", ".join(names),
+        )
 
 
 def sync_tree(root: Path) -> None:

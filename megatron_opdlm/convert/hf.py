@@ -8,14 +8,15 @@ unless transformers' class for the family defines the default.
 
 import logging
 import math
+import reprlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.families import family_of
+from megatron_opdlm.convert.families import FAMILIES, family_of
 from megatron_opdlm.convert.files import read_json_object
 from megatron_opdlm.convert.names import Family
 from megatron_opdlm.rope import RopeScaling
@@ -67,10 +68,11 @@ class HFConfig:
         for key in _POSITIVE_INTS.values():
             _require(self, key, _is_int(getattr(self, key)), "must be an integer")
             _require(self, key, getattr(self, key) > 0, "must be positive")
+            most = _MOST_LAYERS if key == "num_layers" else _LARGEST_SIZE
+            _require(self, key, getattr(self, key) <= most, f"must be at most {most}")
         for key in ("rope_theta", "rms_norm_eps", "initializer_range"):
             value = getattr(self, key)
-            is_number = _is_int(value) or isinstance(value, float)
-            _require(self, key, is_number and math.isfinite(value), "must be a finite number")
+            _require(self, key, _is_finite(value), "must be a finite number")
             _require(self, key, value > 0, "must be positive")
         _require(
             self,
@@ -78,7 +80,10 @@ class HFConfig:
             isinstance(self.tie_word_embeddings, bool),
             "must be a bool",
         )
-        _require(self, "dtype", self.dtype in DTYPES, f"must be one of {sorted(DTYPES)}")
+        for key, known in (("family", FAMILIES), ("dtype", DTYPES)):
+            named = getattr(self, key)
+            valid = isinstance(named, str) and named in known
+            _require(self, key, valid, f"must be one of {sorted(known)}")
         _require(
             self, "kv_channels", self.kv_channels % 2 == 0, "must be even (RoPE rotates pairs)"
         )
@@ -91,10 +96,11 @@ class HFConfig:
         ids = {"pad_token_id": self.pad_token_id, "bos_token_id": self.bos_token_id}
         ids |= {f"eos_token_ids[{i}]": token for i, token in enumerate(self.eos_token_ids)}
         for key, token in ids.items():
-            valid = token is None or (_is_int(token) and 0 <= token < self.vocab_size)
-            if not valid:
+            is_id = token is None or (_is_int(token) and 0 <= token < self.vocab_size)
+            if not is_id:
                 raise ConversionError(
-                    f"{key}={token!r} must be null or an id in [0, vocab_size={self.vocab_size})"
+                    f"{key}={reprlib.repr(token)} must be null or an id in [0, "
+                    f"vocab_size={self.vocab_size})"
                 )
 
     @property
@@ -140,6 +146,8 @@ _POSITIVE_INTS = {
     "max_position_embeddings": "max_position_embeddings",
 }
 _HF_KEYS = {field: key for key, field in _POSITIVE_INTS.items()}
+_MOST_LAYERS = 4096  # beyond any model; tables with a row per layer must stay small
+_LARGEST_SIZE = 2**31 - 1
 
 
 def read_config(hf_dir: str | Path) -> HFConfig:
@@ -207,6 +215,10 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         raise ConversionError(
             "quantization_config is set; convert the unquantised checkpoint instead"
         )
+    if (factor := raw.get("partial_rotary_factor")) not in (None, 1):  # rope sections: _rope
+        raise ConversionError(
+            f"partial_rotary_factor={reprlib.repr(factor)} is not implemented; only 1.0"
+        )
     if (activation := raw.get("hidden_act", "silu")) != "silu":
         raise ConversionError(f"hidden_act={activation!r} is not implemented; only 'silu'")
     sliding = raw.get("sliding_window") is not None and raw.get("use_sliding_window", True)
@@ -233,7 +245,7 @@ def _rope(raw: dict[str, Any], family: Family) -> tuple[float, RopeScaling | Non
         if section is None:
             continue
         if not isinstance(section, dict):
-            raise ConversionError(f"{key}={section!r} must be null or an object")
+            raise ConversionError(f"{key}={reprlib.repr(section)} must be null or an object")
         kinds[key] = _check_rope_section(key, section, family)
         if section.get("rope_theta") is not None:
             if theta is not None and section["rope_theta"] != theta:
@@ -249,12 +261,9 @@ def _rope(raw: dict[str, Any], family: Family) -> tuple[float, RopeScaling | Non
         raise ConversionError(
             "no rope_parameters.rope_theta and no rope_theta; a default would be a guess"
         )
-    if not (_is_int(theta) or isinstance(theta, float)):
-        raise ConversionError(f"rope_theta={theta!r} must be a number")
-    try:
-        return float(theta), next(iter(kinds.values()), None)
-    except OverflowError:
-        raise ConversionError("rope_theta must be a finite number") from None
+    if not _is_finite(theta):
+        raise ConversionError(f"rope_theta={reprlib.repr(theta)} must be a finite number")
+    return float(theta), next(iter(kinds.values()), None)
 
 
 def _check_rope_section(key: str, section: dict[str, Any], family: Family) -> RopeScaling | None:
@@ -280,23 +289,20 @@ def _check_rope_section(key: str, section: dict[str, Any], family: Family) -> Ro
 def _rope_scaling(key: str, values: dict[str, Any]) -> RopeScaling:
     """Check Llama 3.1's four numbers."""
     for name, value in values.items():
-        number = (_is_int(value) or isinstance(value, float)) and 0 < value < math.inf
-        if not number:
-            raise ConversionError(f"{key}.{name}={value!r} must be a positive number")
+        if not (_is_finite(value) and value > 0):
+            raise ConversionError(f"{key}.{name}={reprlib.repr(value)} must be a positive number")
     low, high = values["low_freq_factor"], values["high_freq_factor"]
     if low >= high:
         raise ConversionError(
             f"{key}.low_freq_factor={low!r} must be below high_freq_factor={high!r}"
         )
     positions = values["original_max_position_embeddings"]
-    if not _is_int(positions):
+    if not _is_int(positions) or positions > _LARGEST_SIZE:
         raise ConversionError(
-            f"{key}.original_max_position_embeddings={positions!r} must be an integer"
+            f"{key}.original_max_position_embeddings={reprlib.repr(positions)} must be an integer "
+            f"of at most {_LARGEST_SIZE}"
         )
-    try:
-        floats = {name: float(values[name]) for name in _SCALING_KEYS[:3]}
-    except OverflowError:
-        raise ConversionError(f"{key} holds a number that is too large") from None
+    floats = {name: float(values[name]) for name in _SCALING_KEYS[:3]}
     return RopeScaling(**floats, original_max_position_embeddings=positions)
 
 
@@ -332,7 +338,7 @@ def _eos_ids(raw: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]
         value = source.get("eos_token_id")
         ids += value if isinstance(value, list) else [] if value is None else [value]
     if any(not _is_int(token) for token in ids):
-        raise ConversionError(f"eos_token_id must hold integers, got {ids!r}")
+        raise ConversionError(f"eos_token_id must hold integers, got {reprlib.repr(ids)}")
     return tuple(dict.fromkeys(ids))
 
 
@@ -345,14 +351,23 @@ def _required(raw: dict[str, Any], key: str) -> int:
     if key not in raw:
         raise ConversionError(f"key {key} is missing")
     if not _is_int(raw[key]):
-        raise ConversionError(f"{key}={raw[key]!r} must be an integer")
+        raise ConversionError(f"{key}={reprlib.repr(raw[key])} must be an integer")
     return raw[key]
 
 
 def _require(config: HFConfig, field: str, condition: bool, rule: str) -> None:
     if not condition:
-        raise ConversionError(f"{_HF_KEYS.get(field, field)}={getattr(config, field)!r} {rule}")
+        value = reprlib.repr(getattr(config, field))
+        raise ConversionError(f"{_HF_KEYS.get(field, field)}={value} {rule}")
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> TypeGuard[int | float]:
+    """Whether it is a number that a float can hold; JSON has NaN, infinity and 10**400."""
+    try:
+        return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+    except OverflowError:
+        return False

@@ -28,7 +28,9 @@ from megatron_opdlm.convert.tokenizer import (
     MASK_TOKEN,
     add_mask_token,
     copy_tokenizer,
+    find_mask_token,
     has_tokenizer,
+    set_chat_template,
     tokenizer_fingerprint,
 )
 from megatron_opdlm.convert.torch_dist import Piece, write_torch_dist
@@ -44,6 +46,7 @@ def import_hf(
     add_mask: bool = True,
     mask_token: str = MASK_TOKEN,
     mask_init: str | None = None,
+    chat_template: str | Path | None = None,
     progress: bool = True,
 ) -> None:
     """Convert a Hugging Face directory into a checkpoint at iteration 0.
@@ -58,6 +61,8 @@ def import_hf(
         mask_token: its text; one that the tokenizer knows is used as it is.
         mask_init: 'keep' its embedding as the model has it, or the 'mean' of the rows before it;
             None keeps an existing row and fills a new one with the mean.
+        chat_template: Jinja file to use from now on, for a tokenizer that has no template (base
+            models); None leaves the tokenizer's.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -66,7 +71,7 @@ def import_hf(
         OSError: the disk is full or not writable; nothing half-written stays behind.
     """
     source, out = Path(hf_dir), Path(out_dir)
-    require_writable_output(out)
+    require_writable_output(out, source)
     config = read_config(source)
     with HFWeights(source) as weights:
         check_tensors(weights, FAMILIES[config.family], config)
@@ -74,6 +79,8 @@ def import_hf(
             iteration_dir = folder / iteration_name(0)
             iteration_dir.mkdir()
             mask = _add_tokenizer(source, iteration_dir, config, mask_token if add_mask else None)
+            if chat_template is not None:
+                set_chat_template(iteration_dir / TOKENIZER_DIR, Path(chat_template))
             row = None if mask is None else MaskRow.plan(mask, config.vocab_size, mask_init)
             grown = row is not None and row.is_new
             config = replace(config, vocab_size=config.vocab_size + grown)
@@ -86,6 +93,20 @@ def import_hf(
                 objects = FAMILIES[config.family].extra_state_keys(config.num_layers)
                 write_torch_dist(iteration_dir, pieces, objects, _COMMON, bar.update)
             (folder / LATEST_FILE).write_text("0")
+
+
+def imported_config(hf_dir: str | Path, mask_token: str = MASK_TOKEN) -> HFConfig:
+    """Hyperparameters that an import will have, with the mask token's row where one is added.
+
+    Raises:
+        ConversionError: as `import_hf`; only config.json and the tokenizer are read.
+    """
+    source = Path(hf_dir)
+    config = read_config(source)
+    if not has_tokenizer(source):
+        return config
+    _, mask_token_id = find_mask_token(source, config.vocab_size, mask_token)
+    return replace(config, vocab_size=max(config.vocab_size, mask_token_id + 1))
 
 
 def _add_tokenizer(
@@ -149,8 +170,10 @@ def _tensor_piece(
     stacked = entry.per_layer
 
     def load() -> Tensor:
-        tensors = [weights.read(name) for name in entry.hf_names(layer)]
-        tensor = transform.to_megatron(tensors, config)
+        tensor = torch.empty(shape, dtype=dtype)
+        parts = transform.parts(tensor, config)
+        for name, part in zip(entry.hf_names(layer), parts, strict=True):
+            weights.read(name, None, part)
         return tensor.unsqueeze(0) if stacked else tensor
 
     return Piece(

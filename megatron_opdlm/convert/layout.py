@@ -7,6 +7,7 @@ ROOT/iter_0000010/            torch_dist: .metadata, *.distcp, metadata.json, co
     tokenizer/                tokenizer files with the mask token, generation_config.json
 """
 
+import reprlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class ModelDescription:
         """Rebuild from `to_json_dict`'s output.
 
         Raises:
-            ConversionError: other format version, unknown or missing field.
+            ConversionError: other format version, unknown, missing or invalid field.
         """
         values = dict(values)
         version = values.pop("format_version", None)
@@ -57,7 +58,30 @@ class ModelDescription:
             raise ConversionError(f"fields {sorted(values)} must be {sorted(names)}")
         if not isinstance(values["config"], dict):
             raise ConversionError("config must be an object")
-        return cls(**(values | {"config": HFConfig.from_json_dict(values["config"])}))
+        config = HFConfig.from_json_dict(values["config"])
+        _check_fields(values, config.vocab_size)
+        return cls(**(values | {"config": config}))
+
+
+def _check_fields(values: dict[str, Any], vocab_size: int) -> None:
+    """Check what stands beside the config."""
+    mask, block = values["mask_token_id"], values["block_size"]
+    fingerprint = values["tokenizer_fingerprint"]
+    rules = {
+        "mask_token_id": (
+            mask is None or (type(mask) is int and 0 <= mask < vocab_size),
+            f"null or an id in [0, vocab_size={vocab_size})",
+        ),
+        "block_size": (block is None or (type(block) is int and block > 0), "null or positive"),
+        "tokenizer_fingerprint": (
+            fingerprint is None or isinstance(fingerprint, str),
+            "null or text",
+        ),
+        "lineage": (isinstance(values["lineage"], dict), "an object"),
+    }
+    for key, (valid, rule) in rules.items():
+        if not valid:
+            raise ConversionError(f"{key}={reprlib.repr(values[key])} must be {rule}")
 
 
 def write_description(iteration_dir: Path, description: ModelDescription) -> None:
@@ -107,7 +131,7 @@ def resolve_iteration(checkpoint_dir: str | Path, iteration: int | None = None) 
         raise ConversionError(f"{root}: no checkpoint here ({LATEST_FILE} is missing)")
     if iteration is None:
         text = latest.read_text(encoding="utf-8", errors="replace").strip()
-        if text != "release" and not text.isdecimal():
+        if text != "release" and not (text.isdecimal() and len(text) < 20):
             raise ConversionError(f"{latest}: holds {text[:40]!r}, must be a number or 'release'")
         name = "release" if text == "release" else iteration_name(int(text))
     else:

@@ -1,6 +1,6 @@
 """The model's tensors in a torch_dist folder, streamed as Hugging Face tensors into safetensors.
 
-One Megatron tensor (or one chunk of the vocabulary) is in memory at a time.
+One Megatron tensor (or 16 MiB of the vocabulary) is in memory at a time.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,13 @@ from megatron_opdlm.convert.hf import HFConfig
 from megatron_opdlm.convert.names import Entry, Shape, VocabRows
 from megatron_opdlm.convert.safetensors_file import SafetensorsWriter
 from megatron_opdlm.convert.torch_dist import TorchDistReader
-from megatron_opdlm.convert.weights import INDEX_FILE, SINGLE_FILE, describe_names, require_finite
+from megatron_opdlm.convert.weights import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    describe_names,
+    require_finite,
+    row_slices,
+)
 
 SHARD_BYTES = 5 * 10**9
 TensorLayout = dict[str, tuple[torch.dtype, Shape]]
@@ -104,7 +110,9 @@ class ModelTensors:
         return layout
 
     def values(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        """(HF tensor name, values), a vocabulary tensor in several slices of rows.
+        """(HF tensor name, its values in their order), vocabulary tensors in slices of rows.
+
+        A tensor that is a view of a Megatron tensor keeps the strides, and shape, of that view.
 
         Raises:
             ConversionError: NaN or infinite values, also those that appear by the change of dtype.
@@ -112,14 +120,14 @@ class ModelTensors:
         for entry, layer in self._family.walk(self._config):
             for name, tensor in self._read(entry, layer):
                 converted = tensor.to(dtype or tensor.dtype)
-                require_finite(name, converted)
+                require_finite(self._reader.directory, name, converted)
                 yield name, converted
 
     def _read(self, entry: Entry, layer: int) -> Iterator[tuple[str, Tensor]]:
         key, transform = self._key(entry), entry.transform
         if isinstance(transform, VocabRows):
             vocab, hidden = transform.hf_shapes(self._config)[0]
-            for rows in self._reader.row_slices(key):
+            for rows in row_slices(self._reader.shape(key), self._reader.dtype(key)):
                 count = min(rows.stop, vocab) - rows.start
                 if count > 0:
                     yield entry.hf[0], self._reader.read(key, (rows.start, 0), (count, hidden))
@@ -130,7 +138,7 @@ class ModelTensors:
             tensor = self._reader.read(key, (layer, *start), (1, *shape))[0]
         else:
             tensor = self._reader.read(key, start, shape)
-        yield from zip(entry.hf_names(layer), transform.to_hf(tensor, self._config), strict=True)
+        yield from zip(entry.hf_names(layer), transform.parts(tensor, self._config), strict=True)
 
 
 def write_weights(

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor
 
 from megatron_opdlm.blocks import round_up
@@ -51,11 +50,11 @@ class Transform(Protocol):
     def megatron_shape(self, config: "HFConfig") -> Shape:
         """Shape of the Megatron tensor at TP1, without the leading layer axis."""
 
-    def to_megatron(self, tensors: Sequence[Tensor], config: "HFConfig") -> Tensor:
-        """HF tensors -> Megatron tensor, same dtype."""
+    def parts(self, tensor: Tensor, config: "HFConfig") -> Sequence[Tensor]:
+        """Views of a Megatron tensor: for each HF tensor its elements in their order, in any shape.
 
-    def to_hf(self, tensor: Tensor, config: "HFConfig") -> tuple[Tensor, ...]:
-        """Inverse of `to_megatron`."""
+        Import fills them and export writes them, so neither direction copies a tensor.
+        """
 
 
 @dataclass(frozen=True)
@@ -72,12 +71,8 @@ class Plain:
         """The same shape."""
         return shape_of(self.dims, config)
 
-    def to_megatron(self, tensors: Sequence[Tensor], config: "HFConfig") -> Tensor:
-        """Identity."""
-        return tensors[0]
-
-    def to_hf(self, tensor: Tensor, config: "HFConfig") -> tuple[Tensor, ...]:
-        """Identity."""
+    def parts(self, tensor: Tensor, config: "HFConfig") -> Sequence[Tensor]:
+        """The tensor."""
         return (tensor,)
 
 
@@ -116,20 +111,11 @@ class InterleavedQKV:
         rows = sum(shape[0] for shape in self.hf_shapes(config))
         return (rows, *shape_of(self.trailing, config))
 
-    def to_megatron(self, tensors: Sequence[Tensor], config: "HFConfig") -> Tensor:
-        """Interleave: view [G, R + 2, D, ...] with R query heads per group."""
-        groups, rest = config.num_query_groups, shape_of(self.trailing, config)
-        parts = [part.view(groups, -1, config.kv_channels, *rest) for part in tensors]
-        return torch.cat(parts, dim=1).reshape(self.megatron_shape(config))
-
-    def to_hf(self, tensor: Tensor, config: "HFConfig") -> tuple[Tensor, ...]:
-        """Take the groups apart."""
+    def parts(self, tensor: Tensor, config: "HFConfig") -> Sequence[Tensor]:
+        """[G, R, D, ...], [G, 1, D, ...] twice, with R query heads for each of G groups."""
         groups, rest = config.num_query_groups, shape_of(self.trailing, config)
         heads = config.num_attention_heads // groups
-        grouped = tensor.view(groups, heads + 2, config.kv_channels, *rest)
-        parts = grouped.split([heads, 1, 1], dim=1)
-        shapes = self.hf_shapes(config)
-        return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+        return tensor.view(groups, heads + 2, config.kv_channels, *rest).split([heads, 1, 1], dim=1)
 
 
 @dataclass(frozen=True)
@@ -144,13 +130,9 @@ class GatedConcat:
         """[2 F, H]."""
         return (2 * config.ffn_hidden_size, config.hidden_size)
 
-    def to_megatron(self, tensors: Sequence[Tensor], config: "HFConfig") -> Tensor:
-        """Concatenate."""
-        return torch.cat(list(tensors))
-
-    def to_hf(self, tensor: Tensor, config: "HFConfig") -> tuple[Tensor, ...]:
-        """Split in the middle."""
-        return tuple(tensor.split(config.ffn_hidden_size))
+    def parts(self, tensor: Tensor, config: "HFConfig") -> Sequence[Tensor]:
+        """The two halves."""
+        return tensor.split(config.ffn_hidden_size)
 
 
 @dataclass(frozen=True)

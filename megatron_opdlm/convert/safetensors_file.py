@@ -6,10 +6,9 @@ that must stream reads and writes it itself; tests hold both directions against 
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import RawIOBase
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm.convert.errors import ConversionError
+from megatron_opdlm.convert.files import unique_keys
+from megatron_opdlm.convert.raw import fill, runs
 
 _DTYPES: dict[str, torch.dtype] = {
     "F32": torch.float32,
@@ -65,11 +66,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             )
         blob = file.read(length)
     try:
-        header = json.loads(blob)
-    except (ValueError, RecursionError):  # bad UTF-8 and bad JSON are both ValueErrors
-        raise ConversionError(f"{path}: the safetensors header is not valid JSON") from None
+        header = json.loads(blob, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are both ValueErrors
+        raise ConversionError(
+            f"{path}: the safetensors header is not valid JSON: {error}"
+        ) from None
     if not isinstance(header, dict):
         raise ConversionError(f"{path}: the safetensors header is not a JSON object")
+    notes = header.get("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
+        raise ConversionError(f"{path}: __metadata__ of the safetensors header must hold text")
     start = 8 + length
     infos = {
         name: _parse_entry(path, name, entry, start)
@@ -114,16 +120,19 @@ def _check_extents(path: Path, infos: Mapping[str, TensorInfo], start: int, size
         raise ConversionError(f"{path}: {problem}; the header describes {end} bytes, found {size}")
 
 
-def read_tensor(file: RawIOBase, info: TensorInfo, rows: slice | None = None) -> Tensor:
-    """Read one tensor, or rows of it, into fresh memory.
+def read_tensor(
+    file: FileIO, info: TensorInfo, rows: slice | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Read one tensor, or rows of it.
 
     Args:
         file: the open safetensors file, unbuffered.
         info: the tensor's entry of `read_header`.
         rows: contiguous range of the first axis; None for all.
+        out: where the elements go, in their order; any shape and strides. None: fresh memory.
 
     Returns:
-        The tensor, in the stored dtype.
+        The tensor, or `out`, in the stored dtype.
 
     Raises:
         ConversionError: the file ends early (it shrank after its header was read).
@@ -133,15 +142,11 @@ def read_tensor(file: RawIOBase, info: TensorInfo, rows: slice | None = None) ->
         first, last, _ = rows.indices(shape[0])
         offset += first * prod(shape[1:]) * info.dtype.itemsize
         shape = (last - first, *shape[1:])
-    tensor = torch.empty(shape, dtype=info.dtype)
-    file.seek(offset)
-    buffer = _bytes_of(tensor)
-    filled = 0
-    while filled < buffer.nbytes:  # the kernel reads at most 2 GiB at once
-        count = file.readinto(buffer[filled:])
-        if not count:
-            raise ConversionError("a safetensors file ended while a tensor was read")
-        filled += count
+    tensor = torch.empty(shape, dtype=info.dtype) if out is None else out
+    assert tensor.numel() == prod(shape) and tensor.dtype == info.dtype, (tensor.shape, info)
+    for run in runs(tensor):
+        fill(file, offset, run)
+        offset += run.nbytes
     return tensor
 
 
@@ -171,19 +176,12 @@ class SafetensorsWriter:
         self._file.write(len(blob).to_bytes(8, "little") + blob)
 
     def write(self, tensor: Tensor) -> None:
-        """Append the bytes of the next tensor, or of its next rows."""
-        buffer = _bytes_of(tensor.contiguous())
-        self._file.write(buffer)
-        self._remaining -= buffer.nbytes
+        """Append the elements of the next tensor, or of its next rows, in their order."""
+        for run in runs(tensor):
+            self._file.write(run)
+        self._remaining -= tensor.nbytes
 
     def close(self) -> None:
-        """Flush to disk; every byte the header promised must have been written."""
+        """Close the file; every byte the header promised must have been written."""
         assert self._remaining == 0, f"{self._remaining} bytes short of the header"
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor as writable bytes (numpy has no bfloat16)."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -7,10 +7,12 @@ the older layout that every version and serving engine reads.
 
 import hashlib
 import json
+import reprlib
 import shutil
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from tokenizers import Tokenizer
 
 from megatron_opdlm.convert.errors import ConversionError
@@ -21,6 +23,7 @@ MASK_TOKEN = "<|MASK|>"
 
 _TOKENIZER_JSON = "tokenizer.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+_TEMPLATE_FILE = "chat_template.jinja"
 _TOKENIZER_FILES = (
     _TOKENIZER_JSON,
     _TOKENIZER_CONFIG,
@@ -29,7 +32,7 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    _TEMPLATE_FILE,
     "generation_config.json",
 )
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
@@ -77,9 +80,28 @@ def add_mask_token(
             tokens than the embedding rows, or the id is that of eos, pad, bos or unk.
     """
     src, dst = Path(src_dir), Path(dst_dir)
+    mask, mask_id = find_mask_token(src, vocab_size, mask_token)
     tokenizer = _read_tokenizer(src)
+    copy_tokenizer(src, dst)
+    _patch_tokenizer_json(dst, tokenizer, mask, mask_id)
+    _patch_config(dst, _read_config(src), tokenizer["added_tokens"], mask)
+    loaded = _load(dst, src)
+    if loaded.token_to_id(mask) != mask_id:  # a vocabulary with holes numbers new tokens otherwise
+        raise ConversionError(
+            f"{src}: the tokenizers library gives {mask!r} id {loaded.token_to_id(mask)} where "
+            f"{mask_id} is free; the vocabulary has holes"
+        )
+    return mask_id
+
+
+def find_mask_token(src: Path, vocab_size: int, mask_token: str) -> tuple[str, int]:
+    """Text and id that `add_mask_token` gives the mask token; nothing is written.
+
+    Raises:
+        ConversionError: as `add_mask_token`.
+    """
     config = _read_config(src)
-    ids = _token_ids(src, tokenizer)
+    ids = _token_ids(src, _read_tokenizer(src))
     mask = _mask_text(src, config, mask_token)
     if (top := max(token_id for token, token_id in ids.items() if token != mask)) >= vocab_size:
         raise ConversionError(
@@ -91,16 +113,80 @@ def add_mask_token(
         name = _content(config.get(key))
         if key != "mask_token" and name is not None and ids.get(name) == mask_id:
             raise ConversionError(f"{src}: mask token {mask!r} is also the {key}; they must differ")
-    copy_tokenizer(src, dst)
-    _patch_tokenizer_json(dst, tokenizer, mask, mask_id)
-    _patch_config(dst, config, tokenizer["added_tokens"], mask)
-    loaded = Tokenizer.from_file(str(dst / _TOKENIZER_JSON))
-    if loaded.token_to_id(mask) != mask_id:  # a vocabulary with holes numbers new tokens otherwise
+    return mask, mask_id
+
+
+def set_chat_template(directory: Path, template_file: Path) -> None:
+    """Make a Jinja file the chat template of a copied tokenizer.
+
+    Args:
+        directory: tokenizer files, changed in place.
+        template_file: the template.
+
+    Raises:
+        ConversionError: no tokenizer, no such file, not text, or not a Jinja template.
+    """
+    _read_tokenizer(directory)
+    try:
+        text = template_file.read_text(encoding="utf-8")
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+    except FileNotFoundError:
+        raise ConversionError(f"{template_file}: file not found") from None
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{template_file}: not UTF-8 text (byte {error.start})") from None
+    except jinja2.TemplateSyntaxError as error:
+        raise ConversionError(f"{template_file}:{error.lineno}: {error.message}") from None
+    (directory / _TEMPLATE_FILE).write_text(text, encoding="utf-8")
+    # transformers before 4.43 and some engines read the key, later ones prefer the file
+    write_json(directory / _TOKENIZER_CONFIG, _read_config(directory) | {"chat_template": text})
+
+
+def replace_mask_token(src_dir: Path, dst_dir: Path, text: str, token_id: int) -> None:
+    """Copy a tokenizer and give its mask token another text, another id or both.
+
+    The old token goes if the new one takes its text or its id; else it stays an ordinary token.
+    Unused tokens fill ids that would be left free below the mask token's: the tokenizers library
+    numbers added tokens without holes.
+
+    Args:
+        src_dir: directory with a tokenizer that names a mask token.
+        dst_dir: where the copy goes; created if need be.
+        text: new text of the mask token.
+        token_id: its new id.
+
+    Raises:
+        ConversionError: the text or the id is another token's, or the mask token cannot change.
+    """
+    tokenizer, config = _read_tokenizer(src_dir), _read_config(src_dir)
+    ids, old = _token_ids(src_dir, tokenizer), _content(config.get("mask_token"))
+    others = {token: i for token, i in ids.items() if token != old}
+    if text in others:
         raise ConversionError(
-            f"{src}: the tokenizers library gives {mask!r} id {loaded.token_to_id(mask)} where "
-            f"{mask_id} is free; the vocabulary has holes"
+            f"{src_dir}: {text!r} is token {others[text]}; the mask token needs that text"
         )
-    return mask_id
+    if holders := [token for token, i in others.items() if i == token_id]:
+        raise ConversionError(
+            f"{src_dir}: id {token_id} is token {holders[0]!r}; the mask token needs that id"
+        )
+    added = tokenizer["added_tokens"]
+    specials = [_content(token) for token in config.get("additional_special_tokens") or []]
+    if old == text or ids.get(old or "") == token_id:
+        added = [token for token in added if token["content"] != old]
+        specials = [token for token in specials if token != old]
+    proper = _token_ids(src_dir, tokenizer | {"added_tokens": []}).values()
+    free = set(range(max(proper) + 1, token_id)).difference(token["id"] for token in added)
+    added += [_added_token(i, f"<|unused_{i}|>", special=False) for i in sorted(free)]
+    tokenizer["added_tokens"] = added
+    copy_tokenizer(src_dir, dst_dir)
+    _patch_tokenizer_json(dst_dir, tokenizer, text, token_id)
+    config["additional_special_tokens"] = specials
+    _patch_config(dst_dir, config, tokenizer["added_tokens"], text)
+    found = _load(dst_dir, src_dir).token_to_id(text)
+    if found != token_id:  # the old one is in the vocabulary proper
+        raise ConversionError(
+            f"{src_dir}: the mask token {old!r} cannot become {text!r} with id {token_id}: the "
+            f"tokenizers library gives it id {found}"
+        )
 
 
 def tokenizer_fingerprint(directory: str | Path) -> str:
@@ -160,9 +246,40 @@ def _named_id(directory: Path, key: str) -> int | None:
     return None if name is None else _token_ids(directory, _read_tokenizer(directory)).get(name)
 
 
+def _load(directory: Path, source: Path) -> Tokenizer:
+    """Load a copied tokenizer as its users will; errors name its source."""
+    try:
+        return Tokenizer.from_file(str(directory / _TOKENIZER_JSON))
+    except Exception as error:  # the library raises nothing narrower
+        raise ConversionError(
+            f"{source / _TOKENIZER_JSON}: the tokenizers library cannot read it: {error}"
+        ) from None
+
+
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / _TOKENIZER_CONFIG
-    return read_json_object(path) if path.is_file() else {}
+    config = read_json_object(path) if path.is_file() else {}
+    for key in _NAMED_TOKENS:
+        if config.get(key) is not None and not _is_token(config[key]):
+            raise ConversionError(
+                f"{path}: {key}={reprlib.repr(config[key])} must be null, text, or an object with "
+                "content"
+            )
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        tokens = config.get(key)
+        if isinstance(tokens, dict) and key == "extra_special_tokens":  # name -> token
+            tokens = list(tokens.values())
+        if tokens is not None and not (isinstance(tokens, list) and all(map(_is_token, tokens))):
+            raise ConversionError(f"{path}: {key}={reprlib.repr(tokens)} must be a list of tokens")
+    if not isinstance(config.get("tokenizer_class"), str | None):
+        raise ConversionError(f"{path}: tokenizer_class must be text")
+    return config
+
+
+def _is_token(token: Any) -> bool:
+    return isinstance(token, str) or (
+        isinstance(token, dict) and isinstance(token.get("content"), str)
+    )
 
 
 def _read_tokenizer(directory: Path) -> dict[str, Any]:
@@ -174,10 +291,13 @@ def _read_tokenizer(directory: Path) -> dict[str, Any]:
     tokenizer = read_json_object(path)
     if not isinstance(tokenizer.get("model"), dict):
         raise ConversionError(f"{path}: key model must be an object")
+    merges = tokenizer["model"].get("merges", [])
+    if not isinstance(merges, list) or not all(isinstance(pair, str | list) for pair in merges):
+        raise ConversionError(f"{path}: key model.merges must be a list of pairs")
     added = tokenizer.setdefault("added_tokens", [])
     if not isinstance(added, list) or not all(
         isinstance(token, dict)
-        and isinstance(token.get("id"), int)
+        and _is_id(token.get("id"))
         and isinstance(token.get("content"), str)
         for token in added
     ):
@@ -187,17 +307,25 @@ def _read_tokenizer(directory: Path) -> dict[str, Any]:
 
 def _token_ids(directory: Path, tokenizer: dict[str, Any]) -> dict[str, int]:
     """Every token string -> id, added tokens included."""
-    vocab = tokenizer["model"].get("vocab")
-    if isinstance(vocab, dict):  # BPE, WordPiece, WordLevel
+    path, vocab = directory / _TOKENIZER_JSON, tokenizer["model"].get("vocab")
+    if isinstance(vocab, dict) and all(map(_is_id, vocab.values())):  # BPE, WordPiece, WordLevel
         ids = dict(vocab)
-    elif isinstance(vocab, list):  # Unigram: [[token, score], ...]
+    elif isinstance(vocab, list) and all(  # Unigram
+        isinstance(entry, list) and entry and isinstance(entry[0], str) for entry in vocab
+    ):
         ids = {entry[0]: i for i, entry in enumerate(vocab)}
     else:
-        raise ConversionError(f"{directory / _TOKENIZER_JSON}: key model.vocab is missing")
+        raise ConversionError(
+            f"{path}: key model.vocab must map tokens to ids, or list [token, score] pairs"
+        )
     ids |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     if not ids:
-        raise ConversionError(f"{directory / _TOKENIZER_JSON}: the vocabulary is empty")
+        raise ConversionError(f"{path}: the vocabulary is empty")
     return ids
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _content(token: Any) -> str | None:
@@ -207,20 +335,24 @@ def _content(token: Any) -> str | None:
 
 def _patch_tokenizer_json(dst: Path, tokenizer: dict[str, Any], mask: str, mask_id: int) -> None:
     """Register the mask as a special token: it never merges, and decoding can skip it."""
-    entry = {
-        "id": mask_id,
-        "content": mask,
+    others = [token for token in tokenizer["added_tokens"] if token["content"] != mask]
+    tokens = [*others, _added_token(mask_id, mask, special=True)]
+    tokenizer["added_tokens"] = sorted(tokens, key=lambda token: token["id"])
+    # Compact: Python's encoder takes seconds to indent 11 MB.
+    text = json.dumps(tokenizer, ensure_ascii=False)
+    (dst / _TOKENIZER_JSON).write_text(text, encoding="utf-8")
+
+
+def _added_token(token_id: int, text: str, *, special: bool) -> dict[str, Any]:
+    return {
+        "id": token_id,
+        "content": text,
         "single_word": False,
         "lstrip": False,
         "rstrip": False,
         "normalized": False,
-        "special": True,
+        "special": special,
     }
-    others = [token for token in tokenizer["added_tokens"] if token["content"] != mask]
-    tokenizer["added_tokens"] = sorted([*others, entry], key=lambda token: token["id"])
-    # Compact: Python's encoder takes seconds to indent 11 MB.
-    text = json.dumps(tokenizer, ensure_ascii=False)
-    (dst / _TOKENIZER_JSON).write_text(text, encoding="utf-8")
 
 
 def _patch_config(

@@ -6,17 +6,18 @@ a leading [num_layers] axis with one chunk per layer, which is what Megatron's `
 asks for under any tensor and pipeline parallel size.
 """
 
-import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -25,21 +26,17 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    ReadItem,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_opdlm.convert.errors import ConversionError
 from megatron_opdlm.convert.names import Shape
+from megatron_opdlm.convert.records import read_region
 
 METADATA_FILE = "metadata.json"
 COMMON_FILE = "common.pt"
+_DATA_FILE = "__0_0.distcp"  # of the first file of the first rank, as Megatron names it
 _DCP_METADATA_FILE = ".metadata"
 # megatron-core < 0.17 reads the common_* keys; later versions ignore them and still load common.pt.
 _FORMAT = {
@@ -68,34 +65,9 @@ class Piece:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-class _StreamingWriter(FileSystemWriter):
+class _MetadataWriter(FileSystemWriter):
     def storage_meta(self) -> None:
         """No record of the temporary path that the checkpoint is written under."""
-
-
-class _LazyPlanner(DefaultSavePlanner):
-    """Asks a piece for its values only when the writer gets to it."""
-
-    def __init__(self, pieces: dict[MetadataIndex, Piece], on_bytes: Callable[[int], None]) -> None:
-        super().__init__()
-        self._pieces = pieces
-        self._on_bytes = on_bytes
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        if write_item.type == WriteItemType.BYTE_IO:
-            return _no_object()
-        piece = self._pieces[write_item.index]
-        tensor = piece.load()
-        assert tensor.shape == piece.shape and tensor.dtype == piece.dtype, piece
-        self._on_bytes(piece.nbytes)
-        return tensor
-
-
-def _no_object() -> io.BytesIO:
-    """A Megatron ShardedObject without content."""
-    stream = io.BytesIO()
-    torch.save([None], stream)
-    return stream
 
 
 def write_torch_dist(
@@ -107,57 +79,75 @@ def write_torch_dist(
 ) -> None:
     """Write an iteration folder that `megatron.core.dist_checkpointing.load` reads.
 
+    Nothing waits for the disk.
+
     Args:
         directory: existing folder.
         pieces: regions that together cover every tensor exactly once.
         empty_objects: keys of sharded objects to write as None.
         common: the checkpoint's unsharded values (iteration, checkpoint_version).
-        on_bytes: called with the size of every piece that has been produced.
+        on_bytes: called with the size of every piece that has been written.
 
     Raises:
         OSError: the disk is full or not writable.
     """
-    by_index: dict[MetadataIndex, Piece] = {}
     tensors: dict[str, TensorStorageMetadata] = {}
-    items = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in empty_objects]
-    for piece in pieces:
-        properties = TensorProperties(dtype=piece.dtype)
-        size = torch.Size(piece.global_shape)
-        chunk = ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.shape))
-        stored = tensors.setdefault(piece.key, TensorStorageMetadata(properties, size, []))
-        index = MetadataIndex(piece.key, chunk.offsets, len(stored.chunks))
-        stored.chunks.append(chunk)
-        data = TensorWriteData(chunk=chunk, properties=properties, size=size)
-        items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
-        by_index[index] = piece
-    # per_thread_copy_ahead=0: never read ahead, so that one piece is in memory at a time
-    writer = _StreamingWriter(directory, per_thread_copy_ahead=0)
-    writer.set_up_storage_writer(is_coordinator=True)
-    plan = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(items))])[0]
-    results = writer.write_data(plan, _LazyPlanner(by_index, on_bytes)).wait()
-    entries: dict[str, Any] = tensors | {key: BytesStorageMetadata() for key in empty_objects}
-    writer.finish(Metadata(state_dict_metadata=entries, planner_data={}), [results])
-    torch.save(dict(common), directory / COMMON_FILE)
+    with (directory / _DATA_FILE).open("xb") as file, _without_checksums():
+        nothing = _append(file, [None])  # one record is all of them
+        results = [_result(MetadataIndex(key), nothing) for key in empty_objects]
+        for piece in pieces:
+            new = TensorStorageMetadata(
+                TensorProperties(dtype=piece.dtype), torch.Size(piece.global_shape), []
+            )
+            chunks = tensors.setdefault(piece.key, new).chunks
+            chunks.append(ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.shape)))
+            index = MetadataIndex(piece.key, chunks[-1].offsets, len(chunks) - 1)
+            results.append(_result(index, _append(file, _values(piece))))
+            on_bytes(piece.nbytes)
+    objects = {key: BytesStorageMetadata() for key in empty_objects}
+    metadata = Metadata(state_dict_metadata={**tensors, **objects}, planner_data={})
+    _MetadataWriter(directory, sync_files=False).finish(metadata, [results])
+    with (directory / COMMON_FILE).open("xb") as file:
+        _save(dict(common), file)
     (directory / METADATA_FILE).write_text(json.dumps(_FORMAT), encoding="utf-8")
 
 
-class _RegionPlanner(DefaultLoadPlanner):
-    """Copies what the reader delivers into a region of one destination tensor."""
+@contextmanager
+def _without_checksums() -> Iterator[None]:
+    """`torch.save` computes CRC32s that `torch.load` never looks at."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
-    def __init__(self, destination: Tensor) -> None:
-        super().__init__()
-        self._destination = destination
 
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        view = self._destination
-        for dim, (start, length) in enumerate(
-            zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        ):
-            view = view.narrow(dim, start, length)
-        return view
+def _values(piece: Piece) -> Tensor:
+    """The piece's values, alone in their storage: `torch.save` writes all of a storage."""
+    tensor = piece.load()
+    assert tensor.shape == piece.shape and tensor.dtype == piece.dtype, piece
+    return tensor if tensor.untyped_storage().nbytes() == piece.nbytes else tensor.clone()
 
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing to do: `resolve_tensor` returned a view of the destination."""
+
+def _append(file: BufferedWriter, value: object) -> _StorageInfo:
+    start = file.tell()
+    _save(value, file)
+    return _StorageInfo(_DATA_FILE, start, file.tell() - start)
+
+
+def _save(value: object, file: BufferedWriter) -> None:
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        # After a failed write torch completes the archive, which fails too and hides the reason.
+        if error.__context__ is not None:
+            raise error.__context__ from None
+        raise
+
+
+def _result(index: MetadataIndex, record: _StorageInfo) -> WriteResult:
+    return WriteResult(index=index, size_in_bytes=record.length, storage_data=record)
 
 
 class TorchDistReader:
@@ -175,20 +165,23 @@ class TorchDistReader:
                 raise ConversionError(
                     f"{directory}: not a complete torch_dist checkpoint ({name} is missing)"
                 )
-        self._reader = FileSystemReader(directory)
-        metadata = self._reader.read_metadata()
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        try:
+            metadata = FileSystemReader(directory).read_metadata()
+        except (EOFError, pickle.UnpicklingError):
+            path = directory / _DCP_METADATA_FILE
+            raise ConversionError(f"{path}: truncated or damaged") from None
+        self._records: dict[MetadataIndex, _StorageInfo] = metadata.storage_data or {}
         self._tensors = {
             key: value
             for key, value in metadata.state_dict_metadata.items()
             if isinstance(value, TensorStorageMetadata)
         }
-        self._check_files(metadata)
+        self._check_files()
 
-    def _check_files(self, metadata: Metadata) -> None:
+    def _check_files(self) -> None:
         """Every byte range that the metadata refers to must exist."""
         ends: dict[str, int] = {}
-        for info in (metadata.storage_data or {}).values():
+        for info in self._records.values():
             end = info.offset + info.length
             ends[info.relative_path] = max(end, ends.get(info.relative_path, 0))
         for name, end in sorted(ends.items()):
@@ -213,16 +206,6 @@ class TorchDistReader:
         """Stored dtype."""
         return self._tensors[key].properties.dtype
 
-    def row_slices(self, key: str) -> list[slice]:
-        """Ranges of the first axis as the checkpoint's chunks cut it.
-
-        The reader loads whole chunks, so reading along their borders touches each byte once.
-        """
-        stored = self._tensors[key]
-        borders = {chunk.offsets[0] for chunk in stored.chunks} | {stored.size[0]}
-        cuts = sorted(borders)
-        return [slice(first, last) for first, last in zip(cuts, cuts[1:], strict=False)]
-
     def read(self, key: str, offsets: Shape, shape: Shape) -> Tensor:
         """Read a region.
 
@@ -235,7 +218,7 @@ class TorchDistReader:
             The values, `shape`, in the stored dtype.
 
         Raises:
-            ConversionError: the checkpoint does not hold the whole region.
+            ConversionError: the checkpoint does not hold the whole region, or is damaged.
         """
         stored = self._tensors[key]
         destination = torch.empty(shape, dtype=stored.properties.dtype)
@@ -245,5 +228,10 @@ class TorchDistReader:
             raise ConversionError(
                 f"{self.directory}: {key} lacks values at {list(offsets)}, extent {list(shape)}"
             )
-        self._reader.read_data(LoadPlan(items), _RegionPlanner(destination)).wait()
+        for item in items:
+            bounds = zip(item.dest_offsets, item.lengths, strict=True)
+            target = destination[tuple(slice(start, start + size) for start, size in bounds)]
+            record = self._records[item.storage_index]
+            path = self.directory / record.relative_path
+            read_region(path, record.offset, record.length, item.storage_offsets, target)
         return destination

@@ -47,7 +47,7 @@ class Verification:
 
 
 def verify(checkpoint: str | Path, hf_dir: str | Path, *, seed: int = 0) -> Verification:
-    """Compare a checkpoint with a Hugging Face directory, the base model's or an `sdar` export.
+    """Compare a checkpoint with a Hugging Face directory, the base model's or an export.
 
     Args:
         checkpoint: checkpoint root or iteration folder.
@@ -93,13 +93,11 @@ def _require_same_shape(ours: HFConfig, theirs: HFConfig, *, new_row: bool) -> N
 
 
 def _load_reference(source: Path, config: HFConfig) -> Any:
-    """transformers' own class for a base model, our modelling code for an `sdar` export."""
+    """transformers' own class for a base model, our modelling code for `sdar` and `a2d`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from megatron_opdlm.convert.sdar.configuration_sdar import SDARConfig
-    from megatron_opdlm.convert.sdar.modeling_sdar import SDARForCausalLM
-
-    if read_json_object(source / "config.json")["model_type"] in FAMILIES:
+    model_type = read_json_object(source / "config.json")["model_type"]
+    if model_type in FAMILIES:
         hf_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if not hasattr(hf_config, "rope_parameters"):  # transformers 4 loses these of 5's files
             hf_config.rope_theta = config.rope_theta
@@ -107,8 +105,18 @@ def _load_reference(source: Path, config: HFConfig) -> Any:
         hf_config._attn_implementation = "eager"
         model = AutoModelForCausalLM.from_pretrained(source, config=hf_config)
     else:
-        model = SDARForCausalLM.from_pretrained(source, config=SDARConfig.from_pretrained(source))
+        model_class = _our_class(model_type)
+        our_config = model_class.config_class.from_pretrained(source)
+        model = model_class.from_pretrained(source, config=our_config)
     return model.float().eval()
+
+
+def _our_class(model_type: str) -> Any:
+    from megatron_opdlm.convert.formats.code import modeling_a2d as a2d
+    from megatron_opdlm.convert.formats.code.modeling_sdar import SDARForCausalLM
+
+    classes = (a2d.A2DQwen3LMHeadModel, a2d.A2DQwen2LMHeadModel, a2d.A2DLlamaLMHeadModel)
+    return {item.config_class.model_type: item for item in (SDARForCausalLM, *classes)}[model_type]
 
 
 def _version_4_scaling(config: HFConfig) -> dict[str, Any] | None:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opdlm.convert.cli import add_convert_parser
+from megatron_opdlm.convert import formats
+from megatron_opdlm.convert.cli import FORMATS, add_convert_parser
 from megatron_opdlm.convert.errors import ConversionError
+from megatron_opdlm.convert.families import FAMILIES
 from megatron_opdlm.convert.inspect import inspect
 from tests.unit.convert_models import MASK, write_hf
 
@@ -31,7 +33,7 @@ def test_import_export_inspect(
 ) -> None:
     ckpt, out = tmp_path / "ckpt", tmp_path / "out"
     assert run("import", "--hf", hf, "--out", ckpt) == 0
-    assert run("export", "--checkpoint", ckpt, "--out", out, "--block-size", 4) == 0
+    assert run("export", "--checkpoint", ckpt, "--out", out, "--block-size", 4, "--no-untie") == 0
     assert "import" in capsys.readouterr().err  # the progress bar
     assert run("inspect", ckpt) == 0
     text = capsys.readouterr().out
@@ -78,6 +80,21 @@ def test_a_full_disk_is_a_clear_error(
     with pytest.raises(ConversionError, match="ckpt: No space left on device"):
         run("import", "--hf", hf, "--out", tmp_path / "ckpt")
     assert not (tmp_path / "ckpt").exists()
+
+
+def test_export_options(hf: Path, tmp_path: Path) -> None:
+    assert run("import", "--hf", hf, "--out", tmp_path / "ckpt") == 0
+    argv = ("export", "--checkpoint", tmp_path / "ckpt", "--out", tmp_path / "out")
+    assert run(*argv, "--format", "qwen3", "--untie", "--dtype", "bfloat16") == 0
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["model_type"], config["torch_dtype"]) == ("qwen3", "bfloat16")
+    assert config["tie_word_embeddings"] is False
+    with pytest.raises(ConversionError, match="relocate_mask"):
+        run(*argv[:-1], tmp_path / "other", "--block-size", 4, "--relocate-mask")
+
+
+def test_every_format_can_be_named() -> None:
+    assert set(FORMATS) == {*formats.FORMATS, *FAMILIES}
 
 
 def test_unknown_format_is_an_argument_error(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.importer import import_hf
+from megatron_opdlm.convert.importer import import_hf, imported_config
 from megatron_opdlm.convert.layout import read_description, resolve_iteration
 from megatron_opdlm.convert.mask_row import MaskRow
 from megatron_opdlm.convert.torch_dist import TorchDistReader
@@ -52,6 +52,16 @@ def test_the_vocabulary_grows_by_a_row(tmp_path: Path, tied: bool, monkeypatch) 
         original = tensors[NAMES[key]]
         assert torch.equal(rows[:MASK], original) and rows[MASK + 1 :].eq(0).all()
         torch.testing.assert_close(rows[MASK], original.mean(0), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("vocab_size", "expected"), [(MASK, MASK + 1), (300, 300)])
+def test_the_grown_size_is_known_before(tmp_path: Path, vocab_size: int, expected: int) -> None:
+    write_hf(tmp_path / "hf", vocab_size=vocab_size)
+    assert imported_config(tmp_path / "hf").vocab_size == expected
+    import_hf(tmp_path / "hf", tmp_path / "ckpt", progress=False)
+    description = read_description(resolve_iteration(tmp_path / "ckpt"))
+    assert imported_config(tmp_path / "hf") == description.config
+    assert imported_config(tmp_path / "hf", "<think>").vocab_size == vocab_size
 
 
 def test_growth_at_a_border_of_the_padding(tmp_path: Path) -> None:

@@ -5,7 +5,13 @@ import torch
 
 from megatron_opdlm.convert.families import FAMILIES
 from megatron_opdlm.convert.hf import parse_config
-from megatron_opdlm.convert.names import GatedConcat, InterleavedQKV, Plain, VocabRows
+from megatron_opdlm.convert.names import (
+    GatedConcat,
+    InterleavedQKV,
+    Plain,
+    Transform,
+    VocabRows,
+)
 from tests.unit.convert_models import tiny_config
 
 GROUPS = [(4, 4), (4, 2), (4, 1)]
@@ -24,26 +30,25 @@ def test_qkv_rows_are_group_by_group(heads: int, groups: int, trailing: str) -> 
             rows.append(q[head * width : (head + 1) * width])
         rows.append(k[group * width : (group + 1) * width])
         rows.append(v[group * width : (group + 1) * width])
-    packed = transform.to_megatron([q, k, v], config)
-    assert torch.equal(packed, torch.cat(rows))
+    packed = torch.cat(rows)
     assert packed.shape == transform.megatron_shape(config)
-    for back, original in zip(transform.to_hf(packed, config), (q, k, v), strict=True):
-        assert torch.equal(back, original)
+    for part, original in zip(transform.parts(packed, config), (q, k, v), strict=True):
+        assert torch.equal(part.reshape(original.shape), original)
 
 
 def test_plain_concatenation_is_another_order() -> None:  # control for the test above
     config = parse_config(tiny_config(), {})
-    parts = [torch.randn(shape) for shape in InterleavedQKV().hf_shapes(config)]
-    assert not torch.equal(InterleavedQKV().to_megatron(parts, config), torch.cat(parts))
+    tensors = [torch.randn(shape) for shape in InterleavedQKV().hf_shapes(config)]
+    parts = InterleavedQKV().parts(torch.cat(tensors), config)
+    assert not torch.equal(parts[0].reshape(tensors[0].shape), tensors[0])
 
 
 def test_gate_comes_before_up() -> None:
     config = parse_config(tiny_config(), {})
-    gate, up = torch.zeros(96, 64), torch.ones(96, 64)
-    packed = GatedConcat().to_megatron([gate, up], config)
+    packed = torch.cat([torch.zeros(96, 64), torch.ones(96, 64)])
     assert packed.shape == GatedConcat().megatron_shape(config)
-    assert packed[:96].eq(0).all() and packed[96:].eq(1).all()
-    assert torch.equal(GatedConcat().to_hf(packed, config)[1], up)
+    gate, up = GatedConcat().parts(packed, config)
+    assert gate.eq(0).all() and up.eq(1).all() and gate.shape == up.shape == (96, 64)
 
 
 def test_vocabulary_is_padded_to_a_multiple_of_128() -> None:
@@ -70,4 +75,15 @@ def test_tied_models_have_no_head() -> None:
 def test_plain_is_the_identity() -> None:
     config = parse_config(tiny_config(), {})
     weight = torch.randn(Plain("HQ").megatron_shape(config))
-    assert Plain("HQ").to_hf(Plain("HQ").to_megatron([weight], config), config)[0] is weight
+    assert Plain("HQ").parts(weight, config)[0] is weight
+
+
+@pytest.mark.parametrize("transform", [Plain("HF"), InterleavedQKV(), GatedConcat()])
+def test_parts_are_views_that_cover_the_tensor_once(transform: Transform) -> None:
+    config = parse_config(tiny_config(), {})
+    tensor = torch.zeros(transform.megatron_shape(config))
+    shapes = transform.hf_shapes(config)
+    for part, shape in zip(transform.parts(tensor, config), shapes, strict=True):
+        assert part.numel() == torch.Size(shape).numel()
+        part += 1
+    assert tensor.eq(1).all()

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_opdlm.convert import importer
 from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.exporter import export_sdar
+from megatron_opdlm.convert.exporter import export
+from megatron_opdlm.convert.families import FAMILIES
 from megatron_opdlm.convert.importer import import_hf
 from megatron_opdlm.convert.inspect import inspect
 from megatron_opdlm.convert.layout import (
@@ -43,8 +45,8 @@ from tests.unit.convert_models import (
 
 def round_trip(tmp_path: Path, **export_options: Any) -> dict[str, Tensor]:
     import_hf(tmp_path / "hf", tmp_path / "ckpt", progress=False)
-    options = {"block_size": 4, "progress": False} | export_options
-    export_sdar(tmp_path / "ckpt", tmp_path / "out", **options)
+    options = {"format": "base", "block_size": 4, "progress": False} | export_options
+    export(tmp_path / "ckpt", tmp_path / "out", **options)
     return read_weights(tmp_path / "out")
 
 
@@ -54,11 +56,16 @@ def assert_bit_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_bit_equal(tmp_path: Path, tied: bool, dtype: torch.dtype, shards: int) -> None:
-    tensors = write_hf(tmp_path / "hf", dtype=dtype, shards=shards, tie_word_embeddings=tied)
+def test_bit_equal(
+    tmp_path: Path, family: str, tied: bool, dtype: torch.dtype, shards: int
+) -> None:
+    tensors = write_hf(
+        tmp_path / "hf", family=family, dtype=dtype, shards=shards, tie_word_embeddings=tied
+    )
     assert_bit_equal(round_trip(tmp_path), tensors)
 
 
@@ -69,19 +76,31 @@ def test_bit_equal_for_gqa_and_vocabularies(tmp_path: Path, groups: int, vocab_s
     assert_bit_equal(round_trip(tmp_path), tensors)
 
 
-def test_redundant_head_is_dropped(tmp_path: Path) -> None:
-    tensors = write_hf(tmp_path / "hf")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_redundant_head_is_dropped(tmp_path: Path, family: str) -> None:
+    tensors = write_hf(tmp_path / "hf", family=family)
     stored = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
     write_weights(tmp_path / "hf", stored)
     assert_bit_equal(round_trip(tmp_path), tensors)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_grown_vocabulary_comes_back_with_its_new_row(tmp_path: Path, family: str) -> None:
+    tensors = write_hf(tmp_path / "hf", family=family, vocab_size=MASK)
+    found = round_trip(tmp_path)
+    grown = found["model.embed_tokens.weight"]
+    assert grown.shape[0] == MASK + 1
+    assert_bit_equal(found | {"model.embed_tokens.weight": grown[:MASK]}, tensors)
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == MASK + 1
 
 
 def test_vocabulary_in_slices_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_opdlm.convert.weights.ROWS_BYTES", 64 * 4 * 7)  # 7 rows
     tensors = write_hf(tmp_path / "hf", tie_word_embeddings=False)
     assert_bit_equal(round_trip(tmp_path), tensors)
-    reader = TorchDistReader(resolve_iteration(tmp_path / "ckpt"))
-    assert len(reader.row_slices("embedding.word_embeddings.weight")) == 55  # 384 / 7
+    metadata = FileSystemReader(resolve_iteration(tmp_path / "ckpt")).read_metadata()
+    stored = metadata.state_dict_metadata["embedding.word_embeddings.weight"]
+    assert len(stored.chunks) == 55  # 384 / 7
 
 
 def test_padding_rows_are_zero_in_the_checkpoint_and_absent_from_the_export(tmp_path: Path) -> None:
@@ -113,7 +132,7 @@ def test_an_export_can_be_imported_again(tmp_path: Path) -> None:
     description = read_description(resolve_iteration(tmp_path / "again"))
     assert description.config == read_description(resolve_iteration(tmp_path / "ckpt")).config
     assert description.mask_token_id == MASK
-    export_sdar(tmp_path / "again", tmp_path / "out2", block_size=4, progress=False)
+    export(tmp_path / "again", tmp_path / "out2", format="base", progress=False)
     assert_bit_equal(read_weights(tmp_path / "out2"), tensors)
 
 
@@ -163,7 +182,7 @@ def test_teacher_without_mask(tmp_path: Path) -> None:
     original = (tmp_path / "hf/tokenizer.json").read_bytes()
     assert (folder / "tokenizer/tokenizer.json").read_bytes() == original
     with pytest.raises(ConversionError, match="no mask token"):
-        export_sdar(tmp_path / "ckpt", tmp_path / "out", block_size=4, progress=False)
+        export(tmp_path / "ckpt", tmp_path / "out", block_size=4, progress=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -205,7 +224,7 @@ def test_export_holds_one_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
         return tensor
 
     monkeypatch.setattr(TorchDistReader, "read", counting_read)
-    export_sdar(tmp_path / "ckpt", tmp_path / "out", block_size=4, progress=False)
+    export(tmp_path / "ckpt", tmp_path / "out", format="base", progress=False)
     assert len(counter.shown) == 8 * 8 + 2
     assert counter.most <= 2
 
@@ -244,7 +263,7 @@ def test_a_failed_export_leaves_nothing(
 
     monkeypatch.setattr(SafetensorsWriter, "write", failing)
     with pytest.raises(type(error)):
-        export_sdar(tmp_path / "ckpt", tmp_path / "out", block_size=4, progress=False)
+        export(tmp_path / "ckpt", tmp_path / "out", block_size=4, progress=False)
     assert sorted(os.listdir(tmp_path)) == ["ckpt", "hf"]
 
 
@@ -255,7 +274,7 @@ def test_an_output_that_holds_something_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="not empty"):
         import_hf(tmp_path / "hf", tmp_path / "ckpt", progress=False)
     with pytest.raises(ConversionError, match="not empty"):
-        export_sdar(tmp_path / "ckpt", tmp_path / "hf", block_size=4, progress=False)
+        export(tmp_path / "ckpt", tmp_path / "hf", block_size=4, progress=False)
     (tmp_path / "file").touch()
     with pytest.raises(ConversionError, match="not a directory"):
         import_hf(tmp_path / "hf", tmp_path / "file", progress=False)
@@ -297,12 +316,12 @@ def test_block_size_must_be_known_and_agree(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf")
     import_hf(tmp_path / "hf", tmp_path / "ckpt", progress=False)
     with pytest.raises(ConversionError, match="--block-size"):
-        export_sdar(tmp_path / "ckpt", tmp_path / "out", progress=False)
+        export(tmp_path / "ckpt", tmp_path / "out", progress=False)
     folder = resolve_iteration(tmp_path / "ckpt")
     edit_json(folder / "opdlm_model.json", block_size=8)
     with pytest.raises(ConversionError, match="block_size=4"):
-        export_sdar(tmp_path / "ckpt", tmp_path / "out", block_size=4, progress=False)
-    export_sdar(tmp_path / "ckpt", tmp_path / "out", progress=False)
+        export(tmp_path / "ckpt", tmp_path / "out", block_size=4, progress=False)
+    export(tmp_path / "ckpt", tmp_path / "out", progress=False)
     assert json.loads((tmp_path / "out/config.json").read_text())["block_size"] == 8
 
 
@@ -313,7 +332,7 @@ def test_bad_checkpoints(tmp_path: Path) -> None:
 
     def export_fails(match: str, **options: Any) -> None:
         with pytest.raises(ConversionError, match=match):
-            export_sdar(tmp_path / "ckpt", tmp_path / "out", block_size=4, **options)
+            export(tmp_path / "ckpt", tmp_path / "out", block_size=4, **options)
         assert not (tmp_path / "out").exists()
 
     export_fails("no such iteration", iteration=5)
@@ -343,8 +362,8 @@ def test_export_needs_no_megatron(tmp_path: Path) -> None:
     import_hf(tmp_path / "hf", tmp_path / "ckpt", progress=False)
     code = (
         "import sys; sys.modules['megatron'] = None\n"
-        "from megatron_opdlm.convert.exporter import export_sdar\n"
-        f"export_sdar({str(tmp_path / 'ckpt')!r}, {str(tmp_path / 'out')!r}, block_size=4)\n"
+        "from megatron_opdlm.convert.exporter import export\n"
+        f"export({str(tmp_path / 'ckpt')!r}, {str(tmp_path / 'out')!r}, format='base')\n"
         "import torch.distributed as d; assert not d.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -171,11 +171,11 @@ def test_non_finite_values_are_counted(value: float) -> None:
     weight = torch.zeros(8, 8, dtype=torch.bfloat16)
     weight[3, 4] = value
     with pytest.raises(ConversionError, match="tensor w holds 1 NaN"):
-        require_finite("w", weight)
+        require_finite(Path("x"), "w", weight)
 
 
 def test_large_finite_values_pass() -> None:  # their sum overflows
-    require_finite("w", torch.full((4,), 3e38))
+    require_finite(Path("x"), "w", torch.full((4,), 3e38))
 
 
 header_values = st.recursive(

@@ -141,7 +141,9 @@ def test_logits_equal_transformers(layout, folders, expected):
 def test_control_wrong_qkv_order_fails(shape, expected, tmp_path, monkeypatch):
     """q, k and v one after the other instead of interleaved by group."""
     monkeypatch.setattr(
-        InterleavedQKV, "to_megatron", lambda self, tensors, config: torch.cat(list(tensors))
+        InterleavedQKV,
+        "parts",
+        lambda self, tensor, config: tensor.split([shape[0] for shape in self.hf_shapes(config)]),
     )
     wrong = tiny_model(tmp_path, **SHAPES[shape]).checkpoint
     got = whole(run_ranks(megatron_logits, 1, {shape: wrong}, LAYOUTS["TP1"]))

@@ -15,7 +15,7 @@ def _check_config(raw: dict[str, Any]) -> None:
 
 LLAMA = Family(
     name="llama",
-    aliases=(),
+    aliases=("a2d-llama",),
     entries=(
         rows.EMBEDDING,
         rows.INPUT_NORM,

@@ -15,7 +15,7 @@ def _check_config(raw: dict[str, Any]) -> None:
 
 QWEN2 = Family(
     name="qwen2",
-    aliases=(),
+    aliases=("a2d-qwen2",),
     entries=(
         rows.EMBEDDING,
         rows.INPUT_NORM,

@@ -1,0 +1,98 @@
+"""README.md of an export: what it is, where it comes from, how to load and serve it."""
+
+from importlib import resources
+from typing import Any
+
+from megatron_opdlm.convert.formats.format import ExportedModel, ExportFormat
+
+# Key of the lineage or of the training state -> label, in the order of the table.
+_LABELS = {
+    "source": "base model",
+    "teacher": "teacher",
+    "data": "training data",
+    "method": "method",
+    "response_tokens": "response tokens",
+    "optimizer_steps": "optimizer steps",
+    "rollout_step": "rollouts",
+    "seed": "seed",
+}
+
+
+def model_card(model: ExportedModel, export_format: ExportFormat) -> str:
+    """Render the card.
+
+    Args:
+        model: what was exported; plain numbers and strings of its lineage and state are listed.
+        export_format: names the sections.
+    """
+    sections = (_read(name).strip() for name in export_format.card_sections(model))
+    tags = ["megatron-opdlm"]
+    if export_format.for_students:
+        tags = ["block-diffusion", export_format.name, *tags]
+    text = _read("card.md").replace("@SECTIONS@", "\n\n".join(sections))
+    substitutions = {
+        "@INTRODUCTION@": _introduction(model, export_format),
+        "@TAGS@": ", ".join(tags),
+        "@TABLE@": "\n".join(f"| {key} | {value} |" for key, value in _rows(model).items()),
+        "@FAMILY@": model.config.family,
+        "@BLOCK@": str(model.block_size),
+        "@MASK@": str(model.mask_token_id),
+        "@THINKING@": str(bool(model.lineage.get("enable_thinking", False))),
+        "@NAME@": model.name,  # last: a name is text of the user's
+    }
+    for key, value in substitutions.items():
+        text = text.replace(key, value)
+    return text
+
+
+def _introduction(model: ExportedModel, export_format: ExportFormat) -> str:
+    if not model.is_trained:
+        text = "The weights of an autoregressive language model, not trained any further."
+        if export_format.for_students:
+            text += (
+                " In this form they decode blocks of @BLOCK@ tokens, which they have not learnt"
+                " yet: a starting point for training."
+            )
+    elif export_format.for_students:
+        text = (
+            "A block-diffusion language model: text is decoded block by block (@BLOCK@ tokens"
+            " each), several tokens per forward pass. It was made from an autoregressive model with"
+            " megatron-opdlm. Position i predicts token i: logits are unshifted."
+        )
+    else:
+        text = (
+            "**These are the weights of a block-diffusion student** (blocks of @BLOCK@ tokens),"
+            " under the @FAMILY@ names. Programs load them as an autoregressive model, but they"
+            " were trained to predict masked tokens, position i predicting token i, under"
+            " block-causal attention: generating token after token is not what they learnt. To"
+            " decode text, export the checkpoint as `a2d` or, if it is a Qwen3, as `sdar`."
+        )
+    if model.moved_mask_from is not None:
+        text += (
+            f"\n\nThe mask token was moved from id {model.moved_mask_from} to id @MASK@, which"
+            " serving engines hard-code: its input embedding was copied there, and the output layer"
+            " is a tensor of its own with the rows as trained."
+        )
+    return text
+
+
+def _rows(model: ExportedModel) -> dict[str, Any]:
+    config = model.config
+    rows: dict[str, Any] = {"layers x hidden": f"{config.num_layers} x {config.hidden_size}"}
+    rows["vocabulary"] = config.vocab_size
+    if model.mask_token_id is not None:
+        rows["mask token id"] = model.mask_token_id
+    if model.block_size is not None:
+        rows["block size"] = model.block_size
+    recorded = {
+        key: value
+        for key, value in (dict(model.state) | dict(model.lineage)).items()
+        if isinstance(value, str | int | float)
+    }
+    rows |= {label: recorded.pop(key) for key, label in _LABELS.items() if key in recorded}
+    return rows | recorded
+
+
+def _read(name: str) -> str:
+    card = resources.files("megatron_opdlm.convert.formats") / "cards" / name
+    return card.read_text(encoding="utf-8")

@@ -1,0 +1,68 @@
+"""Keys of config.json that describe the decoder, for readers of every age.
+
+Every reader wants other keys (LMDeploy, SGLang, JetEngine, dLLM, vLLM, transformers 4 and 5), so
+all of them are written, in both spellings where there are two.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+from megatron_opdlm.convert.formats.format import ExportedModel
+from megatron_opdlm.convert.hf import HFConfig
+
+_TRANSFORMERS_VERSION = "4.52.4"  # of the layout: it is what the oldest readers expect
+
+
+def decoder_keys(model: ExportedModel) -> dict[str, Any]:
+    """Everything but what names the format: `model_type`, `architectures`, `auto_map`."""
+    config = model.config
+    eos = config.eos_token_ids
+    theta = int(config.rope_theta) if config.rope_theta.is_integer() else config.rope_theta
+    scaling = None
+    if config.rope_scaling is not None:
+        scaling = {"rope_type": "llama3"} | asdict(config.rope_scaling)
+    return {
+        "attention_dropout": 0.0,
+        "head_dim": config.kv_channels,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "initializer_range": config.initializer_range,
+        "intermediate_size": config.ffn_hidden_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_query_groups,
+        "rms_norm_eps": config.rms_norm_eps,
+        # transformers 4 and SGLang read the first two, JetEngine asserts that the second is null
+        # where nothing is scaled, transformers 5 reads the third.
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": theta} | (scaling or {"rope_type": "default"}),
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if eos else None,
+        "pad_token_id": model.pad_token_id,
+        "torch_dtype": model.dtype,
+        "dtype": model.dtype,
+        "transformers_version": _TRANSFORMERS_VERSION,
+    } | _family_keys(config)
+
+
+def _family_keys(config: HFConfig) -> dict[str, Any]:
+    if config.family == "llama":
+        return {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
+    window = {
+        "max_window_layers": config.num_layers,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    }
+    return window if config.family == "qwen2" else {"attention_bias": False} | window
+
+
+def layer_types(config: HFConfig) -> dict[str, list[str]]:
+    """`layer_types`, which transformers' Qwen classes know from 4.53 on and Llama's does not."""
+    if config.family == "llama":
+        return {}
+    return {"layer_types": ["full_attention"] * config.num_layers}

@@ -1,0 +1,99 @@
+"""One record of a .distcp file: a tensor as `torch.save` wrote it, read region by region.
+
+A record is a zip archive in the middle of a file. `torch.load` would read all of it into fresh
+memory, from which the region is copied; here the archive says only where the values lie, and they
+go from the file into their place. So a slice of a large tensor costs the memory of the slice.
+"""
+
+import pickle
+from io import SEEK_CUR, SEEK_END, SEEK_SET, FileIO, RawIOBase
+from pathlib import Path
+from typing import IO, cast
+from zipfile import BadZipFile, ZipFile
+
+import torch
+from torch import Tensor
+
+from megatron_opdlm.convert.errors import ConversionError
+from megatron_opdlm.convert.names import Shape
+from megatron_opdlm.convert.raw import bytes_of, fill
+
+_VALUES = "/data/0"  # the archive's entry with the first, here the only storage
+_LOCAL_HEADER_BYTES = 30  # of a zip entry; its last four are the lengths of two fields that follow
+
+
+class _Window(RawIOBase):
+    """A range of a file that looks like a file."""
+
+    def __init__(self, file: FileIO, offset: int, length: int) -> None:
+        self._file, self._offset, self._length = file, offset, length
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = SEEK_SET) -> int:
+        origin = {SEEK_SET: 0, SEEK_CUR: self._position, SEEK_END: self._length}[whence]
+        self._position = origin + offset
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        self._file.seek(self._offset + self._position)
+        left = max(0, self._length - self._position)
+        count = self._file.readinto(memoryview(buffer)[:left])
+        self._position += count
+        return count
+
+
+def read_region(path: Path, offset: int, length: int, start: Shape, target: Tensor) -> None:
+    """Read a region of a recorded tensor.
+
+    Args:
+        path: the file.
+        offset: first byte of the record.
+        length: its bytes.
+        start: first element of the region on each axis of the recorded tensor.
+        target: where the values go; has the region's shape and the record's dtype.
+
+    Raises:
+        ConversionError: the record is damaged, or not a tensor that holds this region.
+    """
+    with FileIO(path) as file:
+        try:
+            whole, values_at = _open_record(_Window(file, offset, length))
+        except (RuntimeError, pickle.UnpicklingError, EOFError, BadZipFile, StopIteration):
+            raise ConversionError(f"{path}: the record at byte {offset} is damaged") from None
+        end = tuple(first + size for first, size in zip(start, target.shape, strict=True))
+        if whole.dtype != target.dtype or any(
+            last > size for last, size in zip(end, whole.shape, strict=True)
+        ):
+            raise ConversionError(
+                f"{path}: the record at byte {offset} is {whole.dtype} {list(whole.shape)}; "
+                f"by the checkpoint's metadata it is {target.dtype} of at least {list(end)}"
+            )
+        region = whole[tuple(slice(*limits) for limits in zip(start, end, strict=True))]
+        first_byte = offset + values_at + int(region.storage_offset()) * whole.itemsize
+        if region.is_contiguous() and target.is_contiguous():
+            fill(file, first_byte, bytes_of(target))
+            return
+        steps = zip(region.shape, region.stride(), strict=True)
+        span = torch.empty(1 + sum((size - 1) * step for size, step in steps), dtype=whole.dtype)
+        fill(file, first_byte, bytes_of(span))
+        target.copy_(span.as_strided(region.shape, region.stride()))
+
+
+def _open_record(archive: _Window) -> tuple[Tensor, int]:
+    """The recorded tensor without its values, and the archive's byte at which they start."""
+    tensor = torch.load(cast(IO[bytes], archive), map_location="meta", weights_only=True)
+    if not isinstance(tensor, Tensor):
+        raise EOFError("no tensor")
+    with ZipFile(archive) as directory:
+        names = directory.infolist()
+    header_at = next(entry.header_offset for entry in names if entry.filename.endswith(_VALUES))
+    archive.seek(header_at + _LOCAL_HEADER_BYTES - 4)
+    fields = archive.read(4)
+    following = int.from_bytes(fields[:2], "little") + int.from_bytes(fields[2:], "little")
+    return tensor, header_at + _LOCAL_HEADER_BYTES + following
