@@ -40,10 +40,10 @@ mkdir -p "$out"
 run python examples/stories/prompts.py --text "$text" --out "$out"
 run opdlm convert import --hf "$model" --out "$out/student" --chat-template examples/stories/plain.jinja
 run opdlm convert verify --checkpoint "$out/student" --hf "$model"
-for temperature in 0 0.5 1; do decode before "$out/student" "$temperature"; done
+for temperature in 0 0.3 1; do decode before "$out/student" "$temperature"; done
 run opdlm train examples/configs/stories.yaml "student=$out/student" "data=$out/train.jsonl" \
   "save=$out/run" ${overrides[@]+"${overrides[@]}"}
-for temperature in 0 0.5 1; do
+for temperature in 0 0.3 1; do
   decode static "$out/run" "$temperature"
   decode dynamic "$out/run" "$temperature" --remasking low_confidence_dynamic
 done
