@@ -116,6 +116,7 @@ def _reporting_os_errors(
     """A full disk or a missing permission is the user's to fix, like any other bad input."""
 
     def run(args: argparse.Namespace) -> int:
+        _require_text(args)
         try:
             with _stopped_by_signals():
                 return action(args)
@@ -127,6 +128,15 @@ def _reporting_os_errors(
             raise ConversionError(f"{where}{error.strerror or error}") from error
 
     return run
+
+
+def _require_text(args: argparse.Namespace) -> None:
+    """Names go into JSON, into a model card and to libraries that know UTF-8 alone."""
+    for value in vars(args).values():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            raise ConversionError(f"{value!r} is not UTF-8 text; use another name") from None
 
 
 @contextlib.contextmanager
@@ -142,7 +152,7 @@ def _stopped_by_signals() -> Iterator[None]:
         raise SystemExit(128 + number)
 
     before = {number: signal.getsignal(number) for number in _STOPPING}
-    before = {n: handler for n, handler in before.items() if handler != signal.SIG_IGN}  # nohup
+    before = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}  # nohup
     for number in before:
         signal.signal(number, stop)
     try:

@@ -34,29 +34,37 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConversionError(f"{path}: not UTF-8 text (byte {error.start})") from None
     try:
-        with without_garbage_collection():
-            value = json.loads(text, object_pairs_hook=unique_keys)
-        if _SURROGATE.search(text):  # maybe half of a character
-            json.dumps(value, ensure_ascii=False).encode()
+        value = parse_json(text)
     except json.JSONDecodeError as error:
         raise ConversionError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     except RecursionError:
         raise ConversionError(f"{path}: JSON is nested too deeply") from None
-    except UnicodeEncodeError:
-        raise ConversionError(f"{path}: not Unicode text: half of a surrogate pair") from None
-    except ValueError as error:  # a key that is there twice, an integer of thousands of digits
+    except ValueError as error:
         raise ConversionError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConversionError(f"{path}: top level must be an object, got {type(value).__name__}")
     return value
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads: refuses what readers understand differently.
+def parse_json(text: str) -> Any:
+    """json.loads without what other parsers refuse or understand differently.
 
     Raises:
-        ValueError: an object has a key twice.
+        ValueError: not JSON, a key that is there twice, half of a surrogate pair, an integer of
+            thousands of digits.
+        RecursionError: nested too deeply.
     """
+    with without_garbage_collection():
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+    if _SURROGATE.search(text):  # of a pair, or alone
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("half of a surrogate pair is no text") from None
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]

@@ -11,7 +11,8 @@ from megatron_opdlm.convert.errors import ConversionError
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as writable bytes (numpy has no bfloat16)."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # a single element may have any stride
+    return flat.view(torch.uint8).numpy().data
 
 
 def runs(tensor: Tensor) -> Iterator[memoryview]:

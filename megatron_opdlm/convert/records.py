@@ -9,7 +9,7 @@ import pickle
 from io import SEEK_CUR, SEEK_END, SEEK_SET, FileIO, RawIOBase
 from pathlib import Path
 from typing import IO, cast
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def read_region(path: Path, offset: int, length: int, start: Shape, target: Tens
     with FileIO(path) as file:
         try:
             whole, values_at = _open_record(_Window(file, offset, length))
-        except (RuntimeError, pickle.UnpicklingError, EOFError, BadZipFile, StopIteration):
+        except (RuntimeError, pickle.UnpicklingError, EOFError, BadZipFile):
             raise ConversionError(f"{path}: the record at byte {offset} is damaged") from None
         end = tuple(first + size for first, size in zip(start, target.shape, strict=True))
         if whole.dtype != target.dtype or any(
@@ -88,12 +88,14 @@ def read_region(path: Path, offset: int, length: int, start: Shape, target: Tens
 def _open_record(archive: _Window) -> tuple[Tensor, int]:
     """The recorded tensor without its values, and the archive's byte at which they start."""
     tensor = torch.load(cast(IO[bytes], archive), map_location="meta", weights_only=True)
-    if not isinstance(tensor, Tensor):
-        raise EOFError("no tensor")
     with ZipFile(archive) as directory:
-        names = directory.infolist()
-    header_at = next(entry.header_offset for entry in names if entry.filename.endswith(_VALUES))
-    archive.seek(header_at + _LOCAL_HEADER_BYTES - 4)
+        entries = [entry for entry in directory.infolist() if entry.filename.endswith(_VALUES)]
+    if not isinstance(tensor, Tensor) or len(entries) != 1:
+        raise BadZipFile("not one tensor")
+    (entry,) = entries
+    if entry.compress_type != ZIP_STORED or entry.file_size != tensor.untyped_storage().nbytes():
+        raise BadZipFile("the values are not as torch.save writes them")
+    archive.seek(entry.header_offset + _LOCAL_HEADER_BYTES - 4)
     fields = archive.read(4)
     following = int.from_bytes(fields[:2], "little") + int.from_bytes(fields[2:], "little")
-    return tensor, header_at + _LOCAL_HEADER_BYTES + following
+    return tensor, entry.header_offset + _LOCAL_HEADER_BYTES + following

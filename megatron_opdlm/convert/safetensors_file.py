@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.files import unique_keys
+from megatron_opdlm.convert.files import parse_json
 from megatron_opdlm.convert.raw import fill, runs
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -66,8 +66,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             )
         blob = file.read(length)
     try:
-        header = json.loads(blob, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are both ValueErrors
+        header = parse_json(blob.decode())
+    except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError, too
         raise ConversionError(
             f"{path}: the safetensors header is not valid JSON: {error}"
         ) from None

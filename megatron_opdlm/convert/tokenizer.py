@@ -231,6 +231,8 @@ def mask_token_id(directory: str | Path) -> int | None:
 def _mask_text(src: Path, config: dict[str, Any], mask_token: str) -> str:
     """The mask token that the tokenizer names, else the requested one."""
     named = _content(config.get("mask_token"))
+    if not (named or mask_token):
+        raise ConversionError(f"{src}: the mask token needs a text")
     if named is None:
         return mask_token
     if mask_token not in (named, MASK_TOKEN):
@@ -250,7 +252,9 @@ def _load(directory: Path, source: Path) -> Tokenizer:
     """Load a copied tokenizer as its users will; errors name its source."""
     try:
         return Tokenizer.from_file(str(directory / _TOKENIZER_JSON))
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:
+        if type(error) is not Exception:  # the library raises the plain class itself
+            raise
         raise ConversionError(
             f"{source / _TOKENIZER_JSON}: the tokenizers library cannot read it: {error}"
         ) from None

@@ -225,7 +225,9 @@ def describe_names(problems: dict[str, set[str]]) -> str:
     parts = []
     for label, names in problems.items():
         if names:
-            listed = ", ".join(sorted(names)[:_LISTED])
+            # names come from files of strangers, and go to terminals
+            shown = [text if text.isprintable() else repr(text) for text in sorted(names)]
+            listed = ", ".join(shown[:_LISTED])
             more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
             parts.append(f"{len(names)} {label}: {listed}{more}")
     return "; ".join(parts)

@@ -185,6 +185,7 @@ def duplicate_over_shards(hf: Path) -> None:
 WEIGHTS: dict[str, tuple[Damage, str]] = {
     "missing tensors": (tensors({NORM: None, UP: None}), f"2 missing: {UP}, {NORM}"),
     "extra tensor": (tensors({"model.bias": torch.ones(1)}), "1 extra: model.bias"),
+    "name with escapes": (tensors({"a\x1b[2J": torch.ones(1)}), "1 extra: 'a\\x1b[2J'"),
     "shape": (tensors({UP: torch.ones(95, 64)}), f"1 wrong shape: {UP} [95, 64] (expected [96"),
     "fewer layers": (config(num_hidden_layers=1), "11 extra: model.layers.1."),
     "NaN": (value(UP, float("nan")), f"tensor {UP} holds 1 NaN or infinite values"),

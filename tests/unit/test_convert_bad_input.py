@@ -1,6 +1,7 @@
 """`opdlm convert` refuses bad input and output: one line, an exit code, and nothing left behind."""
 
 import json
+import os
 import pickle
 import resource
 import subprocess
@@ -351,7 +352,7 @@ def test_export_of_numbers_that_are_none(
 
 
 def test_as_programs(tmp_path: Path) -> None:
-    names = ("weights: pickle only", "weights: NaN", "config: yarn")
+    names = ("weights: pickle only", "weights: NaN")
     programs = []
     for place, name in enumerate(names):
         hf = tmp_path / str(place) / "hf"
@@ -361,7 +362,26 @@ def test_as_programs(tmp_path: Path) -> None:
         programs.append(subprocess.Popen(argv, stdout=-1, stderr=-1, text=True))
     before = listing(tmp_path)
     for name, program in zip(names, programs, strict=True):
-        stdout, stderr = program.communicate(timeout=120)
+        stdout, stderr = program.communicate(timeout=300)
         assert program.returncode == 2 and not stdout
         assert DAMAGES[name][1] in Outcome(2, stderr).error
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--mask-token", ""), "the mask token needs a text"),
+        (("--mask-token", "\ud800"), "is not UTF-8 text; use another name"),
+        (("--mask-token", "<|im_end|>"), "is also the eos_token; they must differ"),
+        (("--chat-template", "gone"), "gone: file not found"),
+        (("--chat-template", "/"), "/: Is a directory"),
+        (("--mask-init", "keep", "--hf", os.fsdecode(b"m\xff")), "is not UTF-8 text"),
+    ],
+)
+def test_bad_arguments(tmp_path: Path, argv: tuple[str, ...], message: str) -> None:
+    write_hf(tmp_path / "hf", **LAYERS)
+    before = listing(tmp_path)
+    outcome = convert("import", "--hf", tmp_path / "hf", "--out", tmp_path / "out", *argv)
+    assert outcome.status == 2 and message in outcome.error
     assert listing(tmp_path) == before

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from megatron_opdlm.convert.errors import ConversionError
 from megatron_opdlm.convert.families import FAMILIES
@@ -125,33 +123,6 @@ def test_refuses_files_that_are_not_json_objects(tmp_path: Path, content: bytes)
 def test_refuses_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="not found"):
         read_config(tmp_path)
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
-    max_leaves=6,
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.sampled_from(sorted(tiny_config()) + ["rope_parameters", "layer_types"]), json_values)
-def test_fuzzed_values_are_read_or_refused(key: str, value: object) -> None:
-    try:
-        parse_config(tiny_config(**{key: value}), {})
-    except ConversionError as error:
-        assert str(error)
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    st.dictionaries(st.sampled_from(["eos_token_id", "pad_token_id", "bos_token_id"]), json_values)
-)
-def test_fuzzed_generation_config(values: dict[str, object]) -> None:
-    try:
-        parse_config(tiny_config(), values)
-    except ConversionError as error:
-        assert str(error)
 
 
 def test_json_dict_is_strict() -> None:

@@ -41,7 +41,7 @@ from megatron_opdlm.convert.weights import HFWeights
 from tests.unit.convert_models import family_config, write_json, write_tokenizer, write_weights
 
 fuzz = settings(
-    max_examples=120,
+    max_examples=250,
     deadline=20_000,  # milliseconds: for a hang, not for a slow machine
     derandomize=True,
     database=None,
@@ -95,12 +95,12 @@ def spoilt(good: bytes) -> st.SearchStrategy[bytes]:
     return replaced | st.binary(max_size=40) | st.integers(0, len(good)).map(lambda n: good[:n])
 
 
-def read_or_refuse(read: Callable[[], Any]) -> Any:
-    """The result, or None after a ConversionError of one line."""
+def read_or_refuse(read: Callable[[], Any], path: Path | None = None) -> Any:
+    """The result, or None after a ConversionError of one line, which names the path."""
     try:
         return read()
     except ConversionError as error:
-        assert str(error) and "\n" not in str(error)
+        assert "\n" not in str(error) and str(path or "") in str(error)
         return None
 
 
@@ -112,11 +112,16 @@ def check_config(config: HFConfig | None) -> None:
 
 
 CONFIGS = [family_config(family) for family in FAMILIES]
+CONFIGS[0] |= {  # transformers 5
+    "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+    "layer_types": ["full_attention"] * 3,
+}
 GENERATION = {"eos_token_id": [259, 257], "pad_token_id": 257, "bos_token_id": 5}
 
 
 @fuzz
 @given(st.sampled_from(CONFIGS).flatmap(mutated), mutated(GENERATION))
+@example(CONFIGS[0] | {"rms_norm_eps": 10**400}, {})
 def test_parsed_configs(raw: Any, generation: Any) -> None:
     if isinstance(raw, dict) and isinstance(generation, dict):
         check_config(read_or_refuse(lambda: parse_config(raw, generation)))
@@ -127,7 +132,7 @@ def test_parsed_configs(raw: Any, generation: Any) -> None:
 def test_config_files(tmp_path: Path, config: bytes, generation: bytes) -> None:
     (tmp_path / "config.json").write_bytes(config)
     (tmp_path / "generation_config.json").write_bytes(generation)
-    check_config(read_or_refuse(lambda: read_config(tmp_path)))
+    check_config(read_or_refuse(lambda: read_config(tmp_path), tmp_path))
 
 
 HEADER = {
@@ -145,7 +150,7 @@ def header_file(path: Path, blob: bytes, length: int | None = None, size: int = 
 
 def check_header(path: Path) -> None:
     """What is accepted the safetensors library reads as the same tensors."""
-    found = read_or_refuse(lambda: read_header(path))
+    found = read_or_refuse(lambda: read_header(path), path)
     if found is not None:
         with safe_open(path, framework="pt") as file:
             assert set(file.keys()) == set(found)
@@ -157,6 +162,7 @@ def check_header(path: Path) -> None:
 @fuzz
 @given(mutated(HEADER), st.sampled_from([34] * 5 + [0, 33, 35]))
 @example(HEADER, 34)
+@example(HEADER | {"__metadata__": {"a": "\ud800"}}, 34)
 def test_headers(tmp_path: Path, header: Any, size: int) -> None:
     path = tmp_path / "x.safetensors"
     header_file(path, json.dumps(header).encode(), size=size)
@@ -174,6 +180,21 @@ def test_header_bytes(tmp_path: Path, blob: bytes, length: int | None) -> None:
 def test_good_headers_are_read(tmp_path: Path) -> None:  # control
     header_file(tmp_path / "x", json.dumps(HEADER).encode())
     assert read_header(tmp_path / "x")["a"].shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("data_offsets", ends) for ends in ([0, 23], [0, 25], [1, 24], [24, 0], [0], [0, 24, 0])),
+        *(("shape", shape) for shape in ([3, 3], [-2, -3], [6, 1, 1.0], 6, None)),
+        *(("dtype", dtype) for dtype in ("F16", "F64", "I8", "F8_E4M3", None, [])),
+    ],
+)
+def test_entries_must_fit(tmp_path: Path, key: str, value: object) -> None:
+    changed = HEADER | {"a": HEADER["a"] | {key: value}}
+    header_file(tmp_path / "x", json.dumps(changed).encode())
+    with pytest.raises(ConversionError, match="'a'"):
+        read_header(tmp_path / "x")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +249,7 @@ def test_indices(tmp_path: Path, index: bytes) -> None:
             write_weights(tmp_path / "one", {name: torch.zeros(2)})
             (tmp_path / "one/model.safetensors").rename(folder)
     (tmp_path / "model.safetensors.index.json").write_bytes(index)
-    assert read_or_refuse(lambda: read_all(tmp_path)) in (None, True)
+    assert read_or_refuse(lambda: read_all(tmp_path), tmp_path) in (None, True)
 
 
 CONFIG = parse_config(CONFIGS[-1], {})
@@ -258,7 +279,7 @@ def test_descriptions(description: Any) -> None:
 @given(spoilt(json.dumps(DESCRIPTION).encode()))
 def test_description_files(tmp_path: Path, content: bytes) -> None:
     (tmp_path / MODEL_FILE).write_bytes(content)
-    check_description(read_or_refuse(lambda: read_description(tmp_path)))
+    check_description(read_or_refuse(lambda: read_description(tmp_path), tmp_path))
 
 
 @fuzz
@@ -267,7 +288,7 @@ def test_description_files(tmp_path: Path, content: bytes) -> None:
 def test_latest_iterations(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "iter_0000012").mkdir(exist_ok=True)
     (tmp_path / LATEST_FILE).write_bytes(content)
-    found = read_or_refuse(lambda: resolve_iteration(tmp_path))
+    found = read_or_refuse(lambda: resolve_iteration(tmp_path), tmp_path)
     assert found in (None, tmp_path / "iter_0000012")
 
 
@@ -306,7 +327,7 @@ def tokenizer_calls(folder: Path, out: Path) -> None:
         assert found is None or type(found) is int
 
 
-@fuzz
+@settings(fuzz, max_examples=120)
 @given(st.data())
 def test_tokenizers(tokenizer_dir: Path, tmp_path: Path, data: st.DataObject) -> None:
     good = {
@@ -320,7 +341,7 @@ def test_tokenizers(tokenizer_dir: Path, tmp_path: Path, data: st.DataObject) ->
     tokenizer_calls(tmp_path / "in", tmp_path / "out")
 
 
-@fuzz
+@settings(fuzz, max_examples=120)
 @given(st.data())
 def test_tokenizer_files(tokenizer_dir: Path, tmp_path: Path, data: st.DataObject) -> None:
     (tmp_path / "in").mkdir(exist_ok=True)
@@ -330,7 +351,7 @@ def test_tokenizer_files(tokenizer_dir: Path, tmp_path: Path, data: st.DataObjec
     tokenizer_calls(tmp_path / "in", tmp_path / "out")
 
 
-@fuzz
+@settings(fuzz, max_examples=120)
 @given(spoilt(b"{% for m in messages %}{{ m['content'] }}{% endfor %}"))
 def test_chat_templates(tokenizer_dir: Path, tmp_path: Path, template: bytes) -> None:
     add_mask_token(tokenizer_dir / "good", tmp_path / "out", 300)

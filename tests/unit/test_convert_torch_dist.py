@@ -4,6 +4,7 @@ import io
 import os
 from collections.abc import Iterator
 from io import FileIO
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.unit.convert_models import write_hf
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DATA = "__0_0.distcp"
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
 
 def arange(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -42,11 +44,8 @@ def record(path: Path, value: object, before: int = 13, after: int = 7) -> tuple
 
 def pieces_of(key: str, tensor: Tensor, cuts: list[list[int]]) -> Iterator[Piece]:
     """The tensor cut along every axis at the given places."""
-    grid = [list(zip([0, *c], [*c, n], strict=True)) for c, n in zip(cuts, tensor.shape)]
-    for box in torch.cartesian_prod(*(torch.arange(len(axis)) for axis in grid)).view(
-        -1, len(grid)
-    ):
-        limits = [axis[i] for axis, i in zip(grid, box.tolist(), strict=True)]
+    sizes = zip(cuts, tensor.shape, strict=True)
+    for limits in product(*(pairwise([0, *places, size]) for places, size in sizes)):
         values = tensor[tuple(slice(*limit) for limit in limits)].clone()
         yield Piece(
             key=key,
@@ -161,11 +160,10 @@ def test_the_library_reads_what_is_written(tmp_path: Path, dtype: torch.dtype) -
     pieces = [*pieces_of("a.b", tensors["a.b"], [[2, 3], [1]]), *pieces_of("c", tensors["c"], [[]])]
     write(tmp_path, pieces, ("x/shard_0_2", "x/shard_1_2"))
     state: dict[str, Any] = {key: torch.zeros_like(value) for key, value in tensors.items()}
-    state |= {"x/shard_0_2": io.BytesIO(), "x/shard_1_2": io.BytesIO()}
+    state |= {"x/shard_0_2": None, "x/shard_1_2": None}
     dcp.load(state, storage_reader=dcp.FileSystemReader(tmp_path), no_dist=True)
     assert all(torch.equal(state[key], value) for key, value in tensors.items())
-    objects = [state["x/shard_0_2"], state["x/shard_1_2"]]
-    assert [torch.load(found, weights_only=True) for found in objects] == [[None], [None]]
+    assert state["x/shard_0_2"] == state["x/shard_1_2"] == [None]
 
 
 def test_what_the_library_writes_is_read(tmp_path: Path) -> None:

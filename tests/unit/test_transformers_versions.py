@@ -9,38 +9,38 @@ from pathlib import Path
 import pytest
 
 from tests.versions import program
-from tests.versions.inputs import write_inputs
+from tests.versions.inputs import write_inputs, write_model
 from tests.versions.program import Result
 from tests.versions.report import failures, table
-from tests.versions.saved import import_saved
+from tests.versions.saved import check_import, import_saved
 
 REAL = Path(__file__).parents[3] / "shared/data/qwen3_tokenizer"
 GROUPS = {
-    **{"sdar": 2, "a2d": 4, "base": 4, "sdar, generate": 2, "sdar, bfloat16": 1},
-    **{"tokenizers of these": 10, "saved by it, loaded": 6, "saved by it, imported": 15},
-    **{"saved by any, imported, exported": 4, "saved by any, imported, exported, tokenizer": 4},
+    **{"sdar: logits": 2, "a2d: logits": 4, "base: logits": 4, "sdar, a2d, base: tokenizer": 10},
+    **{"sdar: generate": 2, "sdar: bfloat16": 1, "saved by it": 11},
+    **{"saved by it, loaded: logits": 6, "saved by it, imported": 11},
+    **{f"saved by any, imported, exported: {what}": 4 for what in ("logits", "tokenizer")},
 }
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("versions")
-    write_inputs(folder, REAL if REAL.is_dir() else None)
+    write_inputs(folder, tokenizer=None)
     return folder
 
 
 @pytest.fixture(scope="module")
 def results(root: Path) -> list[Result]:
-    program.save(root)
+    saved = program.save(root)
     imported = import_saved(root, program.VERSION)
-    return imported + program.check(root)
+    return saved + imported + program.check(root)
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_loads(results: list[Result], group: str) -> None:
     found = [result for result in results if result.group == group]
-    at_least = GROUPS[group]  # version 4 has tokenizers of two kinds
-    assert len(found) >= at_least and not failures(found)
+    assert len(found) == GROUPS[group] and not failures(found)
 
 
 @pytest.mark.parametrize("name", [*program.CONTROLS, "saved by it, theta removed"])
@@ -52,14 +52,22 @@ def test_controls(results: list[Result], name: str) -> None:
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the real Qwen3 tokenizer beside the checkout")
-def test_what_is_expected_of_the_real_tokenizer(root: Path) -> None:
-    values = json.loads((root / "tokenizer.json").read_text(encoding="utf-8"))
+def test_real_tokenizer(tmp_path: Path) -> None:
+    write_model(tmp_path, "tokenizer", REAL, ["sdar"])
+    values = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     assert (values["mask"], values["eos"][0], values["pad"]) == (151669, 151645, 151643)
     ids = {token for encoding in values["encodings"].values() for token in encoding}
     assert {151643, 151644, 151645, 151667, 151668} <= ids  # special ones, <think> and </think>
     assert values["chat_template"] == (REAL / "chat_template.jinja").read_text(encoding="utf-8")
     thoughtless = values["rendered"]["without"].removeprefix(values["rendered"]["with thinking"])
     assert thoughtless == "<think>\n\n</think>\n\n"
+    original = tmp_path / "original/tokenizer"
+    program.save_again(tmp_path, original)
+    check_import(tmp_path, tmp_path / "saved" / program.VERSION / "tokenizer", program.VERSION)
+    found = program.check_exports(tmp_path)
+    assert len(found) >= 5 and not failures(found)  # of sdar, and of base from what was saved
+    with pytest.raises(program.WrongError, match="mask token is"):  # control
+        program.check_tokenizer(original, tmp_path, "tokenizer", "<|MASK|>")
 
 
 def test_table_names_what_fails() -> None:

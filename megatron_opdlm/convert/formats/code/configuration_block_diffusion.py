@@ -73,6 +73,10 @@ class BlockDiffusionConfig(PretrainedConfig):
         scaling = {key: value for key, value in self.rope_parameters.items() if key != "rope_theta"}
         return None if scaling["rope_type"] == "default" else scaling
 
+    def to_dict(self) -> dict[str, Any]:
+        """With `rope_scaling`, which saving would else leave out."""
+        return super().to_dict() | {"rope_scaling": self.rope_scaling}
+
 
 class SDARConfig(BlockDiffusionConfig):
     """The SDAR format: Qwen3 layers; attention is block-causal unless the caller gives a mask."""

@@ -26,3 +26,8 @@ class A2DLlamaLMHeadModel(BlockDecoding, BlockDiffusionLM):
     """Llama layers."""
 
     config_class = A2DLlamaConfig
+
+
+# Else transformers 4.52 saves a loaded model without this file.
+for _model in (A2DQwen3LMHeadModel, A2DQwen2LMHeadModel, A2DLlamaLMHeadModel):
+    _model.register_for_auto_class("AutoModelForMaskedLM")

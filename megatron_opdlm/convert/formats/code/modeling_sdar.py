@@ -19,3 +19,8 @@ class SDARForCausalLM(BlockDecoding, BlockDiffusionLM):
     """The language model; `generate` decodes by block diffusion."""
 
     config_class = SDARConfig
+
+
+# Else transformers 4.52 saves a loaded model without this file.
+SDARModel.register_for_auto_class("AutoModel")
+SDARForCausalLM.register_for_auto_class("AutoModelForCausalLM")
