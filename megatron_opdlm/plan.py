@@ -16,7 +16,7 @@ from megatron_opdlm.convert.files import read_json_object
 from megatron_opdlm.convert.hf import HFConfig, parse_config
 from megatron_opdlm.convert.importer import imported_config
 from megatron_opdlm.convert.layout import LATEST_FILE, read_description, resolve_iteration
-from megatron_opdlm.convert.names import EMBEDDING, VocabRows
+from megatron_opdlm.convert.names import EMBEDDING, Plain, VocabRows
 from megatron_opdlm.convert.tokenizer import MASK_TOKEN
 from megatron_opdlm.model import check_parallel_fit, padded_vocab_size
 from megatron_opdlm.schedules import response_limit
@@ -107,7 +107,7 @@ def check_models(config: Config, *, student: HFConfig, teacher: HFConfig) -> Non
     if student.vocab_size != teacher.vocab_size:
         raise ValueError(
             f"teacher has vocab_size={teacher.vocab_size}, which must equal the student's "
-            f"{student.vocab_size}; use two models of one family"
+            f"{student.vocab_size}; use two models of one family, both imported with a mask token"
         )
 
 
@@ -212,7 +212,7 @@ def _plan_rank(
 
 
 def _count_parameters(config: Config, hf: HFConfig, pp_rank: int) -> int:
-    """Parameters of one rank. Matrices are split over tensor-parallel ranks, vectors are not."""
+    """Parameters of one rank. Norms are whole on every tensor-parallel rank, all else is split."""
     parallel = config.parallel
     tp_size, pp_size = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     is_first, is_last = pp_rank == 0, pp_rank == pp_size - 1
@@ -221,7 +221,8 @@ def _count_parameters(config: Config, hf: HFConfig, pp_rank: int) -> int:
         shape = entry.transform.megatron_shape(hf)
         if isinstance(entry.transform, VocabRows):
             shape = (_padded_vocab(config, hf), *shape[1:])
-        share = math.prod(shape) // (tp_size if len(shape) > 1 else 1)
+        whole = isinstance(entry.transform, Plain) and len(shape) == 1
+        share = math.prod(shape) // (1 if whole else tp_size)
         if entry.per_layer:
             total += share * (hf.num_layers // pp_size)
         elif entry.hf == (EMBEDDING,):

@@ -147,7 +147,7 @@ def check_same_language(
         raise ValueError(
             f"teacher={teacher_path} has vocab_size={teacher.config.vocab_size}, the student "
             f"{student.config.vocab_size}; they must be equal: distillation compares whole "
-            "distributions"
+            "distributions; use two models of one family, both imported with a mask token"
         )
     require_same_fingerprint(
         student.tokenizer_fingerprint, teacher.tokenizer_fingerprint, teacher_path

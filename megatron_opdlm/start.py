@@ -51,7 +51,8 @@ def check(config: Config) -> Config:
         student=find_model_config(student, mask_token=resolved.model.mask_token),
         teacher=find_model_config(teacher, mask_token=resolved.model.mask_token),
     )
-    require_same_fingerprint(_fingerprint(student), _fingerprint(teacher), teacher)
+    ours, theirs = (_fingerprint(m, resolved.model.mask_token) for m in (student, teacher))
+    require_same_fingerprint(ours, theirs, teacher)
     return resolved
 
 
@@ -67,8 +68,8 @@ def main(config: Config) -> None:
     process_groups.shutdown()
 
 
-def _fingerprint(model: str) -> str | None:
+def _fingerprint(model: str, mask_token: str) -> str | None:
     """What a model's tokenizer maps to what; of a Hugging Face directory or a checkpoint."""
     if (Path(model) / "config.json").is_file():
-        return tokenizer_fingerprint(model)
+        return tokenizer_fingerprint(model, mask_token)
     return read_description(resolve_iteration(model)).tokenizer_fingerprint

@@ -35,7 +35,9 @@ def _add_import(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--hf", required=True, metavar="DIR", help="model to import")
     parser.add_argument("--out", required=True, metavar="DIR", help="checkpoint to create")
     parser.add_argument(
-        "--no-mask", action="store_true", help="add no mask token (a teacher that is never trained)"
+        "--no-mask",
+        action="store_true",
+        help="add no mask token (not for the teacher of a student whose vocabulary grew by it)",
     )
     parser.add_argument(
         "--mask-token",
@@ -47,8 +49,8 @@ def _add_import(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--mask-init",
         choices=MASK_INITS,
-        help="the mask token's embedding: keep what the model has there, or the mean of the rows "
-        "before it; default: keep a row that is there, mean for a new one",
+        help="the mask token's embedding: keep what the model has there, or the mean of all "
+        "other rows; default: keep a row that is there, mean for a new one",
     )
     parser.add_argument(
         "--chat-template",

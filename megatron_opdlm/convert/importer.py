@@ -59,7 +59,7 @@ def import_hf(
         out_dir: checkpoint root to create; must not exist or be empty.
         add_mask: give the tokenizer a mask token; False only for a teacher that is never trained.
         mask_token: its text; one that the tokenizer knows is used as it is.
-        mask_init: 'keep' its embedding as the model has it, or the 'mean' of the rows before it;
+        mask_init: 'keep' its embedding as the model has it, or the 'mean' of all other rows;
             None keeps an existing row and fills a new one with the mean.
         chat_template: Jinja file to use from now on, for a tokenizer that has no template (base
             models); None leaves the tokenizer's.
@@ -84,7 +84,7 @@ def import_hf(
             row = None if mask is None else MaskRow.plan(mask, config.vocab_size, mask_init)
             grown = row is not None and row.is_new
             config = replace(config, vocab_size=config.vocab_size + grown)
-            write_description(iteration_dir, _describe(source, config, row))
+            write_description(iteration_dir, _describe(source, config, row, mask_token))
             pieces = _pieces(weights, config, row)
             total = sum(piece.nbytes for piece in pieces)
             with tqdm(
@@ -128,13 +128,19 @@ def _add_tokenizer(
     return mask_token_id
 
 
-def _describe(source: Path, config: HFConfig, row: MaskRow | None) -> ModelDescription:
+def _describe(
+    source: Path, config: HFConfig, row: MaskRow | None, mask_token: str
+) -> ModelDescription:
     """Say what the checkpoint holds."""
     lineage = {"source": source.resolve().name}
     return ModelDescription(
         config=config,
         mask_token_id=None if row is None else row.token_id,
-        tokenizer_fingerprint=tokenizer_fingerprint(source) if has_tokenizer(source) else None,
+        tokenizer_fingerprint=(
+            tokenizer_fingerprint(source, mask_token if row else MASK_TOKEN)
+            if has_tokenizer(source)
+            else None
+        ),
         lineage=lineage if row is None else lineage | {"mask_row": row.describe()},
     )
 
@@ -145,14 +151,14 @@ def _pieces(weights: HFWeights, config: HFConfig, row: MaskRow | None) -> list[P
     pieces: list[Piece] = []
     dtypes: dict[str, torch.dtype] = {}
     for entry, layer in family.walk(config):
-        found = {weights.dtype(name) for name in entry.hf_names(layer)}
-        dtype = dtypes.setdefault(entry.key, next(iter(found)))
-        if found != {dtype}:
-            raise ConversionError(
-                f"{weights.directory}: {entry.hf_names(layer)[0]} has dtype "
-                f"{weights.dtype(entry.hf_names(layer)[0])} where others have {dtype}; "
-                "tensors of one kind must share a dtype"
-            )
+        for name in entry.hf_names(layer):
+            dtype = dtypes.setdefault(entry.key, weights.dtype(name))
+            if weights.dtype(name) != dtype:
+                raise ConversionError(
+                    f"{weights.directory}: {name} has dtype {weights.dtype(name)} where others "
+                    f"have {dtype}; tensors of one kind must share a dtype"
+                )
+        dtype = dtypes[entry.key]
         if isinstance(entry.transform, VocabRows):
             pieces += _vocab_pieces(weights, config, entry, dtype, row)
         else:

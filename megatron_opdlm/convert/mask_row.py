@@ -21,7 +21,7 @@ class MaskRow:
     Attributes:
         token_id: the row.
         is_new: whether the vocabulary grows by it.
-        use_mean: whether the input embedding is the mean of the rows before it; else it is kept.
+        use_mean: whether the input embedding is the mean of all other rows; else it is kept.
     """
 
     token_id: int
@@ -62,10 +62,19 @@ class MaskRow:
         return ("new" if self.is_new else "free") + (", mean" if self.use_mean else ", kept")
 
 
-def mean_row(weights: HFWeights, name: str, num_rows: int) -> Tensor:
-    """Mean of the first rows of a vocabulary tensor, [H] float64; read in slices."""
-    hidden = weights.shapes[name][1]
-    total = torch.zeros(hidden, dtype=torch.float64)
-    for rows in row_slices((num_rows, hidden), weights.dtype(name)):
+def mean_row(weights: HFWeights, name: str, left_out: int) -> Tensor:
+    """Mean of all rows of a vocabulary tensor but one, [H] float64; read in slices.
+
+    Args:
+        weights: the model's.
+        name: the vocabulary tensor, [V, H].
+        left_out: a row that does not count; V if all do.
+    """
+    shape = weights.shapes[name]
+    total = torch.zeros(shape[1], dtype=torch.float64)
+    for rows in row_slices(shape, weights.dtype(name)):
         total += weights.read(name, rows).double().sum(0)
-    return total / num_rows
+    if left_out == shape[0]:
+        return total / shape[0]
+    own = weights.read(name, slice(left_out, left_out + 1))[0].double()
+    return (total - own) / (shape[0] - 1)

@@ -1,12 +1,18 @@
-"""The memory of a tensor as bytes, and files read straight into it."""
+"""The memory of a tensor as bytes, files read straight into it, and files written from it."""
 
 from collections.abc import Iterator
 from io import FileIO
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_opdlm.convert.errors import ConversionError
+
+_BLOCK_BYTES = 2**20
+"""Largest single write. Linux caches what comes in one write in pages as large as that, and large
+pages are dear where memory is fragmented or, in a virtual machine, not yet the guest's: 1.2 GB took
+0.45 s in blocks of up to 1 MiB, and 1 to 5 s in larger ones."""
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -37,3 +43,22 @@ def fill(file: FileIO, offset: int, buffer: memoryview) -> None:
         if not count:
             raise ConversionError(f"{file.name!s}: the file ended while a tensor was read")
         filled += count
+
+
+class BlockFile(FileIO):
+    """A new file; all that it is given is written, block by block."""
+
+    def __init__(self, path: Path) -> None:
+        """Create the file.
+
+        Raises:
+            OSError: it exists or cannot be created.
+        """
+        super().__init__(path, "x")
+
+    def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
+        """Append bytes; returns how many."""
+        view, done = memoryview(data), 0
+        while done < len(view):
+            done += super().write(view[done : done + _BLOCK_BYTES])
+        return done

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_opdlm.convert.errors import ConversionError
 from megatron_opdlm.convert.files import parse_json
-from megatron_opdlm.convert.raw import fill, runs
+from megatron_opdlm.convert.raw import BlockFile, fill, runs
 
 _DTYPES: dict[str, torch.dtype] = {
     "F32": torch.float32,
@@ -172,7 +172,7 @@ class SafetensorsWriter:
         blob = json.dumps(header, separators=(",", ":")).encode()
         blob += b" " * (-len(blob) % 8)  # the data section starts at a multiple of 8
         self._remaining = end
-        self._file = path.open("xb")
+        self._file = BlockFile(path)
         self._file.write(len(blob).to_bytes(8, "little") + blob)
 
     def write(self, tensor: Tensor) -> None:

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from tokenizers import Tokenizer
 
 from megatron_opdlm.convert.errors import ConversionError
@@ -38,6 +41,17 @@ _TOKENIZER_FILES = (
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
 # transformers 5 names of classes that transformers 4 knows under another one
 _CLASS_NAMES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+
+
+class _Generation(Extension):
+    """`{% generation %}`, by which templates of transformers mark what the assistant said."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Accepts the block; it is transformers that renders it."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -109,6 +123,11 @@ def find_mask_token(src: Path, vocab_size: int, mask_token: str) -> tuple[str, i
             "they are not of one model"
         )
     mask_id = ids.get(mask, max(ids.values()) + 1)
+    if mask_id > vocab_size:
+        raise ConversionError(
+            f"{src}: mask token {mask!r} has id {mask_id}, the embedding only {vocab_size} rows; "
+            "they are not of one model"
+        )
     for key in _NAMED_TOKENS:
         name = _content(config.get(key))
         if key != "mask_token" and name is not None and ids.get(name) == mask_id:
@@ -129,7 +148,7 @@ def set_chat_template(directory: Path, template_file: Path) -> None:
     _read_tokenizer(directory)
     try:
         text = template_file.read_text(encoding="utf-8")
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation]).parse(text)
     except FileNotFoundError:
         raise ConversionError(f"{template_file}: file not found") from None
     except UnicodeDecodeError as error:
@@ -175,7 +194,7 @@ def replace_mask_token(src_dir: Path, dst_dir: Path, text: str, token_id: int) -
         specials = [token for token in specials if token != old]
     proper = _token_ids(src_dir, tokenizer | {"added_tokens": []}).values()
     free = set(range(max(proper) + 1, token_id)).difference(token["id"] for token in added)
-    added += [_added_token(i, f"<|unused_{i}|>", special=False) for i in sorted(free)]
+    added += [_added_token(i, _unused_token(i), special=False) for i in sorted(free)]
     tokenizer["added_tokens"] = added
     copy_tokenizer(src_dir, dst_dir)
     _patch_tokenizer_json(dst_dir, tokenizer, text, token_id)
@@ -189,13 +208,14 @@ def replace_mask_token(src_dir: Path, dst_dir: Path, text: str, token_id: int) -
         )
 
 
-def tokenizer_fingerprint(directory: str | Path) -> str:
+def tokenizer_fingerprint(directory: str | Path, mask_token: str = MASK_TOKEN) -> str:
     """Hash of what maps text to ids: vocabulary, merges and added tokens, without the mask token.
 
     Student and teacher may differ in the mask token, the chat template and file formatting only.
 
     Args:
         directory: directory with tokenizer.json.
+        mask_token: text of the mask token that an import will name, where none is named yet.
 
     Returns:
         sha256 in hex.
@@ -205,17 +225,24 @@ def tokenizer_fingerprint(directory: str | Path) -> str:
     """
     path = Path(directory)
     tokenizer = _read_tokenizer(path)
-    mask = _content(_read_config(path).get("mask_token")) or MASK_TOKEN
+    mask = _content(_read_config(path).get("mask_token")) or mask_token
     model = tokenizer["model"]
     merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
     content = {
         "type": model.get("type"),
         "ids": sorted(
-            (i, token) for token, i in _token_ids(path, tokenizer).items() if token != mask
+            (i, token)
+            for token, i in _token_ids(path, tokenizer).items()
+            if token not in (mask, _unused_token(i))
         ),
         "merges": merges,
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _unused_token(token_id: int) -> str:
+    """What fills a hole below the mask token: the tokenizers library allows none."""
+    return f"<|unused_{token_id}|>"
 
 
 def pad_token_id(directory: str | Path) -> int | None:

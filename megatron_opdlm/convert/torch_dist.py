@@ -11,7 +11,6 @@ import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedWriter
 from pathlib import Path
 
 import torch
@@ -32,6 +31,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_opdlm.convert.errors import ConversionError
 from megatron_opdlm.convert.names import Shape
+from megatron_opdlm.convert.raw import BlockFile
 from megatron_opdlm.convert.records import read_region
 
 METADATA_FILE = "metadata.json"
@@ -92,7 +92,7 @@ def write_torch_dist(
         OSError: the disk is full or not writable.
     """
     tensors: dict[str, TensorStorageMetadata] = {}
-    with (directory / _DATA_FILE).open("xb") as file, _without_checksums():
+    with BlockFile(directory / _DATA_FILE) as file, _without_checksums():
         nothing = _append(file, [None])  # one record is all of them
         results = [_result(MetadataIndex(key), nothing) for key in empty_objects]
         for piece in pieces:
@@ -107,7 +107,7 @@ def write_torch_dist(
     objects = {key: BytesStorageMetadata() for key in empty_objects}
     metadata = Metadata(state_dict_metadata={**tensors, **objects}, planner_data={})
     _MetadataWriter(directory, sync_files=False).finish(metadata, [results])
-    with (directory / COMMON_FILE).open("xb") as file:
+    with BlockFile(directory / COMMON_FILE) as file:
         _save(dict(common), file)
     (directory / METADATA_FILE).write_text(json.dumps(_FORMAT), encoding="utf-8")
 
@@ -130,13 +130,13 @@ def _values(piece: Piece) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == piece.nbytes else tensor.clone()
 
 
-def _append(file: BufferedWriter, value: object) -> _StorageInfo:
+def _append(file: BlockFile, value: object) -> _StorageInfo:
     start = file.tell()
     _save(value, file)
     return _StorageInfo(_DATA_FILE, start, file.tell() - start)
 
 
-def _save(value: object, file: BufferedWriter) -> None:
+def _save(value: object, file: BlockFile) -> None:
     try:
         torch.save(value, file)
     except RuntimeError as error:

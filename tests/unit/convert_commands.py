@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,9 @@ def forked(body: Callable[[], int], *, seconds: int = 60) -> Outcome:
         seconds: the process is killed after that.
     """
     reader, writer = os.pipe()  # no limit on the size of files holds for it
-    pid = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork with threads
+        pid = os.fork()
     if pid == 0:
         status = 99
         try:
@@ -122,9 +125,12 @@ def on_own_disk(
         if libc.unshare(_NEW_MOUNTS | (_NEW_USERS if user else 0)):
             return NO_MOUNTS
         if user:
-            Path("/proc/self/setgroups").write_text("deny")
-            Path("/proc/self/uid_map").write_text(f"0 {user} 1")
-            Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+            try:
+                Path("/proc/self/setgroups").write_text("deny")
+                Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+                Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+            except OSError:
+                return NO_MOUNTS
         if libc.mount(b"none", b"/", None, _PRIVATE, None) or libc.mount(
             b"none", bytes(folder), b"tmpfs", flags, options.encode()
         ):

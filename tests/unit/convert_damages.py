@@ -213,7 +213,7 @@ WEIGHTS: dict[str, tuple[Damage, str]] = {
     "int8": (tensor_file(torch.int8), f"tensor '{NORM}' has dtype 'I8'"),
     "mixed dtypes": (
         tensors({UP: torch.ones(96, 64, dtype=torch.bfloat16)}),
-        "tensors of one kind must share a dtype",
+        f"hf: {UP} has dtype torch.bfloat16 where others have torch.float32; tensors of one kind",
     ),
     "no weights": (remove(SINGLE), f"neither {SINGLE} nor {INDEX} found"),
     "pickle only": (

@@ -1,5 +1,6 @@
 """The mask token's embedding row: kept, replaced by a mean, or added to the vocabulary."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -28,11 +29,12 @@ def test_a_free_row_is_kept(tmp_path: Path, init: str | None) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_free_row_becomes_the_mean_of_the_rows_before(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_free_row_becomes_the_mean_of_all_others(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = write_hf(tmp_path / "hf", dtype=dtype, tie_word_embeddings=False)
     import_hf(tmp_path / "hf", tmp_path / "ckpt", mask_init="mean", progress=False)
     expected = tensors[NAMES[EMBEDDING]].clone()
-    mean = expected[:MASK].double().mean(0).to(dtype)
+    others = torch.cat([expected[:MASK], expected[MASK + 1 :]])
+    mean = others.double().mean(0).to(dtype)
     assert not torch.equal(mean, expected[MASK])
     expected[MASK] = mean
     assert torch.equal(imported(tmp_path / "ckpt", EMBEDDING, 300), expected)
@@ -81,6 +83,19 @@ def test_growth_at_a_border_of_the_padding(tmp_path: Path) -> None:
     assert reader.shape(EMBEDDING) == (512, 64)
     assert torch.equal(reader.read(EMBEDDING, (0, 0), (384, 64)), tensors[NAMES[EMBEDDING]])
     assert read_description(resolve_iteration(tmp_path / "ckpt")).mask_token_id == 384
+
+
+def test_the_first_row(tmp_path: Path) -> None:
+    """An ordinary token with id 0 as the mask."""
+    tensors = write_hf(tmp_path / "hf")
+    first = min(json.loads((tmp_path / "hf/tokenizer.json").read_text())["model"]["vocab"])
+    import_hf(
+        tmp_path / "hf", tmp_path / "ckpt", mask_token=first, mask_init="mean", progress=False
+    )
+    rows = imported(tmp_path / "ckpt", EMBEDDING, 300)
+    mean = tensors[NAMES[EMBEDDING]][1:].double().mean(0).float()
+    assert read_description(resolve_iteration(tmp_path / "ckpt")).mask_token_id == 0
+    torch.testing.assert_close(rows[0], mean, rtol=0, atol=1e-7)
 
 
 def test_a_new_row_cannot_be_kept(tmp_path: Path) -> None:

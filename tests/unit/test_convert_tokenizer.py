@@ -12,6 +12,7 @@ from megatron_opdlm.convert.tokenizer import (
     add_mask_token,
     mask_token_id,
     pad_token_id,
+    set_chat_template,
     tokenizer_fingerprint,
 )
 from tests.unit.convert_models import EOS, MASK, PAD, edit_json, write_json, write_tokenizer
@@ -84,6 +85,35 @@ def test_no_free_row(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="ids up to 260, the embedding only 260 rows"):
         add_mask_token(tmp_path / "a", tmp_path / "d", MASK - 1)
     assert not (tmp_path / "d").exists()
+
+
+def test_a_mask_beyond_the_embedding(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "a")
+    path = tmp_path / "a/tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"][MASK_TOKEN] = 270
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(ConversionError, match="has id 270, the embedding only 261 rows"):
+        add_mask_token(tmp_path / "a", tmp_path / "b", MASK)
+
+
+def test_fingerprint_of_an_ordinary_token_as_mask(tmp_path: Path) -> None:
+    """Importing with such a token, and importing the result again, is the same language."""
+    write_tokenizer(tmp_path / "a")
+    add_mask_token(tmp_path / "a", tmp_path / "b", 300, "<think>")
+    assert tokenizer_fingerprint(tmp_path / "b") == tokenizer_fingerprint(tmp_path / "a", "<think>")
+    assert tokenizer_fingerprint(tmp_path / "b") != tokenizer_fingerprint(tmp_path / "a")
+
+
+def test_template_with_generation_marks(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "a")
+    template = tmp_path / "template.jinja"
+    template.write_text("{% generation %}{{ messages[0].content }}{% endgeneration %}")
+    set_chat_template(tmp_path / "a", template)
+    assert "generation" in (tmp_path / "a/chat_template.jinja").read_text()
+    template.write_text("{% generation %}{{ messages")
+    with pytest.raises(ConversionError, match="template.jinja:1"):
+        set_chat_template(tmp_path / "a", template)
 
 
 def test_another_mask_token(tmp_path: Path) -> None:

@@ -183,7 +183,8 @@ def attempt(group: str, subject: str, check: Callable[..., str], *arguments: Any
 def check_exports(root: Path) -> list[Result]:
     """Directories FORMAT-MODEL, or base-MODEL-saved-by-VERSION of those that `saved.py` made."""
     results = []
-    for directory in sorted((root / "exports").iterdir(), reverse=True):
+    forms = ("sdar", "a2d", "base")
+    for directory in [d for f in forms for d in sorted((root / "exports").glob(f"{f}-*"))]:
         form, name = directory.name.split("-", 1)
         if name == "bfloat16":
             results.append(attempt("sdar: bfloat16", directory.name, check_bfloat16, directory))
