@@ -5,7 +5,6 @@ memory, from which the region is copied; here the archive says only where the va
 go from the file into their place. So a slice of a large tensor costs the memory of the slice.
 """
 
-import pickle
 from io import SEEK_CUR, SEEK_END, SEEK_SET, FileIO, RawIOBase
 from pathlib import Path
 from typing import IO, cast
@@ -14,6 +13,7 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 import torch
 from torch import Tensor
 
+from megatron_opdlm.convert.dcp_metadata import DAMAGES
 from megatron_opdlm.convert.errors import ConversionError
 from megatron_opdlm.convert.names import Shape
 from megatron_opdlm.convert.raw import bytes_of, fill
@@ -64,7 +64,7 @@ def read_region(path: Path, offset: int, length: int, start: Shape, target: Tens
     with FileIO(path) as file:
         try:
             whole, values_at = _open_record(_Window(file, offset, length))
-        except (RuntimeError, pickle.UnpicklingError, EOFError, BadZipFile):
+        except (RuntimeError, BadZipFile, *DAMAGES):
             raise ConversionError(f"{path}: the record at byte {offset} is damaged") from None
         end = tuple(first + size for first, size in zip(start, target.shape, strict=True))
         if whole.dtype != target.dtype or any(

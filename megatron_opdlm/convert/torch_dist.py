@@ -7,7 +7,6 @@ asks for under any tensor and pipeline parallel size.
 """
 
 import json
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -29,6 +28,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from megatron_opdlm.convert import dcp_metadata
+from megatron_opdlm.convert.dcp_metadata import read_metadata
 from megatron_opdlm.convert.errors import ConversionError
 from megatron_opdlm.convert.names import Shape
 from megatron_opdlm.convert.raw import BlockFile
@@ -37,7 +38,6 @@ from megatron_opdlm.convert.records import read_region
 METADATA_FILE = "metadata.json"
 COMMON_FILE = "common.pt"
 _DATA_FILE = "__0_0.distcp"  # of the first file of the first rank, as Megatron names it
-_DCP_METADATA_FILE = ".metadata"
 # megatron-core < 0.17 reads the common_* keys; later versions ignore them and still load common.pt.
 _FORMAT = {
     "sharded_backend": "torch_dist",
@@ -160,16 +160,12 @@ class TorchDistReader:
             ConversionError: not a complete torch_dist folder.
         """
         self.directory = directory
-        for name in (_DCP_METADATA_FILE, METADATA_FILE):
+        for name in (dcp_metadata.METADATA_FILE, METADATA_FILE):
             if not (directory / name).is_file():
                 raise ConversionError(
                     f"{directory}: not a complete torch_dist checkpoint ({name} is missing)"
                 )
-        try:
-            metadata = FileSystemReader(directory).read_metadata()
-        except (EOFError, pickle.UnpicklingError):
-            path = directory / _DCP_METADATA_FILE
-            raise ConversionError(f"{path}: truncated or damaged") from None
+        metadata = read_metadata(directory)
         self._records: dict[MetadataIndex, _StorageInfo] = metadata.storage_data or {}
         self._tensors = {
             key: value
@@ -231,7 +227,8 @@ class TorchDistReader:
         for item in items:
             bounds = zip(item.dest_offsets, item.lengths, strict=True)
             target = destination[tuple(slice(start, start + size) for start, size in bounds)]
-            record = self._records[item.storage_index]
+            if (record := self._records.get(item.storage_index)) is None:
+                raise ConversionError(f"{self.directory}: {key} has a chunk without a record")
             path = self.directory / record.relative_path
             read_region(path, record.offset, record.length, item.storage_offsets, target)
         return destination
