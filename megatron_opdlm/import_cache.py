@@ -71,8 +71,8 @@ class ImportCache:
             The iteration folder.
 
         Raises:
-            ValueError: on all ranks, if there is neither, it cannot be converted, or this node does
-                not see the result.
+            ValueError: on all ranks, if there is neither or it cannot be converted; on the ranks of
+                a node that does not see the result.
         """
         folder = from_main(lambda: self.find(path), is_main=is_main, timeout=_LONGEST_IMPORT)
         if not folder.is_dir():
@@ -99,10 +99,14 @@ class ImportCache:
                 self._make(source, entry)
             return _whole(entry)
         except OSError as error:
-            raise ConversionError(
-                f"{error.filename or self.folder}: {error.strerror or error}; {source} is imported "
-                "into import_cache, which must be a folder with room that this job may write to"
-            ) from error
+            path = Path(error.filename or self.folder)
+            advice = (
+                f"{source} must be readable"
+                if source.resolve() in path.resolve().parents
+                else f"{source} is imported into import_cache, which must be a folder with room "
+                "that this job may write to"
+            )
+            raise ConversionError(f"{path}: {error.strerror or error}; {advice}") from error
 
     def entry(self, source: Path) -> Path:
         """Names the conversion of a Hugging Face directory as it is now, without reading weights.

@@ -120,7 +120,7 @@ def _reporting_os_errors(
     def run(args: argparse.Namespace) -> int:
         _require_text(args)
         try:
-            with _stopped_by_signals():
+            with _stopped_by_signals(writes=hasattr(args, "out")):
                 return action(args)
         except OSError as error:
             path = error.filename
@@ -142,7 +142,7 @@ def _require_text(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[None]:
+def _stopped_by_signals(*, writes: bool) -> Iterator[None]:
     """What batch systems and closed terminals send clears up as Ctrl-C does.
 
     They allow 30 seconds or more before they kill; deleting an unfinished output takes less.
@@ -151,6 +151,8 @@ def _stopped_by_signals() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        for each in before:  # a second Ctrl-C must not stop the clearing up
+            signal.signal(each, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
     before = {number: signal.getsignal(number) for number in _STOPPING}
@@ -164,7 +166,8 @@ def _stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
         if received:
             name = signal.Signals(received[0]).name
-            sys.stderr.write(f"\nerror: stopped by {name}; nothing half-written is left\n")
+            left = "; nothing half-written is left" if writes else ""
+            sys.stderr.write(f"\nerror: stopped by {name}{left}\n")
 
 
 # The actions import what they need when they run: `opdlm --help` must not load torch.

@@ -1,6 +1,6 @@
 """A Hugging Face directory -> a torch_dist checkpoint that any parallel layout loads.
 
-Streaming, on the CPU: one layer's tensor (or 64 MiB of the vocabulary) is in memory at a time.
+Streaming, on the CPU: one layer's tensor (or 16 MiB of the vocabulary) is in memory at a time.
 """
 
 from dataclasses import replace

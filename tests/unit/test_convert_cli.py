@@ -97,6 +97,14 @@ def test_every_format_can_be_named() -> None:
     assert set(FORMATS) == {*formats.FORMATS, *FAMILIES}
 
 
+def test_choices_are_those_of_the_modules() -> None:
+    """Named twice, so that `opdlm --help` need not load torch."""
+    from megatron_opdlm.convert import cli, hf, mask_row, tokenizer
+
+    assert set(cli.DTYPES) == set(hf.DTYPES)
+    assert (cli.MASK_TOKEN, cli.MASK_INITS) == (tokenizer.MASK_TOKEN, mask_row.MASK_INITS)
+
+
 def test_unknown_format_is_an_argument_error(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         run("export", "--checkpoint", tmp_path, "--out", tmp_path, "--format", "gguf")

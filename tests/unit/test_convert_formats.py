@@ -12,6 +12,7 @@ import torch
 from megatron_opdlm.convert.errors import ConversionError
 from megatron_opdlm.convert.exporter import export
 from megatron_opdlm.convert.formats import FORMATS, find_format
+from megatron_opdlm.convert.formats.card import _without_folders
 from megatron_opdlm.convert.formats.code.configuration_block_diffusion import BlockDiffusionConfig
 from megatron_opdlm.convert.formats.code.modeling_block_diffusion import inverse_frequencies
 from megatron_opdlm.convert.hf import read_config
@@ -340,6 +341,11 @@ def test_cards(root: Path) -> None:
     assert "sample.py --model_name_or_path student --block_size 4" in a2d
     assert ("--model_bases bd3lm" in a2d) == (family == "qwen3")
     assert "enable_thinking=True" in a2d
+
+
+def test_a_card_keeps_the_folders_to_itself() -> None:
+    assert _without_folders("/home/someone/models/Qwen3-8B") == "Qwen3-8B"
+    assert _without_folders("models/Qwen3-8B") == "models/Qwen3-8B"
 
 
 def test_card_of_an_untrained_model_says_so(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """README.md of an export: what it is, where it comes from, how to load and serve it."""
 
 from importlib import resources
+from pathlib import PurePath
 from typing import Any
 
 from megatron_opdlm.convert.formats.format import ExportedModel, ExportFormat
@@ -16,6 +17,7 @@ _LABELS = {
     "rollout_step": "rollouts",
     "seed": "seed",
 }
+_PATHS = ("teacher", "data")
 
 
 def model_card(model: ExportedModel, export_format: ExportFormat) -> str:
@@ -85,12 +87,18 @@ def _rows(model: ExportedModel) -> dict[str, Any]:
     if model.block_size is not None:
         rows["block size"] = model.block_size
     recorded = {
-        key: value
+        key: _without_folders(value) if key in _PATHS else value
         for key, value in (dict(model.state) | dict(model.lineage)).items()
         if isinstance(value, str | int | float)
     }
     rows |= {label: recorded.pop(key) for key, label in _LABELS.items() if key in recorded}
     return rows | recorded
+
+
+def _without_folders(value: Any) -> Any:
+    """Of an absolute path its last part: what is above it is nobody else's business."""
+    is_absolute = isinstance(value, str) and PurePath(value).is_absolute()
+    return PurePath(value).name if is_absolute else value
 
 
 def _read(name: str) -> str:
