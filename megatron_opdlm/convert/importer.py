@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_opdlm.convert.chat_template import set_chat_template
 from megatron_opdlm.convert.errors import ConversionError
 from megatron_opdlm.convert.families import FAMILIES
 from megatron_opdlm.convert.files import atomic_directory, require_writable_output
@@ -30,7 +31,6 @@ from megatron_opdlm.convert.tokenizer import (
     copy_tokenizer,
     find_mask_token,
     has_tokenizer,
-    set_chat_template,
     tokenizer_fingerprint,
 )
 from megatron_opdlm.convert.torch_dist import Piece, write_torch_dist

@@ -12,10 +12,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
 from tokenizers import Tokenizer
 
 from megatron_opdlm.convert.errors import ConversionError
@@ -25,33 +21,21 @@ MASK_TOKEN = "<|MASK|>"
 """The string that SDAR, TraDo and OPDLM use; id 151669 in Qwen3's vocabulary."""
 
 _TOKENIZER_JSON = "tokenizer.json"
-_TOKENIZER_CONFIG = "tokenizer_config.json"
-_TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENIZER_FILES = (
     _TOKENIZER_JSON,
-    _TOKENIZER_CONFIG,
+    TOKENIZER_CONFIG,
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
-    _TEMPLATE_FILE,
+    "chat_template.jinja",
     "generation_config.json",
 )
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
 # transformers 5 names of classes that transformers 4 knows under another one
 _CLASS_NAMES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
-
-
-class _Generation(Extension):
-    """`{% generation %}`, by which templates of transformers mark what the assistant said."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Accepts the block; it is transformers that renders it."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -94,11 +78,11 @@ def add_mask_token(
             tokens than the embedding rows, or the id is that of eos, pad, bos or unk.
     """
     src, dst = Path(src_dir), Path(dst_dir)
-    mask, mask_id = find_mask_token(src, vocab_size, mask_token)
     tokenizer = _read_tokenizer(src)
+    mask, mask_id = _find_mask_token(src, tokenizer, vocab_size, mask_token)
     copy_tokenizer(src, dst)
     _patch_tokenizer_json(dst, tokenizer, mask, mask_id)
-    _patch_config(dst, _read_config(src), tokenizer["added_tokens"], mask)
+    _patch_config(dst, read_tokenizer_config(src), tokenizer["added_tokens"], mask)
     loaded = _load(dst, src)
     if loaded.token_to_id(mask) != mask_id:  # a vocabulary with holes numbers new tokens otherwise
         raise ConversionError(
@@ -114,8 +98,14 @@ def find_mask_token(src: Path, vocab_size: int, mask_token: str) -> tuple[str, i
     Raises:
         ConversionError: as `add_mask_token`.
     """
-    config = _read_config(src)
-    ids = _token_ids(src, _read_tokenizer(src))
+    return _find_mask_token(src, _read_tokenizer(src), vocab_size, mask_token)
+
+
+def _find_mask_token(
+    src: Path, tokenizer: dict[str, Any], vocab_size: int, mask_token: str
+) -> tuple[str, int]:
+    config = read_tokenizer_config(src)
+    ids = _token_ids(src, tokenizer)
     mask = _mask_text(src, config, mask_token)
     if (top := max(token_id for token, token_id in ids.items() if token != mask)) >= vocab_size:
         raise ConversionError(
@@ -135,31 +125,6 @@ def find_mask_token(src: Path, vocab_size: int, mask_token: str) -> tuple[str, i
     return mask, mask_id
 
 
-def set_chat_template(directory: Path, template_file: Path) -> None:
-    """Make a Jinja file the chat template of a copied tokenizer.
-
-    Args:
-        directory: tokenizer files, changed in place.
-        template_file: the template.
-
-    Raises:
-        ConversionError: no tokenizer, no such file, not text, or not a Jinja template.
-    """
-    _read_tokenizer(directory)
-    try:
-        text = template_file.read_text(encoding="utf-8")
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation]).parse(text)
-    except FileNotFoundError:
-        raise ConversionError(f"{template_file}: file not found") from None
-    except UnicodeDecodeError as error:
-        raise ConversionError(f"{template_file}: not UTF-8 text (byte {error.start})") from None
-    except jinja2.TemplateSyntaxError as error:
-        raise ConversionError(f"{template_file}:{error.lineno}: {error.message}") from None
-    (directory / _TEMPLATE_FILE).write_text(text, encoding="utf-8")
-    # transformers before 4.43 and some engines read the key, later ones prefer the file
-    write_json(directory / _TOKENIZER_CONFIG, _read_config(directory) | {"chat_template": text})
-
-
 def replace_mask_token(src_dir: Path, dst_dir: Path, text: str, token_id: int) -> None:
     """Copy a tokenizer and give its mask token another text, another id or both.
 
@@ -176,7 +141,7 @@ def replace_mask_token(src_dir: Path, dst_dir: Path, text: str, token_id: int) -
     Raises:
         ConversionError: the text or the id is another token's, or the mask token cannot change.
     """
-    tokenizer, config = _read_tokenizer(src_dir), _read_config(src_dir)
+    tokenizer, config = _read_tokenizer(src_dir), read_tokenizer_config(src_dir)
     ids, old = _token_ids(src_dir, tokenizer), _content(config.get("mask_token"))
     others = {token: i for token, i in ids.items() if token != old}
     if text in others:
@@ -225,7 +190,7 @@ def tokenizer_fingerprint(directory: str | Path, mask_token: str = MASK_TOKEN) -
     """
     path = Path(directory)
     tokenizer = _read_tokenizer(path)
-    mask = _content(_read_config(path).get("mask_token")) or mask_token
+    mask = _content(read_tokenizer_config(path).get("mask_token")) or mask_token
     model = tokenizer["model"]
     merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
     content = {
@@ -271,7 +236,7 @@ def _mask_text(src: Path, config: dict[str, Any], mask_token: str) -> str:
 
 
 def _named_id(directory: Path, key: str) -> int | None:
-    name = _content(_read_config(directory).get(key))
+    name = _content(read_tokenizer_config(directory).get(key))
     return None if name is None else _token_ids(directory, _read_tokenizer(directory)).get(name)
 
 
@@ -287,8 +252,8 @@ def _load(directory: Path, source: Path) -> Tokenizer:
         ) from None
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / _TOKENIZER_CONFIG
+def read_tokenizer_config(directory: Path) -> dict[str, Any]:
+    path = directory / TOKENIZER_CONFIG
     config = read_json_object(path) if path.is_file() else {}
     for key in _NAMED_TOKENS:
         if config.get(key) is not None and not _is_token(config[key]):
@@ -404,7 +369,7 @@ def _patch_config(
     config["added_tokens_decoder"] = {
         str(token["id"]): {field: token.get(field, False) for field in fields} for token in added
     }
-    write_json(dst / _TOKENIZER_CONFIG, config)
+    write_json(dst / TOKENIZER_CONFIG, config)
     specials_map: dict[str, Any] = {
         key: _content(config[key]) for key in _NAMED_TOKENS if config.get(key) is not None
     }

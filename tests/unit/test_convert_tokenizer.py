@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+from megatron_opdlm.convert.chat_template import set_chat_template
 from megatron_opdlm.convert.errors import ConversionError
 from megatron_opdlm.convert.tokenizer import (
     MASK_TOKEN,
     add_mask_token,
     mask_token_id,
     pad_token_id,
-    set_chat_template,
     tokenizer_fingerprint,
 )
 from tests.unit.convert_models import EOS, MASK, PAD, edit_json, write_json, write_tokenizer

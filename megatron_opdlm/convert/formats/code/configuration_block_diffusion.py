@@ -3,8 +3,8 @@
 Work with transformers 4.52 to 5.x: versions 4 write `rope_theta` and `rope_scaling`, versions 5
 `rope_parameters`; these classes read and keep both, because engines read either.
 
-One file without relative imports: engines need no more of an export's code, and transformers 4.52
-cannot import a second file from a directory with a dot in its name.
+One file without relative imports: engines need no more of an export's code, and transformers before
+4.57 cannot import a second file from a directory with a dot in its name.
 """
 
 from typing import Any
