@@ -15,7 +15,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.files import read_json_object, write_json
+from megatron_opdlm.convert.files import (
+    read_json_object,
+    without_garbage_collection,
+    write_json,
+)
 
 MASK_TOKEN = "<|MASK|>"
 """The string that SDAR, TraDo and OPDLM use; id 151669 in Qwen3's vocabulary."""
@@ -56,6 +60,7 @@ def copy_tokenizer(src_dir: Path, dst_dir: Path) -> None:
             shutil.copyfile(src_dir / name, dst_dir / name)  # follows a hub cache's links
 
 
+@without_garbage_collection()
 def add_mask_token(
     src_dir: str | Path, dst_dir: str | Path, vocab_size: int, mask_token: str = MASK_TOKEN
 ) -> int:
@@ -173,6 +178,7 @@ def replace_mask_token(src_dir: Path, dst_dir: Path, text: str, token_id: int) -
         )
 
 
+@without_garbage_collection()
 def tokenizer_fingerprint(directory: str | Path, mask_token: str = MASK_TOKEN) -> str:
     """Hash of what maps text to ids: vocabulary, merges and added tokens, without the mask token.
 
@@ -253,6 +259,11 @@ def _load(directory: Path, source: Path) -> Tokenizer:
 
 
 def read_tokenizer_config(directory: Path) -> dict[str, Any]:
+    """tokenizer_config.json, or {} where there is none.
+
+    Raises:
+        ConversionError: malformed, or special tokens that are neither text nor objects.
+    """
     path = directory / TOKENIZER_CONFIG
     config = read_json_object(path) if path.is_file() else {}
     for key in _NAMED_TOKENS:
