@@ -20,7 +20,7 @@ from megatron_opdlm.convert.errors import ConversionError
 from megatron_opdlm.convert.exporter import export
 from megatron_opdlm.convert.files import sync_tree
 from megatron_opdlm.convert.importer import import_hf
-from megatron_opdlm.convert.raw import fill
+from megatron_opdlm.convert.raw import BlockFile, fill
 from megatron_opdlm.convert.records import read_region
 from megatron_opdlm.convert.torch_dist import Piece, TorchDistReader, write_torch_dist
 from tests.unit.convert_models import write_hf
@@ -234,3 +234,14 @@ def test_conversions_do_not_wait_for_the_disk(
     export(tmp_path / "ckpt", tmp_path / "out", format="base", progress=False)
     with pytest.raises(AssertionError, match="waits"):  # control; training checkpoints do
         sync_tree(tmp_path / "out")
+
+
+def test_a_file_is_written_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_opdlm.convert.raw._BLOCK_BYTES", 7)
+    with BlockFile(tmp_path / "x") as file:
+        assert [file.write(b"head"), file.write(memoryview(bytes(range(100)))), file.tell()] == [
+            *(4, 100, 104)
+        ]
+    assert (tmp_path / "x").read_bytes() == b"head" + bytes(range(100))
+    with pytest.raises(FileExistsError):
+        BlockFile(tmp_path / "x")
