@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+from megatron_opdlm.convert.chat_template import set_chat_template
 from megatron_opdlm.convert.errors import ConversionError
 from megatron_opdlm.convert.families import FAMILIES
 from megatron_opdlm.convert.hf import HFConfig, parse_config, read_config
@@ -34,7 +35,6 @@ from megatron_opdlm.convert.tokenizer import (
     mask_token_id,
     pad_token_id,
     replace_mask_token,
-    set_chat_template,
     tokenizer_fingerprint,
 )
 from megatron_opdlm.convert.weights import HFWeights
