@@ -80,8 +80,9 @@ def test_jobs_that_start_together_convert_once(model, conversions, tmp_path):
 
 
 def test_every_rank_says_why_an_import_failed(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    messages = run_ranks(find, 2, tmp_path, tmp_path / "imported")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text('{"model_type": "mamba"}')
+    messages = run_ranks(find, 2, tmp_path / "hf", tmp_path / "imported")
     assert "mamba" in messages[0] and messages[0] == messages[1]
 
 
