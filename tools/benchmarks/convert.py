@@ -7,7 +7,8 @@ python tools/benchmarks/convert.py --config Qwen3-8B --out convert.json
 A model with random bfloat16 weights is made in a temporary folder. Every arm runs in a process of
 its own, in turn, as often as --repeats says:
 
-  transformers   AutoModelForCausalLM.from_pretrained, then save_pretrained
+  transformers   AutoModelForCausalLM and AutoTokenizer: from_pretrained, then save_pretrained
+  weights only   the same without the tokenizer, which import and export always take along
   import         opdlm convert import: safetensors -> torch_dist, with the tokenizer
   export         opdlm convert export: torch_dist -> safetensors, with the tokenizer
 
@@ -43,7 +44,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-ARMS = ("transformers", "import", "export")
+ARMS = ("transformers", "weights only", "import", "export")
 QWEN3_0_6B: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "attention_bias": False,
@@ -140,8 +141,8 @@ def write_tokenizer(folder: Path, size: int) -> None:
 def prepare_arm(arm: str, root: Path, export_format: str) -> Callable[[], None]:
     """Import everything that an arm needs, and return its work."""
     source = root / "model"
-    if arm == "transformers":
-        from transformers import AutoConfig, AutoModelForCausalLM
+    if arm in ("transformers", "weights only"):
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
         # transformers imports a model's module when it is first looked up
@@ -150,6 +151,8 @@ def prepare_arm(arm: str, root: Path, export_format: str) -> Callable[[], None]:
         def load_and_save() -> None:
             model = AutoModelForCausalLM.from_pretrained(source, dtype="bfloat16")
             model.save_pretrained(root / arm)
+            if arm == "transformers":
+                AutoTokenizer.from_pretrained(source).save_pretrained(root / arm)
 
         return load_and_save
     if arm == "import":
