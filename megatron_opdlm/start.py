@@ -8,8 +8,8 @@ import torch
 
 from megatron_opdlm import parallel as process_groups
 from megatron_opdlm.config import Config
-from megatron_opdlm.convert.layout import read_description, resolve_iteration
-from megatron_opdlm.convert.tokenizer import tokenizer_fingerprint
+from megatron_opdlm.convert.layout import TOKENIZER_DIR, read_description, resolve_iteration
+from megatron_opdlm.convert.tokenizer import mask_token_text, tokenizer_fingerprint
 from megatron_opdlm.data import PromptSampler, load_prompts
 from megatron_opdlm.model import has_transformer_engine, require_transformer_engine
 from megatron_opdlm.plan import check_models, find_model_config
@@ -51,6 +51,7 @@ def check(config: Config) -> Config:
         student=find_model_config(student, mask_token=resolved.model.mask_token),
         teacher=find_model_config(teacher, mask_token=resolved.model.mask_token),
     )
+    _require_mask_token(student, resolved.model.mask_token)
     ours, theirs = (_fingerprint(m, resolved.model.mask_token) for m in (student, teacher))
     require_same_fingerprint(ours, theirs, teacher)
     return resolved
@@ -73,3 +74,14 @@ def _fingerprint(model: str, mask_token: str) -> str | None:
     if (Path(model) / "config.json").is_file():
         return tokenizer_fingerprint(model, mask_token)
     return read_description(resolve_iteration(model)).tokenizer_fingerprint
+
+
+def _require_mask_token(student: str, mask_token: str) -> None:
+    """Says so before an import if the student's tokenizer names another mask token."""
+    is_hf = (Path(student) / "config.json").is_file()
+    named = mask_token_text(student if is_hf else resolve_iteration(student) / TOKENIZER_DIR)
+    if named not in (None, mask_token):
+        raise ValueError(
+            f"model.mask_token={mask_token!r} must be the one that the tokenizer of {student} "
+            f"names, {named!r}; set model.mask_token={named!r}"
+        )

@@ -196,7 +196,7 @@ def tokenizer_fingerprint(directory: str | Path, mask_token: str = MASK_TOKEN) -
     """
     path = Path(directory)
     tokenizer = _read_tokenizer(path)
-    mask = _content(read_tokenizer_config(path).get("mask_token")) or mask_token
+    mask = mask_token_text(path) or mask_token
     model = tokenizer["model"]
     merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
     content = {
@@ -219,6 +219,11 @@ def _unused_token(token_id: int) -> str:
 def pad_token_id(directory: str | Path) -> int | None:
     """Id of the tokenizer's pad token; None if it names none."""
     return _named_id(Path(directory), "pad_token")
+
+
+def mask_token_text(directory: str | Path) -> str | None:
+    """Text of the tokenizer's mask token; None if it names none."""
+    return _content(read_tokenizer_config(Path(directory)).get("mask_token"))
 
 
 def mask_token_id(directory: str | Path) -> int | None:

@@ -43,6 +43,12 @@ LAYOUTS = {
         },
     ),
 }
+MODELS = {
+    "qwen3": {"tie_word_embeddings": True},
+    "qwen3 untied": {"tie_word_embeddings": False},
+    "qwen2": {"family": "qwen2"},  # biases of queries, keys and values; no QK-norm
+    "llama": {"family": "llama", "tie_word_embeddings": False},
+}
 
 
 class Recorder(Trainer):
@@ -93,16 +99,16 @@ def run(rank, make_config, layout):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs a layout once: (layout name, tied) -> results of its ranks."""
+    """Runs a layout once: (layout name, model name) -> results of its ranks."""
     folder = tmp_path_factory.mktemp("parallel_training")
     data = write_prompts(folder / "prompts.jsonl")
 
     @functools.cache
-    def run_layout(name, tied=True):
-        model = tiny_model(tmp_path_factory.getbasetemp(), tie_word_embeddings=tied)
+    def run_layout(name, model_name="qwen3"):
+        model = tiny_model(tmp_path_factory.getbasetemp(), **MODELS[model_name])
         make_config = functools.partial(tiny_config, model.checkpoint, data)
         world_size, values = LAYOUTS[name]
-        layout = {"save": folder / f"{name} {tied}", "values": values}
+        layout = {"save": folder / f"{name} {model_name}", "values": values}
         return run_ranks(run, world_size, make_config, layout)
 
     return run_layout
@@ -122,14 +128,15 @@ def whole(results, name, config):
     return to_hf(assemble([result[name] for result in results]), config)
 
 
-CASES = [(name, True) for name in LAYOUTS if name != "1"] + [("TP2 x PP2", False)]
+CASES = [(name, "qwen3") for name in LAYOUTS if name != "1"]
+CASES += [("TP2 x PP2", name) for name in MODELS if name != "qwen3"]
 
 
-@pytest.mark.parametrize(("layout", "tied"), CASES)
-def test_layouts_agree_with_one_process(layout, tied, runs, tmp_path_factory):
-    model = tiny_model(tmp_path_factory.getbasetemp(), tie_word_embeddings=tied)
+@pytest.mark.parametrize(("layout", "model_name"), CASES)
+def test_layouts_agree_with_one_process(layout, model_name, runs, tmp_path_factory):
+    model = tiny_model(tmp_path_factory.getbasetemp(), **MODELS[model_name])
     config = read_config(model.hf)
-    (expected,), results = runs("1", tied), runs(layout, tied)
+    (expected,), results = runs("1", model_name), runs(layout, model_name)
     assert len(expected["losses"]) == 6
     for result in results:
         for got, want in zip(result["rollouts"], expected["rollouts"], strict=True):
@@ -151,7 +158,7 @@ def test_layouts_agree_with_one_process(layout, tied, runs, tmp_path_factory):
 
 def test_control_training_moves_the_weights(runs, tmp_path_factory):
     """The comparisons above are not between untouched weights."""
-    model = tiny_model(tmp_path_factory.getbasetemp(), tie_word_embeddings=True)
+    model = tiny_model(tmp_path_factory.getbasetemp(), **MODELS["qwen3"])
     before = load_hf(model.hf).state_dict()
     after = whole(runs("1"), "weights", read_config(model.hf))
     moved = {name: float((after[name] - before[name]).abs().max()) for name in after}
@@ -211,9 +218,9 @@ def states_of_first_step(rank, make_config, save):
     return trajectories[:4], drawn[:4]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_gradient_equals_plain_autograd(tied, runs, tmp_path_factory):
-    model = tiny_model(tmp_path_factory.getbasetemp(), tie_word_embeddings=tied)
+@pytest.mark.parametrize("model_name", MODELS)
+def test_gradient_equals_plain_autograd(model_name, runs, tmp_path_factory):
+    model = tiny_model(tmp_path_factory.getbasetemp(), **MODELS[model_name])
     folder = tmp_path_factory.mktemp("autograd")
     data = write_prompts(folder / "prompts.jsonl")
     make_config = functools.partial(tiny_config, model.checkpoint, data)
@@ -221,7 +228,7 @@ def test_gradient_equals_plain_autograd(tied, runs, tmp_path_factory):
     assert sum(int(mask.sum()) for mask in masks) > 20
     hf, teacher = (load_hf(model.hf, torch.float64) for _ in range(2))
     loss, gradients = reference(hf, teacher, trajectories, masks)
-    (result,) = runs("1", tied)
+    (result,) = runs("1", model_name)
     assert result["losses"][0] == pytest.approx(loss, rel=1e-5)
     got = whole([result], "gradient", read_config(model.hf))
     got = {name: tensor.double() for name, tensor in got.items()}

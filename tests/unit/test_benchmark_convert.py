@@ -42,7 +42,9 @@ def root(tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("arm", ["transformers", "export"])
+@pytest.mark.parametrize(
+    "arm", ["transformers", "export", "transformers weights", "export weights"]
+)
 def test_gate(tool: ModuleType, root: Path, tmp_path: Path, arm: str) -> None:
     tool.check_equal(root / arm, root / "model")
     (file,) = (root / arm).glob("*.safetensors")

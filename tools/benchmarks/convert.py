@@ -4,13 +4,13 @@ python tools/benchmarks/convert.py                      # Qwen3-0.6B, needs 5 GB
 python tools/benchmarks/convert.py --layers 2 --repeats 1
 python tools/benchmarks/convert.py --config Qwen3-8B --out convert.json
 
-A model with random bfloat16 weights is made in a temporary folder. Every arm runs in a process of
-its own, in turn, as often as --repeats says:
+A model with random bfloat16 weights is made in a temporary folder, with a tokenizer and without.
+Every arm runs in a process of its own, in turn, as often as --repeats says:
 
   transformers   AutoModelForCausalLM and AutoTokenizer: from_pretrained, then save_pretrained
-  weights only   the same without the tokenizer, which import and export always take along
-  import         opdlm convert import: safetensors -> torch_dist, with the tokenizer
-  export         opdlm convert export: torch_dist -> safetensors, with the tokenizer
+  import         opdlm convert import: safetensors -> torch_dist
+  export         opdlm convert export: torch_dist -> safetensors
+  ... weights    the same of the folder without tokenizer (import: --no-mask; export: as 'base')
 
 First of all each arm runs once and the tensors it wrote are compared bit for bit with the original
 ones, by the safetensors library; arms that change weights are not worth timing.
@@ -44,7 +44,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-ARMS = ("transformers", "weights only", "import", "export")
+PROGRAMS = ("transformers", "import", "export")
+ARMS = (*PROGRAMS, *(f"{program} weights" for program in PROGRAMS))
 QWEN3_0_6B: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "attention_bias": False,
@@ -114,6 +115,10 @@ def make_model(folder: Path, config_dir: Path | None, layers: int | None) -> int
         values = torch.empty(shape, dtype=torch.bfloat16)
         writer.write(values.normal_(0, 0.02, generator=generator))
     writer.close()
+    without_tokenizer = folder.with_name(f"{folder.name} weights")
+    without_tokenizer.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        os.link(folder / name, without_tokenizer / name)
     return sum(torch.Size(shape).numel() for shape in shapes.values())
 
 
@@ -140,8 +145,9 @@ def write_tokenizer(folder: Path, size: int) -> None:
 
 def prepare_arm(arm: str, root: Path, export_format: str) -> Callable[[], None]:
     """Import everything that an arm needs, and return its work."""
-    source = root / "model"
-    if arm in ("transformers", "weights only"):
+    program, *weights = arm.split()
+    source, out = root / " ".join(["model", *weights]), root / arm
+    if program == "transformers":
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -150,19 +156,21 @@ def prepare_arm(arm: str, root: Path, export_format: str) -> Callable[[], None]:
 
         def load_and_save() -> None:
             model = AutoModelForCausalLM.from_pretrained(source, dtype="bfloat16")
-            model.save_pretrained(root / arm)
-            if arm == "transformers":
-                AutoTokenizer.from_pretrained(source).save_pretrained(root / arm)
+            model.save_pretrained(out)
+            if not weights:
+                AutoTokenizer.from_pretrained(source).save_pretrained(out)
 
         return load_and_save
-    if arm == "import":
+    if program == "import":
         from megatron_opdlm.convert.importer import import_hf
 
-        return lambda: import_hf(source, root / arm)
+        return lambda: import_hf(source, out, add_mask=not weights)
     from megatron_opdlm.convert.exporter import export
 
-    options = {"format": export_format, "block_size": BLOCK_SIZE}
-    return lambda: export(root / "import", root / arm, **options)  # type: ignore[arg-type]
+    checkpoint = root / " ".join(["import", *weights])
+    if weights:
+        return lambda: export(checkpoint, out, format="base")
+    return lambda: export(checkpoint, out, format=export_format, block_size=BLOCK_SIZE)
 
 
 def run_arm(arm: str, root: Path, export_format: str) -> None:
@@ -219,7 +227,7 @@ def check_equal(found_dir: Path, original_dir: Path) -> None:
 
 def table(runs: dict[str, list[Measurement]]) -> str:
     """Medians, with the smallest in brackets, and peak memory."""
-    lines = [f"{'':14}{'seconds':>16}{'command':>16}{'CPU':>16}{'memory GB':>12}"]
+    lines = [f"{'':22}{'seconds':>16}{'command':>16}{'CPU':>16}{'memory GB':>12}"]
     for arm, taken in runs.items():
         columns = [
             f"{median(values):.2f} ({min(values):.2f})"
@@ -230,7 +238,7 @@ def table(runs: dict[str, list[Measurement]]) -> str:
             )
         ]
         memory = max(run.memory_bytes for run in taken) / 1e9
-        lines.append(f"{arm:14}" + "".join(f"{text:>16}" for text in columns) + f"{memory:12.2f}")
+        lines.append(f"{arm:22}" + "".join(f"{text:>16}" for text in columns) + f"{memory:12.2f}")
     return "\n".join(lines)
 
 
@@ -242,7 +250,7 @@ def benchmark(args: argparse.Namespace) -> None:
         print(f"{parameters:,} parameters, {2 * parameters / 1e9:.2f} GB of bfloat16", flush=True)
         for arm in ARMS:
             measure(arm, root, args.format)
-        for arm in ("transformers", "export"):
+        for arm in (arm for arm in ARMS if not arm.startswith("import")):
             check_equal(root / arm, root / "model")
         print("all arms keep every bit; medians (and minima) of", args.repeats, "runs", flush=True)
         runs: dict[str, list[Measurement]] = {arm: [] for arm in ARMS}
