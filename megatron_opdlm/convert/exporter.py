@@ -18,7 +18,7 @@ from megatron_opdlm.convert.files import (
 from megatron_opdlm.convert.formats import find_format
 from megatron_opdlm.convert.formats.files import write_files
 from megatron_opdlm.convert.formats.format import ExportedModel, ExportFormat
-from megatron_opdlm.convert.hf import DTYPES, SHIFT_KEYS, HFConfig
+from megatron_opdlm.convert.hf import DTYPES, SHIFT_KEYS
 from megatron_opdlm.convert.layout import (
     STATE_FILE,
     TOKENIZER_DIR,
@@ -87,15 +87,15 @@ def export(
         raise ConversionError("relocate_mask unties the output layer; leave --no-untie away")
     untie = chosen.untied if untie is None else untie
     source = _tensors(iteration_dir, description, untie, new_mask)
-    name = dtype or str(source.dtype).removeprefix("torch.")
+    tied = description.config.tie_word_embeddings and not isinstance(source, UntiedTensors)
     model = ExportedModel(
         name=out.absolute().name,
-        config=_exported_config(description, source),
+        config=replace(description.config, tie_word_embeddings=tied),
         mask_token_id=description.mask_token_id if new_mask is None else new_mask,
         moved_mask_from=None if new_mask is None else description.mask_token_id,
         block_size=size,
         is_trained=description.block_size is not None,
-        dtype=name,
+        dtype=dtype or str(source.dtype).removeprefix("torch."),
         pad_token_id=_pad_token_id(iteration_dir, description),
         lineage=description.lineage,
         state=state,
@@ -103,11 +103,6 @@ def export(
     with atomic_directory(out) as partial:
         write_files(partial, iteration_dir / TOKENIZER_DIR, model, chosen)
         write_weights(partial, source, DTYPES[dtype] if dtype else None, shard_bytes, progress)
-
-
-def _exported_config(description: ModelDescription, source: ModelTensors) -> HFConfig:
-    tied = description.config.tie_word_embeddings and not isinstance(source, UntiedTensors)
-    return replace(description.config, tie_word_embeddings=tied)
 
 
 def _read_state(iteration_dir: Path) -> dict[str, Any]:

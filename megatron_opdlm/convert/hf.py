@@ -93,9 +93,9 @@ class HFConfig:
             self.num_attention_heads % self.num_query_groups == 0,
             f"must be a multiple of num_key_value_heads={self.num_query_groups}",
         )
-        ids = {"pad_token_id": self.pad_token_id, "bos_token_id": self.bos_token_id}
-        ids |= {f"eos_token_ids[{i}]": token for i, token in enumerate(self.eos_token_ids)}
-        for key, token in ids.items():
+        ids: list[tuple[str, object]] = [("eos_token_id", token) for token in self.eos_token_ids]
+        ids += [("pad_token_id", self.pad_token_id), ("bos_token_id", self.bos_token_id)]
+        for key, token in ids:
             is_id = token is None or (_is_int(token) and 0 <= token < self.vocab_size)
             if not is_id:
                 raise ConversionError(

@@ -29,6 +29,7 @@ _SHAPE_FIELDS = (
 DEFAULT_BLOCK_SIZE = 4
 """For a checkpoint that has not been trained yet."""
 NUM_TOKENS = 64
+_MASK_KEY = "mask_token_id"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +67,10 @@ def verify(checkpoint: str | Path, hf_dir: str | Path, *, seed: int = 0) -> Veri
     reference = _load_reference(source, config)
     options = BuildOptions(params_dtype=torch.float32)
     model = freeze(load_model(folder, options, parallel.initialize())[0])
-    # Without the mask token: its row may be another than the base model's.
-    compared = torch.arange(config.vocab_size)
-    compared = compared[compared != description.mask_token_id]
+    # Without the mask token: its row may be another than the base model's, and an export may have
+    # moved it.
+    masks = (description.mask_token_id, read_json_object(source / "config.json").get(_MASK_KEY))
+    compared = torch.tensor([token for token in range(config.vocab_size) if token not in masks])
     generator = torch.Generator().manual_seed(seed)
     length = min(NUM_TOKENS, config.max_position_embeddings)
     tokens = compared[torch.randint(len(compared), (length,), generator=generator)]
@@ -103,9 +105,7 @@ def _load_reference(source: Path, config: HFConfig) -> Any:
     model_type = read_json_object(source / "config.json")["model_type"]
     if model_type in FAMILIES:
         hf_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if (
-            int(transformers.__version__.split(".")[0]) < 5
-        ):  # version 4 loses these from files of version 5
+        if int(transformers.__version__.split(".")[0]) < 5:  # it loses these from files of 5
             hf_config.rope_theta = config.rope_theta
             hf_config.rope_scaling = _version_4_scaling(config)
         hf_config._attn_implementation = "eager"

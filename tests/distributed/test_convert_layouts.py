@@ -1,5 +1,6 @@
 """Megatron reads what import writes, and export reads what Megatron writes, under any layout."""
 
+import dataclasses
 import queue
 import shutil
 from pathlib import Path
@@ -9,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_opdlm.convert import formats
 from megatron_opdlm.convert.exporter import export
+from megatron_opdlm.convert.formats import sdar
 from megatron_opdlm.convert.importer import import_hf
 from megatron_opdlm.convert.layout import read_description, resolve_iteration
-from megatron_opdlm.convert.names import Family
+from megatron_opdlm.convert.names import EMBEDDING, Family
 from tests.helpers import run_ranks
 from tests.unit.convert_models import MASK, edit_json, read_weights, write_hf
 
@@ -225,6 +228,22 @@ def test_logits_equal_transformers(
         causal, block_causal, control, passes = run_ranks(_verify, 1, *args)[0]
         assert passes and causal <= 1e-5 and block_causal <= 1e-5
         assert control > 1e-2, "a wrong qkv order must show"
+
+
+def test_the_mask_token_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its row may be new, and stand elsewhere in an export."""
+    write_hf(tmp_path / "hf")
+    import_hf(tmp_path / "hf", tmp_path / "ckpt", mask_init="mean", progress=False)
+    moving = dataclasses.replace(sdar.SDAR, engine_mask_id=MASK + 8)
+    monkeypatch.setitem(formats.FORMATS, "sdar", moving)
+    export(
+        *(tmp_path / "ckpt", tmp_path / "moved"), block_size=4, relocate_mask=True, progress=False
+    )
+    stored, moved = (read_weights(tmp_path / name)[EMBEDDING] for name in ("hf", "moved"))
+    assert sorted({int(row) for row in (stored != moved).nonzero()[:, 0]}) == [MASK, MASK + 8]
+    for reference in ("hf", "moved"):
+        args = (str(tmp_path / "ckpt"), str(tmp_path / reference))
+        assert run_ranks(_verify, 1, *args)[0][3]
 
 
 def test_other_weights_do_not_pass(tmp_path: Path) -> None:

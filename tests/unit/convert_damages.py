@@ -120,7 +120,7 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "enormous vocabulary": (config(vocab_size=10**12), "vocab_size=1000000000000 must be at most"),
     "enormous layers": (config(num_hidden_layers=10**12), "num_hidden_layers=1000000000000 must"),
     "many layers": (config(num_hidden_layers=4000), "missing: model.layers.10.input"),
-    "eos outside": (config(eos_token_id=300), "eos_token_ids[0]=300 must be null or an id in"),
+    "eos outside": (config(eos_token_id=300), "eos_token_id=300 must be null or an id in"),
     "unknown family": (config(model_type="mixtral"), "model_type='mixtral' is not supported"),
     "list": (config_file(b"[1]"), "config.json: top level must be an object, got list"),
     "empty": (config_file(b""), "config.json:1: not valid JSON"),

@@ -263,6 +263,16 @@ def test_a_teacher_without_mask_exports_as_base(tmp_path: Path, family: str) -> 
     assert "vllm serve out" in card and "block" not in card
 
 
+def test_a_name_with_a_dot_is_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    student_checkpoint(tmp_path)
+    for name, warns in (("out", False), ("out-0.6B", True)):
+        export(tmp_path / "ckpt", tmp_path / name, block_size=4, progress=False)
+        assert ("a dot in its name" in caplog.text) == warns
+    caplog.clear()
+    export(tmp_path / "ckpt", tmp_path / "base-0.6B", format="base", progress=False)
+    assert "a dot in its name" not in caplog.text  # it carries no code
+
+
 def test_base_without_a_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_hf(tmp_path / "hf")
     for path in (tmp_path / "hf").glob("*token*"):

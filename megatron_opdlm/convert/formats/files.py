@@ -36,6 +36,12 @@ def write_files(
         ConversionError: a student without mask token or tokenizer, a mask token that is also eos
             or pad, or a tokenizer in which it cannot get the id or text that readers need.
     """
+    if export_format.code_files and "." in model.name:
+        logger.warning(
+            "%s: transformers before 4.57 cannot import code from a folder with a dot in its name; "
+            "a name without one works with all versions",
+            model.name,
+        )
     _write_tokenizer(out_dir, tokenizer_dir, model, export_format)
     config = export_format.config(model)
     write_json(out_dir / "config.json", config)
@@ -65,7 +71,9 @@ def _write_tokenizer(
     else:
         replace_mask_token(tokenizer_dir, out_dir, text, mask)
     if mask is not None and mask in (model.pad_token_id, *model.config.eos_token_ids):
-        raise ConversionError(f"mask token id {mask} is also an eos or pad id; they must differ")
+        raise ConversionError(
+            f"{tokenizer_dir}: mask token id {mask} is also an eos or pad id; they must differ"
+        )
 
 
 def _generation_config(

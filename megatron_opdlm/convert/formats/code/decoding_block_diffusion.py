@@ -13,6 +13,13 @@ from torch import Tensor
 from .modeling_block_diffusion import BlockCache, block_causal_mask
 
 
+def commit_schedule(size: int, steps: int) -> list[int]:
+    """Tokens committed at each step, the first steps taking what does not divide evenly."""
+    if not 1 <= steps <= size:
+        raise ValueError(f"denoising_steps={steps} must be between 1 and block_size={size}")
+    return [size // steps + (step < size % steps) for step in range(steps)]
+
+
 def choose_commits(
     confidence: Tensor, masked: Tensor, number: int, threshold: float | None
 ) -> Tensor:
@@ -106,7 +113,7 @@ class BlockDecoding:
         Args:
             input_ids: [B, P] prompts of one length (the block grid starts at position 0, so there
                 is no left padding; call once per prompt length).
-            attention_mask: must be all ones if given.
+            attention_mask: all ones if given.
             max_new_tokens: most response tokens.
             denoising_steps: steps per block; default: one per token.
             remasking: low_confidence_static (as many tokens each step) or low_confidence_dynamic
@@ -127,11 +134,7 @@ class BlockDecoding:
         if remasking not in ("low_confidence_static", "low_confidence_dynamic"):
             raise ValueError(f"remasking={remasking!r} must be low_confidence_static or _dynamic")
         size = self.config.block_size if block_size is None else block_size
-        steps = size if denoising_steps is None else denoising_steps
-        if not 1 <= steps <= size:
-            raise ValueError(f"denoising_steps={steps} must be between 1 and block_size={size}")
-        # Tokens committed at each step, the first steps taking what does not divide evenly.
-        schedule = [size // steps + (step < size % steps) for step in range(steps)]
+        schedule = commit_schedule(size, size if denoising_steps is None else denoising_steps)
         threshold = confidence_threshold if remasking == "low_confidence_dynamic" else None
         sampling = (temperature, top_k, top_p, generator)
         eos = self._eos_ids(eos_token_id, input_ids.device)
