@@ -95,7 +95,7 @@ def test_unused_sliding_window_is_accepted() -> None:
         ({"head_dim": 23}, "head_dim=23"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"torch_dtype": "int8"}, "torch_dtype"),
-        ({"eos_token_id": 300}, "eos_token_ids"),
+        ({"eos_token_id": 300}, "eos_token_id=300"),
         ({"eos_token_id": "x"}, "eos_token_id"),
         ({"pad_token_id": -1}, "pad_token_id"),
     ],
