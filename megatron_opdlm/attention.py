@@ -319,6 +319,18 @@ def flex_attention(
     return output.squeeze(0).transpose(0, 1)
 
 
+def stream_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float
+) -> Tensor:
+    """Attention of a stream with itself: FlexAttention on CUDA, tiles elsewhere.
+
+    The contract of `tiled_attention`, with `plan.tags` in place of the tiles.
+    """
+    if query.is_cuda:
+        return flex_attention(query, key, value, plan.block_mask(), scale)
+    return tiled_attention(query, key, value, plan.tiles(), scale)
+
+
 class TagAttention(torch.nn.Module):
     """Drop-in `core_attention` of Megatron's local and Transformer Engine layer specs.
 
@@ -371,8 +383,6 @@ class TagAttention(torch.nn.Module):
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if plan.cache is not None:
             output = plan.cache.attend(self.layer_number, query, key, value, self.scale)
-        elif query.is_cuda:
-            output = flex_attention(query, key, value, plan.block_mask(), self.scale)
         else:
-            output = tiled_attention(query, key, value, plan.tiles(), self.scale)
+            output = stream_attention(query, key, value, plan, self.scale)
         return output.reshape(len(output), 1, -1)

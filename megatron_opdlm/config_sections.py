@@ -20,7 +20,6 @@ PLANNED: dict[str, tuple[str, ...]] = {
     "method": ("opdlm_off", "off_policy", "sft"),
     "divergence": ("reverse_kl", "mixed", "jsd"),
     "state_selection": ("all", "random"),
-    "remasking": ("entropy_bounded", "sequential"),
 }
 """Values that the design names and this version refuses."""
 
@@ -172,10 +171,15 @@ class RolloutConfig(_Section):
     """Tokens decoded together."""
     denoising_steps: int = 4
     """Most student forwards on one block; at most block_size."""
-    remasking: Literal["low_confidence_static", "low_confidence_dynamic"] = "low_confidence_dynamic"
-    """Which masked positions become tokens: the n surest, or all above a threshold, at least n."""
+    remasking: Literal[
+        "low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "sequential"
+    ] = "low_confidence_dynamic"
+    """What becomes a token: the n surest; also all above a threshold; also as many as keep the sum
+    of entropies below a bound; the n leftmost."""
     confidence_threshold: float = 0.9
     """Probability above which low_confidence_dynamic keeps a token, in (0, 1]."""
+    entropy_bound: float = 0.35
+    """Entropies, in nats, of the positions that entropy_bounded keeps at once sum to less."""
     temperature: float = 1.0
     """Sampling temperature; 0 = the most likely token."""
     top_k: int = 0
@@ -191,15 +195,20 @@ class RolloutConfig(_Section):
     max_response_tokens: ResponseLengthConfig = field(default_factory=ResponseLengthConfig)
     """Longest response by rollout; a nested key: {start, end, ramp_steps, curve}."""
     rollout_batch_size: int = 128
-    """Rows decoded at once on one data-parallel rank."""
+    """Most rows decoded at once on one data-parallel rank."""
+    kv_cache_gb: float | None = None
+    """Most memory for keys and values on one rank, in GB; fewer rows are decoded at once if need
+    be. null = 80 % of a GPU's free memory at the start of a rollout; 4.3 on a CPU."""
     enable_thinking: bool = False
     """Passed to the chat template (Qwen3: whether the response begins with thoughts)."""
 
     def _check(self) -> None:
         self._at_least(1, "block_size", "denoising_steps", "prompts_per_rollout")
         self._at_least(1, "samples_per_prompt", "max_prompt_tokens", "rollout_batch_size")
-        self._at_least(0, "temperature", "top_k")
+        self._at_least(0, "temperature", "top_k", "entropy_bound")
         self._fraction("confidence_threshold", "top_p")
+        if self.kv_cache_gb is not None:
+            self._positive("kv_cache_gb")
         require(
             self.denoising_steps <= self.block_size,
             "denoising_steps",

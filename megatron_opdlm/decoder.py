@@ -43,6 +43,7 @@ class Decoder:
         trained_block_size: tokens per block the weights were trained for; None before training.
         max_rows: sequences decoded at once on a data-parallel rank.
         multiple: the length of a pass is padded to a multiple of this.
+        kv_cache_gb: most memory for keys and values on a rank; None: see `rollout.cache`.
     """
 
     student: Student
@@ -50,6 +51,7 @@ class Decoder:
     trained_block_size: int | None
     max_rows: int
     multiple: int = 1
+    kv_cache_gb: float | None = None
 
     @classmethod
     def open(
@@ -60,6 +62,7 @@ class Decoder:
         pipeline_model_parallel_size: int = 1,
         params_dtype: str = "auto",
         max_rows: int = 256,
+        kv_cache_gb: float | None = None,
         import_cache: str | None = None,
     ) -> Decoder:
         """Joins the job and loads a student. Call on all ranks.
@@ -69,7 +72,8 @@ class Decoder:
             tensor_model_parallel_size: tensor-parallel size.
             pipeline_model_parallel_size: pipeline-parallel size.
             params_dtype: "float32", "bfloat16", or "auto": bfloat16 on CUDA, else float32.
-            max_rows: sequences decoded at once on a data-parallel rank.
+            max_rows: most sequences decoded at once on a data-parallel rank.
+            kv_cache_gb: most memory for keys and values on a rank.
             import_cache: where a Hugging Face directory is converted, to be found again; None = a
                 temporary folder, which is gone when this returns.
 
@@ -97,6 +101,7 @@ class Decoder:
             trained_block_size=student.description.block_size or _block_size_of_export(source),
             max_rows=max_rows,
             multiple=stream_multiple(options, parallel.tp_size),
+            kv_cache_gb=kv_cache_gb,
         )
 
     @property
@@ -163,6 +168,7 @@ class Decoder:
             mask_token_id=self.student.mask_token_id,
             eos_token_ids=self.student.description.config.eos_token_ids,
             max_rows=self.max_rows,
+            kv_cache_gb=self.kv_cache_gb,
             stream_multiple=self.multiple,
         )
         requests = [

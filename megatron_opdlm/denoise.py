@@ -15,7 +15,9 @@ from torch import Tensor
 
 LOW_CONFIDENCE_STATIC = "low_confidence_static"
 LOW_CONFIDENCE_DYNAMIC = "low_confidence_dynamic"
-REMASKING = (LOW_CONFIDENCE_STATIC, LOW_CONFIDENCE_DYNAMIC)
+ENTROPY_BOUNDED = "entropy_bounded"
+SEQUENTIAL = "sequential"
+REMASKING = (LOW_CONFIDENCE_STATIC, LOW_CONFIDENCE_DYNAMIC, ENTROPY_BOUNDED, SEQUENTIAL)
 
 
 def check_remasking(remasking: str) -> None:
@@ -59,16 +61,25 @@ def choose_commits(
     *,
     remasking: str,
     denoising_steps: int,
-    confidence_threshold: float,
+    confidence_threshold: float = 0.9,
+    entropy_BK: Tensor | None = None,
+    entropy_bound: float = 0.35,
 ) -> Tensor:
     """Chooses the positions that are committed at this denoising step.
 
-    With n = `num_transfer_tokens` of the row's step and k = min(n, masked positions of the row):
-    `low_confidence_static` commits the k masked positions of highest confidence;
-    `low_confidence_dynamic` commits these and every masked position whose confidence exceeds the
-    threshold. The last step commits whatever is still masked. Ties go to the lower position. Rules:
-    SDAR, JetEngine, with the two defects fixed that overwrite prompt tokens (n above the masked
-    count) and leave masks behind (steps used up).
+    With n = `num_transfer_tokens` of the row's step, every rule commits at least the first
+    min(n, masked positions) of the row in its own order, and the last step commits whatever is
+    still masked:
+
+    - `low_confidence_static`: by confidence, highest first; no more.
+    - `low_confidence_dynamic`: by confidence; and every position whose confidence exceeds the
+      threshold.
+    - `entropy_bounded`: by entropy, lowest first; and as many more as keep the sum of the entropies
+      below the bound (EB-Sampler, arXiv 2505.24857, in the form of SDAR's engines).
+    - `sequential`: from left to right; no more.
+
+    Ties go to the lower position. Rules: SDAR, JetEngine, with the two defects fixed that overwrite
+    prompt tokens (n above the masked count) and leave masks behind (steps used up).
 
     Args:
         confidence_BK: [B, K] float, finite confidence of the sampled token; ignored where not
@@ -79,6 +90,8 @@ def choose_commits(
         denoising_steps: steps per block.
         confidence_threshold: used by `low_confidence_dynamic`, a probability; strictly above it is
             committed.
+        entropy_BK: [B, K] float, nats; needed by `entropy_bounded`, ignored where not masked.
+        entropy_bound: used by `entropy_bounded`, nats.
 
     Returns:
         [B, K] bool, a subset of masked_BK; at least one position in every row that has a masked
@@ -93,21 +106,47 @@ def choose_commits(
             f"masked_BK {tuple(masked_BK.shape)} and step_B {tuple(step_B.shape)} must match "
             f"confidence_BK {tuple(confidence_BK.shape)}: expected [B, K], [B] and [B, K]"
         )
-    block_size = confidence_BK.shape[1]
-    _check_steps(block_size, denoising_steps)
-
-    # num_transfer_tokens, for one step per row
-    quota_B = block_size // denoising_steps + (step_B < block_size % denoising_steps).long()
-    quota_B = torch.where(step_B >= denoising_steps - 1, block_size, quota_B)
-    # Unmasked positions sort last, so a quota above the masked count only ever reaches them, and
-    # `&` drops them.
-    score_BK = confidence_BK.masked_fill(~masked_BK, -torch.inf)
-    order_BK = score_BK.argsort(dim=1, descending=True, stable=True)
-    rank_BK = order_BK.argsort(dim=1)
-    chosen_BK = rank_BK < quota_B.unsqueeze(1)
-    if remasking == LOW_CONFIDENCE_DYNAMIC:
-        chosen_BK |= confidence_BK > confidence_threshold
+    quota_B = _quota(confidence_BK.shape[1], denoising_steps, step_B)
+    if remasking == ENTROPY_BOUNDED:
+        if entropy_BK is None or entropy_BK.shape != confidence_BK.shape:
+            raise ValueError("entropy_bounded needs entropy_BK, shaped like confidence_BK")
+        chosen_BK = _first(-entropy_BK, masked_BK, quota_B)
+        chosen_BK |= _within_bound(entropy_BK, masked_BK, entropy_bound)
+    elif remasking == SEQUENTIAL:
+        positions = torch.arange(confidence_BK.shape[1], device=confidence_BK.device)
+        chosen_BK = _first(-positions.expand_as(confidence_BK).float(), masked_BK, quota_B)
+    else:
+        chosen_BK = _first(confidence_BK, masked_BK, quota_B)
+        if remasking == LOW_CONFIDENCE_DYNAMIC:
+            chosen_BK |= confidence_BK > confidence_threshold
     return chosen_BK & masked_BK
+
+
+def _quota(block_size: int, denoising_steps: int, step_B: Tensor) -> Tensor:
+    """`num_transfer_tokens` for one step per row; the last step takes what is left."""
+    _check_steps(block_size, denoising_steps)
+    quota_B = block_size // denoising_steps + (step_B < block_size % denoising_steps).long()
+    return torch.where(step_B >= denoising_steps - 1, block_size, quota_B)
+
+
+def _first(score_BK: Tensor, masked_BK: Tensor, quota_B: Tensor) -> Tensor:
+    """The `quota` masked positions of highest score in every row, the lower one on ties."""
+    # Unmasked positions sort last, so a quota above the masked count only ever reaches them.
+    order_BK = _order(score_BK, masked_BK)
+    return order_BK.argsort(dim=1) < quota_B.unsqueeze(1)
+
+
+def _within_bound(entropy_BK: Tensor, masked_BK: Tensor, bound: float) -> Tensor:
+    """The masked positions of lowest entropy whose entropies sum to less than the bound."""
+    order_BK = _order(-entropy_BK, masked_BK)
+    total_BK = entropy_BK.gather(1, order_BK).double().cumsum(1)
+    return torch.zeros_like(masked_BK).scatter(1, order_BK, total_BK < bound)
+
+
+def _order(score_BK: Tensor, masked_BK: Tensor) -> Tensor:
+    """Positions of every row: the masked ones by score, highest first, then the others."""
+    score_BK = score_BK.masked_fill(~masked_BK, -torch.inf)
+    return score_BK.argsort(dim=1, descending=True, stable=True)
 
 
 def _check_steps(block_size: int, denoising_steps: int) -> None:

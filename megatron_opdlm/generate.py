@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from megatron_opdlm.trajectory import Trajectory
 
 # Of denoise.REMASKING, which imports torch; the parser must not.
-REMASKING = ("low_confidence_static", "low_confidence_dynamic")
+REMASKING = (
+    "low_confidence_static",
+    "low_confidence_dynamic",
+    "entropy_bounded",
+    "sequential",
+)
 STEP_SECONDS = 0.06
 """Least time that a step of --show-steps stays in a terminal: small models outrun the eye."""
 
@@ -43,6 +48,13 @@ def add_generate_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
         default=0.9,
         metavar="P",
         help="low_confidence_dynamic keeps every token more probable than this; default: 0.9",
+    )
+    parser.add_argument(
+        "--entropy-bound",
+        type=float,
+        default=0.35,
+        metavar="E",
+        help="entropy_bounded keeps tokens whose entropies sum to less, in nats; default: 0.35",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     parser.add_argument(
@@ -86,7 +98,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=256,
         metavar="N",
-        help="responses decoded at once on a data-parallel rank; default: 256",
+        help="most responses decoded at once on a data-parallel rank; default: 256",
+    )
+    parser.add_argument(
+        "--kv-cache-gb",
+        type=float,
+        metavar="GB",
+        help="most memory for keys and values on a rank; default: 80%% of a GPU's free memory, 4.3 "
+        "on a CPU",
     )
     parser.add_argument(
         "--params-dtype",
@@ -105,20 +124,30 @@ def open_decoder(args: argparse.Namespace, *, max_rows: int) -> Decoder:
     for name in ("max_new_tokens", "max_rows"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)} must be at least 1")
+    if args.kv_cache_gb is not None and not args.kv_cache_gb > 0:
+        raise ValueError(f"kv_cache_gb={args.kv_cache_gb} must be above 0")
     return Decoder.open(
         args.model,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         params_dtype=args.params_dtype,
         max_rows=max_rows,
+        kv_cache_gb=args.kv_cache_gb,
         import_cache=args.import_cache,
     )
 
 
 def decoding_options(
-    args: argparse.Namespace, decoder: Decoder, *, remasking: str, confidence_threshold: float
+    args: argparse.Namespace, decoder: Decoder, *, remasking: str, **limits: float
 ) -> DecodingOptions:
-    """Reads decoding options from arguments, with defaults of the student's."""
+    """Reads decoding options from arguments, with defaults of the student's.
+
+    Args:
+        args: those of `add_model_arguments`.
+        decoder: the student.
+        remasking: rule.
+        limits: confidence_threshold, entropy_bound.
+    """
     from megatron_opdlm.rollout.request import DecodingOptions
 
     block_size = decoder.block_size if args.block_size is None else args.block_size
@@ -127,7 +156,7 @@ def decoding_options(
         block_size=block_size,
         denoising_steps=steps,
         remasking=remasking,
-        confidence_threshold=confidence_threshold,
+        **limits,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
@@ -172,6 +201,7 @@ def _generate(args: argparse.Namespace, decoder: Decoder, prompts: Sequence[Prom
         decoder,
         remasking=args.remasking,
         confidence_threshold=args.confidence_threshold,
+        entropy_bound=args.entropy_bound,
     )
     kept = decoder.tokenize(
         prompts,
@@ -239,7 +269,8 @@ def _report(trajectories: Sequence[Trajectory], texts: Sequence[str], seconds: f
     passes = sum(trajectory.num_passes for trajectory in trajectories)
     console.print(
         f"{tokens} tokens, {passes} denoising passes, "
-        f"{tokens_per_forward(trajectories):.2f} tokens per forward, {seconds:.2f} s",
+        f"{tokens_per_forward(trajectories):.2f} tokens per forward, {seconds:.2f} s, "
+        f"{tokens / seconds:.1f} tokens per second",
         style="dim",
     )
 

@@ -14,6 +14,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_opdlm.backends import cpu
 
@@ -31,11 +32,15 @@ class ParallelState:
         tp_group: tensor-parallel group.
         pp_group: pipeline-parallel group.
         dp_group: data-parallel group.
+        mp_group: the ranks of one data-parallel replica, over tensor and pipeline axis.
+        store: the job's key-value store.
     """
 
     tp_group: ProcessGroup
     pp_group: ProcessGroup
     dp_group: ProcessGroup
+    mp_group: ProcessGroup
+    store: dist.Store
 
     @property
     def tp_size(self) -> int:
@@ -81,6 +86,20 @@ class ParallelState:
     def is_main(self) -> bool:
         """Whether this process writes logs and files."""
         return dist.get_rank() == 0
+
+    @property
+    def is_replica_main(self) -> bool:
+        """Whether this process decides for its data-parallel replica."""
+        return self.mp_group.rank() == 0
+
+    def from_replica_main(self, value: _T) -> _T:
+        """Gives the value of a replica's first rank to all of its ranks. Call on all of them."""
+        if self.mp_group.size() == 1:
+            return value
+        values = [value]
+        first = dist.get_global_rank(self.mp_group, 0)
+        dist.broadcast_object_list(values, src=first, group=self.mp_group)
+        return values[0]
 
 
 def initialize(
@@ -135,6 +154,8 @@ def initialize(
         tp_group=mpu.get_tensor_model_parallel_group(),
         pp_group=mpu.get_pipeline_model_parallel_group(),
         dp_group=mpu.get_data_parallel_group(),
+        mp_group=mpu.get_model_parallel_group(),
+        store=_get_default_store(),
     )
 
 

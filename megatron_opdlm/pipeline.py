@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -67,3 +69,87 @@ def _through_schedule(
         forward_only=True,
     )
     return [result["hidden"] for result in results]
+
+
+class Stream(Protocol):
+    """What the stages need of a pass."""
+
+    @property
+    def token_ids(self) -> Tensor:
+        """[S] int64."""
+
+    @property
+    def plan(self) -> AttentionPlan:
+        """How the tokens attend."""
+
+    @property
+    def tags(self) -> Tensor:
+        """[S, 4] int64."""
+
+
+P = TypeVar("P", bound=Stream)
+
+
+class DecodePipeline(Generic[P]):
+    """Keeps as many passes in flight as there are stages, so that no stage waits for another.
+
+    Time goes in ticks. At every tick a new pass enters the first stage, each stage runs the pass
+    that entered as many ticks ago as the stage's rank, and one pass leaves the last stage. All
+    ranks of the pipeline push equal passes in the same order.
+    """
+
+    def __init__(self, model: BlockDiffusionModel, parallel: ParallelState) -> None:
+        """Starts with no pass in flight."""
+        self._model, self._parallel = model, parallel
+        self._in_flight: deque[P | None] = deque([None] * parallel.pp_size, parallel.pp_size)
+        self._received: Tensor | None = None
+
+    @torch.no_grad()
+    def push(self, new: P | None) -> tuple[P, Tensor | None] | None:
+        """Runs one tick.
+
+        Args:
+            new: the pass that enters the first stage; None leaves a gap.
+
+        Returns:
+            The pass that leaves the last stage, if there is one, and on the last stage its hidden
+            states (see `BlockDiffusionModel.forward`); elsewhere the second is of no use.
+            Collectives: point-to-point over the pipeline group.
+        """
+        self._in_flight.appendleft(new)
+        stage = self._parallel.pp_rank
+        mine, output = self._in_flight[stage], None
+        if mine is not None:
+            if stage > 0:
+                self._model.set_input_tensor(self._received)
+            output = self._model(mine.token_ids, mine.tags, mine.plan)
+        if self._parallel.pp_size > 1:
+            self._received = self._exchange(output)
+        leaving = self._in_flight[-1]
+        return None if leaving is None else (leaving, output)
+
+    def _exchange(self, output: Tensor | None) -> Tensor | None:
+        """Hands this stage's output to the next one and takes the previous one's."""
+        parallel, received = self._parallel, None
+        stage, ranks = parallel.pp_rank, dist.get_process_group_ranks(parallel.pp_group)
+        transfers = []
+        if output is not None and not parallel.is_last_stage:
+            transfers.append(
+                dist.P2POp(dist.isend, output.contiguous(), ranks[stage + 1], parallel.pp_group)
+            )
+        coming = None if parallel.is_first_stage else self._in_flight[stage - 1]
+        if coming is not None:
+            received = self._empty(len(coming.token_ids))
+            transfers.append(dist.P2POp(dist.irecv, received, ranks[stage - 1], parallel.pp_group))
+        if transfers:
+            for work in dist.batch_isend_irecv(transfers):
+                work.wait()
+        return received
+
+    def _empty(self, num_tokens: int) -> Tensor:
+        config = self._model.config
+        sharded = num_tokens // (self._parallel.tp_size if config.sequence_parallel else 1)
+        return torch.empty(
+            sharded, 1, config.hidden_size,
+            dtype=config.pipeline_dtype, device=torch.cuda.current_device(),
+        )  # fmt: skip

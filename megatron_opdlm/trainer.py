@@ -140,7 +140,12 @@ class Trainer:
             trajectories, counts = collect(
                 self.engine, requests, self.parallel, on_finish=lambda _: bar.update()
             )
-        self.work.add_rollout(trajectories, **dataclasses.asdict(counts))
+        self.work.add_rollout(
+            trajectories,
+            passes=counts.passes,
+            tokens=counts.tokens,
+            head_rows=counts.head_rows,
+        )
         return trajectories
 
     def select_states(self, trajectories: Sequence[Trajectory]) -> list[TrainingState]:
@@ -313,6 +318,7 @@ class Trainer:
             mask_token_id=self.student.mask_token_id,
             eos_token_ids=self.student.description.config.eos_token_ids,
             max_rows=config.rollout_batch_size,
+            kv_cache_gb=config.kv_cache_gb,
             stream_multiple=self.rollout_multiple,
         )
 

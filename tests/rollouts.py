@@ -17,6 +17,7 @@ from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, stream_multi
 from megatron_opdlm.parallel import ParallelState
 from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.request import DecodingOptions, Request
+from megatron_opdlm.rollout.sampler import Draws
 from megatron_opdlm.trajectory import Trajectory
 
 MASK = 259
@@ -32,7 +33,7 @@ class RecordingEngine(RolloutEngine):
 
     recorded: dict[int, Tensor]
 
-    def _sample(self, logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def _sample(self, logits: Tensor, keys: Tensor) -> Draws:
         shards = [torch.empty_like(logits) for _ in range(self.parallel.tp_size)]
         dist.all_gather(shards, logits.contiguous(), group=self.parallel.tp_group)
         rows = torch.cat(shards, dim=1)[:, : self.model.vocab_size_unpadded]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from megatron_opdlm.evaluation.teacher import Teacher
     from megatron_opdlm.rollout.request import DecodingOptions
 
-STATIC, DYNAMIC = REMASKING
+STATIC, DYNAMIC, ENTROPY_BOUNDED, SEQUENTIAL = REMASKING
 
 
 def add_eval_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
@@ -43,8 +43,14 @@ def add_eval_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
         help="prompt file whose entries have an answer, a number; may be given several times",
     )
     add_model_arguments(parser)
-    parser.add_argument("--static", action="store_true", help="low_confidence_static decoding")
+    parser.add_argument(
+        "--static",
+        action="store_true",
+        help="low_confidence_static decoding; default of the four: this and --dynamic",
+    )
     parser.add_argument("--dynamic", action="store_true", help="low_confidence_dynamic decoding")
+    parser.add_argument("--entropy-bounded", action="store_true", help="entropy_bounded decoding")
+    parser.add_argument("--sequential", action="store_true", help="from left to right")
     parser.add_argument(
         "--confidence-threshold",
         type=float,
@@ -52,6 +58,14 @@ def add_eval_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
         default=[0.9],
         metavar="P",
         help="of dynamic decoding; several make several settings; default: 0.9",
+    )
+    parser.add_argument(
+        "--entropy-bound",
+        type=float,
+        nargs="+",
+        default=[0.35],
+        metavar="E",
+        help="of entropy-bounded decoding, in nats; several make several settings; default: 0.35",
     )
     parser.add_argument(
         "--teacher", metavar="HF_DIR", help="decode this model too, greedily, with transformers"
@@ -105,14 +119,22 @@ def _split_task(text: str) -> tuple[str, str]:
 
 
 def _settings(args: argparse.Namespace, decoder: Decoder) -> list[DecodingOptions]:
-    both = not (args.static or args.dynamic)
-    chosen = [(STATIC, args.confidence_threshold[0])] if args.static or both else []
-    if args.dynamic or both:
-        chosen += [(DYNAMIC, threshold) for threshold in args.confidence_threshold]
-    return [
-        decoding_options(args, decoder, remasking=remasking, confidence_threshold=threshold)
-        for remasking, threshold in chosen
-    ]
+    named = args.static or args.dynamic or args.entropy_bounded or args.sequential
+    chosen: list[dict[str, Any]] = []
+    if args.static or not named:
+        chosen.append({"remasking": STATIC})
+    if args.dynamic or not named:
+        chosen += [
+            {"remasking": DYNAMIC, "confidence_threshold": threshold}
+            for threshold in args.confidence_threshold
+        ]
+    if args.entropy_bounded:
+        chosen += [
+            {"remasking": ENTROPY_BOUNDED, "entropy_bound": bound} for bound in args.entropy_bound
+        ]
+    if args.sequential:
+        chosen.append({"remasking": SEQUENTIAL})
+    return [decoding_options(args, decoder, **setting) for setting in chosen]
 
 
 def _run_settings(

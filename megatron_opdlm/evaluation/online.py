@@ -56,6 +56,7 @@ class OnlineEvaluation:
             trained_block_size=config.rollout.block_size,
             max_rows=config.rollout.rollout_batch_size,
             multiple=multiple,
+            kv_cache_gb=config.rollout.kv_cache_gb,
         )
 
     def is_due(self, rollouts_done: int) -> bool:

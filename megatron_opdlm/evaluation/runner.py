@@ -7,16 +7,23 @@ import time
 from tqdm import tqdm
 
 from megatron_opdlm.decoder import Decoder
-from megatron_opdlm.denoise import LOW_CONFIDENCE_DYNAMIC
+from megatron_opdlm.denoise import (
+    ENTROPY_BOUNDED,
+    LOW_CONFIDENCE_DYNAMIC,
+    LOW_CONFIDENCE_STATIC,
+    SEQUENTIAL,
+)
 from megatron_opdlm.evaluation.task import EvalResult, Task, grade
 from megatron_opdlm.rollout.request import DecodingOptions
 
 
 def setting_name(options: DecodingOptions) -> str:
-    """Returns how reports call a decoding setting: static, dynamic(0.9)."""
+    """Returns how reports call a decoding setting: static, dynamic(0.9), entropy(0.35) ..."""
     if options.remasking == LOW_CONFIDENCE_DYNAMIC:
         return f"dynamic({options.confidence_threshold:g})"
-    return "static"
+    if options.remasking == ENTROPY_BOUNDED:
+        return f"entropy({options.entropy_bound:g})"
+    return {LOW_CONFIDENCE_STATIC: "static", SEQUENTIAL: "sequential"}[options.remasking]
 
 
 def evaluate(

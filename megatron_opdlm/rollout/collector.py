@@ -1,11 +1,12 @@
-"""Rollouts over data-parallel ranks.
+"""Rollouts over data-parallel replicas.
 
-Requests are dealt out, trajectories come back to every rank.
+Requests come from one queue, trajectories go to every rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch.distributed as dist
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from megatron_opdlm.parallel import ParallelState
 from megatron_opdlm.rollout.engine import RolloutCounts, RolloutEngine
 from megatron_opdlm.rollout.request import Request
+from megatron_opdlm.rollout.request_queue import SharedQueue
 from megatron_opdlm.trajectory import Trajectory
 
 
@@ -23,30 +25,43 @@ def collect(
     *,
     on_finish: Callable[[Trajectory], None] | None = None,
 ) -> tuple[list[Trajectory], RolloutCounts]:
-    """Decodes requests on all data-parallel ranks.
+    """Decodes requests on all data-parallel replicas.
 
-    A response depends on its request alone, so the result does not depend on the number of ranks.
+    A response depends on its request alone, so the result depends neither on the number of replicas
+    nor on which of them decoded what.
 
     Args:
         engine: this rank's engine.
         requests: the same list on every rank.
-        parallel: process groups.
-        on_finish: called with each trajectory that this rank finishes.
+        parallel: process groups of the engine.
+        on_finish: called with each trajectory that this replica finishes.
 
     Returns:
-        Trajectories in the order of the requests, and the work of all data-parallel ranks; the same
-        on every rank. Collectives: those of the engine, and one gather of token ids over the
-        data-parallel group.
+        Trajectories in the order of the requests, and the work of all replicas; the same on every
+        rank. Collectives: those of the engine, and one gather of token ids over the data-parallel
+        group.
+
+    Raises:
+        ValueError: a request that fits neither the model nor the cache.
+        FloatingPointError: NaN logits; on all ranks, also those of other replicas.
     """
-    mine = requests[parallel.dp_rank :: parallel.dp_size]
-    decoded = engine.generate(mine, on_finish=on_finish)
+    queue = SharedQueue(requests, parallel)
+    decoded: dict[int, Trajectory] = {}
+    failure: FloatingPointError | None = None
+    try:
+        for index, trajectory in engine.stream(queue):
+            decoded[index] = trajectory
+            if on_finish is not None:
+                on_finish(trajectory)
+    except FloatingPointError as error:
+        queue.close()
+        failure = error
     parts: list[Any] = [None] * parallel.dp_size
-    dist.all_gather_object(parts, (decoded, engine.counts), group=parallel.dp_group)
-    ordered: list[Any] = [None] * len(requests)
-    total = RolloutCounts()
-    for rank, (trajectories, counts) in enumerate(parts):
-        ordered[rank :: parallel.dp_size] = trajectories
-        total.passes += counts.passes
-        total.tokens += counts.tokens
-        total.head_rows += counts.head_rows
-    return ordered, total
+    dist.all_gather_object(parts, (decoded, engine.counts, failure), group=parallel.dp_group)
+    for *_, failure in parts:
+        if failure is not None:
+            raise failure
+    everything = {index: trajectory for part, *_ in parts for index, trajectory in part.items()}
+    totals = [asdict(counts) for _, counts, _ in parts]
+    total = RolloutCounts(**{name: sum(part[name] for part in totals) for name in totals[0]})
+    return [everything[index] for index in range(len(requests))], total

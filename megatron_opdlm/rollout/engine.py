@@ -1,65 +1,53 @@
 """Block-diffusion decoding on the live training weights.
 
 Sequences wait in a queue and occupy slots of the KV cache; a finished one is replaced at once.
-Every pass runs one denoising step of every active sequence: the tokens of a sequence in a pass are
-its clean tokens that the cache does not hold yet (the prompt at first, later the block just
-finished) followed by its current block. So prefill, commit and denoising are the same pass, and a
-block costs exactly its denoising steps.
+Every pass runs one denoising step of its rows. With pipeline parallelism the active rows are spread
+over as many passes as there are stages, all of them in flight.
 
-All ranks of a model-parallel group run this file in step on the same requests and hold the same
-host state; only logits are sharded.
+All ranks of a data-parallel replica run this file in step on the same requests and hold the same
+host state; only hidden states, logits and the cache are sharded.
 
-Shape letters: n active rows, S stream tokens of a pass, T masked positions of a pass, K block size,
-V vocab."""
+Shape letters: n rows of a pass, T masked positions of a pass, K block size, V vocab."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opdlm.attention import AttentionPlan
-from megatron_opdlm.blocks import block_start, num_decoded_tokens
-from megatron_opdlm.denoise import choose_commits
+from megatron_opdlm.blocks import num_decoded_tokens
+from megatron_opdlm.denoise import ENTROPY_BOUNDED, choose_commits
 from megatron_opdlm.model import BlockDiffusionModel
 from megatron_opdlm.parallel import ParallelState
-from megatron_opdlm.pipeline import forward_only
-from megatron_opdlm.rollout.cache import DecodeView, KVCache
+from megatron_opdlm.pipeline import DecodePipeline
+from megatron_opdlm.rollout.cache import KVCache
+from megatron_opdlm.rollout.decode_pass import DecodePass, lay_out
 from megatron_opdlm.rollout.request import DecodingOptions, Request
-from megatron_opdlm.rollout.sampler import sample_tokens
-from megatron_opdlm.stream import BLOCK, DOCUMENT, NOISY, PADDING_DOCUMENT, POSITION
+from megatron_opdlm.rollout.request_queue import LocalQueue, RequestQueue
+from megatron_opdlm.rollout.row import Row
+from megatron_opdlm.rollout.sampler import Draws, sample_tokens
 from megatron_opdlm.trajectory import Trajectory
 
 PREFILL_TOKENS = 16384
-"""Most prompt tokens that new sequences bring into one pass; bounds the memory of a pass."""
-
-
-@dataclass
-class Row:
-    """A request that occupies a slot of the cache."""
-
-    index: int
-    slot: int
-    token_ids: Tensor
-    commit_step: Tensor
-    masked: Tensor
-    block: int
-    cached: int = 0
-    step: int = 0
+"""No further prompt enters a pass that has as many new prompt tokens; bounds its memory."""
 
 
 @dataclass
 class RolloutCounts:
-    """Work of a rollout on this data-parallel rank.
+    """Work of a rollout on this data-parallel replica.
 
-    Passes of the model, stream tokens and LM head rows.
+    Attributes:
+        passes: of the model.
+        ticks: of the pipeline; more than the passes by those in which no pass entered it.
+        tokens: of the streams of all passes.
+        head_rows: that the LM head was applied to.
     """
 
     passes: int = 0
+    ticks: int = 0
     tokens: int = 0
     head_rows: int = 0
 
@@ -80,9 +68,10 @@ class RolloutEngine:
         mask_token_id: int,
         eos_token_ids: Sequence[int],
         max_rows: int = 128,
+        kv_cache_gb: float | None = None,
         stream_multiple: int = 1,
     ) -> None:
-        """Binds the engine to a model; nothing is allocated before `generate`.
+        """Binds the engine to a model; nothing is allocated before decoding.
 
         Args:
             model: this rank's pipeline stage, not wrapped.
@@ -90,7 +79,8 @@ class RolloutEngine:
             options: how blocks are denoised.
             mask_token_id: id of masked positions; never sampled.
             eos_token_ids: ids that end a response.
-            max_rows: sequences decoded at once on this data-parallel rank.
+            max_rows: most sequences decoded at once on this replica.
+            kv_cache_gb: most memory for keys and values on this rank, see `KVCache.for_model`.
             stream_multiple: the length of a pass is padded to a multiple of this.
         """
         self.model = model
@@ -99,6 +89,7 @@ class RolloutEngine:
         self.mask_token_id = mask_token_id
         self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64)
         self.max_rows = max_rows
+        self.kv_cache_gb = kv_cache_gb
         self.stream_multiple = stream_multiple
         self.counts = RolloutCounts()
 
@@ -109,44 +100,56 @@ class RolloutEngine:
         on_finish: Callable[[Trajectory], None] | None = None,
         observer: Observer | None = None,
     ) -> list[Trajectory]:
-        """Decodes all requests.
+        """Decodes all requests on this replica.
 
         Args:
-            requests: the same list on every rank of the model-parallel group.
+            requests: the same list on every rank of the replica.
             on_finish: called with every finished trajectory, in the order in which they finish.
             observer: called after every step of every row.
 
         Returns:
-            Trajectories in the order of the requests.
+            Trajectories in the order of the requests. Errors: those of `stream`.
+        """
+        finished = {}
+        for index, trajectory in self.stream(LocalQueue(requests), observer=observer):
+            finished[index] = trajectory
+            if on_finish is not None:
+                on_finish(trajectory)
+        return [finished[index] for index in range(len(requests))]
+
+    def stream(
+        self, queue: RequestQueue, *, observer: Observer | None = None
+    ) -> Iterator[tuple[int, Trajectory]]:
+        """Decodes what it takes from a queue, and yields each response as it finishes.
+
+        Args:
+            queue: requests; its list is the same on every rank of the replica.
+            observer: called after every step of every row.
+
+        Yields:
+            Index of the request and its trajectory.
 
         Raises:
-            ValueError: a request that does not fit the model, before any work.
-            FloatingPointError: NaN logits, on all ranks, naming the prompts.
+            ValueError: a request that fits neither the model nor the cache, before any work.
+            FloatingPointError: NaN logits, on all ranks of the replica, naming prompts and steps.
         """
-        capacity = max((self._check(request) for request in requests), default=0)
-        num_slots = min(self.max_rows, len(requests))
-        cache = KVCache(num_slots=num_slots, capacity=capacity)
-        waiting, free_slots = deque(range(len(requests))), list(range(num_slots))
-        rows: list[Row] = []
-        finished: list[Trajectory | None] = [None] * len(requests)
+        capacity = max((self._check(request) for request in queue.requests), default=0)
         self.counts = RolloutCounts()
-        while rows or waiting:
-            rows = sorted(rows + self._admit(requests, waiting, free_slots), key=lambda r: r.slot)
-            self._denoise(rows, requests, cache)
-            still_active = []
-            for row in rows:
-                if observer is not None:
-                    self._show(row, observer)
-                trajectory = self._advance(row, requests[row.index])
-                if trajectory is None:
-                    still_active.append(row)
-                    continue
-                free_slots.append(row.slot)
-                finished[row.index] = trajectory
-                if on_finish is not None:
-                    on_finish(trajectory)
-            rows = still_active
-        return [trajectory for trajectory in finished if trajectory is not None]
+        if not queue.requests:
+            return
+        cache = KVCache.for_model(
+            self.model,
+            self.parallel,
+            capacity=capacity,
+            most_slots=min(self.max_rows, queue.fair_share),
+            limit_gb=self.kv_cache_gb,
+        )
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield from self._decode(queue, cache, observer)
+        finally:
+            self.model.train(was_training)
 
     def _check(self, request: Request) -> int:
         """Returns the tokens that a request may fill, or says why it cannot be decoded."""
@@ -173,196 +176,148 @@ class RolloutEngine:
             )
         return total
 
-    def _admit(
-        self, requests: Sequence[Request], waiting: deque[int], free_slots: list[int]
-    ) -> list[Row]:
-        """Gives free slots to waiting requests, as many as their prompts fit into one pass."""
-        admitted: list[Row] = []
-        num_tokens = 0
-        while waiting and free_slots:
-            num_tokens += len(requests[waiting[0]].prompt_ids)
-            if admitted and num_tokens > PREFILL_TOKENS:
-                break
-            admitted.append(self._start(requests, waiting.popleft(), free_slots.pop(0)))
-        return admitted
+    def _decode(
+        self, queue: RequestQueue, cache: KVCache, observer: Observer | None
+    ) -> Iterator[tuple[int, Trajectory]]:
+        """The loop: one tick of the pipeline each time."""
+        pipeline: DecodePipeline[DecodePass] = DecodePipeline(self.model, self.parallel)
+        free, ready, num_active = list(range(cache.num_slots)), list[Row](), 0
+        while True:
+            admitted = self._admit(queue, free)
+            ready += admitted
+            num_active += len(admitted)
+            if not num_active:
+                return
+            share = -(-num_active // self.parallel.pp_size)
+            entering, ready = ready[:share], ready[share:]
+            leaving = pipeline.push(self._lay_out(entering, cache))
+            if leaving is None:
+                continue
+            self._commit(*leaving)
+            for row in leaving[0].rows:
+                if observer is not None:
+                    observer(row.index, row.token_ids[: row.end].clone(), row.still_masked())
+                trajectory = row.advance(self.eos_token_ids)
+                if trajectory is None:
+                    ready.append(row)
+                    continue
+                free.append(row.slot)
+                num_active -= 1
+                yield row.index, trajectory
+            if queue.is_empty:
+                _close_gaps(ready, free, cache)
 
-    def _start(self, requests: Sequence[Request], index: int, slot: int) -> Row:
-        request, block_size = requests[index], self.options.block_size
-        prompt_length = len(request.prompt_ids)
-        num_decoded = num_decoded_tokens(prompt_length, request.response_limit, block_size)
-        token_ids = torch.full(
-            (prompt_length + num_decoded,), self.mask_token_id, dtype=torch.int64
-        )
-        token_ids[:prompt_length] = request.prompt_ids
-        block = block_start(prompt_length, block_size)
-        return Row(
-            index=index,
-            slot=slot,
-            token_ids=token_ids,
-            commit_step=torch.full_like(token_ids, -1),
-            masked=torch.arange(block, block + block_size) >= prompt_length,
-            block=block,
-        )
+    def _admit(self, queue: RequestQueue, free: list[int]) -> list[Row]:
+        """Gives free slots to waiting requests."""
+        if not free or queue.is_empty:
+            return []
+        free.sort(reverse=True)
+        return [
+            Row.start(
+                index,
+                queue.requests[index],
+                free.pop(),
+                self.options.block_size,
+                self.mask_token_id,
+            )
+            for index in queue.take(len(free), PREFILL_TOKENS)
+        ]
 
-    def _denoise(self, rows: list[Row], requests: Sequence[Request], cache: KVCache) -> None:
-        """Runs one denoising step of every row.
-
-        Forward, sample, commit. Updates the rows in place.
-        """
-        block_size = self.options.block_size
-        token_ids, tags, view = self._lay_out(rows, cache)
-        masked = torch.stack([row.masked for row in rows])
-        row_of, column_of = masked.nonzero(as_tuple=True)
-        ends = torch.tensor([row.block + block_size - row.cached for row in rows]).cumsum(0)
-        head_rows = ends[row_of] - block_size + column_of
-        block_of_row = torch.tensor([row.block for row in rows])
-        steps = torch.tensor([row.step for row in rows])
-        keys = torch.tensor([requests[row.index].key for row in rows])[row_of]
-        # A row's positions and steps differ in these low bits, so every draw has its own key.
-        keys = keys ^ (((block_of_row[row_of] + column_of) << 8) | steps[row_of])
-        tokens, confidence = self._forward_and_sample(
-            token_ids, tags, view, head_rows, keys, rows, requests
-        )
-
-        confidence_nK = torch.zeros(masked.shape).masked_scatter_(masked, confidence)
-        tokens_nK = torch.zeros(masked.shape, dtype=torch.int64).masked_scatter_(masked, tokens)
-        commit = choose_commits(
-            confidence_nK,
-            masked,
-            steps,
-            remasking=self.options.remasking,
-            denoising_steps=self.options.denoising_steps,
-            confidence_threshold=self.options.confidence_threshold,
-        )
-        for row, row_commit, row_tokens in zip(rows, commit, tokens_nK, strict=True):
-            place = slice(row.block, row.block + block_size)
-            row.token_ids[place][row_commit] = row_tokens[row_commit]
-            row.commit_step[place][row_commit] = row.step
-            row.masked = row.masked & ~row_commit
-            row.cached, row.step = row.block, row.step + 1
-
-    def _lay_out(self, rows: list[Row], cache: KVCache) -> tuple[Tensor, Tensor, DecodeView]:
-        """Packs the new tokens of all rows.
-
-        [S] ids, [S, 4] tags, and the pass as the cache sees it.
-        """
-        block_size = self.options.block_size
-        parts = [row.token_ids[row.cached : row.block + block_size] for row in rows]
-        lengths = torch.tensor([len(part) for part in parts])
-        num_tokens = int(lengths.sum())
-        row_of = torch.repeat_interleave(torch.arange(len(rows)), lengths)
-        starts = torch.tensor([row.cached for row in rows]) - (lengths.cumsum(0) - lengths)
-        positions = torch.arange(num_tokens) + starts[row_of]
-        first_noisy = torch.tensor([row.block for row in rows])
-        num_padding = -num_tokens % self.stream_multiple
-        tags = torch.zeros(num_tokens + num_padding, 4, dtype=torch.int64)
-        tags[num_tokens:, DOCUMENT] = PADDING_DOCUMENT
-        tags[:num_tokens, DOCUMENT] = row_of
-        tags[:num_tokens, NOISY] = positions >= first_noisy[row_of]
-        tags[:num_tokens, BLOCK] = positions // block_size
-        tags[:num_tokens, POSITION] = positions
-        slots = torch.tensor([row.slot for row in rows])
-        view = DecodeView(cache, tags, slots, first_noisy, block_size=block_size)
-        return torch.cat([*parts, parts[0].new_zeros(num_padding)]), tags, view
-
-    def _forward_and_sample(
-        self,
-        token_ids: Tensor,
-        tags: Tensor,
-        view: DecodeView,
-        head_rows: Tensor,
-        keys: Tensor,
-        rows: list[Row],
-        requests: Sequence[Request],
-    ) -> tuple[Tensor, Tensor]:
-        """Returns sampled token [T] int64 and confidence [T] float32 of the masked positions, on
-        the host of every rank.
-        """
-        device = torch.cuda.current_device()
+    def _lay_out(self, rows: list[Row], cache: KVCache) -> DecodePass | None:
+        self.counts.ticks += 1
+        if not rows:
+            return None
+        entering = lay_out(rows, cache, multiple=self.stream_multiple)
         self.counts.passes += 1
-        self.counts.tokens += len(token_ids)
-        self.counts.head_rows += len(head_rows)
-        tags = tags.to(device)
-        plan = AttentionPlan(tags=tags, cache=view)
-        hidden = forward_only(self.model, [(token_ids.to(device), tags, plan)], self.parallel)
-        result = torch.full((2, len(head_rows)), torch.nan, dtype=torch.float64, device=device)
+        self.counts.tokens += len(entering.token_ids)
+        self.counts.head_rows += len(entering.head_rows)
+        return entering
+
+    def _commit(self, decoded: DecodePass, hidden: Tensor | None) -> None:
+        """Samples the masked positions of a pass and commits some of them."""
+        result = self._share(decoded, hidden)
+        _require_finite(decoded, result[1])
+        masked = decoded.masked
+        tokens, confidence, entropy = (
+            torch.zeros(masked.shape, dtype=torch.float64).masked_scatter_(masked, values)
+            for values in result
+        )
+        options = self.options
+        chosen = choose_commits(
+            confidence.float(),
+            masked,
+            decoded.steps,
+            remasking=options.remasking,
+            denoising_steps=options.denoising_steps,
+            confidence_threshold=options.confidence_threshold,
+            entropy_BK=entropy,
+            entropy_bound=options.entropy_bound,
+        )
+        for row, row_chosen, row_tokens in zip(decoded.rows, chosen, tokens.long(), strict=True):
+            row.commit(row_chosen, row_tokens)
+
+    def _share(self, decoded: DecodePass, hidden: Tensor | None) -> Tensor:
+        """[3, T] float64 tokens, confidence and entropy, on the host of every rank."""
+        shape, device = (3, len(decoded.head_rows)), torch.cuda.current_device()
+        result = torch.zeros(shape, dtype=torch.float64, device=device)
         if self.parallel.is_last_stage:
+            assert hidden is not None
             with torch.no_grad():
-                logits = self.model.logits(self.model.select_rows(hidden[0], head_rows.to(device)))
-                try:
-                    tokens, confidence = self._sample(logits, keys.to(device))
-                    result[0], result[1] = tokens.double(), confidence.double()
-                except FloatingPointError:
-                    pass  # NaN travels to the other stages, and all raise below.
+                rows = self.model.select_rows(hidden, decoded.head_rows)
+                draws = self._sample(self.model.logits(rows), decoded.noise_keys)
+            result[0], result[1] = draws.tokens, draws.confidence
+            if draws.entropy is not None:
+                result[2] = draws.entropy
         if self.parallel.pp_size > 1:
             last = dist.get_global_rank(self.parallel.pp_group, self.parallel.pp_size - 1)
             dist.broadcast(result, last, group=self.parallel.pp_group)
-        result = result.cpu()
-        if bool(result.isnan().any()):
-            prompts = sorted({requests[row.index].prompt_id for row in rows})
-            raise FloatingPointError(
-                f"NaN logits in a rollout pass over prompts {', '.join(prompts[:8])}"
-                f"{' ...' if len(prompts) > 8 else ''}: the student's weights are not finite"
-            )
-        return result[0].long(), result[1].float()
+        return result.cpu()
 
-    def _sample(self, logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def _sample(self, logits: Tensor, keys: Tensor) -> Draws:
         """Samples from this rank's shard of the logits [T, V_local]; last stage only."""
         return sample_tokens(
             logits,
+            self.options.sampling,
             keys=keys,
-            temperature=self.options.temperature,
-            top_k=self.options.top_k,
-            top_p=self.options.top_p,
             mask_token_id=self.mask_token_id,
             vocab_size=self.model.vocab_size_unpadded,
             tp_group=self.parallel.tp_group,
+            with_entropy=self.options.remasking == ENTROPY_BOUNDED,
         )
 
-    def _advance(self, row: Row, request: Request) -> Trajectory | None:
-        """Moves a row on when its block is finished.
 
-        Returns its trajectory when its response is.
-        """
-        if bool(row.masked.any()):
-            return None
-        prompt_length, end = len(request.prompt_ids), row.block + self.options.block_size
-        first = max(row.block, prompt_length)
-        limit = prompt_length + request.response_limit
-        is_eos = torch.isin(row.token_ids[first : min(end, limit)], self.eos_token_ids)
-        if bool(is_eos.any()):
-            num_response_tokens, ended = first + int(is_eos.nonzero()[0]) + 1 - prompt_length, True
-        elif end >= limit:
-            num_response_tokens, ended = request.response_limit, False
-        else:
-            row.block, row.step = end, 0
-            row.masked = torch.ones_like(row.masked)
-            return None
-        return Trajectory(
-            prompt_id=request.prompt_id,
-            sample=request.sample,
-            prompt_ids=request.prompt_ids,
-            response_ids=row.token_ids[prompt_length:end].clone(),
-            commit_step=row.commit_step[prompt_length:end].clone(),
-            num_response_tokens=num_response_tokens,
-            ended=ended,
-            block_size=self.options.block_size,
-        )
-
-    def _show(self, row: Row, observer: Observer) -> None:
-        end = row.block + self.options.block_size
-        still_masked = torch.zeros(end, dtype=torch.bool)
-        still_masked[row.block :] = row.masked
-        observer(row.index, row.token_ids[:end].clone(), still_masked)
+def _require_finite(decoded: DecodePass, confidence: Tensor) -> None:
+    """Raises if some of the confidences [T] are NaN; every rank has the same."""
+    if not bool(confidence.isnan().any()):
+        return
+    bad_rows = decoded.masked.nonzero()[confidence.isnan(), 0].unique().tolist()
+    bad = [decoded.rows[i] for i in bad_rows]
+    places = [
+        f"{row.request.prompt_id} (block {row.block // row.block_size}, denoising step {row.step})"
+        for row in sorted(bad, key=lambda row: row.index)
+    ]
+    raise FloatingPointError(
+        f"NaN logits in a rollout pass, prompts {', '.join(places[:8])}"
+        f"{f' and {len(places) - 8} more' if len(places) > 8 else ''}: the student's weights are "
+        "not finite"
+    )
 
 
-def tokens_per_forward(trajectories: Iterable[Trajectory]) -> float:
+def _close_gaps(ready: Sequence[Row], free: list[int], cache: KVCache) -> None:
+    """Moves rows to lower free slots: rows next to each other are read without a copy."""
+    free.sort()
+    for row in sorted(ready, key=lambda row: -row.slot):
+        if not free or free[0] > row.slot:
+            return
+        cache.move(row.slot, free[0], row.cached)
+        row.slot, free[0] = free[0], row.slot
+        free.sort()
+
+
+def tokens_per_forward(trajectories: Sequence[Trajectory]) -> float:
     """Returns response tokens per denoising pass over all trajectories.
 
     Commits cost no pass of their own.
     """
-    tokens = passes = 0
-    for trajectory in trajectories:
-        tokens += trajectory.num_response_tokens
-        passes += trajectory.num_passes
-    return tokens / max(passes, 1)
+    tokens = sum(trajectory.num_response_tokens for trajectory in trajectories)
+    return tokens / max(sum(trajectory.num_passes for trajectory in trajectories), 1)

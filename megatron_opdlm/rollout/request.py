@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_opdlm.denoise import check_remasking
-from megatron_opdlm.rollout.sampler import SMALLEST_TEMPERATURE
+from megatron_opdlm.rollout.sampler import Sampling
 
 MAX_DENOISING_STEPS = 256  # the random key of a draw has eight bits for the step
 
@@ -23,8 +23,9 @@ class DecodingOptions:
     Attributes:
         block_size: K, tokens per block.
         denoising_steps: most steps per block; the last one commits what is left.
-        remasking: "low_confidence_static" or "low_confidence_dynamic".
-        confidence_threshold: dynamic commits every position above it.
+        remasking: which positions a step commits, see `denoise.choose_commits`.
+        confidence_threshold: low_confidence_dynamic commits every position above it.
+        entropy_bound: entropy_bounded commits positions whose entropies sum to less, in nats.
         temperature: 0 is argmax.
         top_k: 0 keeps all.
         top_p: 1.0 keeps all.
@@ -34,6 +35,7 @@ class DecodingOptions:
     denoising_steps: int = 4
     remasking: str = "low_confidence_static"
     confidence_threshold: float = 0.9
+    entropy_bound: float = 0.35
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -54,18 +56,17 @@ class DecodingOptions:
                 0 < self.confidence_threshold <= 1,
                 "above 0 and at most 1",
             ),
-            (
-                "temperature",
-                self.temperature,
-                self.temperature == 0 or SMALLEST_TEMPERATURE <= self.temperature < math.inf,
-                f"0 (argmax) or at least {SMALLEST_TEMPERATURE}",
-            ),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
+            ("entropy_bound", self.entropy_bound, 0 <= self.entropy_bound < math.inf, "0 or more"),
         )
         for name, value, holds, rule in rules:
             if not holds:
                 raise ValueError(f"{name}={value} must be {rule}")
+        _ = self.sampling
+
+    @property
+    def sampling(self) -> Sampling:
+        """Temperature and filters of a draw."""
+        return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 
 @dataclass(frozen=True, kw_only=True)

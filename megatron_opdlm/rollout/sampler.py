@@ -9,6 +9,8 @@ Shape letters: T rows, V vocabulary, C candidates; `_TV` holds this rank's [T, V
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,134 +27,159 @@ LOW_32 = 0xFFFFFFFF
 VALUE_BITS = 0x7FFFFFFF
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is drawn from its distribution.
+
+    Attributes:
+        temperature: 0 is argmax and ignores the filters; else at least 1e-6.
+        top_k: number of tokens to keep; 0 keeps all.
+        top_p: mass to keep, in (0, 1]; 1 keeps all.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        temperature = self.temperature
+        is_usable = temperature == 0 or SMALLEST_TEMPERATURE <= temperature < math.inf
+        for name, holds, rule in (
+            ("temperature", is_usable, f"0 (argmax) or at least {SMALLEST_TEMPERATURE}"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
+        ):
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)} must be {rule}")
+
+    @property
+    def has_filters(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
+
+class Draws(NamedTuple):
+    """What was drawn, identical on all ranks.
+
+    Attributes:
+        tokens: [T] int64, global ids.
+        confidence: [T] float32, probability of the token under the softmax at temperature 1 without
+            filters; NaN where the row's logits hold NaN or +inf on any rank, or nothing but -inf.
+        entropy: [T] float32, nats, of that same softmax; None unless asked for.
+    """
+
+    tokens: Tensor
+    confidence: Tensor
+    entropy: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """This rank's columns of the logits, the mask token and padding at -inf."""
+
+    logits: Tensor
+    first: int
+    vocab_size: int
+    tp_group: ProcessGroup | None
+
+
 @torch.no_grad()
 def sample_tokens(
     logits_TV: Tensor,
+    sampling: Sampling,
     *,
     keys: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
     mask_token_id: int,
     vocab_size: int,
     tp_group: ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor]:
+    with_entropy: bool = False,
+) -> Draws:
     """Samples one token per row: temperature, then top-k, then top-p, then Gumbel-max.
 
-    The mask token and padded columns are removed before everything else. Temperature 0 is the
-    argmax and ignores the filters. top-k keeps exactly k tokens. top-p keeps the smallest set of
-    the most probable tokens whose mass reaches top_p under the tempered, top-k-filtered
-    distribution, at least one. Order everywhere: logit descending, then id ascending.
+    The mask token and padded columns are removed before everything else. top-k keeps exactly k
+    tokens. top-p keeps the smallest set of the most probable tokens whose mass reaches top_p under
+    the tempered, top-k-filtered distribution, at least one. Order everywhere: logit descending,
+    then id ascending.
 
-    Collectives on tp_group: one all-gather of four numbers per row; with filters, of C candidates
-    per row and rank instead: C = top_k, or 64, 128, 256 ... for the rows whose nucleus has not
-    fitted yet (a flat distribution with top_p near 1 needs most of the vocabulary).
+    Collectives on tp_group: one all-gather of four numbers per row, one more of two with
+    `with_entropy`; with filters, of C candidates per row and rank instead: C = top_k, or 64, 128,
+    256 ... for the rows whose nucleus has not fitted yet (a flat distribution with top_p near 1
+    needs most of the vocabulary). CUDA is waited for only then: when top_p is below 1 without
+    top-k.
 
     Args:
         logits_TV: [T, V_local] bfloat16 or float32, columns [rank * V_local, (rank + 1) * V_local);
             left unchanged.
+        sampling: temperature and filters.
         keys: [T] int64 noise key of each row (`randomness.key`), equal on all ranks.
-        temperature: 0, or at least 1e-6.
-        top_k: number of tokens to keep; 0 keeps all.
-        top_p: mass to keep, in (0, 1]; 1 keeps all.
         mask_token_id: never sampled, and in no softmax.
         vocab_size: tokens without padding.
         tp_group: tensor-parallel group that shards the vocabulary; None means unsharded.
-
-    Returns:
-        tokens [T] int64, global ids, and confidence [T] float32, the probability of the token under
-        the softmax at temperature 1 without filters. Both are identical on all ranks.
+        with_entropy: whether to compute the entropies.
 
     Raises:
-        ValueError: if an argument is out of its range or shapes do not match.
-        FloatingPointError: on all ranks, if a row holds NaN or +inf on any rank, or nothing but
-            -inf.
+        ValueError: shapes do not match, or a mask token outside the vocabulary.
     """
-    _check_arguments(logits_TV, keys, temperature, top_k, top_p, mask_token_id, vocab_size)
-    num_local_columns = logits_TV.shape[1]
-    first, num_valid = local_columns(num_local_columns, vocab_size=vocab_size, tp_group=tp_group)
+    _check_arguments(logits_TV, keys, mask_token_id, vocab_size)
     if len(logits_TV) == 0:
-        return keys.new_empty(0), logits_TV.new_empty(0, dtype=torch.float32)
+        nothing = logits_TV.new_empty(0, dtype=torch.float32)
+        return Draws(keys.new_empty(0), nothing, nothing if with_entropy else None)
+    shard = _shard(logits_TV, mask_token_id, vocab_size, tp_group)
+    draw = _draw_filtered if sampling.has_filters else _draw
+    tokens, log_confidence = draw(shard, keys, sampling)
+    return Draws(tokens, log_confidence.exp().float(), _entropy(shard) if with_entropy else None)
 
+
+def _shard(
+    logits_TV: Tensor, mask_token_id: int, vocab_size: int, tp_group: ProcessGroup | None
+) -> _Shard:
+    num_columns = logits_TV.shape[1]
+    first, num_valid = local_columns(num_columns, vocab_size=vocab_size, tp_group=tp_group)
     logits = logits_TV.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     logits[:, num_valid:] = -torch.inf
-    if first <= mask_token_id < first + num_local_columns:
+    if first <= mask_token_id < first + num_columns:
         logits[:, mask_token_id - first] = -torch.inf
-
-    if temperature > 0 and (top_k > 0 or top_p < 1):
-        return _sample_filtered(
-            logits,
-            keys,
-            first=first,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            vocab_size=vocab_size,
-            tp_group=tp_group,
-        )
-    score = logits
-    if temperature > 0:
-        columns = torch.arange(first, first + num_local_columns, device=logits.device)
-        score = randomness.gumbel(keys, columns).add_(logits, alpha=1.0 / temperature)
-    return _argmax(score, logits, first, tp_group)
+    return _Shard(logits, first, vocab_size, tp_group)
 
 
-def _argmax(
-    score: Tensor, logits: Tensor, first: int, tp_group: ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """Token of the highest score, lowest id on ties, and its probability under softmax(logits)."""
+def _draw(shard: _Shard, keys: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Token of the highest score, lowest id on ties, and its log probability, float64."""
+    score = logits = shard.logits
+    if sampling.temperature > 0:
+        columns = torch.arange(logits.shape[1], device=logits.device) + shard.first
+        score = randomness.gumbel(keys, columns).add_(logits, alpha=1.0 / sampling.temperature)
     value, column = score.max(dim=1)
     logit = logits.gather(1, column.unsqueeze(1)).squeeze(1)
     # float64 holds ids exactly, so everything travels in one message
-    record = torch.stack(
-        [value.double(), (column + first).double(), logit.double(), _log_sum_exp(logits, 1.0)]
-    )
-    records = _all_gather(record, tp_group)
-    log_sum = records[:, 3].logsumexp(0)
-    _check_finite(log_sum)
+    record = [value.double(), (column + shard.first).double(), logit.double()]
+    records = _all_gather(torch.stack([*record, _log_sum_exp(logits, 1.0)]), shard.tp_group)
     winner = records[:, 0].argmax(0)  # the first maximum, hence the lowest rank and id
     rows = torch.arange(len(winner), device=winner.device)
     token, logit = records[winner, 1, rows].long(), records[winner, 2, rows]
-    return token, (logit - log_sum).exp().float()
+    return token, logit - _finite(records[:, 3].logsumexp(0))
 
 
-def _sample_filtered(
-    logits: Tensor,
-    keys: Tensor,
-    *,
-    first: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    vocab_size: int,
-    tp_group: ProcessGroup | None,
-) -> tuple[Tensor, Tensor]:
-    """Exchanges the best candidates of every rank, and more for rows whose nucleus does not fit."""
-    tokens = torch.empty_like(keys)
-    confidence = torch.empty_like(keys, dtype=torch.float32)
+def _draw_filtered(shard: _Shard, keys: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """As `_draw`, among the best candidates of every rank; more for rows whose nucleus does not
+    fit.
+    """
+    logits, top_k, temperature = shard.logits, sampling.top_k, sampling.temperature
+    tokens, log_confidence = torch.empty_like(keys), torch.empty_like(keys, dtype=torch.float64)
     rows = torch.arange(len(keys), device=keys.device)
     log_sum = tempered = _log_sum_exp(logits, 1.0)
     if top_k == 0 and temperature != 1:
         tempered = _log_sum_exp(logits, temperature)
-    log_sums = torch.stack([log_sum, tempered], dim=1)
-    packed = _pack(logits, first)
+    log_sums, packed = torch.stack([log_sum, tempered], dim=1), _pack(logits, shard.first)
     num_candidates = top_k if top_k > 0 else FIRST_NUCLEUS_CANDIDATES
     while len(rows) > 0:
         # 1. the globally best candidates, in order, and the global normalisers
-        local = packed.topk(min(num_candidates, packed.shape[1]), dim=1).values
-        gathered = _all_gather(torch.cat([local, log_sums.view(torch.int64)], dim=1), tp_group)
-        merged = gathered[:, :, :-2].transpose(0, 1).flatten(1)
-        logit, token = _unpack(merged.topk(min(num_candidates, merged.shape[1]), dim=1).values)
-        log_sum, tempered = gathered[:, :, -2:].view(torch.float64).logsumexp(0).unbind(1)
-        _check_finite(log_sum)
+        logit, token, log_sum, tempered = _exchange(packed, log_sums, num_candidates, shard)
 
         # 2. the filters
         weight = logit.double() / temperature
         if top_k > 0:  # the candidates are the distribution
             tempered = weight.logsumexp(1)
-        keep, complete = _nucleus((weight - tempered.unsqueeze(1)).exp(), top_p)
-        if top_k > 0 or num_candidates >= vocab_size:
-            complete = torch.ones_like(complete)
+        keep, complete = _nucleus((weight - tempered.unsqueeze(1)).exp(), sampling.top_p)
 
         # 3. the draw; what it gives for an incomplete row is overwritten in a later round
         noise = randomness.gumbel(keys, token)
@@ -160,12 +187,42 @@ def _sample_filtered(
         choice = score.argmax(dim=1, keepdim=True)
         tokens[rows] = token.gather(1, choice).squeeze(1)
         chosen = logit.gather(1, choice).squeeze(1).double()
-        confidence[rows] = (chosen - log_sum).exp().float()
-
-        left = ~complete
+        log_confidence[rows] = chosen - _finite(log_sum)
+        if top_k > 0 or num_candidates >= shard.vocab_size:
+            break
+        left = ~complete & log_sum.isfinite()
         rows, keys, packed, log_sums = rows[left], keys[left], packed[left], log_sums[left]
         num_candidates *= 2
-    return tokens, confidence
+    return tokens, log_confidence
+
+
+def _exchange(
+    packed: Tensor, log_sums: Tensor, num_candidates: int, shard: _Shard
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[T, C] logits and ids of the best candidates of all ranks; [T] both global normalisers."""
+    local = packed.topk(min(num_candidates, packed.shape[1]), dim=1).values
+    message = torch.cat([local, log_sums.view(torch.int64)], dim=1)
+    gathered = _all_gather(message, shard.tp_group)
+    merged = gathered[:, :, :-2].transpose(0, 1).flatten(1)
+    logit, token = _unpack(merged.topk(min(num_candidates, merged.shape[1]), dim=1).values)
+    log_sum, tempered = gathered[:, :, -2:].view(torch.float64).logsumexp(0).unbind(1)
+    return logit, token, log_sum, tempered
+
+
+def _entropy(shard: _Shard) -> Tensor:
+    """[T] float32 entropy of the whole softmax: log sum exp - mean logit."""
+    largest = shard.logits.amax(1)
+    largest = largest.masked_fill(largest == -torch.inf, 0.0)  # a shard of padding alone
+    relative = shard.logits - largest.unsqueeze(1)
+    weight = relative.exp()
+    total = weight.sum(1)
+    mean = weight.mul_(relative.masked_fill_(relative == -torch.inf, 0.0)).sum(1) / total
+    record = [largest.double() + total.double().log(), largest.double() + mean.double()]
+    log_sums, means = _all_gather(torch.stack(record), shard.tp_group).unbind(1)
+    log_sum = _finite(log_sums.logsumexp(0))
+    share = (log_sums - log_sum).exp()
+    mean = torch.where(share > 0, share * means, share).sum(0)
+    return (log_sum - mean).clamp(min=0.0).float()
 
 
 def _nucleus(probability: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
@@ -226,39 +283,17 @@ def _all_gather(local: Tensor, tp_group: ProcessGroup | None) -> Tensor:
     return gathered.view(tp_group.size(), *local.shape)
 
 
-def _check_finite(log_sum: Tensor) -> None:
-    """Raises if a row's global normaliser is not finite; every rank sees the same normalisers."""
-    bad = ~log_sum.isfinite()
-    if bad.any():
-        rows = bad.nonzero().squeeze(1).tolist()
-        raise FloatingPointError(
-            f"logits of rows {rows[:16]} ({len(rows)} of {len(bad)}) hold NaN or +inf, "
-            "or no finite value"
-        )
+def _finite(log_sum: Tensor) -> Tensor:
+    """NaN in place of a normaliser that is not finite; every rank sees the same normalisers."""
+    return torch.where(log_sum.isfinite(), log_sum, torch.nan)
 
 
-def _check_arguments(
-    logits_TV: Tensor,
-    keys: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    mask_token_id: int,
-    vocab_size: int,
-) -> None:
+def _check_arguments(logits_TV: Tensor, keys: Tensor, mask_token_id: int, vocab_size: int) -> None:
     if logits_TV.dim() != 2 or keys.shape != logits_TV.shape[:1]:
         raise ValueError(
             f"logits_TV has shape {tuple(logits_TV.shape)} and keys {tuple(keys.shape)}; "
             "expected [T, V_local] and [T]"
         )
-    if temperature != 0 and not SMALLEST_TEMPERATURE <= temperature < math.inf:
-        raise ValueError(
-            f"temperature={temperature} must be 0 (argmax) or at least {SMALLEST_TEMPERATURE}"
-        )
-    if top_k < 0:
-        raise ValueError(f"top_k={top_k} must not be negative; 0 keeps the whole vocabulary")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must lie in (0, 1]; 1 keeps the whole vocabulary")
     if not 0 <= mask_token_id < vocab_size:
         raise ValueError(
             f"mask_token_id={mask_token_id} must be a token of the vocabulary, below {vocab_size}"

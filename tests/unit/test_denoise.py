@@ -7,27 +7,41 @@ from hypothesis import strategies as st
 
 from megatron_opdlm.denoise import REMASKING, choose_commits, num_transfer_tokens
 
+THRESHOLD, BOUND = 0.9, 1.2
 
-def commits_of_row(confidence, masked, step, remasking, denoising_steps, threshold):
+
+def commits_of_row(confidence, entropy, masked, step, remasking, denoising_steps):
     """The rule as a person would write it down, for one row."""
     candidates = [p for p in range(len(masked)) if masked[p]]
     if step == denoising_steps - 1:
         return set(candidates)
-    by_confidence = sorted(candidates, key=lambda p: (-confidence[p], p))
-    chosen = set(by_confidence[: num_transfer_tokens(len(masked), denoising_steps, step)])
+    if remasking == "entropy_bounded":
+        candidates.sort(key=lambda p: (entropy[p], p))
+    elif remasking != "sequential":
+        candidates.sort(key=lambda p: (-confidence[p], p))
+    chosen = set(candidates[: num_transfer_tokens(len(masked), denoising_steps, step)])
     if remasking == "low_confidence_dynamic":
-        chosen |= {p for p in candidates if confidence[p] > threshold}
+        chosen |= {p for p in candidates if confidence[p] > THRESHOLD}
+    if remasking == "entropy_bounded":
+        total = 0.0
+        for p in candidates:
+            total += entropy[p]
+            if total >= BOUND:
+                break
+            chosen.add(p)
     return chosen
 
 
-def choose(confidence, masked, step, remasking="low_confidence_static", steps=4, threshold=0.9):
+def choose(confidence, masked, step, remasking="low_confidence_static", steps=4, **settings):
+    entropy = torch.tensor(settings.pop("entropy", confidence))
     return choose_commits(
         torch.tensor(confidence),
         torch.tensor(masked),
         torch.tensor(step),
         remasking=remasking,
         denoising_steps=steps,
-        confidence_threshold=threshold,
+        entropy_BK=entropy,
+        **settings,
     ).tolist()
 
 
@@ -56,6 +70,7 @@ def test_matches_the_plain_loop(data, remasking):
     steps = data.draw(st.integers(1, 7))
     level = st.sampled_from([0.0, 0.25, 0.5, 0.9, 0.95, 1.0])  # few values: many ties
     confidence = [[data.draw(level) for _ in range(block_size)] for _ in range(num_rows)]
+    entropy = [[data.draw(level) for _ in range(block_size)] for _ in range(num_rows)]
     masked = [[data.draw(st.booleans()) for _ in range(block_size)] for _ in range(num_rows)]
     step = [data.draw(st.integers(0, steps - 1)) for _ in range(num_rows)]
     commit = choose_commits(
@@ -64,10 +79,12 @@ def test_matches_the_plain_loop(data, remasking):
         torch.tensor(step, dtype=torch.int64),
         remasking=remasking,
         denoising_steps=steps,
-        confidence_threshold=0.9,
+        confidence_threshold=THRESHOLD,
+        entropy_BK=torch.tensor(entropy).view(num_rows, block_size),
+        entropy_bound=BOUND,
     )
     for row in range(num_rows):
-        arguments = confidence[row], masked[row], step[row], remasking, steps, 0.9
+        arguments = confidence[row], entropy[row], masked[row], step[row], remasking, steps
         assert set(commit[row].nonzero().flatten().tolist()) == commits_of_row(*arguments)
 
 
@@ -101,15 +118,29 @@ def test_ties_go_to_the_lower_position():
 
 
 def test_dynamic_threshold_is_strict_and_keeps_the_static_minimum():
-    threshold = 0.5
-    commit = choose(
-        [[0.5, 0.6, 0.7, 0.1]], [[True] * 4], [0], "low_confidence_dynamic", 4, threshold
-    )
+    rule = {"remasking": "low_confidence_dynamic", "confidence_threshold": 0.5}
+    commit = choose([[0.5, 0.6, 0.7, 0.1]], [[True] * 4], [0], **rule)
     assert commit == [[False, True, True, False]]
-    commit = choose(
-        [[0.5, 0.4, 0.3, 0.1]], [[True] * 4], [0], "low_confidence_dynamic", 4, threshold
-    )
+    commit = choose([[0.5, 0.4, 0.3, 0.1]], [[True] * 4], [0], **rule)
     assert commit == [[True, False, False, False]]
+
+
+def test_entropies_sum_to_less_than_the_bound():
+    rule = {"remasking": "entropy_bounded", "entropy_bound": 0.35}
+    choices = {
+        (0.2, 0.3, 0.1, 0.4): [True, False, True, False],  # 0.1 + 0.2 < 0.35 <= 0.1 + 0.2 + 0.3
+        (0.5, 0.6, 0.4, 0.9): [False, False, True, False],  # none fits, one is taken all the same
+        (0.0, 0.0, 0.0, 0.0): [True] * 4,
+    }
+    for entropy, expected in choices.items():
+        assert choose([[0.5] * 4], [[True] * 4], [0], entropy=[entropy], **rule) == [expected]
+    with pytest.raises(ValueError, match="needs entropy_BK"):
+        choose([[0.5]], [[True]], [0], entropy=[0.5], **rule)
+
+
+def test_sequential_goes_from_left_to_right():
+    commit = choose([[0.1, 0.2, 0.3, 0.9]], [[False, True, True, True]], [0], "sequential", 2)
+    assert commit == [[False, True, True, False]]
 
 
 def test_every_block_finishes_within_its_steps():
@@ -123,7 +154,7 @@ def test_every_block_finishes_within_its_steps():
                 torch.full((32,), step),
                 remasking=remasking,
                 denoising_steps=3,
-                confidence_threshold=0.9,
+                entropy_BK=torch.rand(32, 8, generator=generator),
             )
         assert not masked.any()
 

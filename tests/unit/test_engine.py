@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from megatron_opdlm.rollout import cache as cache_module
+from megatron_opdlm.rollout import cached_attention
 from megatron_opdlm.rollout import engine as engine_module
 from megatron_opdlm.rollout.engine import tokens_per_forward
 from megatron_opdlm.rollout.request import DecodingOptions
@@ -78,7 +78,7 @@ def test_prompts_enter_in_bounded_passes(model, monkeypatch):
     """A small budget only delays sequences: more passes, the same responses."""
     (free,) = run_ranks(sampled_in_passes, 1, model)
     monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 1)
-    monkeypatch.setattr(cache_module, "MASK_CELLS", 64)
+    monkeypatch.setattr(cached_attention, "MASK_CELLS", 64)
     (bounded,) = run_ranks(sampled_in_passes, 1, model)
     assert bounded[0] == free[0]
     assert bounded[1] > free[1]
@@ -309,4 +309,5 @@ def decode_with_nan(rank, folder):
 
 def test_nan_names_the_prompts(model):
     (message,) = run_ranks(decode_with_nan, 1, model)
-    assert "p0, p1" in message and "weights are not finite" in message
+    assert "p0 (block 0, denoising step 0), p1 (block 0" in message
+    assert "weights are not finite" in message

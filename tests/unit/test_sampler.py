@@ -1,11 +1,13 @@
 """Token sampling on one process: support sets, frequencies, ties, confidence."""
 
+import math
+
 import pytest
 import torch
 
 from megatron_opdlm import randomness
 from megatron_opdlm.rollout import sampler
-from megatron_opdlm.rollout.sampler import sample_tokens
+from megatron_opdlm.rollout.sampler import Sampling, sample_tokens
 
 PADDED, VOCAB, MASK = 40, 37, 5
 
@@ -25,9 +27,8 @@ def make_keys(rows, seed=0):
 def sample(logits, keys=None, *, temperature=1.0, top_k=0, top_p=1.0, **changes):
     arguments = {"mask_token_id": MASK, "vocab_size": VOCAB, "tp_group": None} | changes
     keys = make_keys(len(logits)) if keys is None else keys
-    return sample_tokens(
-        logits, keys=keys, temperature=temperature, top_k=top_k, top_p=top_p, **arguments
-    )
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    return sample_tokens(logits, sampling, keys=keys, **arguments)[:2]
 
 
 def clean(logits):
@@ -184,15 +185,35 @@ def test_inputs_are_left_unchanged():
 
 @pytest.mark.parametrize("arguments", [{}, {"top_k": 3}, {"top_p": 0.5}, {"temperature": 0.0}])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_non_finite_logits_name_the_rows(arguments, value):
+def test_non_finite_logits_show_in_their_rows(arguments, value):
     logits = make_logits(6)
+    expected = sample(logits, **arguments)
     logits[2, 9] = logits[4, 0] = value
-    with pytest.raises(FloatingPointError, match=r"rows \[2, 4\] \(2 of 6\)"):
-        sample(logits, **arguments)
+    tokens, confidence = sample(logits, **arguments)
+    assert confidence.isnan().tolist() == [False, False, True, False, True, False]
+    fine = ~confidence.isnan()
+    assert torch.equal(tokens[fine], expected[0][fine])
+    assert torch.equal(confidence[fine], expected[1][fine])
     logits = make_logits(6)
     logits[2, VOCAB] = logits[3, MASK] = value  # excluded columns do not matter
     logits[0, 0] = -torch.inf
-    sample(logits, **arguments)
+    assert sample(logits, **arguments)[1].isfinite().all()
+    logits[1, :] = -torch.inf
+    assert sample(logits, **arguments)[1].isnan().tolist() == [False, True] + [False] * 4
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.5, top_p=0.3)])
+def test_entropy_is_that_of_the_whole_softmax(sampling):
+    logits = make_logits(50)
+    logits[7] *= 100.0  # all but certain
+    logits[8, :VOCAB] = 0.0
+    entropy = sample_tokens(
+        logits, sampling, keys=make_keys(50), mask_token_id=MASK, vocab_size=VOCAB,
+        with_entropy=True,
+    ).entropy  # fmt: skip
+    expected = torch.distributions.Categorical(logits=clean(logits)).entropy()
+    torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=1e-6)
+    assert float(entropy[8]) == pytest.approx(math.log(VOCAB - 1))
 
 
 def test_no_rows():

@@ -3,11 +3,20 @@
 import pytest
 import torch
 
-from megatron_opdlm.rollout.cache import DecodeView, KVCache
+from megatron_opdlm.rollout import cached_attention
+from megatron_opdlm.rollout.cache import KVCache
+from megatron_opdlm.rollout.cached_attention import CachedAttention
 from tests.oracle import block_tags, dense_mask
 from tests.unit.test_attention import dense_attention
 
 HEADS, KV_HEADS, WIDTH, SCALE = 4, 2, 8, 0.3
+
+
+def make_cache(num_slots, capacity, num_layers=1):
+    return KVCache(
+        layer_numbers=list(range(1, num_layers + 1)), num_slots=num_slots, capacity=capacity,
+        num_heads=KV_HEADS, head_size=WIDTH, dtype=torch.float64, device="cpu",
+    )  # fmt: skip
 
 
 class Sequence:
@@ -48,6 +57,7 @@ class Sequence:
 
 def run_pass(cache, rows, block_size, num_padding, layer=1):
     """One pass over rows; returns output and what it should be."""
+    rows = sorted(rows, key=lambda row: row.cached == 0)
     cache_tags, parts = [], [row.new_tokens() for row in rows]
     for index, row in enumerate(rows):
         tags = block_tags(row.block, row.block + block_size, block_size)[row.cached :]
@@ -55,26 +65,30 @@ def run_pass(cache, rows, block_size, num_padding, layer=1):
         cache_tags.append(tags)
     padding = torch.zeros(num_padding, 4, dtype=torch.int64)
     padding[:, 0] = -1
-    view = DecodeView(
+    attention = CachedAttention(
         cache,
         torch.cat([*cache_tags, padding]),
         torch.tensor([row.slot for row in rows]),
-        torch.tensor([row.block for row in rows]),
+        num_cached_rows=sum(row.cached > 0 for row in rows),
         block_size=block_size,
+        device="cpu",
     )
     inputs = [torch.cat([part[i] for part in parts]) for i in range(3)]
     garbage = [torch.full((num_padding, *x.shape[1:]), 7.0, dtype=x.dtype) for x in inputs]
-    output = view.attend(
+    output = attention.attend(
         layer, *(torch.cat(pair) for pair in zip(inputs, garbage, strict=True)), SCALE
     )
+    assert output.isfinite().all()
     expected = [row.expected(part[0]) for row, part in zip(rows, parts, strict=True)]
-    return output, torch.cat(expected)
+    return output[: len(output) - num_padding], torch.cat(expected)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 4])
 @pytest.mark.parametrize("slots", [(0, 1, 2), (0, 2, 3), (3,)], ids=str)
-def test_passes_equal_full_attention(block_size, slots):
-    cache = KVCache(num_slots=4, capacity=48)
+@pytest.mark.parametrize("mask_cells", [2**24, 100])
+def test_passes_equal_full_attention(block_size, slots, mask_cells, monkeypatch):
+    monkeypatch.setattr(cached_attention, "MASK_CELLS", mask_cells)
+    cache = make_cache(num_slots=4, capacity=48)
     prompts = [1, 23, 6][: len(slots)]
     rows = [
         Sequence(slot, block_size, prompt, seed)
@@ -82,15 +96,14 @@ def test_passes_equal_full_attention(block_size, slots):
     ]
     for number in range(7):
         output, expected = run_pass(cache, rows, block_size, num_padding=number % 3)
-        torch.testing.assert_close(output[: len(expected)], expected, rtol=1e-10, atol=1e-10)
-        assert not bool(output[len(expected) :].any())
+        torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
         for index, row in enumerate(rows):
             row.step(finished=(number + index) % 3 == 0)
 
 
 def test_a_slot_is_taken_over():
     """A short sequence in the place of a long one does not see what the long one left."""
-    cache = KVCache(num_slots=2, capacity=40)
+    cache = make_cache(num_slots=2, capacity=40)
     rows = [Sequence(0, 4, 30, 0), Sequence(1, 4, 5, 1)]
     run_pass(cache, rows, 4, 0)
     rows[0] = Sequence(0, 4, 2, 2)
@@ -100,7 +113,7 @@ def test_a_slot_is_taken_over():
 
 
 def test_layers_do_not_share():
-    cache = KVCache(num_slots=1, capacity=8)
+    cache = make_cache(num_slots=1, capacity=12, num_layers=2)
     row, other = Sequence(0, 4, 5, 0), Sequence(0, 4, 5, 1)
     run_pass(cache, [row], 4, 0, layer=1)
     run_pass(cache, [other], 4, 0, layer=2)
@@ -109,17 +122,29 @@ def test_layers_do_not_share():
     torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
 
 
+def test_a_row_moves_to_another_slot():
+    cache = make_cache(num_slots=3, capacity=40, num_layers=2)
+    rows = [Sequence(2, 4, 30, 0), Sequence(1, 4, 5, 1)]
+    run_pass(cache, rows, 4, 0)
+    for row in rows:
+        row.step(finished=True)
+    cache.move(2, 0, rows[0].cached)
+    rows[0].slot = 0
+    keys, _ = cache.layer(1)
+    keys[2] = torch.nan  # the old place is not read
+    output, expected = run_pass(cache, rows, 4, 0)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_memory_is_what_the_documentation_says():
-    cache = KVCache(num_slots=3, capacity=16)
-    assert cache.num_bytes == 0
-    run_pass(cache, [Sequence(0, 4, 5, 0)], 4, 0, layer=1)
-    run_pass(cache, [Sequence(0, 4, 5, 0)], 4, 0, layer=2)
-    assert cache.num_bytes == 2 * 2 * 3 * 16 * KV_HEADS * WIDTH * 8
+    cache = make_cache(num_slots=3, capacity=16, num_layers=5)
+    assert cache.num_bytes == 2 * 5 * 3 * 16 * KV_HEADS * WIDTH * 8
+    assert str(cache) == "key/value cache: 3 sequences x 16 tokens x 1280 bytes = 0.000 GB"
 
 
 def test_control_a_stale_commit_is_seen():
     """A finished block whose noisy keys stay in the cache gives another output."""
-    cache = KVCache(num_slots=1, capacity=16)
+    cache = make_cache(num_slots=1, capacity=16)
     row = Sequence(0, 4, 5, 0)
     run_pass(cache, [row], 4, 0)
     row.step(finished=True)
@@ -127,4 +152,4 @@ def test_control_a_stale_commit_is_seen():
     output, expected = run_pass(cache, [row], 4, 0)
     torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
     row.keys[4:8] = stale[4:8]
-    assert not torch.allclose(row.keys[4:8], cache.layer(1, row.keys)[0][0, 4:8])
+    assert not torch.allclose(row.keys[4:8], cache.layer(1)[0][0, :, 4:8].transpose(0, 1))

@@ -1,0 +1,107 @@
+"""Where an engine takes its next requests from: a list, or one that replicas share."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch.distributed as dist
+
+from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.rollout.request import Request
+
+_names = itertools.count()
+
+
+class RequestQueue(Protocol):
+    """Requests in order; each is taken once, by one replica."""
+
+    requests: Sequence[Request]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether `take` would return nothing; every rank of a replica has the same answer."""
+
+    @property
+    def fair_share(self) -> int:
+        """Requests that a replica should have at once when none waits."""
+
+    def take(self, most: int, most_tokens: int) -> list[int]:
+        """Takes the next requests: at most `most`, and none after `most_tokens` prompt tokens.
+
+        Returns:
+            Their indices, the same on every rank of a replica. Call on all of its ranks.
+        """
+
+
+class LocalQueue:
+    """The requests of one replica."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        """Holds all of them."""
+        self.requests = requests
+        self._next = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all requests were taken."""
+        return self._next >= len(self.requests)
+
+    @property
+    def fair_share(self) -> int:
+        """All of them."""
+        return len(self.requests)
+
+    def take(self, most: int, most_tokens: int) -> list[int]:
+        """See `RequestQueue`."""
+        first, num_tokens = self._next, 0
+        while not self.is_empty and self._next - first < most and num_tokens < most_tokens:
+            num_tokens += len(self.requests[self._next].prompt_ids)
+            self._next += 1
+        return list(range(first, self._next))
+
+
+class SharedQueue:
+    """One queue for all data-parallel replicas: a counter in the job's key-value store.
+
+    Whoever has room takes the next request, so no replica idles while another has requests waiting.
+    """
+
+    def __init__(self, requests: Sequence[Request], parallel: ParallelState) -> None:
+        """Starts a queue. Call on all ranks of the job, with the same requests."""
+        self.requests = requests
+        self._is_empty = not requests
+        self._parallel = parallel
+        self._store = dist.PrefixStore(f"requests/{next(_names)}", parallel.store)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether this replica knows that all requests were taken."""
+        return self._is_empty
+
+    @property
+    def fair_share(self) -> int:
+        """A replica with room for all would leave nothing to the others."""
+        return -(-len(self.requests) // self._parallel.dp_size)
+
+    def take(self, most: int, most_tokens: int) -> list[int]:
+        """See `RequestQueue`. Collectives: one broadcast over the model-parallel group."""
+        if self._is_empty or most < 1:
+            return []
+        taken: list[int] = []
+        if self._parallel.is_replica_main:
+            num_tokens = 0
+            while len(taken) < most and num_tokens < most_tokens:
+                index = self._store.add("taken", 1) - 1
+                if index >= len(self.requests):
+                    self._is_empty = True
+                    break
+                taken.append(index)
+                num_tokens += len(self.requests[index].prompt_ids)
+        taken, self._is_empty = self._parallel.from_replica_main((taken, self._is_empty))
+        return taken
+
+    def close(self) -> None:
+        """Leaves nothing for any replica to take, after a failure."""
+        self._store.add("taken", len(self.requests))
