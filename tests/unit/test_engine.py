@@ -10,12 +10,20 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from megatron_opdlm import randomness
 from megatron_opdlm.rollout import cached_attention
 from megatron_opdlm.rollout import engine as engine_module
 from megatron_opdlm.rollout.engine import tokens_per_forward
-from megatron_opdlm.rollout.request import DecodingOptions
+from megatron_opdlm.rollout.request import DecodingOptions, Request
+from tests.decoding_references import (
+    decode_with,
+    full_recompute,
+    fused_commit,
+    prefix_per_block,
+    separate_commit,
+)
 from tests.helpers import run_ranks
-from tests.oracle import decode, hf_logits, load_hf
+from tests.oracle import block_tags, decode, hf_logits, load_hf
 from tests.rollouts import EOS, MASK, RecordingEngine, load, make_engine, make_request, same
 from tests.tiny import tiny_model
 
@@ -72,6 +80,48 @@ def compare_with_recompute(rank, folder, max_rows):
 def test_engine_equals_full_recompute(max_rows, model):
     (sampled,) = run_ranks(compare_with_recompute, 1, model, max_rows)
     assert {ended for *_, ended in sampled} == {True, False}
+
+
+REFERENCES = {
+    "full recompute": full_recompute,
+    "prefix per block": prefix_per_block,
+    "separate commit": separate_commit,
+    "fused commit": fused_commit,
+}
+
+
+def decode_by_references(rank, folder, options):
+    model, parallel, _ = load(folder.checkpoint)
+    engine = make_engine(model, parallel, options)
+    result = {"engine": (engine.generate(REQUESTS), engine.counts)}
+    for name, step in REFERENCES.items():
+        for keep in (False, True):
+            engine = make_engine(model, parallel, options)
+            result[name, keep] = (
+                decode_with(step, engine, REQUESTS, keep_finished=keep),
+                engine.counts,
+            )
+    return result
+
+
+@pytest.mark.parametrize("options", [DecodingOptions(denoising_steps=2), SAMPLED], ids=["2", "d"])
+def test_references_give_the_same_tokens(options, model):
+    """And their counted work says what they are."""
+    (results,) = run_ranks(decode_by_references, 1, model, options)
+    expected, counts = results.pop("engine")
+    for name, (got, _) in results.items():
+        assert all(map(same, got, expected)), name
+    work = {name: counts for (name, keep), (_, counts) in results.items() if not keep}
+    assert work["fused commit"] == dataclasses.replace(counts, ticks=0)
+    passes = max(t.num_passes for t in expected)
+    for name in ("fused commit", "prefix per block", "full recompute"):
+        assert work[name].passes == passes
+    assert work["separate commit"].passes > passes
+    assert work["separate commit"].tokens == work["fused commit"].tokens
+    assert work["fused commit"].tokens < work["prefix per block"].tokens
+    assert work["prefix per block"].tokens < work["full recompute"].tokens
+    kept = results["fused commit", True][1]
+    assert kept.passes == passes and kept.tokens > counts.tokens
 
 
 def test_prompts_enter_in_bounded_passes(model, monkeypatch):
@@ -150,6 +200,72 @@ def test_a_response_depends_on_its_request_alone(model):
     for other in others:
         assert all(map(same, first, other))
     assert not any(map(same, first, with_other_key))  # control: they are sampled
+
+
+# --- the distribution of sampled tokens ---
+
+PAIR = DecodingOptions(block_size=2, denoising_steps=2, remasking="sequential", temperature=1.0)
+PROMPT = torch.tensor([70, 101, 32, 65])
+NUM_DRAWS = 6_000
+
+
+def draw_pairs(rank, folder, options):
+    """[draws, 2] first blocks of one prompt, by as many keys."""
+    model, parallel, _ = load(folder.checkpoint)
+    requests = [
+        Request(
+            prompt_id=str(i), sample=i, prompt_ids=PROMPT, response_limit=2,
+            key=randomness.key(3, i),
+        )
+        for i in range(NUM_DRAWS)
+    ]  # fmt: skip
+    engine = make_engine(model, parallel, options, max_rows=2000)
+    return torch.stack([t.response_ids for t in engine.generate(requests)])
+
+
+def exact_pair(folder):
+    """P(first) [V] and P(second | first) [V, V], float64, from whole sequences."""
+    hf = load_hf(folder.hf, torch.float64)
+    length, tags = len(PROMPT), block_tags(len(PROMPT), len(PROMPT) + 2, 2)
+
+    def distribution(tail, position):
+        with torch.no_grad():
+            logits = hf_logits(hf, torch.cat([PROMPT, torch.tensor(tail)]), tags)[length + position]
+        logits[MASK] = -torch.inf
+        return logits.softmax(-1)
+
+    first = distribution([MASK, MASK], 0)
+    return first, torch.stack([distribution([t, MASK], 1) for t in range(len(first))])
+
+
+def chi_square(tokens, probability):
+    """Standardised statistic; rare tokens are pooled."""
+    expected = len(tokens) * probability
+    counts = torch.bincount(tokens, minlength=len(probability)).double()
+    rare = expected < 8
+    counts = torch.cat([counts[~rare], counts[rare].sum().view(1)])
+    expected = torch.cat([expected[~rare], expected[rare].sum().view(1)])
+    degrees = len(expected) - 1
+    assert degrees > 10
+    return (float(((counts - expected) ** 2 / expected).sum()) - degrees) / (2 * degrees) ** 0.5
+
+
+def test_sampled_tokens_have_the_exact_distribution(tmp_path_factory):
+    model = tiny_model(tmp_path_factory.getbasetemp(), num_hidden_layers=2, std=0.35)  # peaked
+    first, second = exact_pair(model)
+    (drawn,) = run_ranks(draw_pairs, 1, model, PAIR)
+    assert chi_square(drawn[:, 0], first) < 5
+    assert chi_square(drawn[:, 1], first @ second) < 5
+    likeliest = int(first.argmax())
+    given = drawn[drawn[:, 0] == likeliest, 1]
+    assert chi_square(given, second[likeliest]) < 5
+    # controls: another temperature, and a second token that does not see the first
+    wrong = dataclasses.replace(PAIR, temperature=1.3)
+    (other,) = run_ranks(draw_pairs, 1, model, wrong)
+    assert chi_square(other[:, 0], first) > 20
+    (blind,) = run_ranks(draw_pairs, 1, model, dataclasses.replace(PAIR, denoising_steps=1))
+    assert chi_square(blind[:, 0], first) < 5
+    assert chi_square(blind[blind[:, 0] == likeliest, 1], second[likeliest]) > 5
 
 
 # --- work ---
