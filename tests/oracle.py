@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,24 +103,32 @@ def decode(
 
 def _draw(
     logits: Tensor, key: int, position: int, step: int, temperature: float
-) -> tuple[int, float]:
-    """Token and its probability under the plain softmax."""
+) -> tuple[int, float, float]:
+    """Token, its probability under the plain softmax, and the entropy of that."""
     score = logits
     if temperature > 0:
         noise_key = torch.tensor([key ^ (position << 8 | step)])
         noise = randomness.gumbel(noise_key, torch.arange(len(logits)))[0].double()
         score = logits / temperature + noise
     token = int(score.argmax())
-    return token, float(logits.softmax(0)[token])
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    return token, float(logits.softmax(0)[token]), float(entropy)
 
 
 def _commits(
-    drawn: dict[int, tuple[int, float]], size: int, step: int, options: DecodingOptions
+    drawn: dict[int, tuple[int, float, float]], size: int, step: int, options: DecodingOptions
 ) -> list[int]:
     """Positions to commit at this step."""
     if step == options.denoising_steps - 1:
         return list(drawn)
     quota = size // options.denoising_steps + (step < size % options.denoising_steps)
+    if options.remasking == "sequential":
+        return sorted(drawn)[:quota]
+    if options.remasking == "entropy_bounded":
+        order = sorted(drawn, key=lambda position: (drawn[position][2], position))
+        totals = list(itertools.accumulate(drawn[position][2] for position in order))
+        within = sum(total < options.entropy_bound for total in totals)
+        return order[: max(quota, within)]
     order = sorted(drawn, key=lambda position: (-drawn[position][1], position))
     chosen = order[:quota]
     if options.remasking == "low_confidence_dynamic":

@@ -66,6 +66,7 @@ def make_engine(
     cls: type[RolloutEngine] = RolloutEngine,
     build: BuildOptions | None = None,
     max_rows: int = 128,
+    kv_cache_gb: float | None = None,
     eos_token_ids: tuple[int, ...] = EOS,
 ) -> Any:
     """An engine over a loaded model."""
@@ -76,6 +77,7 @@ def make_engine(
         mask_token_id=MASK,
         eos_token_ids=eos_token_ids,
         max_rows=max_rows,
+        kv_cache_gb=kv_cache_gb,
         stream_multiple=stream_multiple(build or BuildOptions(), parallel.tp_size),
     )
     if isinstance(engine, RecordingEngine):

@@ -1,14 +1,20 @@
 """Rollouts on several ranks, and the exactness rule: training sees the logits the rollout saw."""
 
 import dataclasses
+import multiprocessing
+import os
+import signal
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from megatron_opdlm import parallel as process_groups
 from megatron_opdlm.attention import AttentionPlan
 from megatron_opdlm.pipeline import forward_only
 from megatron_opdlm.rollout.collector import collect
 from megatron_opdlm.rollout.request import DecodingOptions
+from megatron_opdlm.rollout.request_queue import SharedQueue
 from megatron_opdlm.stream import BLOCK, NOISY, POSITION, pack
 from megatron_opdlm.trajectory import training_state
 from tests.helpers import run_ranks
@@ -166,7 +172,7 @@ def test_layouts_give_token_identical_trajectories(layout, model, on_one_rank):
                 assert rank_counts.passes == counts.passes
         finished = [result[name][2] for result in results]
         if layout == "DP2":
-            assert sum(finished) == len(expected) and min(finished) > 0
+            assert sum(finished) == len(expected)
         else:
             assert set(finished) == {len(expected)}
 
@@ -182,6 +188,41 @@ def roll_out_few(rank, checkpoint):
 def test_more_ranks_than_requests(model):
     results = run_ranks(roll_out_few, 2, model.checkpoint)
     assert results == [(["p0"], results[0][1], [])] * 2 and results[0][1] > 0
+
+
+def take_all(rank, layout, num_requests, most, most_tokens):
+    """What this rank's replica takes, batch by batch, and when it knew that nothing was left."""
+    parallel = process_groups.initialize(**layout)
+    requests = [make_request(i, 1 + i % 5, 4) for i in range(num_requests)]
+    queue = SharedQueue(requests, parallel)
+    batches = []
+    while not queue.is_empty:
+        batches.append(queue.take(most, most_tokens))
+    return parallel.dp_rank, batches, queue.fair_share
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (1, {}),
+        (3, {}),
+        (4, {"tensor_model_parallel_size": 2}),
+        (4, {"pipeline_model_parallel_size": 2}),
+    ],
+)
+def test_replicas_share_one_queue(world_size, layout):
+    """Every request is taken once, by a replica whose ranks agree; nobody stops before the end."""
+    for num_requests, most, most_tokens in ((23, 3, 100), (23, 100, 6), (0, 3, 6), (2, 1, 1)):
+        results = run_ranks(take_all, world_size, layout, num_requests, most, most_tokens)
+        replicas = {}
+        for replica, batches, share in results:
+            assert replicas.setdefault(replica, batches) == batches
+            assert share == -(-num_requests // len({r for r, *_ in results}))
+        batches = [batch for batches in replicas.values() for batch in batches]
+        assert sorted(index for batch in batches for index in batch) == list(range(num_requests))
+        for batch in batches:
+            assert len(batch) <= most
+            assert sum(1 + index % 5 for index in batch[:-1]) < most_tokens
 
 
 # --- failures reach every rank ---
@@ -214,6 +255,69 @@ def test_nan_weights_raise_on_every_tensor_parallel_rank(model):
     assert all(
         message and "p0 (block 1, denoising step 0), p1 (" in message for message in messages
     )
+
+
+def collect_with_nan(rank, checkpoint):
+    """One replica of two has broken weights."""
+    model, parallel, _ = load(checkpoint)
+    if rank == 1:
+        with torch.no_grad():
+            model.decoder.layers[0].mlp.linear_fc2.weight[0, 0] = torch.nan
+    engine = make_engine(model, parallel, DecodingOptions(), max_rows=1)
+    try:
+        collect(engine, [make_request(i, 5, 4) for i in range(6)], parallel)
+    except FloatingPointError as error:
+        return str(error)
+
+
+def test_nan_on_one_replica_raises_on_all(model):
+    messages = run_ranks(collect_with_nan, 2, model.checkpoint)
+    if messages[0] is None:  # rank 0 was so fast that it decoded everything
+        pytest.skip("the broken replica had nothing to decode")
+    assert messages[0] == messages[1] and "weights are not finite" in messages[0]
+
+
+def lose_a_rank(rank, folder, checkpoint, layout):
+    dist.init_process_group(
+        "gloo", init_method=(folder / "rendezvous").as_uri(), rank=rank, world_size=2
+    )
+    model, parallel, _ = load(checkpoint, **layout)
+    engine = make_engine(model, parallel, DecodingOptions(), max_rows=1)
+    engine_commit, passes = engine._commit, []
+
+    def die_at_the_third_pass(*args):
+        passes.append(1)
+        if rank == 1 and len(passes) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        engine_commit(*args)
+
+    engine._commit = die_at_the_third_pass
+    try:
+        collect(engine, [make_request(i, 5, 40) for i in range(6)], parallel)
+    except RuntimeError as error:
+        (folder / "heard").write_text(str(error))
+    os._exit(1)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}],
+    ids=["DP2", "TP2", "PP2"],
+)
+def test_a_killed_rank_ends_the_others(layout, model, tmp_path):
+    fork = multiprocessing.get_context("fork")
+    arguments = [(rank, tmp_path, model.checkpoint, layout) for rank in range(2)]
+    ranks = [fork.Process(target=lose_a_rank, args=values) for values in arguments]
+    for process in ranks:
+        process.start()
+    try:
+        for process in ranks:
+            process.join(60)
+        assert [process.exitcode for process in ranks] == [1, -signal.SIGKILL]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert "onnection" in (tmp_path / "heard").read_text()  # closed or reset, no time-out
 
 
 def test_control_finite_weights_do_not_raise(model):

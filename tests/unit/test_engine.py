@@ -4,6 +4,7 @@ Everything that needs the model runs in one forked rank.
 """
 
 import dataclasses
+import logging
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from megatron_opdlm import randomness
+from megatron_opdlm.denoise import REMASKING
 from megatron_opdlm.rollout import cached_attention
 from megatron_opdlm.rollout import engine as engine_module
 from megatron_opdlm.rollout.engine import tokens_per_forward
@@ -146,19 +148,18 @@ def fuzz(rank, folder):
     seen = []
 
     @settings(
-        max_examples=25, deadline=None, derandomize=True, database=None,
+        max_examples=40, deadline=None, derandomize=True, database=None,
         suppress_health_check=list(HealthCheck), phases=[Phase.generate],
     )  # fmt: skip
     @given(data=st.data())
     def check(data):
-        size = data.draw(st.integers(1, 8))
+        size = data.draw(st.one_of(st.integers(1, 8), st.sampled_from([16, 33, 64])))
         options = DecodingOptions(
             block_size=size,
-            denoising_steps=data.draw(st.integers(1, size)),
-            remasking=data.draw(
-                st.sampled_from(["low_confidence_static", "low_confidence_dynamic"])
-            ),
+            denoising_steps=data.draw(st.integers(1, min(size, 9))),
+            remasking=data.draw(st.sampled_from(REMASKING)),
             confidence_threshold=data.draw(st.sampled_from([0.02, 0.05, 0.1, 0.9])),
+            entropy_bound=data.draw(st.sampled_from([0.0, 4.0, 9.0, 1000.0])),
             temperature=data.draw(st.sampled_from([0.0, 0.5, 1.0])),
         )
         lengths = data.draw(
@@ -168,15 +169,21 @@ def fuzz(rank, folder):
         engine = make_engine(model, parallel, options, max_rows=data.draw(st.integers(1, 4)))
         got = engine.generate(requests)
         assert [plain(t) for t in got] == recomputed(hf, requests, options), options
-        seen.append(options.block_size)
+        for trajectory, request in zip(got, requests, strict=True):
+            assert torch.equal(trajectory.prompt_ids, request.prompt_ids)
+            assert not bool((trajectory.response_ids == MASK).any())
+            assert bool((trajectory.commit_step >= 0).all())
+        seen.append((options.block_size, options.remasking))
 
     check()
-    return sorted(set(seen))
+    return seen
 
 
 def test_any_options_equal_full_recompute(model):
-    (sizes,) = run_ranks(fuzz, 1, model)
-    assert len(sizes) >= 6
+    """Whatever block size, step budget, rule and lengths."""
+    (seen,) = run_ranks(fuzz, 1, model)
+    sizes, rules = zip(*seen, strict=True)
+    assert len(set(sizes)) >= 7 and max(sizes) == 64 and set(rules) == set(REMASKING)
 
 
 # --- composition of the batch ---
@@ -373,6 +380,59 @@ def refuse(rank, folder, change):
 def test_requests_that_cannot_be_decoded(change, message, model):
     ((text, passes),) = run_ranks(refuse, 1, model, change)
     assert message in text and passes == 0
+
+
+def decode_in_little_memory(rank, folder):
+    """Tokens and slots under several limits, and what is said where nothing fits."""
+    model, parallel, _ = load(folder.checkpoint)
+    longest = max(row_capacity(request) for request in REQUESTS)
+    row_bytes = 2 * 2 * 4 * 16 * 4 * longest  # k and v, layers, heads, head size, float32
+    results = []
+    for rows in (100.0, 3.5, 1.0):
+        engine = make_engine(model, parallel, SAMPLED, kv_cache_gb=rows * row_bytes / 1e9)
+        with LogCapture("megatron_opdlm.rollout.cache") as log:
+            decoded = engine.generate(REQUESTS)
+        results.append((decoded, engine.counts.passes, log.lines))
+    engine = make_engine(model, parallel, SAMPLED, kv_cache_gb=0.99 * row_bytes / 1e9)
+    with pytest.raises(ValueError, match="more than the .* GB there are; shorten prompts") as error:
+        engine.generate(REQUESTS)
+    assert engine.counts.passes == 0
+    return results, row_bytes, str(error.value)
+
+
+def row_capacity(request):
+    return -(-(len(request.prompt_ids) + request.response_limit) // 4) * 4
+
+
+class LogCapture(logging.Handler):
+    """Lines of a logger, in a forked rank."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.logger, self.lines = logging.getLogger(name), []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+    def __enter__(self):
+        self.logger.addHandler(self)
+        self.logger.setLevel(logging.INFO)
+        return self
+
+    def __exit__(self, *unused):
+        self.logger.removeHandler(self)
+
+
+def test_the_cache_stays_within_its_limit(model):
+    ((results, row_bytes, message),) = run_ranks(decode_in_little_memory, 1, model)
+    expected, passes, _ = results[0]
+    for (decoded, more_passes, lines), rows in zip(results, (9, 3, 1), strict=True):
+        assert all(map(same, decoded, expected)) and len(decoded) == len(REQUESTS)
+        assert (more_passes > passes) == (rows < 9)
+        (line,) = lines
+        assert f": {rows} sequences x" in line
+        assert line.endswith(f" = {rows * row_bytes / 1e9:.3f} GB")
+    assert "a sequence of 20 tokens needs 0.000 GB" in message
 
 
 def fill_the_model(rank, folder):
