@@ -114,6 +114,9 @@ class ParallelConfig(_Section):
     """Ranks that share every layer; must divide the key/value heads."""
     pipeline_model_parallel_size: int = 1
     """Ranks that hold consecutive groups of layers; must divide the number of layers."""
+    rollout_tensor_model_parallel_size: int | None = None
+    """Tensor-parallel size of rollouts, which then have no pipeline: a second copy of the student,
+    filled from rank to rank before each rollout. null = training's layout and no copy."""
     sequence_parallel: bool = False
     """Splits activations between tensor-parallel ranks along the tokens; needs more than one."""
     use_distributed_optimizer: bool = True
@@ -130,6 +133,8 @@ class ParallelConfig(_Section):
     def _check(self) -> None:
         self._at_least(1, "tensor_model_parallel_size", "pipeline_model_parallel_size")
         self._at_least(1, "micro_batch_tokens", "make_vocab_size_divisible_by")
+        if self.rollout_tensor_model_parallel_size is not None:
+            self._at_least(1, "rollout_tensor_model_parallel_size")
         self._at_least(1, "distributed_timeout_minutes")
         require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,

@@ -277,9 +277,11 @@ def transformer_config(
     )
 
 
-def _block_spec(config: TransformerConfig, layer_spec: str) -> TransformerBlockSubmodules:
+def _block_spec(
+    config: TransformerConfig, layer_spec: str, pp_rank: int
+) -> TransformerBlockSubmodules:
     """Returns the spec of this stage's layers, with our attention and, locally, our norm."""
-    num_layers = get_num_layers_to_build(config)
+    num_layers = get_num_layers_to_build(config, pp_rank=pp_rank)
     require_transformer_engine(layer_spec)
     if layer_spec == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
@@ -319,7 +321,7 @@ def build_model(
     config = transformer_config(hf, options, parallel)
     model = BlockDiffusionModel(
         config=config,
-        transformer_layer_spec=_block_spec(config, options.layer_spec),
+        transformer_layer_spec=_block_spec(config, options.layer_spec, parallel.pp_rank),
         vocab_size=padded_vocab_size(
             hf.vocab_size,
             divisor=options.make_vocab_size_divisible_by,
@@ -330,6 +332,7 @@ def build_model(
         post_process=parallel.is_last_stage,
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="rope",
+        pg_collection=parallel.pg_collection,
     )
     model.vocab_size_unpadded = hf.vocab_size
     model.tp_group = parallel.tp_group

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_opdlm.backends import cpu
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 _T = TypeVar("_T")
 
@@ -34,6 +37,8 @@ class ParallelState:
         dp_group: data-parallel group.
         mp_group: the ranks of one data-parallel replica, over tensor and pipeline axis.
         store: the job's key-value store.
+        pg_collection: the same groups as Megatron's layers take them; None = Megatron's own, those
+            of `parallel_state`.
     """
 
     tp_group: ProcessGroup
@@ -41,6 +46,7 @@ class ParallelState:
     dp_group: ProcessGroup
     mp_group: ProcessGroup
     store: dist.Store
+    pg_collection: ProcessGroupCollection | None = None
 
     @property
     def tp_size(self) -> int:
@@ -157,6 +163,55 @@ def initialize(
         mp_group=mpu.get_model_parallel_group(),
         store=_get_default_store(),
     )
+
+
+def second_layout(first: ParallelState, *, tensor_model_parallel_size: int) -> ParallelState:
+    """Cuts the same job into tensor x data parallel, next to the layout that it has.
+
+    Ranks that are next to each other share a model, as in Megatron. Call on all ranks.
+
+    Args:
+        first: the layout that `initialize` made.
+        tensor_model_parallel_size: of the second one; it has no pipeline.
+
+    Raises:
+        ValueError: the world size is not a multiple of the size.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    world, size = dist.get_world_size(), tensor_model_parallel_size
+    if world % size:
+        raise ValueError(
+            f"rollout_tensor_model_parallel_size={size} must divide the number of processes, "
+            f"which is {world}; use one of {[n for n in range(1, world + 1) if world % n == 0][:8]}"
+        )
+    rank = dist.get_rank()
+    tp_group = _own_group([range(i, i + size) for i in range(0, world, size)], rank)
+    dp_group = _own_group([range(i, world, size) for i in range(size)], rank)
+    alone = _own_group([[i] for i in range(world)], rank)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.tp = groups.tp_cp = groups.mp = tp_group
+    groups.dp = groups.dp_cp = dp_group
+    groups.pp = groups.embd = groups.pos_embd = alone
+    return ParallelState(
+        tp_group=tp_group,
+        pp_group=alone,
+        dp_group=dp_group,
+        mp_group=tp_group,
+        store=first.store,
+        pg_collection=groups,
+    )
+
+
+def _own_group(groups: Sequence[Sequence[int]], rank: int) -> ProcessGroup:
+    """Makes all groups, as every rank must, and returns the one that this rank is in."""
+    own: ProcessGroup | None = None
+    for ranks in groups:
+        group = dist.new_group(list(ranks))
+        if rank in ranks:
+            own = group
+    assert own is not None, "the groups cover all ranks"
+    return own
 
 
 def _init_process_group(timeout_minutes: float) -> None:

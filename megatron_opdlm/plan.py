@@ -40,7 +40,7 @@ class RankPlan:
     student_parameters: int
     teacher_parameters: int
     weight_bytes: int
-    """Student and teacher, in params_dtype."""
+    """Student, teacher and the student's copy for rollouts if there is one, in params_dtype."""
     gradient_bytes: int
     """The student's gradient buffer, float32."""
     optimizer_bytes: int
@@ -80,6 +80,12 @@ def rank_table(
             f"pipeline_model_parallel_size = {tp_size} x {pp_size}; use a multiple of "
             f"{tp_size * pp_size}"
         )
+    rollout_size, _ = _rollout_layout(config)
+    if world_size % rollout_size:
+        raise ValueError(
+            f"rollout_tensor_model_parallel_size={rollout_size} must divide the number of GPUs, "
+            f"{world_size}"
+        )
     dp_size = world_size // (tp_size * pp_size)
     plans = []
     for rank in range(world_size):
@@ -104,6 +110,8 @@ def check_models(config: Config, *, student: HFConfig, teacher: HFConfig) -> Non
             pp_size=config.parallel.pipeline_model_parallel_size,
         )
         _check_lengths(config, hf)
+    if (size := config.parallel.rollout_tensor_model_parallel_size) is not None:
+        check_parallel_fit(student, tp_size=size, pp_size=1)
     if student.vocab_size != teacher.vocab_size:
         raise ValueError(
             f"teacher has vocab_size={teacher.vocab_size}, which must equal the student's "
@@ -187,8 +195,14 @@ def _plan_rank(
 ) -> RankPlan:
     tp_rank, dp_rank, pp_rank = place
     parallel = config.parallel
-    student_parameters = _count_parameters(config, student, pp_rank)
-    teacher_parameters = _count_parameters(config, teacher, pp_rank)
+    tp_size, pp_size = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    student_parameters = _count_parameters(config, student, tp_size, pp_size, pp_rank)
+    teacher_parameters = _count_parameters(config, teacher, tp_size, pp_size, pp_rank)
+    rollout_tp_size, rollout_pp_size = _rollout_layout(config)
+    copied = 0
+    if (rollout_tp_size, rollout_pp_size) != (tp_size, pp_size):
+        copied = _count_parameters(config, student, rollout_tp_size, rollout_pp_size, 0)
+    replicas = dp_size * tp_size * pp_size // (rollout_tp_size * rollout_pp_size)
     dtype_bytes = _BYTES[config.model.params_dtype]
     state_bytes = (8 if dtype_bytes == 4 else 12) * student_parameters
     if parallel.use_distributed_optimizer:
@@ -204,17 +218,25 @@ def _plan_rank(
         vocab_rows=_vocab_rows(config, student, tp_rank, pp_rank),
         student_parameters=student_parameters,
         teacher_parameters=teacher_parameters,
-        weight_bytes=dtype_bytes * (student_parameters + teacher_parameters),
+        weight_bytes=dtype_bytes * (student_parameters + teacher_parameters + copied),
         gradient_bytes=4 * student_parameters,
         optimizer_bytes=state_bytes,
-        kv_cache_bytes=dtype_bytes * _kv_cache_numbers(config, student, len(layers), dp_size),
+        kv_cache_bytes=dtype_bytes * _kv_cache_numbers(config, student, replicas),
     )
 
 
-def _count_parameters(config: Config, hf: HFConfig, pp_rank: int) -> int:
-    """Parameters of one rank. Norms are whole on every tensor-parallel rank, all else is split."""
+def _rollout_layout(config: Config) -> tuple[int, int]:
+    """Tensor and pipeline parallel size of rollouts."""
     parallel = config.parallel
-    tp_size, pp_size = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if parallel.rollout_tensor_model_parallel_size is not None:
+        return parallel.rollout_tensor_model_parallel_size, 1
+    return parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+
+
+def _count_parameters(
+    config: Config, hf: HFConfig, tp_size: int, pp_size: int, pp_rank: int
+) -> int:
+    """Parameters of one rank. Norms are whole on every tensor-parallel rank, all else is split."""
     is_first, is_last = pp_rank == 0, pp_rank == pp_size - 1
     total = 0
     for entry in FAMILIES[hf.family].entries_for(hf):
@@ -249,13 +271,13 @@ def _vocab_rows(config: Config, hf: HFConfig, tp_rank: int, pp_rank: int) -> ran
     return range(tp_rank * share, (tp_rank + 1) * share)
 
 
-def _kv_cache_numbers(config: Config, hf: HFConfig, num_layers: int, dp_size: int) -> int:
-    rollout = config.rollout
-    rows = min(rollout.rollout_batch_size, math.ceil(config.rows_per_rollout / dp_size))
+def _kv_cache_numbers(config: Config, hf: HFConfig, replicas: int) -> int:
+    rollout, (tp_size, pp_size) = config.rollout, _rollout_layout(config)
+    rows = min(rollout.rollout_batch_size, math.ceil(config.rows_per_rollout / replicas))
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens.end
     capacity = round_up(longest, rollout.block_size)
-    heads = hf.num_query_groups // config.parallel.tensor_model_parallel_size
-    return rows * capacity * 2 * num_layers * heads * hf.kv_channels
+    heads = hf.num_query_groups // tp_size
+    return rows * capacity * 2 * (hf.num_layers // pp_size) * heads * hf.kv_channels
 
 
 def _check_lengths(config: Config, hf: HFConfig) -> None:

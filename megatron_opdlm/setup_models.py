@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ import torch
 
 from megatron_opdlm.checkpoint import freeze, load_model
 from megatron_opdlm.config import ModelConfig, ParallelConfig
+from megatron_opdlm.config_sections import RolloutConfig
 from megatron_opdlm.convert.layout import TOKENIZER_DIR, ModelDescription, read_description
 from megatron_opdlm.import_cache import ImportCache
 from megatron_opdlm.model import BlockDiffusionModel, BuildOptions
 from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.rollout.engine import RolloutEngine
+from megatron_opdlm.rollout.layout import RolloutLayout
+from megatron_opdlm.rollout.request import DecodingOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -99,6 +104,21 @@ def load_teacher(
     model, description = load_model(folder, options, parallel)
     freeze(model)
     return model, description
+
+
+def build_engine(config: RolloutConfig, student: Student, layout: RolloutLayout) -> RolloutEngine:
+    """Makes the engine that decodes training's responses."""
+    names = (field.name for field in dataclasses.fields(DecodingOptions))
+    return RolloutEngine(
+        layout.model,
+        layout.parallel,
+        DecodingOptions(**{name: getattr(config, name) for name in names}),
+        mask_token_id=student.mask_token_id,
+        eos_token_ids=student.description.config.eos_token_ids,
+        max_rows=config.rollout_batch_size,
+        kv_cache_gb=config.kv_cache_gb,
+        stream_multiple=layout.stream_multiple,
+    )
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -25,15 +25,16 @@ from megatron_opdlm.distill import StepRows, forward_backward, teacher_rows
 from megatron_opdlm.evaluation.online import OnlineEvaluation
 from megatron_opdlm.import_cache import ImportCache
 from megatron_opdlm.metrics import MaskedFractionHistogram, MetricsLogger, PhaseTimer
-from megatron_opdlm.model import stream_multiple, training_stream_multiple
+from megatron_opdlm.model import training_stream_multiple
 from megatron_opdlm.optimizer import StudentOptimizer
 from megatron_opdlm.parallel import ParallelState, from_main
 from megatron_opdlm.rollout.collector import collect
-from megatron_opdlm.rollout.engine import RolloutEngine, tokens_per_forward
-from megatron_opdlm.rollout.request import DecodingOptions, Request
+from megatron_opdlm.rollout.engine import tokens_per_forward
+from megatron_opdlm.rollout.layout import RolloutLayout
+from megatron_opdlm.rollout.request import Request
 from megatron_opdlm.run_folder import RunFolder
 from megatron_opdlm.schedules import response_limit
-from megatron_opdlm.setup_models import build_options, load_student, load_teacher
+from megatron_opdlm.setup_models import build_engine, build_options, load_student, load_teacher
 from megatron_opdlm.trajectory import TrainingState, Trajectory, select_state, training_state
 
 logger = logging.getLogger(__name__)
@@ -76,10 +77,8 @@ class Trainer:
             prompts_per_rollout=config.rollout.prompts_per_rollout,
             seed=config.train.seed,
         )
-        self.engine = self._make_engine()
-        self.evaluation = OnlineEvaluation(
-            config, self.student, self.parallel, self.rollout_multiple
-        )
+        self.engine = build_engine(config.rollout, self.student, self.layout)
+        self.evaluation = OnlineEvaluation(config, self.student, self.layout)
         self.optimizer = StudentOptimizer(
             self.student.model,
             config.optimizer,
@@ -135,10 +134,12 @@ class Trainer:
             for place in self.sampler.batch(self.rollout_step)
             for sample in range(config.samples_per_prompt)
         ]
-        share = len(requests[self.parallel.dp_rank :: self.parallel.dp_size])
+        replicas = self.layout.parallel
+        share = -(-len(requests) // replicas.dp_size)
         with self.timer.phase("rollout"), self._bar(share, "responses", leave=False) as bar:
+            self.layout.refresh()
             trajectories, counts = collect(
-                self.engine, requests, self.parallel, on_finish=lambda _: bar.update()
+                self.engine, requests, replicas, on_finish=lambda _: bar.update()
             )
         self.work.add_rollout(
             trajectories,
@@ -278,7 +279,6 @@ class Trainer:
     def _load_models(self) -> None:
         config = self.config.model
         options = build_options(config, self.config.parallel)
-        self.rollout_multiple = stream_multiple(options, self.parallel.tp_size)
         self.training_multiple = training_stream_multiple(options, self.parallel.tp_size)
         cache = ImportCache(
             folder=self.folder.imported(self.config),
@@ -287,6 +287,13 @@ class Trainer:
         )
         self.student = load_student(
             config.student, cache, options, self.parallel, config.mask_token
+        )
+        self.layout = RolloutLayout(
+            self.student.model,
+            self.student.description.config,
+            options,
+            self.parallel,
+            tensor_model_parallel_size=self.config.parallel.rollout_tensor_model_parallel_size,
         )
         self.teacher, teacher_description = load_teacher(
             config.teacher or config.student, cache, options, self.parallel, self.student
@@ -307,20 +314,6 @@ class Trainer:
             progress=self.parallel.is_main,
         )
         return tokenized.kept
-
-    def _make_engine(self) -> RolloutEngine:
-        config = self.config.rollout
-        names = (field.name for field in dataclasses.fields(DecodingOptions))
-        return RolloutEngine(
-            self.student.model,
-            self.parallel,
-            DecodingOptions(**{name: getattr(config, name) for name in names}),
-            mask_token_id=self.student.mask_token_id,
-            eos_token_ids=self.student.description.config.eos_token_ids,
-            max_rows=config.rollout_batch_size,
-            kv_cache_gb=config.kv_cache_gb,
-            stream_multiple=self.rollout_multiple,
-        )
 
     def _resume(self) -> None:
         latest = self.checkpoints.latest()

@@ -10,7 +10,7 @@ from megatron_opdlm.decoder import Decoder
 from megatron_opdlm.denoise import LOW_CONFIDENCE_DYNAMIC, LOW_CONFIDENCE_STATIC
 from megatron_opdlm.evaluation.runner import evaluate
 from megatron_opdlm.evaluation.task import Task, load_task
-from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.rollout.request import DecodingOptions
 from megatron_opdlm.setup_models import Student
 
@@ -22,17 +22,15 @@ class OnlineEvaluation:
     trains the same numbers as a run without.
     """
 
-    def __init__(
-        self, config: Config, student: Student, parallel: ParallelState, multiple: int
-    ) -> None:
+    def __init__(self, config: Config, student: Student, layout: RolloutLayout) -> None:
         """Reads the questions; errors in them show before work starts.
 
         Args:
             config: resolved configuration.
             student: the student in training.
-            parallel: process groups.
-            multiple: the length of a pass is padded to a multiple of this.
+            layout: its weights in the layout of rollouts, in which it is evaluated, too.
         """
+        self.layout = layout
         self.interval = config.train.eval_interval
         self.response_limit = config.rollout.max_response_tokens.end
         self.enable_thinking = config.rollout.enable_thinking
@@ -51,11 +49,11 @@ class OnlineEvaluation:
                 key="eval_questions",
             )
         self.decoder = Decoder(
-            student=student,
-            parallel=parallel,
+            student=dataclasses.replace(student, model=layout.model),
+            parallel=layout.parallel,
             trained_block_size=config.rollout.block_size,
             max_rows=config.rollout.rollout_batch_size,
-            multiple=multiple,
+            multiple=layout.stream_multiple,
             kv_cache_gb=config.rollout.kv_cache_gb,
         )
 
@@ -76,6 +74,7 @@ class OnlineEvaluation:
         """
         assert self.task is not None, "is_due() says whether there is anything to run"
         start = time.perf_counter()
+        self.layout.refresh()
         metrics: dict[str, float] = {"eval/questions": len(self.task.questions)}
         for name, remasking in (
             ("static", LOW_CONFIDENCE_STATIC),

@@ -33,6 +33,16 @@ LAYOUTS = {
             "micro_batch_tokens": 80,
         },
     ),
+    "TP2 x PP2, rollouts on DP4": (
+        4,
+        {
+            "tensor_model_parallel_size": 2,
+            "pipeline_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "micro_batch_tokens": 80,
+            "rollout_tensor_model_parallel_size": 1,
+        },
+    ),
     "DP2 x PP2 recomputed": (
         4,
         {

@@ -11,8 +11,10 @@ import torch.distributed as dist
 
 from megatron_opdlm import parallel as process_groups
 from megatron_opdlm.attention import AttentionPlan
+from megatron_opdlm.convert.layout import read_description, resolve_iteration
 from megatron_opdlm.pipeline import forward_only
 from megatron_opdlm.rollout.collector import collect
+from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.rollout.request import DecodingOptions
 from megatron_opdlm.rollout.request_queue import SharedQueue
 from megatron_opdlm.stream import BLOCK, NOISY, POSITION, pack
@@ -223,6 +225,99 @@ def test_replicas_share_one_queue(world_size, layout):
         for batch in batches:
             assert len(batch) <= most
             assert sum(1 + index % 5 for index in batch[:-1]) < most_tokens
+
+
+# --- rollouts in another layout than training ---
+
+
+def change_layout(rank, checkpoint, training, size):
+    """Weights and tokens of rollouts, before and after the student has changed."""
+    model, parallel, build = load(checkpoint, **training)
+    hf = read_description(resolve_iteration(checkpoint)).config
+    layout = RolloutLayout(model, hf, build, parallel, tensor_model_parallel_size=size)
+    results = []
+    for change in (False, True):
+        if change:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.25)
+            before = roll_out_once(layout)
+        layout.refresh()
+        state = {name: tensor.clone() for name, tensor in layout.model.named_parameters()}
+        results.append((state, roll_out_once(layout)))
+    return results, before, layout.num_bytes, layout.model is model
+
+
+def roll_out_once(layout):
+    engine = make_engine(layout.model, layout.parallel, OPTIONS["dynamic"], max_rows=5)
+    return collect(engine, make_requests(4), layout.parallel)[0]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def model_and_result(request, tmp_path_factory):
+    """A model, and what one process makes of it."""
+    model = tiny_model(tmp_path_factory.getbasetemp(), tie_word_embeddings=request.param)
+    ((result, *_),) = run_ranks(change_layout, 1, model.checkpoint, {}, None)
+    return model, result
+
+
+@pytest.mark.parametrize(
+    ("training", "size"),
+    [
+        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 1),
+        ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, 4),
+        ({"pipeline_model_parallel_size": 4}, 2),
+        ({}, 2),
+    ],
+    ids=["TP2 PP2 to DP4", "TP2 DP2 to TP4", "PP4 to TP2 DP2", "DP4 to TP2 DP2"],
+)
+def test_rollouts_in_another_layout(training, size, model_and_result):
+    model, expected = model_and_result
+    ranks = run_ranks(change_layout, 4, model.checkpoint, dict(training), size)
+    for results, stale, num_bytes, is_student in ranks:
+        assert not is_student
+        for (state, trajectories), (_, want) in zip(results, expected, strict=True):
+            assert num_bytes == sum(tensor.nbytes for tensor in state.values())
+            assert all(map(same, trajectories, want)) and len(trajectories) == len(want)
+        # control: a rollout without the hand-over decodes with the weights of before
+        assert all(map(same, stale, expected[0][1]))
+        assert not all(map(same, stale, expected[1][1]))
+    for change in (0, 1):
+        shards = [ranks[rank][0][change][0] for rank in range(size)]
+        for name, whole in expected[change][0].items():
+            assert torch.equal(joined(name, [s[name] for s in shards], len(whole)), whole), name
+
+
+def joined(name, shards, rows):
+    """A whole parameter from its tensor-parallel shards."""
+    if "norm" in name:
+        return shards[0]
+    if "linear_fc2" in name or "linear_proj" in name:
+        return torch.cat(shards, dim=1)
+    if "linear_fc1" in name:  # gate and up are cut apart
+        halves = [shard.chunk(2) for shard in shards]
+        return torch.cat([half[i] for i in (0, 1) for half in halves])
+    return torch.cat(shards)[:rows]  # without the padding of more ranks
+
+
+def test_the_training_layout_needs_no_copy(model):
+    for size in (None, 1):
+        ((_, stale, num_bytes, is_student),) = run_ranks(
+            change_layout, 1, model.checkpoint, {}, size
+        )
+        assert is_student and num_bytes == 0 and stale
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (3, "=3 must divide make_vocab_size_divisible_by x tensor_model_parallel_size = 128"),
+        (4, "=4 must divide the number of processes, which is 2; use one of"),
+    ],
+)
+def test_layouts_that_do_not_go(size, message, model):
+    with pytest.raises(AssertionError, match=message):
+        run_ranks(change_layout, 2, model.checkpoint, {}, size)
 
 
 # --- failures reach every rank ---

@@ -1,0 +1,97 @@
+"""Rollouts in another parallel layout than training.
+
+Decoding reads all weights for a few tokens, so it likes replicas (or, for the longest sequence,
+tensor parallelism) where training likes what fits its activations. Then the job holds a second copy
+of the student's weights, cut for rollouts, and Megatron's resharding fills it from rank to rank: no
+disk, no whole model anywhere. In the training layout there is no copy at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import torch
+from megatron.core.resharding.refit import swap_model_weights
+
+from megatron_opdlm.convert.hf import HFConfig
+from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, build_model, stream_multiple
+from megatron_opdlm.parallel import ParallelState, second_layout
+
+
+class RolloutLayout:
+    """The student as rollouts see it.
+
+    Attributes:
+        model: this rank's shard for rollouts; the student itself in the training layout.
+        parallel: process groups of rollouts.
+        stream_multiple: what the length of a pass must be a multiple of.
+        num_bytes: of the second copy on this rank; 0 in the training layout.
+    """
+
+    def __init__(
+        self,
+        student: BlockDiffusionModel,
+        hf: HFConfig,
+        options: BuildOptions,
+        parallel: ParallelState,
+        *,
+        tensor_model_parallel_size: int | None,
+    ) -> None:
+        """Makes groups and shard. Call on all ranks.
+
+        Args:
+            student: this rank's stage in the training layout.
+            hf: its hyperparameters.
+            options: how it was built.
+            parallel: the training layout.
+            tensor_model_parallel_size: of rollouts, which then have no pipeline; None: as training.
+
+        Raises:
+            ValueError: neither the number of processes nor the model can be cut this way.
+        """
+        self._student, self.model, self.parallel = student, student, parallel
+        self.num_bytes = 0
+        size = tensor_model_parallel_size
+        if size is not None and (size, 1) != (parallel.tp_size, parallel.pp_size):
+            options = _options(options, parallel.tp_size, size)
+            self.parallel = second_layout(parallel, tensor_model_parallel_size=size)
+            self.model = build_model(hf, options, self.parallel)
+            self.model.requires_grad_(False)
+            self.num_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
+            logging.getLogger("megatron.core.resharding").setLevel(logging.WARNING)
+        self.stream_multiple = stream_multiple(options, self.parallel.tp_size)
+
+    @property
+    def is_second(self) -> bool:
+        """Whether rollouts have weights of their own."""
+        return self.model is not self._student
+
+    def refresh(self) -> None:
+        """Gives rollouts the student's weights of now. Call on all ranks.
+
+        Bytes copied: none in the training layout, else every parameter of the rollout's shard once;
+        from rank to rank with NCCL, or gloo on a CPU.
+        """
+        if self.is_second:
+            method = "nccl" if torch.cuda.is_available() else "gloo"
+            swap_model_weights([self._student], [self.model], method)
+
+
+def _options(options: BuildOptions, training: int, rollout: int) -> BuildOptions:
+    """Options for the rollout's shard: the same padded vocabulary, nothing that only helps
+    gradients.
+    """
+    divisor = options.make_vocab_size_divisible_by * training
+    if divisor % rollout:
+        raise ValueError(
+            f"rollout_tensor_model_parallel_size={rollout} must divide "
+            f"make_vocab_size_divisible_by x tensor_model_parallel_size = {divisor}, to which the "
+            "vocabulary is padded; raise make_vocab_size_divisible_by"
+        )
+    return dataclasses.replace(
+        options,
+        sequence_parallel=False,
+        recompute_granularity=None,
+        make_vocab_size_divisible_by=divisor // rollout,
+    )
