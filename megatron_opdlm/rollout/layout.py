@@ -17,6 +17,7 @@ from megatron.core.resharding.refit import swap_model_weights
 from megatron_opdlm.convert.hf import HFConfig
 from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, build_model, stream_multiple
 from megatron_opdlm.parallel import ParallelState, second_layout
+from megatron_opdlm.rollout.host_copy import HostCopy, on_one_host
 
 
 class RolloutLayout:
@@ -52,12 +53,15 @@ class RolloutLayout:
         """
         self._student, self.model, self.parallel = student, student, parallel
         self.num_bytes = 0
+        self._copy: HostCopy | None = None
+        self._one_host = True
         size = tensor_model_parallel_size
         if size is not None and (size, 1) != (parallel.tp_size, parallel.pp_size):
             options = _options(options, parallel.tp_size, size)
             self.parallel = second_layout(parallel, tensor_model_parallel_size=size)
             self.model = build_model(hf, options, self.parallel)
             self.model.requires_grad_(False)
+            self._one_host = on_one_host()
             self.num_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
             logging.getLogger("megatron.core.resharding").setLevel(logging.WARNING)
         self.stream_multiple = stream_multiple(options, self.parallel.tp_size)
@@ -70,12 +74,20 @@ class RolloutLayout:
     def refresh(self) -> None:
         """Gives rollouts the student's weights of now. Call on all ranks.
 
-        Bytes copied: none in the training layout, else every parameter of the rollout's shard once;
-        from rank to rank with NCCL, or gloo on a CPU.
+        Bytes copied: none in the training layout, else every parameter of the rollout's shard once:
+        from rank to rank with NCCL, on CPUs through shared memory, or gloo between machines.
         """
-        if self.is_second:
-            method = "nccl" if torch.cuda.is_available() else "gloo"
-            swap_model_weights([self._student], [self.model], method)
+        if not self.is_second:
+            return
+        if torch.cuda.is_available():
+            swap_model_weights([self._student], [self.model], "nccl")
+            return
+        if not self._one_host:
+            swap_model_weights([self._student], [self.model], "gloo")
+            return
+        if self._copy is None:  # now, because the optimizer moves the parameters once
+            self._copy = HostCopy(self._student, self.model)
+        self._copy.run()
 
 
 def _options(options: BuildOptions, training: int, rollout: int) -> BuildOptions:

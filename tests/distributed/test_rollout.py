@@ -13,6 +13,7 @@ from megatron_opdlm import parallel as process_groups
 from megatron_opdlm.attention import AttentionPlan
 from megatron_opdlm.convert.layout import read_description, resolve_iteration
 from megatron_opdlm.pipeline import forward_only
+from megatron_opdlm.rollout import layout as layout_module
 from megatron_opdlm.rollout.collector import collect
 from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.rollout.request import DecodingOptions
@@ -298,6 +299,16 @@ def joined(name, shards, rows):
         halves = [shard.chunk(2) for shard in shards]
         return torch.cat([half[i] for i in (0, 1) for half in halves])
     return torch.cat(shards)[:rows]  # without the padding of more ranks
+
+
+def test_machines_exchange_weights_through_megatrons_service(model_and_result, monkeypatch):
+    model, expected = model_and_result
+    monkeypatch.setattr(layout_module, "on_one_host", lambda: False)
+    monkeypatch.setattr(layout_module, "HostCopy", None)
+    training = {"pipeline_model_parallel_size": 2}
+    for results, *_ in run_ranks(change_layout, 2, model.checkpoint, training, 2):
+        for (_, trajectories), (_, want) in zip(results, expected, strict=True):
+            assert all(map(same, trajectories, want)) and len(trajectories) == len(want)
 
 
 def test_the_training_layout_needs_no_copy(model):

@@ -14,6 +14,9 @@ A B A B, as often as --repeats says, after a gate: all arms of a section decode 
   growth    engine, 8 rows: cost per token when 128 tokens are generated, and 1,024
   batching  48 requests through 8 slots, response lengths 10:1 (log-uniform): continuous batching,
             batch after batch, and batch after batch with finished rows computed to the end
+  handover  160 million parameters trained in two shards, rolled out in two replicas: the weights
+            handed over in memory, and through a safetensors file that rank 0 writes (it is given
+            them whole) and both read; seconds, two processes
 
 CPU time is user and system time of the process: steadier than seconds on a shared machine. Ratios
 are of medians. Next to it stands the work, counted. Nothing is judged.
@@ -25,9 +28,11 @@ import math
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -44,6 +49,7 @@ from megatron_opdlm.convert.hf import parse_config
 from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, build_model
 from megatron_opdlm.parallel import ParallelState
 from megatron_opdlm.rollout.engine import RolloutCounts, RolloutEngine, tokens_per_forward
+from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.trajectory import Trajectory
 from tests.decoding_references import (
@@ -53,6 +59,7 @@ from tests.decoding_references import (
     prefix_per_block,
     separate_commit,
 )
+from tests.helpers import run_ranks
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen3",
@@ -85,14 +92,21 @@ class Bench:
     """A model, and arms over it."""
 
     def __init__(self, repeats: int) -> None:
-        """Builds the model on this process."""
-        torch.manual_seed(0)
+        """Builds nothing yet: ranks are forked from a process that is in no job."""
         self.repeats = repeats
-        self.parallel: ParallelState = process_groups.initialize()
-        options = BuildOptions(make_vocab_size_divisible_by=1)
-        hf = parse_config(CONFIG, {})
-        self.model: BlockDiffusionModel = build_model(hf, options, self.parallel)
         self.results: dict[str, Any] = {}
+
+    @cached_property
+    def parallel(self) -> ParallelState:
+        """This process alone."""
+        return process_groups.initialize()
+
+    @cached_property
+    def model(self) -> BlockDiffusionModel:
+        """The model of all sections but `handover`."""
+        torch.manual_seed(0)
+        options = BuildOptions(make_vocab_size_divisible_by=1)
+        return build_model(parse_config(CONFIG, {}), options, self.parallel)
 
     def engine(self, max_rows: int = 128) -> RolloutEngine:
         """An engine that never meets an end of sequence, so lengths are the limits."""
@@ -236,7 +250,67 @@ def batching(bench: Bench) -> None:
     bench.compare("batching", arms, sum(request.response_limit for request in requests))
 
 
-SECTIONS = {"methods": methods, "commit": commit, "growth": growth, "batching": batching}
+WIDE = CONFIG | {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 3072,
+                 "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
+
+
+def hand_over(rank: int, repeats: int, folder: str) -> tuple[dict[str, list[float]], int, int]:
+    """On a rank of its own: seconds of both arms, bytes of the second copy, and of one in the
+    training layout.
+    """
+    import torch.distributed as dist
+    from safetensors.torch import load_file, save_file
+
+    parallel, hf = process_groups.initialize(tensor_model_parallel_size=2), parse_config(WIDE, {})
+    options = BuildOptions(make_vocab_size_divisible_by=1)
+    student = build_model(hf, options, parallel)
+    layout = RolloutLayout(student, hf, options, parallel, tensor_model_parallel_size=1)
+    whole, file = dict(layout.model.named_parameters()), f"{folder}/weights.safetensors"
+
+    def through_a_file() -> None:
+        if rank == 0:
+            save_file({name: parameter.data for name, parameter in whole.items()}, file)
+        dist.barrier()
+        for name, tensor in load_file(file).items():
+            whole[name].data.copy_(tensor)
+
+    def hash_of_weights() -> int:
+        return hash(tuple(float(parameter.double().sum()) for parameter in whole.values()))
+
+    layout.refresh()
+    expected = hash_of_weights()
+    seconds: dict[str, list[float]] = {"in memory": [], "through a file": []}
+    for _ in range(repeats + 1):  # the first of each makes buffers and the file
+        for name, arm in (("in memory", layout.refresh), ("through a file", through_a_file)):
+            dist.barrier()
+            start = time.perf_counter()
+            arm()
+            dist.barrier()
+            seconds[name].append(time.perf_counter() - start)
+            assert hash_of_weights() == expected, name
+    same = RolloutLayout(student, hf, options, parallel, tensor_model_parallel_size=None)
+    same.refresh()
+    return {name: taken[1:] for name, taken in seconds.items()}, layout.num_bytes, same.num_bytes
+
+
+def handover(bench: Bench) -> None:
+    """Section `handover`."""
+    with tempfile.TemporaryDirectory() as folder:
+        (seconds, num_bytes, matching), _ = run_ranks(hand_over, 2, bench.repeats, folder)
+    memory, file = (median(taken) for taken in seconds.values())
+    print(f"\nhandover of {num_bytes / 1e6:.0f} MB: in memory {memory:.3f} s, through a file "
+          f"{file:.3f} s, {file / memory:.2f} x; layouts that match copy {matching} bytes",
+          flush=True)  # fmt: skip
+    bench.results["handover"] = {"seconds": seconds, "bytes": num_bytes, "ratio": file / memory}
+
+
+SECTIONS = {
+    "handover": handover,  # first: it forks
+    "methods": methods,
+    "commit": commit,
+    "growth": growth,
+    "batching": batching,
+}
 
 
 def main() -> None:
@@ -252,8 +326,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     bench = Bench(args.repeats)
-    for name in args.sections:
-        SECTIONS[name](bench)
+    for name in SECTIONS:
+        if name in args.sections:
+            SECTIONS[name](bench)
     if args.out is not None:
         result = {
             "machine": {"cpus": os.cpu_count(), "platform": platform.platform()},
