@@ -121,6 +121,11 @@ class KVCache:
         )
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self._store.dtype
+
+    @property
     def num_bytes(self) -> int:
         """Bytes allocated on this rank."""
         return self._store.untyped_storage().nbytes()

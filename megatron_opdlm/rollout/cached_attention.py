@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import varlen
 
 from megatron_opdlm.attention import AttentionPlan, stream_attention
 from megatron_opdlm.rollout.cache import KVCache
@@ -87,7 +88,7 @@ class CachedAttention:
         self._masks: list[Tensor] = []
         self._flash = (
             _FlashLayout.of(tags[: self._num_cached], slots, block_size, device)
-            if self._num_cached and torch.device(device).type == "cuda"
+            if self._num_cached and has_flash(device, cache.dtype)
             else None
         )
 
@@ -115,7 +116,7 @@ class CachedAttention:
             )
         if cached:
             keys, values = self._cache.layer(layer_number)
-            if self._flash is not None and query.dtype in (torch.bfloat16, torch.float16):
+            if self._flash is not None:
                 output[:cached] = self._flash.attend(query[:cached], keys, values, scale)
             else:
                 self._attend_dense(query, keys, values, scale, output)
@@ -146,6 +147,11 @@ class CachedAttention:
                 output[rows.queries] = attended.flatten(0, 1)
             else:
                 output[rows.queries[rows.kept]] = attended[rows.kept]
+
+
+def has_flash(device: torch.device | int | str, dtype: torch.dtype) -> bool:
+    """Whether the flash kernel runs there: on CUDA, with 16-bit keys."""
+    return torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 def _in_calls(
@@ -191,7 +197,8 @@ def _mask(num_keys: Tensor, shared: int, like: Tensor) -> Tensor:
 class _FlashLayout:
     """Arguments of the flash kernel: each block of queries is a sequence that sees all its keys.
 
-    Not yet run on a device.
+    Its arguments are tested on a CPU against a plain version of the kernel; the kernel itself has
+    not been run yet.
 
     Attributes:
         query_starts: [B + 1] int32, where each sequence begins in the stream.
@@ -222,9 +229,7 @@ class _FlashLayout:
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """[S, N, D] queries against the cache [slots, M, C, D]."""
-        from torch.nn.attention.varlen import varlen_attn
-
-        output = varlen_attn(
+        output = varlen.varlen_attn(
             query,
             keys.transpose(1, 2),
             values.transpose(1, 2),

@@ -83,10 +83,38 @@ def run_pass(cache, rows, block_size, num_padding, layer=1):
     return output[: len(output) - num_padding], torch.cat(expected)
 
 
+def plain_kernel(
+    query, key, value, query_starts, key_starts, max_q, max_k, *,
+    scale, enable_gqa, seqused_k, block_table, num_splits,
+):  # fmt: skip
+    """What torch documents of `varlen_attn` with pages, sequence by sequence."""
+    assert key_starts is None and num_splits == 1 and enable_gqa
+    assert query_starts.dtype == seqused_k.dtype == block_table.dtype == torch.int32
+    assert max_k == key.shape[1] and len(block_table) == len(seqused_k) == len(query_starts) - 1
+    shared, outputs = query.shape[1] // key.shape[2], []
+    for i, count in enumerate(seqused_k.tolist()):
+        mine = query[query_starts[i] : query_starts[i + 1]]
+        assert 0 < len(mine) <= max_q
+        keys, values = (
+            torch.cat([pages[page] for page in block_table[i].tolist()])[:count].repeat_interleave(
+                shared, dim=1
+            )
+            for pages in (key, value)
+        )
+        weights = (torch.einsum("qhd,khd->hqk", mine, keys) * scale).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, values))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("block_size", [1, 3, 4])
 @pytest.mark.parametrize("slots", [(0, 1, 2), (0, 2, 3), (3,)], ids=str)
 @pytest.mark.parametrize("mask_cells", [2**24, 100])
-def test_passes_equal_full_attention(block_size, slots, mask_cells, monkeypatch):
+def test_passes_equal_full_attention(block_size, slots, mask_cells, flash, monkeypatch):
+    if flash:
+        monkeypatch.setattr(cached_attention, "has_flash", lambda device, dtype: True)
+        monkeypatch.setattr(cached_attention.varlen, "varlen_attn", plain_kernel)
+        monkeypatch.setattr(CachedAttention, "_attend_dense", None)
     monkeypatch.setattr(cached_attention, "MASK_CELLS", mask_cells)
     cache = make_cache(num_slots=4, capacity=48)
     prompts = [1, 23, 6][: len(slots)]
