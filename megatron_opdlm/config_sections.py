@@ -204,6 +204,9 @@ class RolloutConfig(_Section):
     kv_cache_gb: float | None = None
     """Most memory for keys and values on one rank, in GB; fewer rows are decoded at once if need
     be. null = 80 % of a GPU's free memory at the start of a rollout; 4.3 on a CPU."""
+    cuda_graphs: bool = False
+    """Captures decoding passes as CUDA graphs, one per size; needs CUDA and bfloat16. Tested on a
+    CPU with a stand-in only."""
     enable_thinking: bool = False
     """Passed to the chat template (Qwen3: whether the response begins with thoughts)."""
 

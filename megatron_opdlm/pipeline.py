@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -98,9 +98,21 @@ class DecodePipeline(Generic[P]):
     ranks of the pipeline push equal passes in the same order.
     """
 
-    def __init__(self, model: BlockDiffusionModel, parallel: ParallelState) -> None:
-        """Starts with no pass in flight."""
+    def __init__(
+        self,
+        model: BlockDiffusionModel,
+        parallel: ParallelState,
+        forward: Callable[[P, Tensor | None], Tensor] | None = None,
+    ) -> None:
+        """Starts with no pass in flight.
+
+        Args:
+            model: this rank's stage.
+            parallel: process groups.
+            forward: (pass, the previous stage's output) -> hidden states; None: the model's.
+        """
         self._model, self._parallel = model, parallel
+        self._forward = self._run_model if forward is None else forward
         self._in_flight: deque[P | None] = deque([None] * parallel.pp_size, parallel.pp_size)
         self._received: Tensor | None = None
 
@@ -120,13 +132,16 @@ class DecodePipeline(Generic[P]):
         stage = self._parallel.pp_rank
         mine, output = self._in_flight[stage], None
         if mine is not None:
-            if stage > 0:
-                self._model.set_input_tensor(self._received)
-            output = self._model(mine.token_ids, mine.tags, mine.plan)
+            output = self._forward(mine, self._received)
         if self._parallel.pp_size > 1:
             self._received = self._exchange(output)
         leaving = self._in_flight[-1]
         return None if leaving is None else (leaving, output)
+
+    def _run_model(self, mine: P, received: Tensor | None) -> Tensor:
+        if received is not None:
+            self._model.set_input_tensor(received)
+        return self._model(mine.token_ids, mine.tags, mine.plan)
 
     def _exchange(self, output: Tensor | None) -> Tensor | None:
         """Hands this stage's output to the next one and takes the previous one's."""

@@ -118,6 +118,7 @@ def build_engine(config: RolloutConfig, student: Student, layout: RolloutLayout)
         max_rows=config.rollout_batch_size,
         kv_cache_gb=config.kv_cache_gb,
         stream_multiple=layout.stream_multiple,
+        cuda_graphs=config.cuda_graphs,
     )
 
 

@@ -37,6 +37,7 @@ class KVCache:
     Attributes:
         num_slots: n.
         capacity: C.
+        spare_slot: one more, for tokens that nobody reads; only if asked for.
     """
 
     def __init__(
@@ -49,11 +50,12 @@ class KVCache:
         head_size: int,
         dtype: torch.dtype,
         device: torch.device | int | str,
+        has_spare: bool = False,
     ) -> None:
         """Allocates the slots; nothing is ever read before it is written."""
-        self.num_slots = num_slots
+        self.num_slots = self.spare_slot = num_slots
         self.capacity = capacity
-        shape = (len(layer_numbers), 2, num_slots, num_heads, capacity, head_size)
+        shape = (len(layer_numbers), 2, num_slots + has_spare, num_heads, capacity, head_size)
         self._store = torch.zeros(shape, dtype=dtype, device=device)
         self._layers = {number: i for i, number in enumerate(layer_numbers)}
 
@@ -66,6 +68,7 @@ class KVCache:
         capacity: int,
         most_slots: int,
         limit_gb: float | None,
+        has_spare: bool = False,
     ) -> KVCache:
         """Allocates as many slots as are wanted and fit on every rank of the replica.
 
@@ -77,6 +80,8 @@ class KVCache:
             most_slots: sequences to decode at once.
             limit_gb: most memory of this rank in GB (1e9 bytes); None: 80 % of what is free on a
                 GPU, 4 GiB on a CPU.
+
+            has_spare: whether to allocate a spare slot.
 
         Raises:
             ValueError: not even one sequence fits.
@@ -93,7 +98,7 @@ class KVCache:
         for group in (parallel.tp_group, parallel.pp_group):
             if group.size() > 1:
                 dist.all_reduce(fitting, op=dist.ReduceOp.MIN, group=group)
-        num_slots = min(most_slots, int(fitting))
+        num_slots = min(most_slots, int(fitting) - has_spare)
         if num_slots < 1:
             raise ValueError(
                 f"a sequence of {capacity} tokens needs {per_token * capacity / 1e9:.3f} GB of "
@@ -109,6 +114,7 @@ class KVCache:
             head_size=config.kv_channels,
             dtype=dtype,
             device=weight.device,
+            has_spare=has_spare,
         )
         logger.info("%s", cache)
         return cache
@@ -116,7 +122,7 @@ class KVCache:
     def __repr__(self) -> str:
         return (
             f"key/value cache: {self.num_slots} sequences x {self.capacity} tokens x "
-            f"{self.num_bytes // (self.num_slots * self.capacity)} bytes = "
+            f"{self.num_bytes // (self._store.shape[2] * self.capacity)} bytes = "
             f"{self.num_bytes / 1e9:.3f} GB"
         )
 

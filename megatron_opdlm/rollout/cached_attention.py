@@ -13,6 +13,7 @@ cached positions, D head size."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +92,22 @@ class CachedAttention:
             if self._num_cached and has_flash(device, cache.dtype)
             else None
         )
+
+    def clone(self) -> CachedAttention:
+        """The same on memory of its own; for passes of whole blocks with the flash kernel."""
+        assert self._stream is None and self._flash is not None
+        other = copy.copy(self)
+        other._slots, other._positions = self._slots.clone(), self._positions.clone()
+        other._flash = self._flash.clone()
+        return other
+
+    def copy_from(self, other: CachedAttention) -> None:
+        """Takes the layout of another pass of as many blocks."""
+        assert self._flash is not None and other._flash is not None and other._stream is None
+        self._slots.copy_(other._slots)
+        self._positions.copy_(other._positions)
+        self._flash.num_keys.copy_(other._flash.num_keys)
+        self._flash.pages.copy_(other._flash.pages)
 
     def attend(
         self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float
@@ -225,6 +242,12 @@ class _FlashLayout:
             num_keys=((runs[:, 1] + 1) * block_size).to(device, torch.int32),
             pages=slots[runs[:, 0]].unsqueeze(1).to(device, torch.int32),
             most_queries=block_size,
+        )
+
+    def clone(self) -> _FlashLayout:
+        """The same on memory of its own."""
+        return _FlashLayout(
+            self.query_starts.clone(), self.num_keys.clone(), self.pages.clone(), self.most_queries
         )
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:

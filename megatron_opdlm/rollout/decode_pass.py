@@ -8,8 +8,8 @@ Shape letters: n rows, S stream tokens, T masked positions, K block size."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class DecodePass:
         head_rows: [T] int64, their stream indices.
         noise_keys: [T] int64, one for every draw.
         steps: [n] int64; on the host.
+        is_whole_blocks: whether every row has clean tokens in the cache, so that all it brings are
+            one or two blocks.
     """
 
     rows: list[Row]
@@ -43,6 +45,21 @@ class DecodePass:
     head_rows: Tensor
     noise_keys: Tensor
     steps: Tensor
+    is_whole_blocks: bool
+
+    def clone(self) -> DecodePass:
+        """The same pass on memory of its own, as far as the model reads it."""
+        assert isinstance(self.plan.cache, CachedAttention)
+        plan = AttentionPlan(tags=self.tags.clone(), cache=self.plan.cache.clone())
+        return replace(self, token_ids=self.token_ids.clone(), plan=plan)
+
+    def copy_from(self, other: DecodePass) -> None:
+        """Takes what the model reads from a pass of the same shape."""
+        assert isinstance(self.plan.cache, CachedAttention)
+        assert isinstance(other.plan.cache, CachedAttention)
+        self.token_ids.copy_(other.token_ids)
+        self.tags.copy_(other.tags)
+        self.plan.cache.copy_from(other.plan.cache)
 
     @property
     def tags(self) -> Tensor:
@@ -51,26 +68,41 @@ class DecodePass:
         return self.plan.tags
 
 
-def lay_out(rows: Sequence[Row], cache: KVCache, *, multiple: int) -> DecodePass:
+def lay_out(
+    rows: Sequence[Row],
+    cache: KVCache,
+    *,
+    multiple: int,
+    num_blocks: Callable[[int, int, int], int] | None = None,
+) -> DecodePass:
     """Packs the new tokens of rows, on the model's device.
 
     Args:
         rows: at least one; all of one block size.
         cache: where they are kept.
         multiple: the length of the stream is padded to a multiple of this.
+        num_blocks: (blocks, block size, multiple) -> how many to pad a pass of whole blocks to,
+            with blocks in the cache's spare slot; None: to the multiple alone.
     """
     # By slot, so that their keys are a view of the cache where they can be.
     rows = sorted(rows, key=lambda row: (row.cached == 0, row.slot))
-    device = torch.cuda.current_device()
+    size, device = rows[0].block_size, torch.cuda.current_device()
     parts = [row.token_ids[row.cached : row.end] for row in rows]
-    blocks = torch.tensor([row.block for row in rows])
-    ends = torch.tensor([len(part) for part in parts]).cumsum(0)
-    tags = _tags(blocks, ends, rows[0].block_size)
+    slots, blocks = [row.slot for row in rows], [row.block for row in rows]
+    lengths = [len(part) for part in parts]
     num_cached_rows = sum(row.cached > 0 for row in rows)
-    first_stream_token = sum(len(part) for part in parts[:num_cached_rows])
-    has_stream = num_cached_rows < len(rows)
-    num_padding = _padding(len(tags), first_stream_token if has_stream else None, multiple)
-    padding = tags.new_zeros(num_padding, 4)
+    is_whole_blocks = num_cached_rows == len(rows)
+    if is_whole_blocks and num_blocks is not None:
+        wanted = sum(lengths) // size
+        spare = num_blocks(wanted, size, multiple) - wanted
+        parts += [parts[0].new_zeros(size)] * spare
+        slots += [cache.spare_slot] * spare
+        blocks, lengths = blocks + [0] * spare, lengths + [size] * spare
+        num_cached_rows += spare
+    ends = torch.tensor(lengths).cumsum(0)
+    tags = _tags(torch.tensor(blocks), ends, size)
+    first_stream_token = None if is_whole_blocks else sum(lengths[:num_cached_rows])
+    padding = tags.new_zeros(_padding(len(tags), first_stream_token, multiple), 4)
     padding[:, DOCUMENT] = PADDING_DOCUMENT
     tags = torch.cat([tags, padding])
 
@@ -79,23 +111,20 @@ def lay_out(rows: Sequence[Row], cache: KVCache, *, multiple: int) -> DecodePass
     steps = torch.tensor([row.step for row in rows])
     keys = torch.tensor([row.request.key for row in rows])[masked_row]
     # A row's positions and steps differ in these low bits, so every draw has its own key.
-    draws = (blocks[masked_row] + column) << 8 | steps[masked_row]
+    draws = (torch.tensor(blocks)[masked_row] + column) << 8 | steps[masked_row]
     attention = CachedAttention(
-        cache,
-        tags,
-        torch.tensor([row.slot for row in rows]),
-        num_cached_rows=num_cached_rows,
-        block_size=rows[0].block_size,
-        device=device,
-    )
+        cache, tags, torch.tensor(slots),
+        num_cached_rows=num_cached_rows, block_size=size, device=device,
+    )  # fmt: skip
     return DecodePass(
         rows=rows,
-        token_ids=torch.cat([*parts, parts[0].new_zeros(num_padding)]).to(device),
+        token_ids=torch.cat([*parts, parts[0].new_zeros(len(padding))]).to(device),
         plan=AttentionPlan(tags=tags.to(device), cache=attention),
         masked=masked,
-        head_rows=((ends - rows[0].block_size)[masked_row] + column).to(device),
+        head_rows=((ends - size)[masked_row] + column).to(device),
         noise_keys=(keys ^ draws).to(device),
         steps=steps,
+        is_whole_blocks=is_whole_blocks,
     )
 
 

@@ -24,7 +24,9 @@ from megatron_opdlm.model import BlockDiffusionModel
 from megatron_opdlm.parallel import ParallelState
 from megatron_opdlm.pipeline import DecodePipeline
 from megatron_opdlm.rollout.cache import KVCache
+from megatron_opdlm.rollout.cached_attention import has_flash
 from megatron_opdlm.rollout.decode_pass import DecodePass, lay_out
+from megatron_opdlm.rollout.graphs import PassGraphs, num_blocks
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.rollout.request_queue import LocalQueue, RequestQueue
 from megatron_opdlm.rollout.row import Row
@@ -70,6 +72,7 @@ class RolloutEngine:
         max_rows: int = 128,
         kv_cache_gb: float | None = None,
         stream_multiple: int = 1,
+        cuda_graphs: bool = False,
     ) -> None:
         """Binds the engine to a model; nothing is allocated before decoding.
 
@@ -82,6 +85,7 @@ class RolloutEngine:
             max_rows: most sequences decoded at once on this replica.
             kv_cache_gb: most memory for keys and values on this rank, see `KVCache.for_model`.
             stream_multiple: the length of a pass is padded to a multiple of this.
+            cuda_graphs: whether to capture passes; only with the flash kernel.
         """
         self.model = model
         self.parallel = parallel
@@ -91,6 +95,13 @@ class RolloutEngine:
         self.max_rows = max_rows
         self.kv_cache_gb = kv_cache_gb
         self.stream_multiple = stream_multiple
+        dtype = model.config.params_dtype
+        if cuda_graphs and not has_flash(torch.cuda.current_device(), dtype):
+            raise ValueError(
+                f"cuda_graphs=true needs a CUDA device and 16-bit weights, not {dtype}; set it to "
+                "false"
+            )
+        self.cuda_graphs = cuda_graphs
         self.counts = RolloutCounts()
 
     def generate(
@@ -143,6 +154,7 @@ class RolloutEngine:
             capacity=capacity,
             most_slots=min(self.max_rows, queue.fair_share),
             limit_gb=self.kv_cache_gb,
+            has_spare=self.cuda_graphs,
         )
         was_training = self.model.training
         self.model.eval()
@@ -180,7 +192,10 @@ class RolloutEngine:
         self, queue: RequestQueue, cache: KVCache, observer: Observer | None
     ) -> Iterator[tuple[int, Trajectory]]:
         """The loop: one tick of the pipeline each time."""
-        pipeline: DecodePipeline[DecodePass] = DecodePipeline(self.model, self.parallel)
+        graphs = PassGraphs(self.model) if self.cuda_graphs else None
+        pipeline: DecodePipeline[DecodePass] = DecodePipeline(
+            self.model, self.parallel, None if graphs is None else graphs.run
+        )
         free, ready, num_active = list(range(cache.num_slots)), list[Row](), 0
         while True:
             admitted = self._admit(queue, free)
@@ -227,7 +242,8 @@ class RolloutEngine:
         self.counts.ticks += 1
         if not rows:
             return None
-        entering = lay_out(rows, cache, multiple=self.stream_multiple)
+        padded = num_blocks if self.cuda_graphs else None
+        entering = lay_out(rows, cache, multiple=self.stream_multiple, num_blocks=padded)
         self.counts.passes += 1
         self.counts.tokens += len(entering.token_ids)
         self.counts.head_rows += len(entering.head_rows)

@@ -1,0 +1,125 @@
+"""CUDA graphs of decoding passes: a pass is some hundred small kernels, which a host starts slower
+than the GPU runs them.
+
+Passes whose rows all have clean tokens in the cache consist of whole blocks, so their number of
+blocks is their shape. It is rounded up to a few sizes with blocks that nobody reads (`num_blocks`),
+and each size is captured at its first pass. A graph keeps the addresses of weights, cache and its
+own buffers: weights change in place, and the cache lives as long as the graphs.
+
+Not yet run on a device: on a CPU, tests hold a stand-in that repeats the pass on the same buffers
+against passes without graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_opdlm.model import BlockDiffusionModel
+from megatron_opdlm.rollout.decode_pass import DecodePass
+
+
+def num_blocks(wanted: int, block_size: int, multiple: int) -> int:
+    """The next larger captured size: at most a quarter more blocks than wanted, from 8 on.
+
+    >>> [num_blocks(n, 4, 1) for n in (1, 7, 9, 15, 17, 100)]
+    [1, 7, 10, 16, 20, 112]
+
+    Args:
+        wanted: blocks of a pass.
+        block_size: tokens per block.
+        multiple: the tokens of a pass must be a multiple of this.
+    """
+    step = max(1, 2 ** (wanted.bit_length() - 3)) if wanted >= 8 else 1
+    count = -(-wanted // step) * step
+    while count * block_size % multiple:
+        count += 1
+    return count
+
+
+class Graph(Protocol):
+    """A captured pass."""
+
+    def replay(self) -> None:
+        """Runs it on what its buffers hold now."""
+
+
+Capture = Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]]
+"""Runs a pass once while recording it; returns the graph and its output's buffer."""
+
+
+class CudaCapture:
+    """Captures on CUDA; all graphs share one memory pool, as only one runs at a time."""
+
+    def __init__(self) -> None:
+        """Makes the pool."""
+        self._pool: Any = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
+        """See `Capture`."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels are loaded and tuned outside of the graph
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = run()
+        return graph, output
+
+
+@dataclass
+class _Captured:
+    static: DecodePass
+    received: Tensor | None
+    graph: Graph
+    output: Tensor
+
+
+class PassGraphs:
+    """Runs the passes of one rollout on one pipeline stage."""
+
+    def __init__(self, model: BlockDiffusionModel, capture: Capture | None = None) -> None:
+        """Starts without any graph.
+
+        Args:
+            model: this rank's stage.
+            capture: how passes are recorded; None: on CUDA.
+        """
+        self._model = model
+        self._capture = CudaCapture() if capture is None else capture
+        self._captured: dict[int, _Captured] = {}
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def run(self, new: DecodePass, received: Tensor | None) -> Tensor:
+        """Hidden states of a pass, valid until the next one.
+
+        Args:
+            new: the pass.
+            received: the previous stage's output; None on the first stage.
+        """
+        if not new.is_whole_blocks:
+            return self._forward(new, received)
+        size = len(new.token_ids)
+        if size not in self._captured:
+            static = new.clone()
+            buffer = None if received is None else received.clone()
+            graph, output = self._capture(lambda: self._forward(static, buffer))
+            self._captured[size] = _Captured(static, buffer, graph, output)
+        captured = self._captured[size]
+        captured.static.copy_from(new)
+        if captured.received is not None and received is not None:
+            captured.received.copy_(received)
+        captured.graph.replay()
+        return captured.output
+
+    def _forward(self, decoded: DecodePass, received: Tensor | None) -> Tensor:
+        if received is not None:
+            self._model.set_input_tensor(received)
+        return self._model(decoded.token_ids, decoded.tags, decoded.plan)

@@ -1,0 +1,98 @@
+"""Captured passes, with a stand-in for CUDA graphs that repeats a pass on the same buffers."""
+
+import pytest
+
+from megatron_opdlm.rollout import cached_attention, graphs
+from megatron_opdlm.rollout.engine import RolloutEngine
+from megatron_opdlm.rollout.graphs import num_blocks
+from megatron_opdlm.rollout.request import DecodingOptions
+from tests.helpers import run_ranks
+from tests.rollouts import MASK, load, make_engine, make_request, same
+from tests.tiny import tiny_model
+from tests.unit.test_cached_attention import plain_kernel
+
+REQUESTS = [make_request(i, 1 + 2 * i, 9 + i) for i in range(7)]
+SAMPLED = DecodingOptions(
+    temperature=1.0, remasking="low_confidence_dynamic", confidence_threshold=0.06
+)
+
+
+class Repeat:
+    """Runs what was captured again, into the same output."""
+
+    captured = 0
+
+    def __call__(self, run):
+        Repeat.captured += 1
+        self.run, self.output = run, run()
+        repeat = Repeat()
+        repeat.run, repeat.output = self.run, self.output
+        return repeat, self.output
+
+    def replay(self):
+        self.output.copy_(self.run())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.getbasetemp(), num_hidden_layers=2)
+
+
+def decode(rank, checkpoint, layout, captured, multiple):
+    """Trajectories and work, without graphs and with them."""
+    model, parallel, _ = load(checkpoint, **layout)
+    engine = make_engine(model, parallel, SAMPLED, max_rows=4)
+    expected = engine.generate(REQUESTS)
+    cached_attention.has_flash = lambda device, dtype: True
+    cached_attention.varlen.varlen_attn = plain_kernel
+    engine.cuda_graphs, engine.stream_multiple = captured, multiple
+    return expected, engine.generate(REQUESTS), engine.counts, Repeat.captured
+
+
+@pytest.mark.parametrize("multiple", [1, 16])
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (1, {}),
+        (2, {"tensor_model_parallel_size": 2}),
+        (2, {"pipeline_model_parallel_size": 2}),
+    ],
+    ids=["1", "TP2", "PP2"],
+)
+def test_captured_passes_decode_the_same(world_size, layout, multiple, model, monkeypatch):
+    monkeypatch.setattr(graphs, "CudaCapture", Repeat)
+    arguments = model.checkpoint, layout
+    for captured in (False, True):
+        for result in run_ranks(decode, world_size, *arguments, captured, multiple):
+            expected, got, counts, number = result
+            assert all(map(same, got, expected)) and len(got) == len(REQUESTS)
+            assert (0 < number < counts.passes / 2) if captured else number == 0
+
+
+def test_control_buffers_that_keep_the_first_pass(model, monkeypatch):
+    monkeypatch.setattr(graphs, "CudaCapture", Repeat)
+    monkeypatch.setattr(cached_attention.CachedAttention, "copy_from", lambda *passes: None)
+    ((expected, got, _, _),) = run_ranks(decode, 1, model.checkpoint, {}, True, 1)
+    assert not all(map(same, got, expected))
+
+
+def ask_for_graphs(rank, checkpoint):
+    model, parallel, _ = load(checkpoint)
+    RolloutEngine(model, parallel, SAMPLED, mask_token_id=MASK, eos_token_ids=(), cuda_graphs=True)
+
+
+def test_graphs_need_cuda(model):
+    with pytest.raises(AssertionError, match="cuda_graphs=true needs a CUDA device and 16-bit"):
+        run_ranks(ask_for_graphs, 1, model.checkpoint)
+
+
+@pytest.mark.parametrize(("block_size", "multiple"), [(1, 1), (4, 1), (4, 16), (3, 16)])
+def test_sizes(block_size, multiple):
+    """Never fewer blocks than wanted, few more, and few sizes."""
+    sizes = {}
+    for wanted in range(1, 600):
+        size = sizes[wanted] = num_blocks(wanted, block_size, multiple)
+        assert size * block_size % multiple == 0
+        assert wanted <= size < max(wanted + 1, 1.25 * wanted) + multiple
+    assert len(set(sizes.values())) < 45
+    assert all(num_blocks(size, block_size, multiple) == size for size in sizes.values())
