@@ -15,8 +15,9 @@ from megatron_opdlm.convert.families import FAMILIES
 from megatron_opdlm.convert.files import read_json_object
 from megatron_opdlm.convert.hf import HFConfig, parse_config
 from megatron_opdlm.convert.importer import imported_config
-from megatron_opdlm.convert.layout import LATEST_FILE, read_description, resolve_iteration
+from megatron_opdlm.convert.layout import read_description, resolve_iteration
 from megatron_opdlm.convert.names import EMBEDDING, Plain, VocabRows
+from megatron_opdlm.convert.path_kind import describe, is_checkpoint, is_hf_directory
 from megatron_opdlm.convert.tokenizer import MASK_TOKEN
 from megatron_opdlm.model import check_parallel_fit, padded_vocab_size
 from megatron_opdlm.schedules import response_limit
@@ -134,16 +135,13 @@ def find_model_config(
         ValueError: what is there is no model of a known family.
     """
     path = Path(model)
-    if (path / "config.json").is_file():
+    if is_hf_directory(path):
         return imported_config(path, mask_token)
-    if (path / LATEST_FILE).is_file() or (path / ".metadata").is_file():
+    if is_checkpoint(path):
         return read_description(resolve_iteration(path)).config
     if bundled is not None and (copy := bundled / f"{path.name}.config.json").is_file():
         return parse_config(read_json_object(copy), {})
-    raise FileNotFoundError(
-        f"{model} holds neither a Hugging Face config.json nor a checkpoint; "
-        "download the model there, or name another path"
-    )
+    raise FileNotFoundError(describe(path))
 
 
 def format_table(plans: list[RankPlan]) -> str:

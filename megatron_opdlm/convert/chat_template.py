@@ -29,6 +29,16 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+def has_chat_template(directory: Path) -> bool:
+    """Whether the tokenizer of a directory has a chat template, if there is a tokenizer at all.
+
+    Raises:
+        ConversionError: malformed tokenizer_config.json.
+    """
+    template = read_tokenizer_config(directory).get("chat_template")
+    return bool(template) or (directory / TEMPLATE_FILE).is_file()
+
+
 def set_chat_template(directory: Path, template_file: Path) -> None:
     """Make a Jinja file the chat template of a copied tokenizer.
 

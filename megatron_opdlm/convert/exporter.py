@@ -162,7 +162,7 @@ def _new_mask_id(
             )
         logger.warning(
             "LMDeploy and SGLang hard-code mask token id %d and cannot serve this model, whose "
-            "mask token is %d",
+            "mask token is %d; transformers and JetEngine read it from the export",
             wanted,
             found,
         )

@@ -18,6 +18,7 @@ from megatron_opdlm.convert.errors import ConversionError
 
 logger = logging.getLogger(__name__)
 
+_LFS_START = b"version https://git-lfs"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -25,10 +26,13 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file whose top level is an object.
 
     Raises:
-        ConversionError: the file is missing, not UTF-8, not JSON, or not an object.
+        ConversionError: the file is missing, a git-LFS pointer, not UTF-8, not JSON, or not an
+            object.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
+        refuse_lfs_pointer(path, content)
+        text = content.decode()
     except FileNotFoundError:
         raise ConversionError(f"{path}: file not found") from None
     except UnicodeDecodeError as error:
@@ -44,6 +48,22 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConversionError(f"{path}: top level must be an object, got {type(value).__name__}")
     return value
+
+
+def refuse_lfs_pointer(path: Path, content: bytes) -> None:
+    """Refuse what a clone without git-LFS has in the place of a large file.
+
+    Args:
+        path: the file.
+        content: its beginning.
+
+    Raises:
+        ConversionError: it is such a pointer.
+    """
+    if content.startswith(_LFS_START):
+        raise ConversionError(
+            f"{path}: a git-LFS pointer, not the file itself; run `git lfs pull` in its folder"
+        )
 
 
 def parse_json(text: str) -> Any:
@@ -101,8 +121,9 @@ def require_writable_output(out_dir: Path, source: Path | None = None) -> None:
         source: folder that the output is made of, if any.
 
     Raises:
-        ConversionError: `out_dir` is a file, a directory that is not empty, a mount point, which no
-            finished directory can replace, or is inside `source`.
+        ConversionError: `out_dir` is a file or below one, a directory that is not empty, the
+            current directory or a mount point, which no finished directory can replace, or is
+            inside `source`.
     """
     if source is not None and source.resolve() in (out_dir.resolve(), *out_dir.resolve().parents):
         raise ConversionError(f"output {out_dir} is inside the input {source}; choose another path")
@@ -111,12 +132,19 @@ def require_writable_output(out_dir: Path, source: Path | None = None) -> None:
             raise ConversionError(
                 f"output {out_dir} exists and is not empty; choose another path or remove it"
             )
-        if out_dir.is_mount():
+        if out_dir.samefile("."):  # whoever stands in it would be left in a deleted folder
+            raise ConversionError(
+                f"output {out_dir} is the folder that this runs in; choose a folder in it"
+            )
+        if out_dir.resolve().is_mount():
             raise ConversionError(f"output {out_dir} is a mount point; choose a folder in it")
     elif out_dir.exists() or out_dir.is_symlink():
         raise ConversionError(
             f"output {out_dir} exists and is not a directory; choose another path"
         )
+    above = next((path for path in out_dir.parents if os.path.lexists(path)), out_dir)
+    if not above.is_dir():
+        raise ConversionError(f"output {out_dir}: {above} is not a directory; choose another path")
 
 
 @contextlib.contextmanager
@@ -130,23 +158,36 @@ def atomic_directory(out_dir: Path) -> Iterator[Path]:
 
     Raises:
         ConversionError: `out_dir` exists and is not empty.
+        OSError: it cannot be created; also an error of the block, which then names `out_dir` where
+            it named the temporary directory.
     """
     require_writable_output(out_dir)
+    given = out_dir
     out_dir = out_dir.resolve()  # a link to an empty directory cannot be replaced, its target can
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out_dir.name}.partial-"
     partial = out_dir.parent / f"{prefix}{socket.gethostname()}-{os.getpid()}"
     try:
-        if partial.exists():  # of a killed process that had the same pid
-            shutil.rmtree(partial)
-        _report_left_overs(out_dir.parent, prefix)
-        partial.mkdir()
+        _create(partial, prefix, given)
         yield partial
         require_writable_output(out_dir)
         os.rename(partial, out_dir)  # replaces an empty directory, fails on any other
-    except BaseException:  # also Ctrl-C: nothing half-written stays behind
+    except BaseException as error:  # also Ctrl-C: nothing half-written stays behind
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and isinstance(error.filename, str):
+            error.filename = error.filename.replace(str(partial), str(given))
         raise
+
+
+def _create(partial: Path, prefix: str, out_dir: Path) -> None:
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        if partial.exists():  # of a killed process that had the same pid
+            shutil.rmtree(partial)
+        _report_left_overs(partial.parent, prefix)
+        partial.mkdir()
+    except OSError as error:
+        message = f"cannot be created: {error.strerror}"
+        raise OSError(error.errno, message, str(out_dir)) from error
 
 
 def _report_left_overs(folder: Path, prefix: str) -> None:

@@ -19,6 +19,7 @@ from megatron_opdlm.convert.errors import ConversionError
 from megatron_opdlm.convert.families import FAMILIES, family_of
 from megatron_opdlm.convert.files import read_json_object
 from megatron_opdlm.convert.names import Family
+from megatron_opdlm.convert.path_kind import CONFIG_FILE, describe
 from megatron_opdlm.rope import RopeScaling
 
 logger = logging.getLogger(__name__)
@@ -160,9 +161,12 @@ def read_config(hf_dir: str | Path) -> HFConfig:
         The hyperparameters that `model.py` builds a GPTModel from.
 
     Raises:
-        ConversionError: missing or malformed file, unknown family, a feature that is not there.
+        ConversionError: no Hugging Face directory, malformed file, unknown family, a feature that
+            is not there.
     """
-    path = Path(hf_dir) / "config.json"
+    path = Path(hf_dir) / CONFIG_FILE
+    if not path.exists():
+        raise ConversionError(describe(path.parent))
     raw = read_json_object(path)
     generation_path = path.with_name("generation_config.json")
     generation = read_json_object(generation_path) if generation_path.is_file() else {}

@@ -5,7 +5,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from megatron_opdlm.convert.errors import ConversionError
 from megatron_opdlm.convert.families import FAMILIES
 from megatron_opdlm.convert.files import read_json_object
 from megatron_opdlm.convert.hf import HFConfig, read_config
@@ -15,6 +14,7 @@ from megatron_opdlm.convert.layout import (
     read_description,
     resolve_iteration,
 )
+from megatron_opdlm.convert.path_kind import CONFIG_FILE, is_hf_directory
 from megatron_opdlm.convert.tokenizer import (
     has_tokenizer,
     mask_token_id,
@@ -79,9 +79,7 @@ def inspect(path: str | Path) -> Inspection:
         ConversionError: neither, or damaged.
     """
     source = Path(path)
-    if not source.exists():
-        raise ConversionError(f"{source}: no such file or directory")
-    if (source / "config.json").is_file():
+    if is_hf_directory(source):
         return _inspect_hf(source)
     return _inspect_checkpoint(resolve_iteration(source))
 
@@ -96,7 +94,7 @@ def _size(paths: list[Path]) -> int:
 
 def _inspect_hf(source: Path) -> Inspection:
     config = read_config(source)
-    raw = read_json_object(source / "config.json")
+    raw = read_json_object(source / CONFIG_FILE)
     with HFWeights(source) as weights:
         shapes = weights.shapes
         dtypes = {str(weights.dtype(name)).removeprefix("torch.") for name in shapes}

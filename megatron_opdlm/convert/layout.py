@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_opdlm.convert.dcp_metadata import METADATA_FILE
 from megatron_opdlm.convert.errors import ConversionError
 from megatron_opdlm.convert.files import read_json_object, write_json
 from megatron_opdlm.convert.hf import HFConfig
+from megatron_opdlm.convert.path_kind import LATEST_FILE, describe, is_checkpoint
 
-LATEST_FILE = "latest_checkpointed_iteration.txt"
 MODEL_FILE = "opdlm_model.json"
 STATE_FILE = "opdlm_state.json"
 TOKENIZER_DIR = "tokenizer"
@@ -124,11 +125,15 @@ def resolve_iteration(checkpoint_dir: str | Path, iteration: int | None = None) 
         ConversionError: nothing there, or not that iteration.
     """
     root = Path(checkpoint_dir)
-    if iteration is None and (root / ".metadata").is_file():
+    if not is_checkpoint(root):
+        raise ConversionError(describe(root))
+    if (root / METADATA_FILE).is_file():
+        if iteration is not None:
+            raise ConversionError(
+                f"{root} is one iteration's folder; for iteration={iteration} give the one above"
+            )
         return root
     latest = root / LATEST_FILE
-    if not latest.is_file():
-        raise ConversionError(f"{root}: no checkpoint here ({LATEST_FILE} is missing)")
     if iteration is None:
         text = latest.read_text(encoding="utf-8", errors="replace").strip()
         if text != "release" and not (text.isdecimal() and len(text) < 20):

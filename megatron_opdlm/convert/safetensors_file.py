@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.files import parse_json
+from megatron_opdlm.convert.files import parse_json, refuse_lfs_pointer
 from megatron_opdlm.convert.raw import BlockFile, fill, runs
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -54,12 +54,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         Tensor name -> location.
 
     Raises:
-        ConversionError: truncated file, malformed header, or not a float of 16 or 32 bits.
+        ConversionError: git-LFS pointer, truncated file, malformed header, or not a float of 16 or
+            32 bits.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        first = file.read(8)
+        length = int.from_bytes(first, "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            refuse_lfs_pointer(path, first + file.read(100))
             raise ConversionError(
                 f"{path}: truncated or not a safetensors file (header of {length} bytes, "
                 f"file of {size} bytes)"

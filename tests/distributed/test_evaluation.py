@@ -123,7 +123,7 @@ def test_no_model_at_the_path(tmp_path):
     def open_it(rank):
         from megatron_opdlm.decoder import Decoder
 
-        with pytest.raises(ValueError, match="no checkpoint here"):
+        with pytest.raises(ValueError, match="nor a checkpoint"):
             Decoder.open(str(tmp_path))
         return True
 

@@ -29,6 +29,10 @@ UP = "model.layers.1.mlp.up_proj.weight"
 LAYERS = {"num_hidden_layers": 2}
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 135\n"
+LFS_ERROR = "a git-LFS pointer, not the file itself; run `git lfs pull` in its folder"
+
+
 class Bomb:
     """Unpickling it makes a file."""
 
@@ -140,7 +144,11 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
         both(lambda hf: (hf / "config.json").unlink(), lambda hf: (hf / "config.json").mkdir()),
         "config.json: Is a directory",
     ),
-    "missing": (lambda hf: (hf / "config.json").unlink(), "config.json: file not found"),
+    "missing": (
+        lambda hf: (hf / "config.json").unlink(),
+        "hf holds neither a Hugging Face config.json nor a checkpoint",
+    ),
+    "git-LFS pointer": (config_file(LFS_POINTER), f"config.json: {LFS_ERROR}"),
     "generation_config": (
         lambda hf: (hf / "generation_config.json").write_text("[]"),
         "generation_config.json: top level must be an object",
@@ -229,6 +237,14 @@ WEIGHTS: dict[str, tuple[Damage, str]] = {
     ),
     "truncated": (cut(SINGLE, -1), f"{SINGLE}: truncated; the header describes"),
     "truncated header": (cut(SINGLE, 100), f"{SINGLE}: truncated or not a safetensors file"),
+    "git-LFS pointer": (
+        lambda hf: (hf / SINGLE).write_bytes(LFS_POINTER),
+        f"{SINGLE}: {LFS_ERROR}",
+    ),
+    "git-LFS pointer as a shard": (
+        both(shards({}), lambda hf: (hf / SHARD_2).write_bytes(LFS_POINTER)),
+        f"{SHARD_2}: {LFS_ERROR}",
+    ),
     "empty": (cut(SINGLE, 0), f"{SINGLE}: truncated or not a safetensors file"),
     "missing shard": (both(shards({}), remove(SHARD_1)), f"shard {SHARD_1} is missing from the"),
     "shard lacks a tensor": (shards({"ghost": SHARD_1}), f"{INDEX}: 1 missing: ghost"),
@@ -284,6 +300,10 @@ TOKENIZERS: dict[str, tuple[Damage, str]] = {
         named(mask_token="<think>", bos_token={"content": "<think>"}),
         "mask token '<think>' is also the bos_token",
     ),
+    "mask is unk": (
+        named(mask_token="<think>", unk_token="<think>"),
+        "mask token '<think>' is also the unk_token",
+    ),
     "mask is the model's eos": (
         config(eos_token_id=MASK),
         f"mask token id {MASK} is an eos, pad or bos id of the model; choose another with --mask",
@@ -293,6 +313,10 @@ TOKENIZERS: dict[str, tuple[Damage, str]] = {
     "more tokens than rows": (
         fewer_rows,
         "the tokenizer has ids up to 260, the embedding only 259 rows; they are not of one model",
+    ),
+    "git-LFS pointer": (
+        lambda hf: (hf / "tokenizer.json").write_bytes(LFS_POINTER),
+        f"tokenizer.json: {LFS_ERROR}",
     ),
     "no tokenizer": (remove("tokenizer.json"), "tokenizer.json: file not found; save the"),
     "list": (lambda hf: write_json(hf / "tokenizer.json", []), "top level must be an object"),

@@ -121,7 +121,7 @@ def test_refuses_files_that_are_not_json_objects(tmp_path: Path, content: bytes)
 
 
 def test_refuses_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match="not found"):
+    with pytest.raises(ConversionError, match="holds neither"):
         read_config(tmp_path)
 
 

@@ -354,7 +354,7 @@ def test_bad_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "ckpt/latest_checkpointed_iteration.txt").write_text("../../etc")
     export_fails("must be a number")
     (tmp_path / "ckpt/latest_checkpointed_iteration.txt").unlink()
-    export_fails("no checkpoint here")
+    export_fails("nor a checkpoint")
 
 
 def test_export_needs_no_megatron(tmp_path: Path) -> None:

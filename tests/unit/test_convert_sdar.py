@@ -90,7 +90,7 @@ def test_model_card(exported: Path) -> None:
         assert text in card
     assert f"here it is {MASK}" in card and "@" not in card
     assert "lmdeploy serve" not in card and "sglang.launch_server" not in card
-    assert f'LLM("student", mask_token_id={MASK}, block_length=4)' in card
+    assert f"LLM('student', mask_token_id={MASK}, block_length=4)" in card
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -104,7 +104,7 @@ def test_model_card_of_a_model_that_engines_serve(tied: bool) -> None:
         dtype="bfloat16",
         pad_token_id=PAD,
     )
-    card = model_card(model, SDAR)
+    card = model_card(model, SDAR, has_chat_template=True)
     assert "--dllm-block-length 8" in card
     assert ("--dllm-algorithm LowConfidence" in card) != tied
     assert ("without\n`--no-untie`" in card) == tied
@@ -283,11 +283,24 @@ def test_generate_passes_per_block(model: Any, monkeypatch: pytest.MonkeyPatch) 
         ({"remasking": "random"}, "remasking"),
         ({"denoising_steps": 5}, "denoising_steps"),
         ({"attention_mask": torch.tensor([[0, 1]])}, "attention_mask"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        *(({"temperature": value}, "temperature=") for value in (-1, float("nan"), float("inf"))),
+        ({"top_k": -1}, "top_k=-1 must be"),
+        *(({"top_p": value}, "top_p=") for value in (0, -0.1, 2, float("nan"))),
+        *(({"confidence_threshold": value}, "confidence_threshold=") for value in (0, 1.1, -1)),
     ],
 )
 def test_generate_refuses(model: Any, options: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=named) as error:
         model.generate(torch.tensor([[5, 6]]), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_generate_takes_the_ends_of_the_ranges(model: Any) -> None:  # control
+    options = {"max_new_tokens": 1, "top_p": 1, "top_k": 0, "confidence_threshold": 1}
+    for temperature in (0, 1e-3, 100):
+        found = model.generate(torch.tensor([[5, 6]]), temperature=temperature, **options)
+        assert found.shape == (1, 3)
 
 
 def test_ties_go_to_the_lower_position_and_prompts_are_never_written() -> None:

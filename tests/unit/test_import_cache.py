@@ -140,7 +140,7 @@ def test_a_checkpoint_is_no_matter_of_the_cache(cache, source, tmp_path):
     folder = tmp_path / "checkpoint" / "iter_0000000"
     assert cache.find(tmp_path / "checkpoint") == cache.find(folder) == folder
     assert not cache.folder.exists()
-    with pytest.raises(ConversionError, match="no checkpoint here"):
+    with pytest.raises(ConversionError, match="nor a checkpoint"):
         cache.find(tmp_path / "nothing")
 
 

@@ -214,5 +214,5 @@ def test_padding_of_vocabulary_and_streams():
 
 
 def test_no_checkpoint(tmp_path):
-    with pytest.raises(ConversionError, match="no checkpoint here"):
+    with pytest.raises(ConversionError, match="nor a checkpoint"):
         resolve_iteration(tmp_path)

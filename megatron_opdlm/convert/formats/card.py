@@ -1,5 +1,7 @@
 """README.md of an export: what it is, where it comes from, how to load and serve it."""
 
+import re
+import shlex
 from importlib import resources
 from pathlib import PurePath
 from typing import Any
@@ -20,12 +22,15 @@ _LABELS = {
 _PATHS = ("teacher", "data")
 
 
-def model_card(model: ExportedModel, export_format: ExportFormat) -> str:
-    """Render the card.
+def model_card(
+    model: ExportedModel, export_format: ExportFormat, *, has_chat_template: bool
+) -> str:
+    """Render the card; its blocks of code run as they are, beside the exported folder.
 
     Args:
         model: what was exported; plain numbers and strings of its lineage and state are listed.
         export_format: names the sections.
+        has_chat_template: of the tokenizer; without one the code begins with plain text.
     """
     sections = (_read(name).strip() for name in export_format.card_sections(model))
     tags = ["megatron-opdlm"]
@@ -33,21 +38,28 @@ def model_card(model: ExportedModel, export_format: ExportFormat) -> str:
         tags = ["block-diffusion", export_format.name, *tags]
     text = _read("card.md").replace("@SECTIONS@", "\n\n".join(sections))
     substitutions = {
-        "@INTRODUCTION@": _introduction(model, export_format),
+        "@INTRODUCTION@": _introduction(model, export_format, has_chat_template),
+        "@PROMPT@": _read("prompt_chat.md" if has_chat_template else "prompt_text.md").strip(),
         "@TAGS@": ", ".join(tags),
         "@TABLE@": "\n".join(f"| {key} | {value} |" for key, value in _rows(model).items()),
         "@FAMILY@": model.config.family,
         "@BLOCK@": str(model.block_size),
         "@MASK@": str(model.mask_token_id),
         "@THINKING@": str(bool(model.lineage.get("enable_thinking", False))),
-        "@NAME@": model.name,  # last: a name is text of the user's
     }
     for key, value in substitutions.items():
         text = text.replace(key, value)
-    return text
+    names = {
+        "@NAME@": model.name,
+        "@PYTHON_NAME@": repr(model.name),
+        "@SHELL_NAME@": shlex.quote(model.name),
+    }  # last and at once: a name is text of the user's
+    return re.sub("|".join(names), lambda found: names[found[0]], text)
 
 
-def _introduction(model: ExportedModel, export_format: ExportFormat) -> str:
+def _introduction(
+    model: ExportedModel, export_format: ExportFormat, has_chat_template: bool
+) -> str:
     if not model.is_trained:
         text = "The weights of an autoregressive language model, not trained any further."
         if export_format.for_students:
@@ -74,6 +86,11 @@ def _introduction(model: ExportedModel, export_format: ExportFormat) -> str:
             f"\n\nThe mask token was moved from id {model.moved_mask_from} to id @MASK@, which"
             " serving engines hard-code: its input embedding was copied there, and the output layer"
             " is a tensor of its own with the rows as trained."
+        )
+    if export_format.for_students and not has_chat_template:
+        text += (
+            "\n\nThe tokenizer of the base model has no chat template: a prompt is text that the"
+            " model continues."
         )
     return text
 

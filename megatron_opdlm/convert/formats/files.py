@@ -5,6 +5,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from megatron_opdlm.convert.chat_template import has_chat_template
 from megatron_opdlm.convert.errors import ConversionError
 from megatron_opdlm.convert.files import read_json_object, write_json
 from megatron_opdlm.convert.formats.card import model_card
@@ -50,7 +51,9 @@ def write_files(
     write_json(out_dir / _GENERATION_FILE, _generation_config(base, config, model))
     texts = {name: _code(name) for name in export_format.code_files}
     texts |= export_format.other_files(model)
-    texts["README.md"] = model_card(model, export_format)
+    texts["README.md"] = model_card(
+        model, export_format, has_chat_template=has_chat_template(tokenizer_dir)
+    )
     for name, text in texts.items():
         (out_dir / name).write_text(text, encoding="utf-8")
 

@@ -5,6 +5,7 @@ A block starts as mask tokens, and each denoising step replaces the most confide
 Shape letters: B rows, P prompt, R response, K block size, V vocabulary.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,31 @@ def commit_schedule(size: int, steps: int) -> list[int]:
     if not 1 <= steps <= size:
         raise ValueError(f"denoising_steps={steps} must be between 1 and block_size={size}")
     return [size // steps + (step < size % steps) for step in range(steps)]
+
+
+def commit_threshold(remasking: str, confidence_threshold: float) -> float | None:
+    """Confidence above which a token is committed, however many there are; None: no such rule."""
+    if remasking not in ("low_confidence_static", "low_confidence_dynamic"):
+        raise ValueError(f"remasking={remasking!r} must be low_confidence_static or _dynamic")
+    if not 0 < confidence_threshold <= 1:
+        raise ValueError(f"confidence_threshold={confidence_threshold} must be in (0, 1]")
+    return confidence_threshold if remasking == "low_confidence_dynamic" else None
+
+
+def check_options(
+    attention_mask: Tensor | None, max_new_tokens: int, temperature: float, top_k: int, top_p: float
+) -> None:
+    """Refuse the other options of `generate` outside their range; NaN is outside of any."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError("attention_mask must be all ones: prompts must have one length")
+    if not max_new_tokens >= 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or more, and finite")
+    if not top_k >= 0:
+        raise ValueError(f"top_k={top_k} must be 0 (all tokens) or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be in (0, 1]; 1 is all tokens")
 
 
 def choose_commits(
@@ -81,7 +107,11 @@ def sample(
 
 
 class BlockDecoding:
-    """`generate` for a `BlockDiffusionLM`; list it before that class."""
+    """`generate` for a `BlockDiffusionLM`; list it before that class.
+
+    A finished block's keys and values come from a pass over its final tokens, made together with
+    the next block's first denoising step: a block costs its denoising steps, no more.
+    """
 
     config: Any
     generation_config: Any
@@ -107,9 +137,6 @@ class BlockDecoding:
     ) -> Tensor:
         """Decode block by block with a KV cache.
 
-        A finished block's keys and values come from a pass over its final tokens, made together
-        with the next block's first denoising step: a block costs its denoising steps, no more.
-
         Args:
             input_ids: [B, P] prompts of one length (the block grid starts at position 0, so there
                 is no left padding; call once per prompt length).
@@ -118,7 +145,7 @@ class BlockDecoding:
             denoising_steps: steps per block; default: one per token.
             remasking: low_confidence_static (as many tokens each step) or low_confidence_dynamic
                 (every token above the threshold, and at least the static number).
-            confidence_threshold: for low_confidence_dynamic.
+            confidence_threshold: for low_confidence_dynamic, in (0, 1].
             temperature: 0 for greedy.
             top_k: keep the k most likely tokens; 0 for all.
             top_p: keep the smallest set of tokens with this probability.
@@ -128,14 +155,14 @@ class BlockDecoding:
 
         Returns:
             [B, P + R] prompts and responses, each cut after its first eos and padded.
+
+        Raises:
+            ValueError: an option outside its range.
         """
-        if attention_mask is not None and not bool(attention_mask.all()):
-            raise ValueError("attention_mask must be all ones: prompts must have one length")
-        if remasking not in ("low_confidence_static", "low_confidence_dynamic"):
-            raise ValueError(f"remasking={remasking!r} must be low_confidence_static or _dynamic")
+        check_options(attention_mask, max_new_tokens, temperature, top_k, top_p)
         size = self.config.block_size if block_size is None else block_size
         schedule = commit_schedule(size, size if denoising_steps is None else denoising_steps)
-        threshold = confidence_threshold if remasking == "low_confidence_dynamic" else None
+        threshold = commit_threshold(remasking, confidence_threshold)
         sampling = (temperature, top_k, top_p, generator)
         eos = self._eos_ids(eos_token_id, input_ids.device)
         rows, prompt = input_ids.shape
