@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_opdlm import __version__
 
@@ -30,7 +30,11 @@ _MODEL_CONFIGS = "qwen3"
 
 def run() -> NoReturn:
     """Entry point of the console script."""
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # before `main` knows what to run
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,12 +67,19 @@ def main(argv: Sequence[str]) -> int:
     return status or 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes no abbreviated options, in subcommands too: those change when an option is added."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Builds the parser of all subcommands.
 
     A subcommand sets `run`: a function of the parsed arguments that returns an exit status or None.
     """
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="opdlm",
         description="Turn an autoregressive language model into a block-diffusion one.",
     )
@@ -240,11 +251,11 @@ def _set_up_logging() -> None:
     """Logs progress on the first rank, warnings on all."""
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(
-        level=logging.INFO if is_main else logging.WARNING,
+        level=logging.WARNING,  # what libraries say of themselves, at imports or at the end
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
-    logging.getLogger("megatron").setLevel(logging.WARNING)  # it reports its own imports
+    logging.getLogger("megatron_opdlm").setLevel(logging.INFO if is_main else logging.WARNING)
     # megatron-core says this at import, six times over, on every machine without Apex.
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
     # What the libraries below say about each other's interfaces is nothing a user can act on.

@@ -20,6 +20,10 @@ from megatron_opdlm import randomness
 
 logger = logging.getLogger(__name__)
 
+NO_CHAT_TEMPLATE = (
+    "tokenizer has no chat_template; prompts are rendered with it; use an instruct model, or give "
+    "it one: opdlm convert import --chat-template FILE"
+)
 _TEXT_KEYS = ("prompt", "messages", "question")
 _ROLES = ("system", "user", "assistant", "tool")
 _CHUNK = 1024  # prompts per call of the tokenizer: its threads are busy, the progress bar moves
@@ -306,11 +310,11 @@ def _require_tokenizer(tokenizer: Any) -> int:
             "tokenizer has no mask_token; it must mark masked positions; "
             "`opdlm convert import` adds it"
         )
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "tokenizer has no chat_template; prompts are rendered with it; use an instruct model "
-            "or put chat_template.jinja beside the tokenizer"
-        )
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several, by name
+        template = template.get("default")
+    if template is None:
+        raise ValueError(NO_CHAT_TEMPLATE)
     return int(tokenizer.mask_token_id)
 
 

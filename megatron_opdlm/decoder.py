@@ -26,7 +26,8 @@ from megatron_opdlm.rollout.collector import collect
 from megatron_opdlm.rollout.engine import Observer, RolloutEngine
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.run_folder import CHECKPOINTS
-from megatron_opdlm.setup_models import DTYPES, Student, load_student
+from megatron_opdlm.setup_models import DTYPES, Student, load_student, require_chat_template
+from megatron_opdlm.signals import stopped_by_signals
 from megatron_opdlm.trajectory import Trajectory
 
 DEFAULT_BLOCK_SIZE = 4
@@ -78,9 +79,11 @@ class Decoder:
                 temporary folder, which is gone when this returns.
 
         Raises:
-            ValueError: neither a checkpoint nor a model, no mask token, or a model that the
-                parallel sizes do not divide.
+            ValueError: neither a checkpoint nor a model, no mask token or chat template, or a model
+                that the parallel sizes do not divide.
         """
+        source = find_checkpoint(path)
+        require_chat_template(str(source))
         parallel = process_groups.initialize(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
@@ -91,7 +94,6 @@ class Decoder:
             layer_spec="transformer_engine" if has_transformer_engine() else "local",
             params_dtype=DTYPES[dtype],
         )
-        source = find_checkpoint(path)
         with _import_folder(import_cache, parallel) as folder:
             cache = ImportCache(folder=folder, mask_token=MASK_TOKEN)
             student = load_student(str(source), cache, options, parallel, mask_token=None)
@@ -192,13 +194,17 @@ def _import_folder(given: str | None, parallel: ParallelState) -> Iterator[Path]
     if given is not None:
         yield Path(given)
         return
-    scratch = from_main(lambda: tempfile.mkdtemp(prefix="opdlm_"), is_main=parallel.is_main)
-    try:
-        yield Path(scratch)
-        dist.barrier()
-    finally:
-        if parallel.is_main:
-            shutil.rmtree(scratch)
+    # On the main rank alone: a handler has to wait for a collective that the rank is in, and the
+    # others wait for this one most of the time. They end by the signal itself, and with them
+    # whatever collective holds this rank.
+    with stopped_by_signals() if parallel.is_main else contextlib.nullcontext():
+        scratch = from_main(lambda: tempfile.mkdtemp(prefix="opdlm_"), is_main=parallel.is_main)
+        try:
+            yield Path(scratch)
+            dist.barrier()
+        finally:
+            if parallel.is_main:
+                shutil.rmtree(scratch)
 
 
 def find_checkpoint(path: str) -> Path:

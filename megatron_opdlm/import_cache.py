@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import time
@@ -26,14 +27,15 @@ from typing import Any, TextIO
 
 from megatron_opdlm.convert.errors import ConversionError
 from megatron_opdlm.convert.files import atomic_directory, read_json_object, write_json
-from megatron_opdlm.convert.importer import import_hf
+from megatron_opdlm.convert.importer import import_into
 from megatron_opdlm.convert.layout import FORMAT_VERSION, read_description, resolve_iteration
 from megatron_opdlm.parallel import from_main
+from megatron_opdlm.signals import stopped_by_signals
 
 logger = logging.getLogger(__name__)
 
 CONVERTER_VERSION = 1
-"""To be raised when `import_hf` writes other values or files for the same input."""
+"""To be raised when `import_into` writes other values or files for the same input."""
 
 RECORD_FILE = "import.json"
 _POLL_SECONDS = 1.0
@@ -138,13 +140,16 @@ class ImportCache:
         with _locked(entry, source):
             if _is_there(entry):  # made while this process waited
                 return
-            for left_over in entry.parent.iterdir():  # of converters that were killed
-                if f"{entry.name}.partial-" in left_over.name:
-                    shutil.rmtree(left_over)
+            _clear_left_overs(source, entry)
             _require_room(source, entry)
             logger.info("importing %s into %s", source, entry)
-            with atomic_directory(entry) as folder:
-                import_hf(source, folder, mask_token=self.mask_token, mask_init=self.mask_init)
+            with stopped_by_signals(), atomic_directory(entry) as folder:
+                import_into(
+                    source,
+                    contextlib.nullcontext(folder),
+                    mask_token=self.mask_token,
+                    mask_init=self.mask_init,
+                )
                 if self.entry(source) != entry:
                     raise ConversionError(
                         f"{source} changed while it was imported; start again when it is complete"
@@ -184,6 +189,20 @@ def _whole(entry: Path) -> Path:
     return folder
 
 
+def _clear_left_overs(source: Path, entry: Path) -> None:
+    """Deletes what killed converters of a source of this name left, of this entry or another."""
+    pattern = re.compile(rf"\.+({re.escape(source.resolve().name)}-[0-9a-f]{{12}})\.partial-")
+    for left_over in entry.parent.iterdir():
+        if not (match := pattern.match(left_over.name)):
+            continue
+        other = entry.parent / match[1]
+        with contextlib.nullcontext(True) if other == entry else _locked_at_once(other) as held:
+            if held:
+                shutil.rmtree(left_over, ignore_errors=True)
+            if left_over.exists():
+                logger.info("leaving %s, which another process or user is writing", left_over)
+
+
 def _require_room(source: Path, entry: Path) -> None:
     """Refuses to start what would fill the disk; hidden quotas apart, which show as an error."""
     weights = sum(path.stat().st_size for path in source.glob("*.safetensors"))
@@ -202,7 +221,7 @@ def _locked(entry: Path, source: Path) -> Iterator[None]:
     # and because it holds between nodes: on NFS (Linux clients send it to the server) and on Lustre
     # mounted with `flock`. A lock that is a file's existence would outlive its owner. The file
     # stays: whoever removed it would leave later processes with a lock on another file.
-    path = entry.parent / f".{entry.name}.lock"
+    path = _lock_path(entry)
     with open(path, "a+", encoding="utf-8") as file:
         began = time.monotonic()
         next_report = 0.0
@@ -219,6 +238,23 @@ def _locked(entry: Path, source: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+@contextlib.contextmanager
+def _locked_at_once(entry: Path) -> Iterator[bool]:
+    """Whether the lock of an entry is to be had without waiting; it is held then."""
+    path = _lock_path(entry)
+    try:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  closed below
+    except PermissionError:  # another user's
+        yield False
+        return
+    with file:
+        yield _try_lock(file, path)
+
+
+def _lock_path(entry: Path) -> Path:
+    return entry.parent / f".{entry.name}.lock"
 
 
 def _try_lock(file: TextIO, path: Path) -> bool:

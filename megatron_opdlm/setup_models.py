@@ -12,7 +12,15 @@ import torch
 from megatron_opdlm.checkpoint import freeze, load_model
 from megatron_opdlm.config import ModelConfig, ParallelConfig
 from megatron_opdlm.config_sections import RolloutConfig
-from megatron_opdlm.convert.layout import TOKENIZER_DIR, ModelDescription, read_description
+from megatron_opdlm.convert.chat_template import has_chat_template
+from megatron_opdlm.convert.layout import (
+    TOKENIZER_DIR,
+    ModelDescription,
+    read_description,
+    resolve_iteration,
+)
+from megatron_opdlm.convert.tokenizer import has_tokenizer
+from megatron_opdlm.data import NO_CHAT_TEMPLATE
 from megatron_opdlm.import_cache import ImportCache
 from megatron_opdlm.model import BlockDiffusionModel, BuildOptions
 from megatron_opdlm.parallel import ParallelState
@@ -127,6 +135,18 @@ def load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+
+
+def require_chat_template(student: str) -> None:
+    """Refuses a student that cannot render prompts, before an import that may take minutes.
+
+    Args:
+        student: checkpoint root, iteration folder, or Hugging Face directory.
+    """
+    is_hf = (Path(student) / "config.json").is_file()
+    folder = Path(student) if is_hf else resolve_iteration(student) / TOKENIZER_DIR
+    if has_tokenizer(folder) and not has_chat_template(folder):
+        raise ValueError(f"student={student}: {NO_CHAT_TEMPLATE}")
 
 
 def check_mask_token(

@@ -14,7 +14,7 @@ from megatron_opdlm.data import PromptSampler, load_prompts
 from megatron_opdlm.model import has_transformer_engine, require_transformer_engine
 from megatron_opdlm.plan import check_models, find_model_config
 from megatron_opdlm.run_folder import RunFolder
-from megatron_opdlm.setup_models import require_same_fingerprint
+from megatron_opdlm.setup_models import require_chat_template, require_same_fingerprint
 from megatron_opdlm.trainer import Trainer
 
 
@@ -54,6 +54,7 @@ def check(config: Config) -> Config:
     _require_mask_token(student, resolved.model.mask_token)
     ours, theirs = (_fingerprint(m, resolved.model.mask_token) for m in (student, teacher))
     require_same_fingerprint(ours, theirs, teacher)
+    require_chat_template(student)
     return resolved
 
 

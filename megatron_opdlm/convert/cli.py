@@ -1,20 +1,21 @@
 """`opdlm convert`: import, export, verify, inspect."""
 
 import argparse
-import contextlib
 import errno
+import importlib
 import json
-import signal
+import math
+import shlex
 import sys
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
+from pathlib import Path
 
 from megatron_opdlm.convert.errors import ConversionError
+from megatron_opdlm.signals import ended_by_interrupt, stopped_by_signals
 
 FORMATS = ("sdar", "a2d", "base", "qwen3", "qwen2", "llama")
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_TOLERANCE = 1e-3
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MASK_TOKEN = "<|MASK|>"  # tokenizer.MASK_TOKEN and mask_row.MASK_INITS, which import torch
 MASK_INITS = ("keep", "mean")
@@ -42,7 +43,6 @@ def _add_import(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--mask-token",
         metavar="TEXT",
-        default=MASK_TOKEN,
         help="text of the mask token; one that the tokenizer has keeps its id, another gets the "
         f"first free row of the embedding, or a new one; default: {MASK_TOKEN}",
     )
@@ -119,8 +119,11 @@ def _reporting_os_errors(
 
     def run(args: argparse.Namespace) -> int:
         _require_text(args)
+        with ended_by_interrupt():
+            for name in ("numpy", "torch"):  # their C code loses what a signal's handler raises
+                importlib.import_module(name)
         try:
-            with _stopped_by_signals(writes=hasattr(args, "out")):
+            with stopped_by_signals(writes=hasattr(args, "out")):
                 return action(args)
         except OSError as error:
             path = error.filename
@@ -134,40 +137,13 @@ def _reporting_os_errors(
 
 def _require_text(args: argparse.Namespace) -> None:
     """Names go into JSON, into a model card and to libraries that know UTF-8 alone."""
-    for value in vars(args).values():
+    for name, value in vars(args).items():
+        if value == "" and name != "mask_token":  # an empty path would be the current folder
+            raise ConversionError(f"{name}: empty path")
         try:
             str(value).encode()
         except UnicodeEncodeError:
             raise ConversionError(f"{value!r} is not UTF-8 text; use another name") from None
-
-
-@contextlib.contextmanager
-def _stopped_by_signals(*, writes: bool) -> Iterator[None]:
-    """What batch systems and closed terminals send clears up as Ctrl-C does.
-
-    They allow 30 seconds or more before they kill; deleting an unfinished output takes less.
-    """
-    received: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        for each in before:  # a second Ctrl-C must not stop the clearing up
-            signal.signal(each, signal.SIG_IGN)
-        raise SystemExit(128 + number)
-
-    before = {number: signal.getsignal(number) for number in _STOPPING}
-    before = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}  # nohup
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if received:
-            name = signal.Signals(received[0]).name
-            left = "; nothing half-written is left" if writes else ""
-            sys.stderr.write(f"\nerror: stopped by {name}{left}\n")
 
 
 # The actions import what they need when they run: `opdlm --help` must not load torch.
@@ -175,20 +151,32 @@ def _stopped_by_signals(*, writes: bool) -> Iterator[None]:
 
 def _import(args: argparse.Namespace) -> int:
     from megatron_opdlm.convert.importer import import_hf
+    from megatron_opdlm.convert.layout import read_description, resolve_iteration
 
+    for name in ("mask_token", "mask_init"):
+        if args.no_mask and getattr(args, name) is not None:
+            raise ConversionError(
+                f"--no-mask adds no mask token; leave --{name.replace('_', '-')} away, or --no-mask"
+            )
     import_hf(
         args.hf,
         args.out,
         add_mask=not args.no_mask,
-        mask_token=args.mask_token,
+        mask_token=MASK_TOKEN if args.mask_token is None else args.mask_token,
         mask_init=args.mask_init,
         chat_template=args.chat_template,
     )
+    mask_token_id = read_description(resolve_iteration(args.out)).mask_token_id
+    note = "" if args.no_mask else " (before it is trained, export needs --block-size)"
+    summary = _summary(args.out, mask_token_id, checkpoint=args.out, hf=args.hf)
+    sys.stdout.write(f"{summary}{note}\n")
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
     from megatron_opdlm.convert.exporter import export
+    from megatron_opdlm.convert.files import read_json_object
+    from megatron_opdlm.convert.layout import read_description, resolve_iteration
 
     export(
         args.checkpoint,
@@ -200,12 +188,27 @@ def _export(args: argparse.Namespace) -> int:
         untie=args.untie,
         relocate_mask=args.relocate_mask,
     )
+    folder = resolve_iteration(args.checkpoint, args.iteration)
+    mask_token_id = read_json_object(Path(args.out) / "config.json").get(
+        "mask_token_id", read_description(folder).mask_token_id
+    )
+    sys.stdout.write(_summary(args.out, mask_token_id, checkpoint=str(folder), hf=args.out) + "\n")
     return 0
+
+
+def _summary(out: str, mask_token_id: int | None, *, checkpoint: str, hf: str) -> str:
+    """What was written, and the command that compares it with what it was made of."""
+    size = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())
+    mask = "no mask token" if mask_token_id is None else f"mask token {mask_token_id}"
+    command = shlex.join(("opdlm", "convert", "verify", "--checkpoint", checkpoint, "--hf", hf))
+    return f"{out}: {size / 1e9:.3f} GB, {mask}; next: {command}"
 
 
 def _verify(args: argparse.Namespace) -> int:
     from megatron_opdlm.convert.verify import verify
 
+    if not (args.tolerance >= 0 and math.isfinite(args.tolerance)):
+        raise ConversionError(f"--tolerance {args.tolerance:g} must be a number of 0 or more")
     result = verify(args.checkpoint, args.hf)
     passes = result.passes(args.tolerance)
     sys.stdout.write(

@@ -55,7 +55,8 @@ def export(
             toolkit, the released OPDLM evaluation), or 'base' or the family's name (plain weights
             under the model_type they were imported with; no mask token or block size needed).
         iteration: which iteration; None for the latest.
-        block_size: needed only if the checkpoint was not trained; must equal the trained one.
+        block_size: needed only if the checkpoint was not trained; must equal the trained one. Not
+            for 'base' and the family's name.
         dtype: 'float32', 'bfloat16' or 'float16'; None as stored.
         untie: write the output layer of a tied model as a tensor of its own; None: as the format's
             readers need it ('sdar': yes).
@@ -126,9 +127,17 @@ def _block_size(
     requested: int | None,
     export_format: ExportFormat,
 ) -> int | None:
-    trained = description.block_size
-    if requested is not None and requested < 1:
-        raise ConversionError(f"block_size={requested} must be positive")
+    trained, positions = description.block_size, description.config.max_position_embeddings
+    if requested is not None and not export_format.for_students:
+        raise ConversionError(
+            f"block_size={requested}: plain weights ({export_format.name!r}) have no block size; "
+            "leave it away"
+        )
+    if requested is not None and not 1 <= requested <= positions:
+        raise ConversionError(
+            f"block_size={requested} must be positive and at most the {positions} positions of the "
+            "model"
+        )
     if trained is None and requested is None and export_format.for_students:
         raise ConversionError(
             f"{iteration_dir}: the weights were not trained for a block size yet; pass --block-size"

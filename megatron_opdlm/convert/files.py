@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opdlm.convert.errors import ConversionError
+from megatron_opdlm.signals import raise_if_stopped
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +171,7 @@ def atomic_directory(out_dir: Path) -> Iterator[Path]:
         _create(partial, prefix, given)
         yield partial
         require_writable_output(out_dir)
+        raise_if_stopped()
         os.rename(partial, out_dir)  # replaces an empty directory, fails on any other
     except BaseException as error:  # also Ctrl-C: nothing half-written stays behind
         shutil.rmtree(partial, ignore_errors=True)

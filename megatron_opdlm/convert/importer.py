@@ -3,6 +3,8 @@
 Streaming, on the CPU: one layer's tensor (or 16 MiB of the vocabulary) is in memory at a time.
 """
 
+import logging
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,8 +35,11 @@ from megatron_opdlm.convert.tokenizer import (
     has_tokenizer,
     tokenizer_fingerprint,
 )
+from megatron_opdlm.convert.tokenizer_files import TOKENIZER_CONFIG
 from megatron_opdlm.convert.torch_dist import Piece, write_torch_dist
 from megatron_opdlm.convert.weights import HFWeights, check_tensors, row_slices
+
+logger = logging.getLogger(__name__)
 
 _COMMON = {"checkpoint_version": 3.0, "iteration": 0}  # what Megatron-LM's loader looks up
 
@@ -72,10 +77,39 @@ def import_hf(
     """
     source, out = Path(hf_dir), Path(out_dir)
     require_writable_output(out, source)
+    import_into(
+        source,
+        atomic_directory(out),
+        add_mask=add_mask,
+        mask_token=mask_token,
+        mask_init=mask_init,
+        chat_template=chat_template,
+        progress=progress,
+    )
+
+
+def import_into(
+    source: Path,
+    target: AbstractContextManager[Path],
+    *,
+    add_mask: bool = True,
+    mask_token: str = MASK_TOKEN,
+    mask_init: str | None = None,
+    chat_template: str | Path | None = None,
+    progress: bool = True,
+) -> None:
+    """What `import_hf` does, for one who makes more of the output appear at once.
+
+    Args:
+        source: Hugging Face directory.
+        target: gives an empty folder, which it takes away after an exception; entered when the
+            source has been checked.
+        add_mask: as the rest, see `import_hf`.
+    """
     config = read_config(source)
     with HFWeights(source) as weights:
         check_tensors(weights, FAMILIES[config.family], config)
-        with atomic_directory(out) as folder:
+        with target as folder:
             iteration_dir = folder / iteration_name(0)
             iteration_dir.mkdir()
             mask = _add_tokenizer(source, iteration_dir, config, mask_token if add_mask else None)
@@ -114,6 +148,12 @@ def _add_tokenizer(
 ) -> int | None:
     """Copy the tokenizer; add the mask token if there is to be one, and return its id."""
     target = iteration_dir / TOKENIZER_DIR
+    if has_tokenizer(source) and not (source / TOKENIZER_CONFIG).is_file():
+        logger.warning(
+            "%s has no %s: the tokenizer of the checkpoint will name no bos, eos or pad token",
+            source,
+            TOKENIZER_CONFIG,
+        )
     if mask_token is None:
         if has_tokenizer(source):
             copy_tokenizer(source, target)

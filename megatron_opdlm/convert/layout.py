@@ -124,6 +124,8 @@ def resolve_iteration(checkpoint_dir: str | Path, iteration: int | None = None) 
     Raises:
         ConversionError: nothing there, or not that iteration.
     """
+    if iteration is not None and iteration < 0:
+        raise ConversionError(f"iteration={iteration} must be 0 or more")
     root = Path(checkpoint_dir)
     if not is_checkpoint(root):
         raise ConversionError(describe(root))

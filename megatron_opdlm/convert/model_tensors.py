@@ -25,6 +25,7 @@ from megatron_opdlm.convert.weights import (
     require_finite,
     row_slices,
 )
+from megatron_opdlm.signals import raise_if_stopped
 
 SHARD_BYTES = 5 * 10**9
 TensorLayout = dict[str, tuple[torch.dtype, Shape]]
@@ -163,6 +164,7 @@ def write_weights(
             while name in shard:
                 writer.write(tensor)
                 bar.update(tensor.nbytes)
+                raise_if_stopped()
                 name, tensor = next(values, ("", tensor))
             writer.close()
     if len(shards) > 1:

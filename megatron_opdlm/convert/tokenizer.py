@@ -7,7 +7,6 @@ the older layout that every version and serving engine reads.
 
 import hashlib
 import json
-import reprlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,23 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.files import (
-    read_json_object,
-    without_garbage_collection,
-    write_json,
+from megatron_opdlm.convert.files import without_garbage_collection, write_json
+from megatron_opdlm.convert.tokenizer_files import (
+    NAMED_TOKENS,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    content_of,
+    read_tokenizer,
+    read_tokenizer_config,
+    special_tokens,
+    token_ids,
 )
 
 MASK_TOKEN = "<|MASK|>"
 """The string that SDAR, TraDo and OPDLM use; id 151669 in Qwen3's vocabulary."""
 
-_TOKENIZER_JSON = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENIZER_FILES = (
-    _TOKENIZER_JSON,
+    TOKENIZER_JSON,
     TOKENIZER_CONFIG,
     "vocab.json",
     "merges.txt",
@@ -37,14 +40,13 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
 # transformers 5 names of classes that transformers 4 knows under another one
 _CLASS_NAMES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether the directory holds a tokenizer this module can read."""
-    return (directory / _TOKENIZER_JSON).is_file()
+    return (directory / TOKENIZER_JSON).is_file()
 
 
 def copy_tokenizer(src_dir: Path, dst_dir: Path) -> None:
@@ -83,7 +85,7 @@ def add_mask_token(
             tokens than the embedding rows, or the id is that of eos, pad, bos or unk.
     """
     src, dst = Path(src_dir), Path(dst_dir)
-    tokenizer = _read_tokenizer(src)
+    tokenizer = read_tokenizer(src)
     mask, mask_id = _find_mask_token(src, tokenizer, vocab_size, mask_token)
     copy_tokenizer(src, dst)
     _patch_tokenizer_json(dst, tokenizer, mask, mask_id)
@@ -103,14 +105,14 @@ def find_mask_token(src: Path, vocab_size: int, mask_token: str) -> tuple[str, i
     Raises:
         ConversionError: as `add_mask_token`.
     """
-    return _find_mask_token(src, _read_tokenizer(src), vocab_size, mask_token)
+    return _find_mask_token(src, read_tokenizer(src), vocab_size, mask_token)
 
 
 def _find_mask_token(
     src: Path, tokenizer: dict[str, Any], vocab_size: int, mask_token: str
 ) -> tuple[str, int]:
     config = read_tokenizer_config(src)
-    ids = _token_ids(src, tokenizer)
+    ids = token_ids(src, tokenizer)
     mask = _mask_text(src, config, mask_token)
     if (top := max(token_id for token, token_id in ids.items() if token != mask)) >= vocab_size:
         raise ConversionError(
@@ -123,10 +125,16 @@ def _find_mask_token(
             f"{src}: mask token {mask!r} has id {mask_id}, the embedding only {vocab_size} rows; "
             "they are not of one model"
         )
-    for key in _NAMED_TOKENS:
-        name = _content(config.get(key))
-        if key != "mask_token" and name is not None and ids.get(name) == mask_id:
+    named = special_tokens(src)
+    for key, name in named.items():
+        if key != "mask_token" and ids.get(name) == mask_id:
             raise ConversionError(f"{src}: mask token {mask!r} is also the {key}; they must differ")
+    added = {token["content"] for token in tokenizer["added_tokens"]}
+    if "mask_token" not in named and mask in ids and mask not in added:
+        raise ConversionError(
+            f"{src}: mask token {mask!r} is an ordinary token of the vocabulary, which prompts "
+            "contain; choose another with --mask-token (training: mask_token)"
+        )
     return mask, mask_id
 
 
@@ -146,8 +154,8 @@ def replace_mask_token(src_dir: Path, dst_dir: Path, text: str, token_id: int) -
     Raises:
         ConversionError: the text or the id is another token's, or the mask token cannot change.
     """
-    tokenizer, config = _read_tokenizer(src_dir), read_tokenizer_config(src_dir)
-    ids, old = _token_ids(src_dir, tokenizer), _content(config.get("mask_token"))
+    tokenizer, config = read_tokenizer(src_dir), read_tokenizer_config(src_dir)
+    ids, old = token_ids(src_dir, tokenizer), content_of(config.get("mask_token"))
     others = {token: i for token, i in ids.items() if token != old}
     if text in others:
         raise ConversionError(
@@ -158,11 +166,11 @@ def replace_mask_token(src_dir: Path, dst_dir: Path, text: str, token_id: int) -
             f"{src_dir}: id {token_id} is token {holders[0]!r}; the mask token needs that id"
         )
     added = tokenizer["added_tokens"]
-    specials = [_content(token) for token in config.get("additional_special_tokens") or []]
+    specials = [content_of(token) for token in config.get("additional_special_tokens") or []]
     if old == text or ids.get(old or "") == token_id:
         added = [token for token in added if token["content"] != old]
         specials = [token for token in specials if token != old]
-    proper = _token_ids(src_dir, tokenizer | {"added_tokens": []}).values()
+    proper = token_ids(src_dir, tokenizer | {"added_tokens": []}).values()
     free = set(range(max(proper) + 1, token_id)).difference(token["id"] for token in added)
     added += [_added_token(i, _unused_token(i), special=False) for i in sorted(free)]
     tokenizer["added_tokens"] = added
@@ -195,7 +203,7 @@ def tokenizer_fingerprint(directory: str | Path, mask_token: str = MASK_TOKEN) -
         ConversionError: no tokenizer.json, or a malformed one.
     """
     path = Path(directory)
-    tokenizer = _read_tokenizer(path)
+    tokenizer = read_tokenizer(path)
     mask = mask_token_text(path) or mask_token
     model = tokenizer["model"]
     merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
@@ -203,7 +211,7 @@ def tokenizer_fingerprint(directory: str | Path, mask_token: str = MASK_TOKEN) -
         "type": model.get("type"),
         "ids": sorted(
             (i, token)
-            for token, i in _token_ids(path, tokenizer).items()
+            for token, i in token_ids(path, tokenizer).items()
             if token not in (mask, _unused_token(i))
         ),
         "merges": merges,
@@ -223,7 +231,7 @@ def pad_token_id(directory: str | Path) -> int | None:
 
 def mask_token_text(directory: str | Path) -> str | None:
     """Text of the tokenizer's mask token; None if it names none."""
-    return _content(read_tokenizer_config(Path(directory)).get("mask_token"))
+    return content_of(read_tokenizer_config(Path(directory)).get("mask_token"))
 
 
 def mask_token_id(directory: str | Path) -> int | None:
@@ -233,10 +241,14 @@ def mask_token_id(directory: str | Path) -> int | None:
 
 def _mask_text(src: Path, config: dict[str, Any], mask_token: str) -> str:
     """The mask token that the tokenizer names, else the requested one."""
-    named = _content(config.get("mask_token"))
+    named = content_of(config.get("mask_token"))
     if not (named or mask_token):
         raise ConversionError(f"{src}: the mask token needs a text")
     if named is None:
+        if not mask_token.isprintable() or mask_token.strip() != mask_token:
+            raise ConversionError(
+                f"mask token {mask_token!r} must be printable text without spaces at its ends"
+            )
         return mask_token
     if mask_token not in (named, MASK_TOKEN):
         raise ConversionError(
@@ -247,102 +259,20 @@ def _mask_text(src: Path, config: dict[str, Any], mask_token: str) -> str:
 
 
 def _named_id(directory: Path, key: str) -> int | None:
-    name = _content(read_tokenizer_config(directory).get(key))
-    return None if name is None else _token_ids(directory, _read_tokenizer(directory)).get(name)
+    name = content_of(read_tokenizer_config(directory).get(key))
+    return None if name is None else token_ids(directory, read_tokenizer(directory)).get(name)
 
 
 def _load(directory: Path, source: Path) -> Tokenizer:
     """Load a copied tokenizer as its users will; errors name its source."""
     try:
-        return Tokenizer.from_file(str(directory / _TOKENIZER_JSON))
+        return Tokenizer.from_file(str(directory / TOKENIZER_JSON))
     except Exception as error:
         if type(error) is not Exception:  # the library raises the plain class itself
             raise
         raise ConversionError(
-            f"{source / _TOKENIZER_JSON}: the tokenizers library cannot read it: {error}"
+            f"{source / TOKENIZER_JSON}: the tokenizers library cannot read it: {error}"
         ) from None
-
-
-def read_tokenizer_config(directory: Path) -> dict[str, Any]:
-    """tokenizer_config.json, or {} where there is none.
-
-    Raises:
-        ConversionError: malformed, or special tokens that are neither text nor objects.
-    """
-    path = directory / TOKENIZER_CONFIG
-    config = read_json_object(path) if path.is_file() else {}
-    for key in _NAMED_TOKENS:
-        if config.get(key) is not None and not _is_token(config[key]):
-            raise ConversionError(
-                f"{path}: {key}={reprlib.repr(config[key])} must be null, text, or an object with "
-                "content"
-            )
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        tokens = config.get(key)
-        if isinstance(tokens, dict) and key == "extra_special_tokens":  # name -> token
-            tokens = list(tokens.values())
-        if tokens is not None and not (isinstance(tokens, list) and all(map(_is_token, tokens))):
-            raise ConversionError(f"{path}: {key}={reprlib.repr(tokens)} must be a list of tokens")
-    if not isinstance(config.get("tokenizer_class"), str | None):
-        raise ConversionError(f"{path}: tokenizer_class must be text")
-    return config
-
-
-def _is_token(token: Any) -> bool:
-    return isinstance(token, str) or (
-        isinstance(token, dict) and isinstance(token.get("content"), str)
-    )
-
-
-def _read_tokenizer(directory: Path) -> dict[str, Any]:
-    path = directory / _TOKENIZER_JSON
-    if not path.is_file():
-        raise ConversionError(
-            f"{path}: file not found; save the tokenizer with AutoTokenizer(...).save_pretrained"
-        )
-    tokenizer = read_json_object(path)
-    if not isinstance(tokenizer.get("model"), dict):
-        raise ConversionError(f"{path}: key model must be an object")
-    merges = tokenizer["model"].get("merges", [])
-    if not isinstance(merges, list) or not all(isinstance(pair, str | list) for pair in merges):
-        raise ConversionError(f"{path}: key model.merges must be a list of pairs")
-    added = tokenizer.setdefault("added_tokens", [])
-    if not isinstance(added, list) or not all(
-        isinstance(token, dict)
-        and _is_id(token.get("id"))
-        and isinstance(token.get("content"), str)
-        for token in added
-    ):
-        raise ConversionError(f"{path}: added_tokens must be a list of objects with id and content")
-    return tokenizer
-
-
-def _token_ids(directory: Path, tokenizer: dict[str, Any]) -> dict[str, int]:
-    """Every token string -> id, added tokens included."""
-    path, vocab = directory / _TOKENIZER_JSON, tokenizer["model"].get("vocab")
-    if isinstance(vocab, dict) and all(map(_is_id, vocab.values())):  # BPE, WordPiece, WordLevel
-        ids = dict(vocab)
-    elif isinstance(vocab, list) and all(  # Unigram
-        isinstance(entry, list) and entry and isinstance(entry[0], str) for entry in vocab
-    ):
-        ids = {entry[0]: i for i, entry in enumerate(vocab)}
-    else:
-        raise ConversionError(
-            f"{path}: key model.vocab must map tokens to ids, or list [token, score] pairs"
-        )
-    ids |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    if not ids:
-        raise ConversionError(f"{path}: the vocabulary is empty")
-    return ids
-
-
-def _is_id(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _content(token: Any) -> str | None:
-    """A special token is a string, or an object with a content key."""
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def _patch_tokenizer_json(dst: Path, tokenizer: dict[str, Any], mask: str, mask_id: int) -> None:
@@ -352,7 +282,7 @@ def _patch_tokenizer_json(dst: Path, tokenizer: dict[str, Any], mask: str, mask_
     tokenizer["added_tokens"] = sorted(tokens, key=lambda token: token["id"])
     # Compact: Python's encoder takes seconds to indent 11 MB.
     text = json.dumps(tokenizer, ensure_ascii=False)
-    (dst / _TOKENIZER_JSON).write_text(text, encoding="utf-8")
+    (dst / TOKENIZER_JSON).write_text(text, encoding="utf-8")
 
 
 def _added_token(token_id: int, text: str, *, special: bool) -> dict[str, Any]:
@@ -378,7 +308,7 @@ def _patch_config(
         config.setdefault("additional_special_tokens", config.pop("extra_special_tokens"))
     name = config.get("tokenizer_class", "PreTrainedTokenizerFast")
     config["tokenizer_class"] = _CLASS_NAMES.get(name, name)
-    specials = [_content(token) for token in config.get("additional_special_tokens") or []]
+    specials = [content_of(token) for token in config.get("additional_special_tokens") or []]
     config["additional_special_tokens"] = specials + [mask] * (mask not in specials)
     config["mask_token"] = mask
     fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
@@ -387,7 +317,7 @@ def _patch_config(
     }
     write_json(dst / TOKENIZER_CONFIG, config)
     specials_map: dict[str, Any] = {
-        key: _content(config[key]) for key in _NAMED_TOKENS if config.get(key) is not None
+        key: content_of(config[key]) for key in NAMED_TOKENS if config.get(key) is not None
     }
     specials_map["additional_special_tokens"] = config["additional_special_tokens"]
     write_json(dst / "special_tokens_map.json", specials_map)

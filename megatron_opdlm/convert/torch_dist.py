@@ -34,6 +34,7 @@ from megatron_opdlm.convert.errors import ConversionError
 from megatron_opdlm.convert.names import Shape
 from megatron_opdlm.convert.raw import BlockFile
 from megatron_opdlm.convert.records import read_region
+from megatron_opdlm.signals import raise_if_stopped
 
 METADATA_FILE = "metadata.json"
 COMMON_FILE = "common.pt"
@@ -104,6 +105,7 @@ def write_torch_dist(
             index = MetadataIndex(piece.key, chunks[-1].offsets, len(chunks) - 1)
             results.append(_result(index, _append(file, _values(piece))))
             on_bytes(piece.nbytes)
+            raise_if_stopped()
     objects = {key: BytesStorageMetadata() for key in empty_objects}
     metadata = Metadata(state_dict_metadata={**tensors, **objects}, planner_data={})
     _MetadataWriter(directory, sync_files=False).finish(metadata, [results])

@@ -5,6 +5,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_opdlm import import_cache
+from megatron_opdlm import decoder, import_cache
 from megatron_opdlm import parallel as process_groups
 from megatron_opdlm.convert.importer import import_hf
 from megatron_opdlm.evaluation.cli import add_eval_parser
@@ -34,7 +35,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def conversions(tmp_path, monkeypatch):
     """Counts conversions in this process and those it forks; each takes a moment."""
-    log, convert = tmp_path / "conversions", import_cache.import_hf
+    log, convert = tmp_path / "conversions", import_cache.import_into
     log.touch()
 
     def counted(*args, **values):
@@ -43,7 +44,7 @@ def conversions(tmp_path, monkeypatch):
         time.sleep(0.3)
         convert(*args, progress=False, **values)
 
-    monkeypatch.setattr(import_cache, "import_hf", counted)
+    monkeypatch.setattr(import_cache, "import_into", counted)
     monkeypatch.setattr(import_cache, "_POLL_SECONDS", 0.02)
     return lambda: len(log.read_text())
 
@@ -110,8 +111,8 @@ def import_for_long(rank, source, folder):
         world_size=2,
         timeout=timedelta(seconds=2),
     )
-    convert = import_cache.import_hf
-    import_cache.import_hf = lambda *args, **values: (time.sleep(4), convert(*args, **values))
+    convert = import_cache.import_into
+    import_cache.import_into = lambda *args, **values: (time.sleep(4), convert(*args, **values))
     cache = ImportCache(folder=folder, mask_token="<|MASK|>")
     try:
         return cache.checkpoint(source, is_main=rank == 0)
@@ -132,7 +133,7 @@ def lose_rank_0(rank, folder):
         "gloo", init_method=(folder / "rendezvous").as_uri(), rank=rank, world_size=2
     )
     if rank == 0:
-        import_cache.import_hf = lambda *args, **values: os.kill(os.getpid(), signal.SIGKILL)
+        import_cache.import_into = lambda *args, **values: os.kill(os.getpid(), signal.SIGKILL)
     try:
         find(rank, folder / "hf", folder / "imported")
     except RuntimeError as error:
@@ -154,6 +155,43 @@ def test_a_killed_rank_0_is_noticed(model, tmp_path):
         for process in ranks:
             process.kill()
     assert "onnection" in (tmp_path / "heard").read_text()  # closed or reset, no time-out
+
+
+def import_in_scratch(rank, folder):
+    """A job that loads from Hugging Face, and is in its import when it is stopped."""
+    dist.init_process_group(
+        "gloo", init_method=(folder / "rendezvous").as_uri(), rank=rank, world_size=2
+    )
+    parallel = process_groups.initialize()
+    tempfile.tempdir = str(folder)
+    import_cache.import_into = lambda *args, **values: ((folder / "here").touch(), time.sleep(60))
+    with decoder._import_folder(None, parallel) as scratch:
+        ImportCache(folder=scratch, mask_token="<|MASK|>").checkpoint(
+            folder / "hf", is_main=parallel.is_main
+        )
+
+
+def test_a_job_that_is_stopped_ends_and_clears_up(model, tmp_path):
+    """As torchrun stops it: a signal to every rank."""
+    (tmp_path / "hf").symlink_to(model.hf)
+    ranks = [FORK.Process(target=import_in_scratch, args=(rank, tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "here").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert len(list(tmp_path.glob("opdlm_*/.hf-*.partial-*"))) == 1
+        for process in ranks:
+            process.terminate()
+        for process in ranks:
+            process.join(30)
+        assert [process.exitcode for process in ranks] == [128 + signal.SIGTERM, -signal.SIGTERM]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert list(tmp_path.glob("opdlm_*")) == []
 
 
 # --- training ---

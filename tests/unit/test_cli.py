@@ -136,6 +136,19 @@ def test_a_bad_start_stops_before_any_process_starts(capsys, monkeypatch, argume
     assert (status, rule in err) == (2, True), err
 
 
+def test_only_this_package_reports_progress():
+    """Libraries log what they do, also when an interrupted process ends."""
+    program = (
+        "import logging; from megatron_opdlm import cli; cli._set_up_logging();"
+        "logging.getLogger('megatron_opdlm.trainer').info('ours');"
+        "logging.getLogger('torch._subclasses.fake_tensor').info('theirs');"
+        "logging.getLogger('torch').warning('a warning')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    said = [line.split(": ")[1] for line in done.stderr.splitlines()]
+    assert said == ["ours", "a warning"], done.stderr
+
+
 def test_interruption_is_no_traceback(capsys, monkeypatch):
     def interrupt(config):
         raise KeyboardInterrupt

@@ -11,7 +11,7 @@ from megatron_opdlm.convert.importer import import_hf, imported_config
 from megatron_opdlm.convert.layout import read_description, resolve_iteration
 from megatron_opdlm.convert.mask_row import MaskRow
 from megatron_opdlm.convert.torch_dist import TorchDistReader
-from tests.unit.convert_models import MASK, write_hf
+from tests.unit.convert_models import MASK, edit_json, write_hf
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 NAMES = {EMBEDDING: "model.embed_tokens.weight", HEAD: "lm_head.weight"}
@@ -86,12 +86,11 @@ def test_growth_at_a_border_of_the_padding(tmp_path: Path) -> None:
 
 
 def test_the_first_row(tmp_path: Path) -> None:
-    """An ordinary token with id 0 as the mask."""
+    """A mask token that the tokenizer names, with id 0."""
     tensors = write_hf(tmp_path / "hf")
     first = min(json.loads((tmp_path / "hf/tokenizer.json").read_text())["model"]["vocab"])
-    import_hf(
-        tmp_path / "hf", tmp_path / "ckpt", mask_token=first, mask_init="mean", progress=False
-    )
+    edit_json(tmp_path / "hf/tokenizer_config.json", mask_token=first)
+    import_hf(tmp_path / "hf", tmp_path / "ckpt", mask_init="mean", progress=False)
     rows = imported(tmp_path / "ckpt", EMBEDDING, 300)
     mean = tensors[NAMES[EMBEDDING]][1:].double().mean(0).float()
     assert read_description(resolve_iteration(tmp_path / "ckpt")).mask_token_id == 0

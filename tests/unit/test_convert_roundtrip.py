@@ -45,7 +45,7 @@ from tests.unit.convert_models import (
 
 def round_trip(tmp_path: Path, **export_options: Any) -> dict[str, Tensor]:
     import_hf(tmp_path / "hf", tmp_path / "ckpt", progress=False)
-    options = {"format": "base", "block_size": 4, "progress": False} | export_options
+    options = {"format": "base", "progress": False} | export_options
     export(tmp_path / "ckpt", tmp_path / "out", **options)
     return read_weights(tmp_path / "out")
 

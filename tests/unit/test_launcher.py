@@ -123,3 +123,86 @@ def test_torchrun_runs_the_same_file():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: opdlm train") == 2
+
+
+# --- examples/stories.sh ---
+
+PROGRAM = """#!/usr/bin/env bash
+# opdlm or python: one line in the log, and the output that the options name; fails at the step FAIL
+step=$(basename "$0") out=
+for word; do
+  case $previous in --out) out=$word ;; esac
+  case $word in save=*) out=${word#save=}; esac
+  previous=$word
+done
+echo "$step $*" >>"$LOG"
+if [ "$(wc -l <"$LOG")" = "$FAIL" ]; then exit 1; fi
+case "$*" in
+  *score.py*) touch "$out/report.md" ;;
+  *prompts.py*) touch "$out/train.jsonl" ;;
+  generate*) touch "$out" ;;
+  *) mkdir -p "${out:-$PWD}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def stories(tmp_path, monkeypatch):
+    """Runs a copy of stories.sh on programs that only note their arguments."""
+    root, log = tmp_path / "checkout", tmp_path / "log"
+    (root / "examples").mkdir(parents=True)
+    shutil.copy(EXAMPLES / "stories.sh", root / "examples")
+    programs = {"tools/setup_venv.sh": "#!/usr/bin/env bash\n"}
+    programs |= dict.fromkeys((".venv/bin/opdlm", ".venv/bin/python"), PROGRAM)
+    for name, text in programs.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+        (root / name).chmod(0o755)
+    for name in ("model/config.json", "text"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setenv("LOG", str(log))
+
+    def run(*arguments, fail=0, out=tmp_path / "out"):
+        """Status, error, and the steps that were begun; the step `fail` fails."""
+        monkeypatch.setenv("FAIL", str(fail))
+        log.write_text("")
+        options = ("--model", tmp_path / "model", "--text", tmp_path / "text", "--out", out)
+        command = ["bash", root / "examples/stories.sh", *options, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stderr, log.read_text().splitlines()
+
+    return run
+
+
+def test_stories_go_on_where_they_were_stopped(stories, tmp_path):
+    def count(word, steps):
+        return sum(word in step for step in steps)
+
+    status, _, steps = stories(out=tmp_path / "whole")
+    assert status == 0 and len(steps) == 15 and "score.py" in steps[-1]
+    assert count("opdlm generate", steps) == 9
+    for fail in range(1, 16):
+        out, before = tmp_path / str(fail), steps[: fail - 1]
+        assert stories("lr=1e-3", fail=fail, out=out)[0] == 1
+        status, error, rest = stories("lr=1e-3", out=out)
+        assert (status, error) == (0, "")
+        for word in ("opdlm convert import", "opdlm generate", "opdlm convert export"):
+            assert count(word, rest) == count(word, steps) - count(word, before)
+        (train,) = (step for step in rest if "opdlm train" in step)
+        assert f"save={out}/run lr=1e-3" in train
+
+
+def test_stories_refuse_a_folder_of_something_else(stories, tmp_path):
+    assert stories("lr=1e-3", fail=5)[0] == 1
+    for arguments in ((), ("lr=2e-3",)):
+        status, error, steps = stories(*arguments)
+        assert (status, steps) == (2, []) and "no unfinished run of this model, text and" in error
+    assert stories("lr=1e-3")[0] == 0
+    status, error, steps = stories("lr=1e-3")
+    assert (status, steps) == (2, []) and "holds a finished run" in error
+    (tmp_path / "foreign").mkdir()
+    assert stories(out=tmp_path / "foreign", fail=1)[0] == 1  # empty: nobody's
+    (tmp_path / "foreign/settings.txt").unlink()
+    (tmp_path / "foreign/thesis.tex").touch()
+    assert stories(out=tmp_path / "foreign")[0] == 2

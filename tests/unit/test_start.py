@@ -1,11 +1,16 @@
 """What is found before a run starts, from files alone."""
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_opdlm import start
+from megatron_opdlm import cli, start
 from megatron_opdlm.convert.exporter import export
+from megatron_opdlm.convert.importer import import_hf
+from megatron_opdlm.setup_models import require_chat_template
 from tests.tiny import tiny_model, write_prompts
 from tests.training import tiny_config
 
@@ -13,8 +18,6 @@ from tests.training import tiny_config
 @pytest.fixture(scope="module")
 def named_otherwise(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model whose tokenizer calls its mask token <|mask|>, and an import of it."""
-    from megatron_opdlm.convert.importer import import_hf
-
     folder = tmp_path_factory.mktemp("named_otherwise")
     model = tiny_model(tmp_path_factory.getbasetemp())
     paths = {"hf": folder / "hf", "checkpoint": folder / "checkpoint"}
@@ -34,3 +37,86 @@ def test_the_mask_token_must_be_the_students(
         start.check(config)
     start.check(tiny_config(student, data, tmp_path / "run", mask_token="<|mask|>"))
     assert not (tmp_path / "imported").exists()
+
+
+def without(hf: Path) -> None:
+    """Takes away every chat template."""
+    (hf / "chat_template.jinja").unlink(missing_ok=True)
+    path = hf / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config.pop("chat_template", None)
+    path.write_text(json.dumps(config))
+
+
+def in_config(value: object) -> Callable[[Path], None]:
+    def write(hf: Path) -> None:
+        without(hf)
+        path = hf / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": value}))
+
+    return write
+
+
+def in_file(hf: Path) -> None:
+    without(hf)
+    (hf / "chat_template.jinja").write_text("{{ messages }}")
+
+
+def beside_a_default(hf: Path) -> None:
+    without(hf)
+    (hf / "additional_chat_templates").mkdir()
+    (hf / "additional_chat_templates/tool_use.jinja").write_text("{{ messages }}")
+
+
+NAMED = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ messages }}"}]
+TEMPLATES: dict[str, tuple[Callable[[Path], None], bool]] = {
+    "file": (in_file, True),
+    "key": (in_config("{{ messages }}"), True),
+    "named": (in_config(NAMED), True),
+    "named, no default": (in_config(NAMED[:1]), False),
+    "additional": (beside_a_default, False),
+    "null": (in_config(None), False),
+    "none": (without, False),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_chat_template_is_looked_for_before_the_import(
+    name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The early answer is the one that the loaded tokenizer of the import would give."""
+    from megatron_opdlm.data import _require_tokenizer
+    from megatron_opdlm.setup_models import load_tokenizer
+
+    hf = tmp_path / "hf"
+    shutil.copytree(tiny_model(tmp_path_factory.getbasetemp()).hf, hf)
+    change, has_template = TEMPLATES[name]
+    change(hf)
+    import_hf(hf, tmp_path / "checkpoint", progress=False)
+    tokenizer = load_tokenizer(tmp_path / "checkpoint/iter_0000000/tokenizer")
+    if has_template:
+        for student in (hf, tmp_path / "checkpoint"):
+            require_chat_template(str(student))
+        _require_tokenizer(tokenizer)
+        return
+    rule = "no chat_template; .* opdlm convert import --chat-template FILE"
+    with pytest.raises(ValueError, match=rule):
+        _require_tokenizer(tokenizer)
+    for student in (hf, tmp_path / "checkpoint"):
+        with pytest.raises(ValueError, match=f"student={student}: tokenizer has {rule}"):
+            require_chat_template(str(student))
+
+
+def test_commands_look_for_it_before_the_import(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf = tmp_path / "hf"
+    shutil.copytree(tiny_model(tmp_path_factory.getbasetemp()).hf, hf)
+    without(hf)
+    data = write_prompts(tmp_path / "prompts.jsonl")
+    with pytest.raises(ValueError, match="no chat_template"):
+        start.check(tiny_config(hf, data, tmp_path / "run"))
+    options = ["--model", str(hf), "--import-cache", str(tmp_path / "imported")]
+    assert cli.main(["generate", "--prompt", "x", *options]) == 2
+    assert "no chat_template" in capsys.readouterr().err
+    assert not (tmp_path / "imported").exists() and not (tmp_path / "run").exists()

@@ -170,7 +170,8 @@ def prepare_arm(arm: str, root: Path, export_format: str) -> Callable[[], None]:
     checkpoint = root / " ".join(["import", *weights])
     if weights:
         return lambda: export(checkpoint, out, format="base")
-    return lambda: export(checkpoint, out, format=export_format, block_size=BLOCK_SIZE)
+    block_size = BLOCK_SIZE if export_format in ("sdar", "a2d") else None
+    return lambda: export(checkpoint, out, format=export_format, block_size=block_size)
 
 
 def run_arm(arm: str, root: Path, export_format: str) -> None:
@@ -271,7 +272,9 @@ def benchmark(args: argparse.Namespace) -> None:
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--config",

@@ -1,0 +1,92 @@
+"""SIGINT, SIGTERM and SIGHUP as exceptions, so that what is half-written is cleared up.
+
+Batch systems, torchrun and closed terminals allow 30 seconds or more before they kill; deleting an
+unfinished output takes less.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_received: list[int] = []
+"""The signal that ends the block of `stopped_by_signals`; empty outside."""
+
+
+@contextlib.contextmanager
+def stopped_by_signals(*, writes: bool = True) -> Iterator[None]:
+    """Ends a block by SystemExit(128 + number) when a signal arrives, and says so on stderr.
+
+    Further signals wait until the block has unwound; ignored ones stay ignored (nohup). Nothing
+    changes in a block within a block, nor in a thread, which may set no handler.
+
+    Args:
+        writes: whether the block writes something, which it deletes when an exception leaves it.
+    """
+    before = {number: signal.getsignal(number) for number in _STOPPING}
+    if not _in_main_thread() or _stop in before.values():
+        yield
+        return
+    before = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}
+    left = "nothing half-written is left"
+    try:
+        for number in before:
+            signal.signal(number, _stop)
+        yield
+        left = "the output was complete by then"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if _received:
+            received = signal.Signals(_received.pop())
+            end = f"; {left}" if writes else ""
+            sys.stderr.write(f"\nerror: stopped by {received.name}{end}\n")
+            raise SystemExit(128 + received)  # also if C code lost the first, or made another of it
+
+
+def raise_if_stopped() -> None:
+    """Raises the SystemExit of a signal once more.
+
+    C code that calls Python may lose an exception that a handler raises. What works for long calls
+    this now and then, and what makes an output appear calls it before.
+    """
+    if _received:
+        raise SystemExit(128 + _received[0])
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    _received.append(number)
+    for each in _STOPPING:  # a second Ctrl-C must not stop the clearing up
+        if signal.getsignal(each) is _stop:
+            signal.signal(each, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
+@contextlib.contextmanager
+def ended_by_interrupt() -> Iterator[None]:
+    """Ends the process at once on SIGINT: for imports, in which exceptions are lost most often."""
+    before = signal.getsignal(signal.SIGINT)
+    if not _in_main_thread() or before in (signal.SIG_IGN, None):
+        yield
+        return
+    signal.signal(signal.SIGINT, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    os.write(2, f"\nerror: stopped by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
