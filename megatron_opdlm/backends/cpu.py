@@ -150,7 +150,7 @@ def _replace_runtime() -> None:
 
 
 def _replace_factories() -> None:
-    """Makes `torch.zeros(..., device="cuda")` and its like allocate on the CPU.
+    """Makes `torch.zeros(..., device="cuda")` and its like allocate on the CPU, unpinned.
 
     Wrapped one by one: a TorchFunctionMode would do the same, but it taxes every operation of the
     process."""
@@ -166,6 +166,7 @@ def _with_cpu_device(factory: Callable[..., torch.Tensor]) -> Callable[..., torc
     def allocate(*args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("device") is not None:
             kwargs["device"] = _on_cpu(kwargs["device"])
+        kwargs.pop("pin_memory", None)  # for copies to a GPU
         return factory(*args, **kwargs)
 
     return allocate
