@@ -27,6 +27,7 @@ from tests.tiny import tiny_model
 LAYOUTS = {
     "1": (1, {}),
     "TP2 sequence parallel": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "TP4": (4, {"tensor_model_parallel_size": 4}),
     "PP2": (2, {"pipeline_model_parallel_size": 2}),
     "DP2": (2, {}),
     "TP2 x PP2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
