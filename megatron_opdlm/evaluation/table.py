@@ -10,7 +10,10 @@ from rich.text import Text
 
 from megatron_opdlm.evaluation.task import Answer, EvalResult
 
-HEADER = ("task", "decoding", "accuracy", "tokens/forward", "tokens", "eos", "questions", "seed")
+HEADER = (
+    *("task", "decoding", "accuracy", "tokens/forward", "tokens/s"),
+    *("tokens", "eos", "questions", "seed"),
+)
 
 
 def result_rows(results: Sequence[EvalResult]) -> list[tuple[str, ...]]:
@@ -60,6 +63,7 @@ def _row(group: Sequence[EvalResult]) -> tuple[str, ...]:
         first.setting + sampling,
         accuracy_text(group),
         f"{statistics.mean(result.tokens_per_forward for result in group):.2f}",
+        f"{statistics.mean(result.tokens_per_second for result in group):.0f}",
         f"{statistics.mean(result.response_tokens_mean for result in group):.1f}",
         f"{statistics.mean(result.eos_rate for result in group):.2f}",
         str(first.num_questions),

@@ -145,6 +145,11 @@ class EvalResult:
         return sum(answer.num_tokens for answer in self.answers) / max(self.num_passes, 1)
 
     @property
+    def tokens_per_second(self) -> float:
+        """Response tokens per second of decoding, all ranks together."""
+        return sum(answer.num_tokens for answer in self.answers) / max(self.seconds, 1e-9)
+
+    @property
     def response_tokens_mean(self) -> float:
         """Mean length of the responses, in tokens."""
         return sum(answer.num_tokens for answer in self.answers) / self.num_questions
@@ -165,6 +170,7 @@ class EvalResult:
             "standard_error": self.standard_error,
             "num_questions": self.num_questions,
             "tokens_per_forward": self.tokens_per_forward,
+            "tokens_per_second": self.tokens_per_second,
             "response_tokens_mean": self.response_tokens_mean,
             "eos_rate": self.eos_rate,
             "seconds": self.seconds,

@@ -80,7 +80,6 @@ class KVCache:
             most_slots: sequences to decode at once.
             limit_gb: most memory of this rank in GB (1e9 bytes); None: 80 % of what is free on a
                 GPU, 4 GiB on a CPU.
-
             has_spare: whether to allocate a spare slot.
 
         Raises:
@@ -101,10 +100,9 @@ class KVCache:
         num_slots = min(most_slots, int(fitting) - has_spare)
         if num_slots < 1:
             raise ValueError(
-                f"a sequence of {capacity} tokens needs {per_token * capacity / 1e9:.3f} GB of "
-                f"key/value cache ({per_token} bytes per token), more than the "
-                f"{limit / 1e9:.3f} GB there are; shorten prompts or responses, raise "
-                "kv_cache_gb, or cut the model over more GPUs"
+                f"a sequence of {capacity} tokens needs {_size(per_token * capacity)} of key/value "
+                f"cache ({per_token} bytes per token), more than the {_size(limit)} there are; "
+                "shorten prompts or responses, raise kv_cache_gb, or cut the model over more GPUs"
             )
         cache = cls(
             layer_numbers=layer_numbers,
@@ -123,7 +121,7 @@ class KVCache:
         return (
             f"key/value cache: {self.num_slots} sequences x {self.capacity} tokens x "
             f"{self.num_bytes // (self._store.shape[2] * self.capacity)} bytes = "
-            f"{self.num_bytes / 1e9:.3f} GB"
+            f"{_size(self.num_bytes)}"
         )
 
     @property
@@ -160,6 +158,10 @@ class KVCache:
     def move(self, source: int, target: int, num_tokens: int) -> None:
         """Copies the first tokens of a slot to another one, in all layers."""
         self._store[:, :, target, :, :num_tokens] = self._store[:, :, source, :, :num_tokens]
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.3f} MB"
 
 
 def _limit_bytes(limit_gb: float | None, cuda: bool) -> int:

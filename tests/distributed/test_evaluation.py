@@ -54,7 +54,11 @@ def student_answers(rank, path, questions, tp_size, pp_size, max_rows):
     for name, (options, seed) in settings.items():
         result = evaluate(decoder, task, options, response_limit=LIMIT, seed=seed)
         ids = [answer.trajectory.response_ids.tolist() for answer in result.answers]
-        found[name] = (ids, result.num_passes, result.to_json() | {"seconds": 0})
+        found[name] = (
+            ids,
+            result.num_passes,
+            result.to_json() | {"seconds": 0, "tokens_per_second": 0},
+        )
     return found
 
 

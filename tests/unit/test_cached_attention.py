@@ -167,7 +167,7 @@ def test_a_row_moves_to_another_slot():
 def test_memory_is_what_the_documentation_says():
     cache = make_cache(num_slots=3, capacity=16, num_layers=5)
     assert cache.num_bytes == 2 * 5 * 3 * 16 * KV_HEADS * WIDTH * 8
-    assert str(cache) == "key/value cache: 3 sequences x 16 tokens x 1280 bytes = 0.000 GB"
+    assert str(cache) == "key/value cache: 3 sequences x 16 tokens x 1280 bytes = 0.061 MB"
 
 
 def test_control_a_stale_commit_is_seen():

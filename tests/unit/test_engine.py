@@ -394,7 +394,7 @@ def decode_in_little_memory(rank, folder):
             decoded = engine.generate(REQUESTS)
         results.append((decoded, engine.counts.passes, log.lines))
     engine = make_engine(model, parallel, SAMPLED, kv_cache_gb=0.99 * row_bytes / 1e9)
-    with pytest.raises(ValueError, match="more than the .* GB there are; shorten prompts") as error:
+    with pytest.raises(ValueError, match="more than the .* MB there are; shorten prompts") as error:
         engine.generate(REQUESTS)
     assert engine.counts.passes == 0
     return results, row_bytes, str(error.value)
@@ -431,8 +431,8 @@ def test_the_cache_stays_within_its_limit(model):
         assert (more_passes > passes) == (rows < 9)
         (line,) = lines
         assert f": {rows} sequences x" in line
-        assert line.endswith(f" = {rows * row_bytes / 1e9:.3f} GB")
-    assert "a sequence of 20 tokens needs 0.000 GB" in message
+        assert line.endswith(f" = {rows * row_bytes / 1e6:.3f} MB")
+    assert f"a sequence of 20 tokens needs {row_bytes / 1e6:.3f} MB" in message
 
 
 def fill_the_model(rank, folder):

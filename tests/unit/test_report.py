@@ -130,7 +130,8 @@ def test_seeds_share_a_row():
     runs = [result([1, 1], seed=1, temperature=1.0), result([1, 0], seed=2, temperature=1.0)]
     (row,) = result_rows(runs)
     assert row == (
-        "t", "static, T=1", "75.0 \u00b1 35.4 (std of seeds)", "2.00", "10.0", "0.75", "2", "1, 2",
+        "t", "static, T=1", "75.0 \u00b1 35.4 (std of seeds)", "2.00", "20", "10.0", "0.75", "2",
+        "1, 2",
     )  # fmt: skip
     assert accuracy_text(runs[1:]) == "50.0 \u00b1 35.4"
 
