@@ -37,6 +37,7 @@ class ParallelState:
         dp_group: data-parallel group.
         mp_group: the ranks of one data-parallel replica, over tensor and pipeline axis.
         store: the job's key-value store.
+        timeout: how long a collective waits for a lost rank.
         pg_collection: the same groups as Megatron's layers take them; None = Megatron's own, those
             of `parallel_state`.
     """
@@ -46,6 +47,7 @@ class ParallelState:
     dp_group: ProcessGroup
     mp_group: ProcessGroup
     store: dist.Store
+    timeout: datetime.timedelta
     pg_collection: ProcessGroupCollection | None = None
 
     @property
@@ -162,6 +164,7 @@ def initialize(
         dp_group=mpu.get_data_parallel_group(),
         mp_group=mpu.get_model_parallel_group(),
         store=_get_default_store(),
+        timeout=datetime.timedelta(minutes=timeout_minutes),
     )
 
 
@@ -186,9 +189,9 @@ def second_layout(first: ParallelState, *, tensor_model_parallel_size: int) -> P
             f"which is {world}; use one of {[n for n in range(1, world + 1) if world % n == 0][:8]}"
         )
     rank = dist.get_rank()
-    tp_group = _own_group([range(i, i + size) for i in range(0, world, size)], rank)
-    dp_group = _own_group([range(i, world, size) for i in range(size)], rank)
-    alone = _own_group([[i] for i in range(world)], rank)
+    tp_group = _own_group([range(i, i + size) for i in range(0, world, size)], rank, first.timeout)
+    dp_group = _own_group([range(i, world, size) for i in range(size)], rank, first.timeout)
+    alone = _own_group([[i] for i in range(world)], rank, first.timeout)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     groups.tp = groups.tp_cp = groups.mp = tp_group
     groups.dp = groups.dp_cp = dp_group
@@ -199,15 +202,18 @@ def second_layout(first: ParallelState, *, tensor_model_parallel_size: int) -> P
         dp_group=dp_group,
         mp_group=tp_group,
         store=first.store,
+        timeout=first.timeout,
         pg_collection=groups,
     )
 
 
-def _own_group(groups: Sequence[Sequence[int]], rank: int) -> ProcessGroup:
+def _own_group(
+    groups: Sequence[Sequence[int]], rank: int, timeout: datetime.timedelta
+) -> ProcessGroup:
     """Makes all groups, as every rank must, and returns the one that this rank is in."""
     own: ProcessGroup | None = None
     for ranks in groups:
-        group = dist.new_group(list(ranks))
+        group = dist.new_group(list(ranks), timeout=timeout)
         if rank in ranks:
             own = group
     assert own is not None, "the groups cover all ranks"

@@ -91,7 +91,7 @@ class KVCache:
         capacity = round_up(capacity, CUDA_PAGE) if cuda else capacity
         layer_numbers = [layer.layer_number for layer in model.decoder.layers]
         dtype = config.params_dtype
-        per_token = 2 * len(layer_numbers) * num_heads * config.kv_channels * dtype.itemsize
+        per_token = _bytes_per_token(model, parallel)
         limit = _limit_bytes(limit_gb, cuda)
         fitting = torch.tensor(limit // (per_token * capacity), device=weight.device)
         for group in (parallel.tp_group, parallel.pp_group):
@@ -160,6 +160,36 @@ class KVCache:
         self._store[:, :, target, :, :num_tokens] = self._store[:, :, source, :, :num_tokens]
 
 
+def require_room(
+    model: BlockDiffusionModel, parallel: ParallelState, *, capacity: int, limit_gb: float | None
+) -> None:
+    """Refuses a limit below one sequence, before work starts; None is looked at when it matters.
+
+    Args:
+        model: this rank's pipeline stage.
+        parallel: process groups; no collectives.
+        capacity: tokens of the longest sequence there can be.
+        limit_gb: in GB, of this rank.
+
+    Raises:
+        ValueError: it is too small.
+    """
+    needed = _bytes_per_token(model, parallel) * capacity
+    if limit_gb is not None and needed > limit_gb * 1e9:
+        raise ValueError(
+            f"kv_cache_gb={limit_gb} must hold at least one sequence: {capacity} prompt and "
+            f"response tokens need {_size(needed)}; raise it, or lower max_prompt_tokens or "
+            "max_response_tokens.end"
+        )
+
+
+def _bytes_per_token(model: BlockDiffusionModel, parallel: ParallelState) -> int:
+    config = model.config
+    num_heads = config.num_query_groups // parallel.tp_size
+    per_layer = 2 * num_heads * config.kv_channels * config.params_dtype.itemsize
+    return int(per_layer * len(model.decoder.layers))
+
+
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.3f} MB"
 
@@ -167,4 +197,7 @@ def _size(num_bytes: int) -> str:
 def _limit_bytes(limit_gb: float | None, cuda: bool) -> int:
     if limit_gb is not None:
         return int(limit_gb * 1e9)
-    return int(CUDA_SHARE * torch.cuda.mem_get_info()[0]) if cuda else CPU_LIMIT_BYTES
+    if not cuda:
+        return CPU_LIMIT_BYTES
+    torch.cuda.empty_cache()  # what torch keeps of earlier work is free, too
+    return int(CUDA_SHARE * torch.cuda.mem_get_info()[0])

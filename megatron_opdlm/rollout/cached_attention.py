@@ -19,11 +19,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import varlen
 
-from megatron_opdlm.attention import AttentionPlan, stream_attention
+from megatron_opdlm.attention import FLEX_BLOCK, AttentionPlan, stream_attention
 from megatron_opdlm.rollout.cache import KVCache
-from megatron_opdlm.stream import BLOCK, DOCUMENT, POSITION
+from megatron_opdlm.stream import BLOCK, DOCUMENT, PADDING_DOCUMENT, POSITION
 
 MASK_CELLS = 2**24
 """Most (query, key) pairs of one call's mask; a single row may exceed it."""
@@ -80,18 +79,24 @@ class CachedAttention:
         )
         counts = torch.bincount(row[:real], minlength=len(slots))[:num_cached_rows]
         self._num_cached = int(counts.sum())
-        has_stream = num_cached_rows < len(slots)
-        self._stream = (
-            AttentionPlan(tags=tags[self._num_cached :].to(device)) if has_stream else None
-        )
-        num_keys = (tags[: self._num_cached, BLOCK] + 1) * block_size
-        self._rows = _in_calls(slots[:num_cached_rows], counts, num_keys, device)
+        cached_tags, stream_tags = tags[: self._num_cached], tags[self._num_cached :]
+        self._stream: AttentionPlan | None = None
+        self._stream_padding = 0
+        if num_cached_rows < len(slots):
+            self._stream_padding = _flex_padding(len(stream_tags), device)
+            padding = stream_tags.new_zeros(self._stream_padding, 4)
+            padding[:, DOCUMENT] = PADDING_DOCUMENT
+            self._stream = AttentionPlan(tags=torch.cat([stream_tags, padding]).to(device))
         self._masks: list[Tensor] = []
-        self._flash = (
-            _FlashLayout.of(tags[: self._num_cached], slots, block_size, device)
-            if self._num_cached and has_flash(device, cache.dtype)
-            else None
-        )
+        self._rows: list[_Rows] = []
+        self._flash: _FlashLayout | None = None
+        if not self._num_cached:
+            return
+        if has_flash(device, cache.dtype):
+            self._flash = _FlashLayout.of(cached_tags, slots, cache.capacity, block_size, device)
+        else:
+            num_keys = (cached_tags[:, BLOCK] + 1) * block_size
+            self._rows = _in_calls(slots[:num_cached_rows], counts, num_keys, device)
 
     def clone(self) -> CachedAttention:
         """The same on memory of its own; for passes of whole blocks with the flash kernel."""
@@ -128,9 +133,12 @@ class CachedAttention:
         self._cache.write(layer_number, self._slots, self._positions, key[:real], value[:real])
         output = torch.zeros_like(query)
         if self._stream is not None:
-            output[cached:] = stream_attention(
-                query[cached:], key[cached:], value[cached:], self._stream, scale
-            )
+            inputs = [
+                F.pad(part[cached:], (0, 0, 0, 0, 0, self._stream_padding))
+                for part in (query, key, value)
+            ]
+            attended = stream_attention(inputs[0], inputs[1], inputs[2], self._stream, scale)
+            output[cached:] = attended[: len(output) - cached]
         if cached:
             keys, values = self._cache.layer(layer_number)
             if self._flash is not None:
@@ -169,6 +177,11 @@ class CachedAttention:
 def has_flash(device: torch.device | int | str, dtype: torch.dtype) -> bool:
     """Whether the flash kernel runs there: on CUDA, with 16-bit keys."""
     return torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def _flex_padding(length: int, device: torch.device | int | str) -> int:
+    """Tokens up to whole squares of the compiled stream attention; tiles need none."""
+    return -length % FLEX_BLOCK if torch.device(device).type == "cuda" else 0
 
 
 def _in_calls(
@@ -219,19 +232,27 @@ class _FlashLayout:
 
     Attributes:
         query_starts: [B + 1] int32, where each sequence begins in the stream.
+        key_starts: [B + 1] int32, where each would begin in a cache without pages; FlashAttention 2
+            asks for it, and reads the pages.
         num_keys: [B] int32.
         pages: [B, 1] int32: a slot is one page.
         most_queries: of a sequence.
     """
 
     query_starts: Tensor
+    key_starts: Tensor
     num_keys: Tensor
     pages: Tensor
     most_queries: int
 
     @classmethod
     def of(
-        cls, tags: Tensor, slots: Tensor, block_size: int, device: torch.device | int | str
+        cls,
+        tags: Tensor,
+        slots: Tensor,
+        capacity: int,
+        block_size: int,
+        device: torch.device | int | str,
     ) -> _FlashLayout:
         """Cuts the tokens `tags` [S, 4] of cached rows into runs of one row and block."""
         place = tags[:, [DOCUMENT, BLOCK]]
@@ -239,6 +260,7 @@ class _FlashLayout:
         starts = F.pad(counts.cumsum(0), (1, 0))
         return cls(
             query_starts=starts.to(device, torch.int32),
+            key_starts=(torch.arange(len(starts)) * capacity).to(device, torch.int32),
             num_keys=((runs[:, 1] + 1) * block_size).to(device, torch.int32),
             pages=slots[runs[:, 0]].unsqueeze(1).to(device, torch.int32),
             most_queries=block_size,
@@ -247,17 +269,23 @@ class _FlashLayout:
     def clone(self) -> _FlashLayout:
         """The same on memory of its own."""
         return _FlashLayout(
-            self.query_starts.clone(), self.num_keys.clone(), self.pages.clone(), self.most_queries
+            self.query_starts.clone(),
+            self.key_starts.clone(),
+            self.num_keys.clone(),
+            self.pages.clone(),
+            self.most_queries,
         )
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """[S, N, D] queries against the cache [slots, M, C, D]."""
-        output = varlen.varlen_attn(
+        from torch.nn.attention.varlen import varlen_attn
+
+        output = varlen_attn(
             query,
             keys.transpose(1, 2),
             values.transpose(1, 2),
             self.query_starts,
-            None,
+            self.key_starts,
             self.most_queries,
             keys.shape[2],
             scale=scale,

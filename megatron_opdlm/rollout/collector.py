@@ -43,17 +43,18 @@ def collect(
 
     Raises:
         ValueError: a request that fits neither the model nor the cache.
-        FloatingPointError: NaN logits; on all ranks, also those of other replicas.
+        FloatingPointError: NaN logits.
+        RuntimeError: no memory. All of them on all ranks, also those of other replicas.
     """
     queue = SharedQueue(requests, parallel)
     decoded: dict[int, Trajectory] = {}
-    failure: FloatingPointError | None = None
+    failure: Exception | None = None
     try:
         for index, trajectory in engine.stream(queue):
             decoded[index] = trajectory
             if on_finish is not None:
                 on_finish(trajectory)
-    except FloatingPointError as error:
+    except (ArithmeticError, ValueError, OSError, RuntimeError) as error:
         queue.close()
         failure = error
     parts: list[Any] = [None] * parallel.dp_size

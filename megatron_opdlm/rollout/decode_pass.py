@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_opdlm.attention import FLEX_BLOCK, AttentionPlan
-from megatron_opdlm.blocks import round_up
+from megatron_opdlm.attention import AttentionPlan
 from megatron_opdlm.rollout.cache import KVCache
 from megatron_opdlm.rollout.cached_attention import CachedAttention
 from megatron_opdlm.rollout.row import Row
@@ -101,8 +100,7 @@ def lay_out(
         num_cached_rows += spare
     ends = torch.tensor(lengths).cumsum(0)
     tags = _tags(torch.tensor(blocks), ends, size)
-    first_stream_token = None if is_whole_blocks else sum(lengths[:num_cached_rows])
-    padding = tags.new_zeros(_padding(len(tags), first_stream_token, multiple), 4)
+    padding = tags.new_zeros(-len(tags) % multiple, 4)
     padding[:, DOCUMENT] = PADDING_DOCUMENT
     tags = torch.cat([tags, padding])
 
@@ -139,12 +137,3 @@ def _tags(blocks: Tensor, ends: Tensor, block_size: int) -> Tensor:
     tags[:, BLOCK] = positions // block_size
     tags[:, POSITION] = positions
     return tags
-
-
-def _padding(num_tokens: int, first_stream_token: int | None, multiple: int) -> int:
-    """Alignment tokens: for the layers, and whole squares for the compiled stream attention."""
-    length = round_up(num_tokens, multiple)
-    if first_stream_token is not None and torch.cuda.is_available():
-        while (length - first_stream_token) % FLEX_BLOCK or length % multiple:
-            length += 1
-    return length - num_tokens

@@ -101,6 +101,11 @@ class RolloutEngine:
                 f"cuda_graphs=true needs a CUDA device and 16-bit weights, not {dtype}; set it to "
                 "false"
             )
+        if cuda_graphs and (model.config.sequence_parallel or model.config.fp8):
+            raise ValueError(
+                "cuda_graphs=true goes neither with sequence_parallel nor with fp8: their buffers "
+                "and scales do not survive a capture; set it to false"
+            )
         self.cuda_graphs = cuda_graphs
         self.counts = RolloutCounts()
 

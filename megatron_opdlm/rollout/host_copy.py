@@ -102,11 +102,26 @@ class HostCopy:
         dist.barrier()  # and may be filled again
 
 
+def _reserved_file(size: int) -> Any:
+    """A file of `size` bytes in memory; on disk where memory has no room (small containers)."""
+    for folder in ("/dev/shm", None):
+        if folder is not None and not os.path.isdir(folder):
+            continue
+        file = tempfile.NamedTemporaryFile(dir=folder, prefix="opdlm_")  # noqa: SIM115
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)  # else a full disk is a SIGBUS later
+        except OSError:
+            file.close()
+            if folder is None:
+                raise
+        else:
+            return file
+    raise AssertionError("the second folder gives a file or an error")
+
+
 def _share(size: int, starts: dict[int, int]) -> tuple[list[Tensor], list[dict[int, int]]]:
     """[bytes] buffer of every rank, and where each transfer lies in it."""
-    folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="opdlm_") as file:
-        file.truncate(max(size, 1))
+    with _reserved_file(max(size, 1)) as file:
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, (file.name, max(size, 1), starts))
         buffers = [

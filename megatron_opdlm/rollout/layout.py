@@ -81,6 +81,8 @@ class RolloutLayout:
             return
         if torch.cuda.is_available():
             swap_model_weights([self._student], [self.model], "nccl")
+            # FP8 layers keep converted weights until they are told that theirs have changed.
+            self.model.set_is_first_microbatch()
             return
         if not self._one_host:
             swap_model_weights([self._student], [self.model], "gloo")

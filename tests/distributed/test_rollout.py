@@ -384,6 +384,23 @@ def test_nan_on_one_replica_raises_on_all(model):
     assert messages[0] == messages[1] and "weights are not finite" in messages[0]
 
 
+def collect_without_memory(rank, checkpoint):
+    """One replica of two has no room for its cache."""
+    model, parallel, _ = load(checkpoint)
+    engine = make_engine(
+        model, parallel, DecodingOptions(), kv_cache_gb=1e-6 if rank == 1 else None
+    )
+    try:
+        collect(engine, [make_request(i, 5, 4) for i in range(6)], parallel)
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_replica_without_memory_ends_all(model):
+    for message in run_ranks(collect_without_memory, 2, model.checkpoint):
+        assert "of key/value cache" in message and "0.001 MB" in message
+
+
 def lose_a_rank(rank, folder, checkpoint, layout):
     dist.init_process_group(
         "gloo", init_method=(folder / "rendezvous").as_uri(), rank=rank, world_size=2

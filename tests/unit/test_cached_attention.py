@@ -88,7 +88,9 @@ def plain_kernel(
     scale, enable_gqa, seqused_k, block_table, num_splits,
 ):  # fmt: skip
     """What torch documents of `varlen_attn` with pages, sequence by sequence."""
-    assert key_starts is None and num_splits == 1 and enable_gqa
+    assert num_splits == 1 and enable_gqa
+    assert key_starts.tolist() == [i * max_k for i in range(len(query_starts))]  # FA2 wants it
+    assert key_starts.dtype == torch.int32
     assert query_starts.dtype == seqused_k.dtype == block_table.dtype == torch.int32
     assert max_k == key.shape[1] and len(block_table) == len(seqused_k) == len(query_starts) - 1
     shared, outputs = query.shape[1] // key.shape[2], []
@@ -112,8 +114,9 @@ def plain_kernel(
 @pytest.mark.parametrize("mask_cells", [2**24, 100])
 def test_passes_equal_full_attention(block_size, slots, mask_cells, flash, monkeypatch):
     if flash:
+        monkeypatch.setattr(cached_attention, "_flex_padding", lambda length, device: -length % 16)
         monkeypatch.setattr(cached_attention, "has_flash", lambda device, dtype: True)
-        monkeypatch.setattr(cached_attention.varlen, "varlen_attn", plain_kernel)
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_kernel)
         monkeypatch.setattr(CachedAttention, "_attend_dense", None)
     monkeypatch.setattr(cached_attention, "MASK_CELLS", mask_cells)
     cache = make_cache(num_slots=4, capacity=48)

@@ -1,6 +1,7 @@
 """Captured passes, with a stand-in for CUDA graphs that repeats a pass on the same buffers."""
 
 import pytest
+from torch.nn.attention import varlen
 
 from megatron_opdlm.rollout import cached_attention, graphs
 from megatron_opdlm.rollout.engine import RolloutEngine
@@ -44,7 +45,7 @@ def decode(rank, checkpoint, layout, captured, multiple):
     engine = make_engine(model, parallel, SAMPLED, max_rows=4)
     expected = engine.generate(REQUESTS)
     cached_attention.has_flash = lambda device, dtype: True
-    cached_attention.varlen.varlen_attn = plain_kernel
+    varlen.varlen_attn = plain_kernel
     engine.cuda_graphs, engine.stream_multiple = captured, multiple
     return expected, engine.generate(REQUESTS), engine.counts, Repeat.captured
 
