@@ -150,14 +150,19 @@ def load_tokenizer(directory: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
 
 
+def tokenizer_folder(model: str) -> Path:
+    """Where the tokenizer of a checkpoint or a Hugging Face directory is."""
+    is_hf = (Path(model) / "config.json").is_file()
+    return Path(model) if is_hf else resolve_iteration(model) / TOKENIZER_DIR
+
+
 def require_chat_template(student: str) -> None:
     """Refuses a student that cannot render prompts, before an import that may take minutes.
 
     Args:
         student: checkpoint root, iteration folder, or Hugging Face directory.
     """
-    is_hf = (Path(student) / "config.json").is_file()
-    folder = Path(student) if is_hf else resolve_iteration(student) / TOKENIZER_DIR
+    folder = tokenizer_folder(student)
     if has_tokenizer(folder) and not has_chat_template(folder):
         raise ValueError(f"student={student}: {NO_CHAT_TEMPLATE}")
 

@@ -8,13 +8,17 @@ import torch
 
 from megatron_opdlm import parallel as process_groups
 from megatron_opdlm.config import Config
-from megatron_opdlm.convert.layout import TOKENIZER_DIR, read_description, resolve_iteration
+from megatron_opdlm.convert.layout import read_description, resolve_iteration
 from megatron_opdlm.convert.tokenizer import mask_token_text, tokenizer_fingerprint
 from megatron_opdlm.data import PromptSampler, load_prompts
 from megatron_opdlm.model import has_transformer_engine, require_transformer_engine
 from megatron_opdlm.plan import check_models, find_model_config
 from megatron_opdlm.run_folder import RunFolder
-from megatron_opdlm.setup_models import require_chat_template, require_same_fingerprint
+from megatron_opdlm.setup_models import (
+    require_chat_template,
+    require_same_fingerprint,
+    tokenizer_folder,
+)
 from megatron_opdlm.trainer import Trainer
 
 
@@ -79,8 +83,7 @@ def _fingerprint(model: str, mask_token: str) -> str | None:
 
 def _require_mask_token(student: str, mask_token: str) -> None:
     """Says so before an import if the student's tokenizer names another mask token."""
-    is_hf = (Path(student) / "config.json").is_file()
-    named = mask_token_text(student if is_hf else resolve_iteration(student) / TOKENIZER_DIR)
+    named = mask_token_text(tokenizer_folder(student))
     if named not in (None, mask_token):
         raise ValueError(
             f"model.mask_token={mask_token!r} must be the one that the tokenizer of {student} "
