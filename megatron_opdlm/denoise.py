@@ -101,11 +101,7 @@ def choose_commits(
         ValueError: on an unknown rule, denoising_steps below 1, or shapes that do not match.
     """
     check_remasking(remasking)
-    if masked_BK.shape != confidence_BK.shape or step_B.shape != confidence_BK.shape[:1]:
-        raise ValueError(
-            f"masked_BK {tuple(masked_BK.shape)} and step_B {tuple(step_B.shape)} must match "
-            f"confidence_BK {tuple(confidence_BK.shape)}: expected [B, K], [B] and [B, K]"
-        )
+    _check_shapes(confidence_BK, masked_BK, step_B)
     quota_B = _quota(confidence_BK.shape[1], denoising_steps, step_B)
     if remasking == ENTROPY_BOUNDED:
         if entropy_BK is None or entropy_BK.shape != confidence_BK.shape:
@@ -120,6 +116,14 @@ def choose_commits(
         if remasking == LOW_CONFIDENCE_DYNAMIC:
             chosen_BK |= confidence_BK > confidence_threshold
     return chosen_BK & masked_BK
+
+
+def _check_shapes(confidence_BK: Tensor, masked_BK: Tensor, step_B: Tensor) -> None:
+    if masked_BK.shape != confidence_BK.shape or step_B.shape != confidence_BK.shape[:1]:
+        raise ValueError(
+            f"masked_BK {tuple(masked_BK.shape)} and step_B {tuple(step_B.shape)} must match "
+            f"confidence_BK {tuple(confidence_BK.shape)}: expected [B, K], [B] and [B, K]"
+        )
 
 
 def _quota(block_size: int, denoising_steps: int, step_B: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
@@ -87,6 +88,13 @@ class Stream(Protocol):
         """[S, 4] int64."""
 
 
+def run_stage(model: BlockDiffusionModel, stream: Stream, received: Tensor | None) -> Tensor:
+    """One stage's part of a pass, given the previous stage's output (None on the first stage)."""
+    if received is not None:
+        model.set_input_tensor(received)
+    return model(stream.token_ids, stream.tags, stream.plan)
+
+
 P = TypeVar("P", bound=Stream)
 
 
@@ -112,7 +120,7 @@ class DecodePipeline(Generic[P]):
             forward: (pass, the previous stage's output) -> hidden states; None: the model's.
         """
         self._model, self._parallel = model, parallel
-        self._forward = self._run_model if forward is None else forward
+        self._forward = functools.partial(run_stage, model) if forward is None else forward
         self._in_flight: deque[P | None] = deque([None] * parallel.pp_size, parallel.pp_size)
         self._received: Tensor | None = None
 
@@ -137,11 +145,6 @@ class DecodePipeline(Generic[P]):
             self._received = self._exchange(output)
         leaving = self._in_flight[-1]
         return None if leaving is None else (leaving, output)
-
-    def _run_model(self, mine: P, received: Tensor | None) -> Tensor:
-        if received is not None:
-            self._model.set_input_tensor(received)
-        return self._model(mine.token_ids, mine.tags, mine.plan)
 
     def _exchange(self, output: Tensor | None) -> Tensor | None:
         """Hands this stage's output to the next one and takes the previous one's."""

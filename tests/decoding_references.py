@@ -17,45 +17,41 @@ from megatron_opdlm.rollout.cache import KVCache
 from megatron_opdlm.rollout.decode_pass import lay_out
 from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.request import Request
-from megatron_opdlm.rollout.row import Row
+from megatron_opdlm.rollout.sequences import Sequences
 from megatron_opdlm.trajectory import Trajectory
 
-Reference = Callable[[RolloutEngine, list[Row], KVCache], None]
-"""Runs one denoising step of the rows, as a method would."""
+Reference = Callable[[RolloutEngine, Sequences, torch.Tensor, KVCache], None]
+"""Runs one denoising step of the sequences in some slots, as a method would."""
 
 
-def full_recompute(engine: RolloutEngine, rows: list[Row], cache: KVCache) -> None:
+def full_recompute(engine, sequences, slots, cache):
     """No cache: every step runs the whole sequence through the block (LLaDA, Dream, BD3-LM)."""
-    for row in rows:
-        row.cached = 0
-    whole = lay_out(rows, cache, multiple=1)
-    run(engine, dataclasses.replace(whole, plan=AttentionPlan(tags=whole.tags)))
+    sequences.cached[slots] = 0
+    whole = lay_out(sequences, slots, cache, multiple=1)
+    run(engine, sequences, dataclasses.replace(whole, plan=AttentionPlan(tags=whole.tags)))
 
 
-def prefix_per_block(engine: RolloutEngine, rows: list[Row], cache: KVCache) -> None:
+def prefix_per_block(engine, sequences, slots, cache):
     """The whole sequence once per block, then its block alone (dLLM's sampler, Fast-dLLM)."""
-    for row in rows:
-        row.cached = 0 if row.step == 0 else row.block
-    run(engine, lay_out(rows, cache, multiple=1))
+    is_first = sequences.step[slots] == 0
+    sequences.cached[slots] = sequences.block[slots].masked_fill(is_first, 0)
+    run(engine, sequences, lay_out(sequences, slots, cache, multiple=1))
 
 
-def separate_commit(engine: RolloutEngine, rows: list[Row], cache: KVCache) -> None:
+def separate_commit(engine, sequences, slots, cache):
     """A pass of its own for the clean tokens of a finished block (JetEngine, LMDeploy, SGLang)."""
-    finished = [
-        dataclasses.replace(row, block=row.block - row.block_size)
-        for row in rows
-        if row.cached < row.block
-    ]
-    if finished:
-        forward(engine, lay_out(finished, cache, multiple=1))
-    for row in rows:
-        row.cached = row.block
-    run(engine, lay_out(rows, cache, multiple=1))
+    finished = slots[sequences.cached[slots] < sequences.block[slots]]
+    if len(finished):
+        sequences.block[finished] -= sequences.block_size
+        forward(engine, lay_out(sequences, finished, cache, multiple=1))
+        sequences.block[finished] += sequences.block_size
+    sequences.cached[slots] = sequences.block[slots]
+    run(engine, sequences, lay_out(sequences, slots, cache, multiple=1))
 
 
-def fused_commit(engine: RolloutEngine, rows: list[Row], cache: KVCache) -> None:
+def fused_commit(engine, sequences, slots, cache):
     """What the engine does, in lockstep."""
-    run(engine, lay_out(rows, cache, multiple=1))
+    run(engine, sequences, lay_out(sequences, slots, cache, multiple=1))
 
 
 def forward(engine, batch):
@@ -66,9 +62,9 @@ def forward(engine, batch):
         return engine.model(batch.token_ids, batch.tags, batch.plan)
 
 
-def run(engine, batch):
+def run(engine, sequences, batch):
     engine.counts.head_rows += len(batch.head_rows)
-    engine._commit(batch, forward(engine, batch))
+    engine._commit(sequences, batch, forward(engine, batch))
 
 
 def decode_with(
@@ -92,22 +88,23 @@ def decode_with(
     cache = KVCache.for_model(
         engine.model, engine.parallel, capacity=capacity, most_slots=len(requests), limit_gb=None
     )
-    rows = [
-        Row.start(i, request, i, engine.options.block_size, engine.mask_token_id)
-        for i, request in enumerate(requests)
-    ]
+    sequences = Sequences(
+        num_slots=len(requests),
+        capacity=capacity,
+        block_size=engine.options.block_size,
+        mask_token_id=engine.mask_token_id,
+    )
+    for index, request in enumerate(requests):
+        sequences.start(index, index, request)
+    slots = torch.arange(len(requests))
     finished: dict[int, Trajectory] = {}
     while len(finished) < len(requests):
-        step(engine, rows, cache)
-        staying = []
-        for row in rows:
-            trajectory = row.advance(engine.eos_token_ids)
-            if trajectory is not None:
-                finished.setdefault(row.index, trajectory)
-            if trajectory is None or keep_finished:
-                staying.append(row)
-        rows = staying
-        for row in rows:
-            if row.index in finished and not row.masked.any():  # its last block, again and again
-                row.masked, row.step = torch.ones_like(row.masked), 0
+        step(engine, sequences, slots, cache)
+        left = dict(sequences.advance(slots, engine.eos_token_ids))
+        finished = left | finished
+        if keep_finished:  # their last blocks, again and again
+            again = torch.tensor(list(left), dtype=torch.int64)
+            sequences.masked[again], sequences.step[again] = True, 0
+        else:
+            slots = slots[~torch.isin(slots, torch.tensor(list(left), dtype=torch.int64))]
     return [finished[i] for i in range(len(requests))]

@@ -6,14 +6,13 @@ holds the newest version of its token, that is the predicate of stream.py, and n
 besides the number of keys that a query sees.
 
 Two implementations of it: `scaled_dot_product_attention` (CPU, float32, and the reference), and on
-CUDA the flash kernel with variable lengths, one sequence per block of queries.
+CUDA the flash kernel (flash.py).
 
 Shape letters: n rows, S stream tokens, Q queries of a row, N query heads, M key/value heads, C
 cached positions, D head size."""
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,8 @@ from torch import Tensor
 
 from megatron_opdlm.attention import FLEX_BLOCK, AttentionPlan, stream_attention
 from megatron_opdlm.rollout.cache import KVCache
+from megatron_opdlm.rollout.flash import flash_attend, flash_inputs, has_flash
+from megatron_opdlm.rollout.staged import Staged
 from megatron_opdlm.stream import BLOCK, DOCUMENT, PADDING_DOCUMENT, POSITION
 
 MASK_CELLS = 2**24
@@ -46,8 +47,17 @@ class _Rows:
     num_keys: Tensor
 
 
-class CachedAttention:
-    """How the tokens of one pass attend; shared by all layers."""
+class AttentionLayout:
+    """How the tokens of one pass attend, worked out on the host.
+
+    Attributes:
+        cache: read and written.
+        num_tokens: of the stream, without padding.
+        num_cached: tokens at its start that attend against the cache.
+        inputs: tensors that attention wants on the device, next to the tags.
+        rows: calls of the dense implementation.
+        flex_padding: tokens that fill up the part that attends within the stream.
+    """
 
     def __init__(
         self,
@@ -62,57 +72,50 @@ class CachedAttention:
         """Lays out a pass.
 
         Args:
-            cache: read and written.
-            tags: [S, 4] int64 on the host; document i is the i-th row, padding (document -1) at the
-                end.
-            slots: [n] int64 on the host, cache slot of each row.
+            cache: of its sequences.
+            tags: [S, 4] int64 without padding; document i is the i-th row.
+            slots: [n] int64, cache slot of each row.
             num_cached_rows: the first rows, which have clean tokens in the cache.
             block_size: tokens per block.
             device: of the model.
         """
-        self._cache = cache
+        self.cache, self.block_size, self.num_tokens = cache, block_size, len(tags)
         row = tags[:, DOCUMENT]
-        real = int((row >= 0).sum())
-        self._slots, self._positions = (
-            slots[row[:real]].to(device),
-            tags[:real, POSITION].to(device),
-        )
-        counts = torch.bincount(row[:real], minlength=len(slots))[:num_cached_rows]
-        self._num_cached = int(counts.sum())
-        cached_tags, stream_tags = tags[: self._num_cached], tags[self._num_cached :]
-        self._stream: AttentionPlan | None = None
-        self._stream_padding = 0
-        if num_cached_rows < len(slots):
-            self._stream_padding = _flex_padding(len(stream_tags), device)
-            padding = stream_tags.new_zeros(self._stream_padding, 4)
-            padding[:, DOCUMENT] = PADDING_DOCUMENT
-            self._stream = AttentionPlan(tags=torch.cat([stream_tags, padding]).to(device))
-        self._masks: list[Tensor] = []
-        self._rows: list[_Rows] = []
-        self._flash: _FlashLayout | None = None
-        if not self._num_cached:
-            return
-        if has_flash(device, cache.dtype):
-            self._flash = _FlashLayout.of(cached_tags, slots, cache.capacity, block_size, device)
+        counts = torch.bincount(row, minlength=len(slots))[:num_cached_rows]
+        self.num_cached = int(counts.sum())
+        self.has_flash = has_flash(device, cache.dtype)
+        self.flex_padding = _flex_padding(len(tags) - self.num_cached, device)
+        self.rows: list[_Rows] = []
+        self.inputs = {"token_slots": slots[row]}
+        cached_tags = tags[: self.num_cached]
+        if self.has_flash:
+            self.inputs |= flash_inputs(
+                cached_tags, slots, capacity=cache.capacity, block_size=block_size
+            )
         else:
             num_keys = (cached_tags[:, BLOCK] + 1) * block_size
-            self._rows = _in_calls(slots[:num_cached_rows], counts, num_keys, device)
+            self.rows = _in_calls(slots[:num_cached_rows], counts, num_keys, device)
 
-    def clone(self) -> CachedAttention:
-        """The same on memory of its own; for passes of whole blocks with the flash kernel."""
-        assert self._stream is None and self._flash is not None
-        other = copy.copy(self)
-        other._slots, other._positions = self._slots.clone(), self._positions.clone()
-        other._flash = self._flash.clone()
-        return other
 
-    def copy_from(self, other: CachedAttention) -> None:
-        """Takes the layout of another pass of as many blocks."""
-        assert self._flash is not None and other._flash is not None and other._stream is None
-        self._slots.copy_(other._slots)
-        self._positions.copy_(other._positions)
-        self._flash.num_keys.copy_(other._flash.num_keys)
-        self._flash.pages.copy_(other._flash.pages)
+class CachedAttention:
+    """How the tokens of one pass attend, on the device; shared by all layers."""
+
+    def __init__(self, layout: AttentionLayout, inputs: Staged) -> None:
+        """Binds a layout to memory.
+
+        Args:
+            layout: of the pass.
+            inputs: holds `tags` [S and padding, 4] and the layout's inputs.
+        """
+        self.layout, self._inputs = layout, inputs
+        tags = inputs["tags"][: layout.num_tokens]
+        self._positions = tags[:, POSITION]
+        self._masks: list[Tensor] = []
+        self._stream: AttentionPlan | None = None
+        if layout.num_cached < layout.num_tokens:
+            tags = F.pad(tags[layout.num_cached :], (0, 0, 0, layout.flex_padding))
+            tags[len(tags) - layout.flex_padding :, DOCUMENT] = PADDING_DOCUMENT
+            self._stream = AttentionPlan(tags=tags)
 
     def attend(
         self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float
@@ -129,20 +132,26 @@ class CachedAttention:
         Returns:
             [S, N, D]; no collectives.
         """
-        real, cached = len(self._positions), self._num_cached
-        self._cache.write(layer_number, self._slots, self._positions, key[:real], value[:real])
+        layout = self.layout
+        real, cached = layout.num_tokens, layout.num_cached
+        layout.cache.write(
+            layer_number, self._inputs["token_slots"], self._positions, key[:real], value[:real]
+        )
         output = torch.zeros_like(query)
         if self._stream is not None:
             inputs = [
-                F.pad(part[cached:], (0, 0, 0, 0, 0, self._stream_padding))
+                F.pad(part[cached:real], (0, 0, 0, 0, 0, layout.flex_padding))
                 for part in (query, key, value)
             ]
             attended = stream_attention(inputs[0], inputs[1], inputs[2], self._stream, scale)
-            output[cached:] = attended[: len(output) - cached]
+            output[cached:real] = attended[: real - cached]
         if cached:
-            keys, values = self._cache.layer(layer_number)
-            if self._flash is not None:
-                output[:cached] = self._flash.attend(query[:cached], keys, values, scale)
+            keys, values = layout.cache.layer(layer_number)
+            if layout.has_flash:
+                output[:cached] = flash_attend(
+                    query[:cached], keys, values, self._inputs,
+                    block_size=layout.block_size, scale=scale,
+                )  # fmt: skip
             else:
                 self._attend_dense(query, keys, values, scale, output)
         return output
@@ -150,12 +159,12 @@ class CachedAttention:
     def _attend_dense(
         self, query: Tensor, keys: Tensor, values: Tensor, scale: float, output: Tensor
     ) -> None:
-        """Attends against `keys` and `values` [slots, M, C, D], row by row of `_rows`."""
+        """Attends against `keys` and `values` [slots, M, C, D], row by row of the layout."""
         num_groups, size = keys.shape[1], query.shape[2]
         shared = query.shape[1] // num_groups
         if not self._masks:
-            self._masks = [_mask(rows.num_keys, shared, query) for rows in self._rows]
-        for rows, mask in zip(self._rows, self._masks, strict=True):
+            self._masks = [_mask(rows.num_keys, shared, query) for rows in self.layout.rows]
+        for rows, mask in zip(self.layout.rows, self._masks, strict=True):
             num_rows, num_queries = rows.kept.shape
             by_row = query[rows.queries].view(num_rows, num_queries, num_groups, shared, size)
             most = mask.shape[-1]
@@ -172,11 +181,6 @@ class CachedAttention:
                 output[rows.queries] = attended.flatten(0, 1)
             else:
                 output[rows.queries[rows.kept]] = attended[rows.kept]
-
-
-def has_flash(device: torch.device | int | str, dtype: torch.dtype) -> bool:
-    """Whether the flash kernel runs there: on CUDA, with 16-bit keys."""
-    return torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 def _flex_padding(length: int, device: torch.device | int | str) -> int:
@@ -221,78 +225,3 @@ def _mask(num_keys: Tensor, shared: int, like: Tensor) -> Tensor:
     hidden = positions >= num_keys.unsqueeze(-1)
     mask = like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
     return mask.repeat(1, shared, 1).unsqueeze(1)
-
-
-@dataclass(frozen=True)
-class _FlashLayout:
-    """Arguments of the flash kernel: each block of queries is a sequence that sees all its keys.
-
-    Its arguments are tested on a CPU against a plain version of the kernel; the kernel itself has
-    not been run yet.
-
-    Attributes:
-        query_starts: [B + 1] int32, where each sequence begins in the stream.
-        key_starts: [B + 1] int32, where each would begin in a cache without pages; FlashAttention 2
-            asks for it, and reads the pages.
-        num_keys: [B] int32.
-        pages: [B, 1] int32: a slot is one page.
-        most_queries: of a sequence.
-    """
-
-    query_starts: Tensor
-    key_starts: Tensor
-    num_keys: Tensor
-    pages: Tensor
-    most_queries: int
-
-    @classmethod
-    def of(
-        cls,
-        tags: Tensor,
-        slots: Tensor,
-        capacity: int,
-        block_size: int,
-        device: torch.device | int | str,
-    ) -> _FlashLayout:
-        """Cuts the tokens `tags` [S, 4] of cached rows into runs of one row and block."""
-        place = tags[:, [DOCUMENT, BLOCK]]
-        runs, counts = place.unique_consecutive(dim=0, return_counts=True)
-        starts = F.pad(counts.cumsum(0), (1, 0))
-        return cls(
-            query_starts=starts.to(device, torch.int32),
-            key_starts=(torch.arange(len(starts)) * capacity).to(device, torch.int32),
-            num_keys=((runs[:, 1] + 1) * block_size).to(device, torch.int32),
-            pages=slots[runs[:, 0]].unsqueeze(1).to(device, torch.int32),
-            most_queries=block_size,
-        )
-
-    def clone(self) -> _FlashLayout:
-        """The same on memory of its own."""
-        return _FlashLayout(
-            self.query_starts.clone(),
-            self.key_starts.clone(),
-            self.num_keys.clone(),
-            self.pages.clone(),
-            self.most_queries,
-        )
-
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """[S, N, D] queries against the cache [slots, M, C, D]."""
-        from torch.nn.attention.varlen import varlen_attn
-
-        output = varlen_attn(
-            query,
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            self.query_starts,
-            self.key_starts,
-            self.most_queries,
-            keys.shape[2],
-            scale=scale,
-            enable_gqa=query.shape[1] != keys.shape[1],
-            seqused_k=self.num_keys,
-            block_table=self.pages,
-            num_splits=1,  # the same sums whatever else is in the pass
-        )
-        assert isinstance(output, Tensor)
-        return output

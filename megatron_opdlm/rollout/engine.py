@@ -11,6 +11,8 @@ Shape letters: n rows of a pass, T masked positions of a pass, K block size, V v
 
 from __future__ import annotations
 
+import heapq
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,17 +26,22 @@ from megatron_opdlm.model import BlockDiffusionModel
 from megatron_opdlm.parallel import ParallelState
 from megatron_opdlm.pipeline import DecodePipeline
 from megatron_opdlm.rollout.cache import KVCache
-from megatron_opdlm.rollout.cached_attention import has_flash
 from megatron_opdlm.rollout.decode_pass import DecodePass, lay_out
+from megatron_opdlm.rollout.flash import has_flash
 from megatron_opdlm.rollout.graphs import PassGraphs, num_blocks
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.rollout.request_queue import LocalQueue, RequestQueue
-from megatron_opdlm.rollout.row import Row
 from megatron_opdlm.rollout.sampler import Draws, sample_tokens
+from megatron_opdlm.rollout.sequences import Sequences
 from megatron_opdlm.trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 16384
 """No further prompt enters a pass that has as many new prompt tokens; bounds its memory."""
+SAMPLED_LOGITS = 2**25
+"""Most logits of a rank that are made and sampled from at once; bounds memory, at 20 bytes for each
+(72 with top-p)."""
 
 
 @dataclass
@@ -96,11 +103,16 @@ class RolloutEngine:
         self.kv_cache_gb = kv_cache_gb
         self.stream_multiple = stream_multiple
         dtype = model.config.params_dtype
-        if cuda_graphs and not has_flash(torch.cuda.current_device(), dtype):
+        self._has_flash = has_flash(torch.cuda.current_device(), dtype)
+        if cuda_graphs and not self._has_flash:
             raise ValueError(
-                f"cuda_graphs=true needs a CUDA device and 16-bit weights, not {dtype}; set it to "
-                "false"
+                "cuda_graphs=true needs a CUDA device, torch 2.13 and 16-bit weights, not "
+                f"{dtype}; set it to false"
             )
+        if torch.cuda.is_available() and not self._has_flash:
+            logger.warning("decoding without the flash kernel, which is slow: it needs torch 2.13 "
+                           "and 16-bit weights, here are torch %s and %s",
+                           torch.__version__, dtype)  # fmt: skip
         if cuda_graphs and (model.config.sequence_parallel or model.config.fp8):
             raise ValueError(
                 "cuda_graphs=true goes neither with sequence_parallel nor with fp8: their buffers "
@@ -108,6 +120,7 @@ class RolloutEngine:
             )
         self.cuda_graphs = cuda_graphs
         self.counts = RolloutCounts()
+        self._is_open = False
 
     def generate(
         self,
@@ -147,10 +160,15 @@ class RolloutEngine:
 
         Raises:
             ValueError: a request that fits neither the model nor the cache, before any work.
+            RuntimeError: another rollout of this engine is not over.
             FloatingPointError: NaN logits, on all ranks of the replica, naming prompts and steps.
         """
-        capacity = max((self._check(request) for request in queue.requests), default=0)
+        if self._is_open:
+            raise RuntimeError(
+                "a rollout of this engine is still open; take all of its responses, or close() it"
+            )
         self.counts = RolloutCounts()
+        capacity = max((self._check(request) for request in queue.requests), default=0)
         if not queue.requests:
             return
         cache = KVCache.for_model(
@@ -161,11 +179,19 @@ class RolloutEngine:
             limit_gb=self.kv_cache_gb,
             has_spare=self.cuda_graphs,
         )
+        sequences = Sequences(
+            num_slots=cache.num_slots,
+            capacity=capacity,
+            block_size=self.options.block_size,
+            mask_token_id=self.mask_token_id,
+        )
         was_training = self.model.training
         self.model.eval()
+        self._is_open = True
         try:
-            yield from self._decode(queue, cache, observer)
+            yield from self._decode(queue, sequences, cache, observer)
         finally:
+            self._is_open = False
             self.model.train(was_training)
 
     def _check(self, request: Request) -> int:
@@ -194,74 +220,81 @@ class RolloutEngine:
         return total
 
     def _decode(
-        self, queue: RequestQueue, cache: KVCache, observer: Observer | None
+        self, queue: RequestQueue, sequences: Sequences, cache: KVCache, observer: Observer | None
     ) -> Iterator[tuple[int, Trajectory]]:
         """The loop: one tick of the pipeline each time."""
         graphs = PassGraphs(self.model) if self.cuda_graphs else None
         pipeline: DecodePipeline[DecodePass] = DecodePipeline(
             self.model, self.parallel, None if graphs is None else graphs.run
         )
-        free, ready, num_active = list(range(cache.num_slots)), list[Row](), 0
+        free, ready, num_active = list(range(cache.num_slots)), list[int](), 0
         while True:
-            admitted = self._admit(queue, free)
+            admitted = self._admit(queue, sequences, free)
             ready += admitted
             num_active += len(admitted)
             if not num_active:
                 return
             share = -(-num_active // self.parallel.pp_size)
             entering, ready = ready[:share], ready[share:]
-            leaving = pipeline.push(self._lay_out(entering, cache))
+            leaving = pipeline.push(self._lay_out(sequences, entering, cache))
             if leaving is None:
                 continue
-            self._commit(*leaving)
-            for row in leaving[0].rows:
-                if observer is not None:
-                    observer(row.index, row.token_ids[: row.end].clone(), row.still_masked())
-                trajectory = row.advance(self.eos_token_ids)
-                if trajectory is None:
-                    ready.append(row)
-                    continue
-                free.append(row.slot)
-                num_active -= 1
-                yield row.index, trajectory
-            if queue.is_empty:
-                _close_gaps(ready, free, cache)
+            self._commit(sequences, *leaving)
+            slots = leaving[0].slots
+            if observer is not None:
+                for slot in slots.tolist():
+                    observer(sequences.index[slot], *sequences.still_masked(slot))
+            finished = sequences.advance(slots, self.eos_token_ids)
+            left = {slot for slot, _ in finished}
+            ready += [slot for slot in slots.tolist() if slot not in left]
+            free += left
+            num_active -= len(left)
+            for slot, trajectory in finished:
+                yield sequences.index[slot], trajectory
+            if queue.is_empty and not self._has_flash:
+                ready = _close_gaps(sequences, ready, free, cache)
 
-    def _admit(self, queue: RequestQueue, free: list[int]) -> list[Row]:
-        """Gives free slots to waiting requests."""
+    def _admit(self, queue: RequestQueue, sequences: Sequences, free: list[int]) -> list[int]:
+        """Gives free slots to waiting requests; returns the slots."""
         if not free or queue.is_empty:
             return []
         free.sort(reverse=True)
-        return [
-            Row.start(
-                index,
-                queue.requests[index],
-                free.pop(),
-                self.options.block_size,
-                self.mask_token_id,
-            )
-            for index in queue.take(len(free), PREFILL_TOKENS)
-        ]
+        admitted = []
+        for index in queue.take(len(free), PREFILL_TOKENS):
+            admitted.append(free.pop())
+            sequences.start(admitted[-1], index, queue.requests[index])
+        return admitted
 
-    def _lay_out(self, rows: list[Row], cache: KVCache) -> DecodePass | None:
+    def _lay_out(self, sequences: Sequences, slots: list[int], cache: KVCache) -> DecodePass | None:
         self.counts.ticks += 1
-        if not rows:
+        if not slots:
             return None
-        padded = num_blocks if self.cuda_graphs else None
-        entering = lay_out(rows, cache, multiple=self.stream_multiple, num_blocks=padded)
+        entering = lay_out(
+            sequences,
+            torch.tensor(slots),
+            cache,
+            multiple=self.stream_multiple,
+            num_blocks=num_blocks if self.cuda_graphs else None,
+        )
         self.counts.passes += 1
         self.counts.tokens += len(entering.token_ids)
         self.counts.head_rows += len(entering.head_rows)
         return entering
 
-    def _commit(self, decoded: DecodePass, hidden: Tensor | None) -> None:
+    def _commit(self, sequences: Sequences, decoded: DecodePass, hidden: Tensor | None) -> None:
         """Samples the masked positions of a pass and commits some of them."""
-        result = self._share(decoded, hidden)
-        _require_finite(decoded, result[1])
         masked = decoded.masked
+        drawn = self._draw_everywhere(decoded, hidden)
+        bad = masked.nonzero()[drawn[1].isnan(), 0].unique()
+        if len(bad):
+            raise FloatingPointError(
+                "NaN logits in a rollout pass, prompts "
+                f"{sequences.describe(decoded.slots[bad].tolist())}: the student's weights are "
+                "not finite"
+            )
         tokens, confidence, entropy = (
             torch.zeros(masked.shape, dtype=torch.float64).masked_scatter_(masked, values)
-            for values in result
+            for values in drawn
         )
         options = self.options
         chosen = choose_commits(
@@ -274,28 +307,36 @@ class RolloutEngine:
             entropy_BK=entropy,
             entropy_bound=options.entropy_bound,
         )
-        for row, row_chosen, row_tokens in zip(decoded.rows, chosen, tokens.long(), strict=True):
-            row.commit(row_chosen, row_tokens)
+        sequences.commit(decoded.slots, chosen, tokens.long())
 
-    def _share(self, decoded: DecodePass, hidden: Tensor | None) -> Tensor:
-        """[3, T] float64 tokens, confidence and entropy, on the host of every rank."""
+    @torch.no_grad()
+    def _draw_everywhere(self, decoded: DecodePass, hidden: Tensor | None) -> Tensor:
+        """[3, T] float64 tokens, confidence and entropy, on the host of every rank: the one time
+        that the host waits for the device.
+        """
         shape, device = (3, len(decoded.head_rows)), torch.cuda.current_device()
-        result = torch.zeros(shape, dtype=torch.float64, device=device)
+        drawn = torch.zeros(shape, dtype=torch.float64, device=device)
         if self.parallel.is_last_stage:
             assert hidden is not None
-            with torch.no_grad():
-                rows = self.model.select_rows(hidden, decoded.head_rows)
-                draws = self._sample(self.model.logits(rows), decoded.noise_keys)
-            result[0], result[1] = draws.tokens, draws.confidence
-            if draws.entropy is not None:
-                result[2] = draws.entropy
+            self._draw(self.model.select_rows(hidden, decoded.head_rows), decoded.noise_keys, drawn)
         if self.parallel.pp_size > 1:
             last = dist.get_global_rank(self.parallel.pp_group, self.parallel.pp_size - 1)
-            dist.broadcast(result, last, group=self.parallel.pp_group)
-        return result.cpu()
+            dist.broadcast(drawn, last, group=self.parallel.pp_group)
+        return drawn.cpu()
+
+    def _draw(self, hidden: Tensor, keys: Tensor, drawn: Tensor) -> None:
+        """Samples at hidden states [T, D] into `drawn` [3, T], some rows at a time; last stage."""
+        num_columns = self.model.vocab_size // self.parallel.tp_size
+        size = max(1, SAMPLED_LOGITS // num_columns)
+        for start in range(0, len(keys), size):
+            part = slice(start, start + size)
+            draws = self._sample(self.model.logits(hidden[part]), keys[part])
+            drawn[0, part], drawn[1, part] = draws.tokens, draws.confidence
+            if draws.entropy is not None:
+                drawn[2, part] = draws.entropy
 
     def _sample(self, logits: Tensor, keys: Tensor) -> Draws:
-        """Samples from this rank's shard of the logits [T, V_local]; last stage only."""
+        """Samples from this rank's shard of some logits [T, V_local]; last stage only."""
         return sample_tokens(
             logits,
             self.options.sampling,
@@ -307,32 +348,23 @@ class RolloutEngine:
         )
 
 
-def _require_finite(decoded: DecodePass, confidence: Tensor) -> None:
-    """Raises if some of the confidences [T] are NaN; every rank has the same."""
-    if not bool(confidence.isnan().any()):
-        return
-    bad_rows = decoded.masked.nonzero()[confidence.isnan(), 0].unique().tolist()
-    bad = [decoded.rows[i] for i in bad_rows]
-    places = [
-        f"{row.request.prompt_id} (block {row.block // row.block_size}, denoising step {row.step})"
-        for row in sorted(bad, key=lambda row: row.index)
-    ]
-    raise FloatingPointError(
-        f"NaN logits in a rollout pass, prompts {', '.join(places[:8])}"
-        f"{f' and {len(places) - 8} more' if len(places) > 8 else ''}: the student's weights are "
-        "not finite"
-    )
+def _close_gaps(
+    sequences: Sequences, ready: list[int], free: list[int], cache: KVCache
+) -> list[int]:
+    """Moves sequences to lower free slots: those next to each other are read without a copy.
 
-
-def _close_gaps(ready: Sequence[Row], free: list[int], cache: KVCache) -> None:
-    """Moves rows to lower free slots: rows next to each other are read without a copy."""
-    free.sort()
-    for row in sorted(ready, key=lambda row: -row.slot):
-        if not free or free[0] > row.slot:
-            return
-        cache.move(row.slot, free[0], row.cached)
-        row.slot, free[0] = free[0], row.slot
-        free.sort()
+    Returns:
+        `ready` with the new slots; `free` is changed in place.
+    """
+    heapq.heapify(free)
+    moved = {}
+    for slot in sorted(ready, reverse=True):
+        if not free or free[0] > slot:
+            break
+        moved[slot] = heapq.heapreplace(free, slot)
+        cache.move(slot, moved[slot], int(sequences.cached[slot]))
+        sequences.move(slot, moved[slot])
+    return [moved.get(slot, slot) for slot in ready]
 
 
 def tokens_per_forward(trajectories: Sequence[Trajectory]) -> float:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm.model import BlockDiffusionModel
+from megatron_opdlm.pipeline import run_stage
 from megatron_opdlm.rollout.decode_pass import DecodePass
 
 
@@ -113,13 +114,11 @@ class PassGraphs:
             graph, output = self._capture(lambda: self._forward(static, buffer))
             self._captured[size] = _Captured(static, buffer, graph, output)
         captured = self._captured[size]
-        captured.static.copy_from(new)
+        captured.static.inputs.copy_from(new.inputs)
         if captured.received is not None and received is not None:
             captured.received.copy_(received)
         captured.graph.replay()
         return captured.output
 
     def _forward(self, decoded: DecodePass, received: Tensor | None) -> Tensor:
-        if received is not None:
-            self._model.set_input_tensor(received)
-        return self._model(decoded.token_ids, decoded.tags, decoded.plan)
+        return run_stage(self._model, decoded, received)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from megatron_opdlm.rollout import cached_attention
+from megatron_opdlm.rollout import cached_attention, flash
 from megatron_opdlm.rollout.cache import KVCache
-from megatron_opdlm.rollout.cached_attention import CachedAttention
+from megatron_opdlm.rollout.cached_attention import AttentionLayout, CachedAttention
+from megatron_opdlm.rollout.staged import Staged
 from tests.oracle import block_tags, dense_mask
 from tests.unit.test_attention import dense_attention
 
@@ -65,14 +66,16 @@ def run_pass(cache, rows, block_size, num_padding, layer=1):
         cache_tags.append(tags)
     padding = torch.zeros(num_padding, 4, dtype=torch.int64)
     padding[:, 0] = -1
-    attention = CachedAttention(
+    layout = AttentionLayout(
         cache,
-        torch.cat([*cache_tags, padding]),
+        torch.cat(cache_tags),
         torch.tensor([row.slot for row in rows]),
         num_cached_rows=sum(row.cached > 0 for row in rows),
         block_size=block_size,
         device="cpu",
     )
+    tags = {"tags": torch.cat([*cache_tags, padding])}
+    attention = CachedAttention(layout, Staged(tags | layout.inputs, "cpu"))
     inputs = [torch.cat([part[i] for part in parts]) for i in range(3)]
     garbage = [torch.full((num_padding, *x.shape[1:]), 7.0, dtype=x.dtype) for x in inputs]
     output = attention.attend(
@@ -108,15 +111,15 @@ def plain_kernel(
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("has_flash", [False, True])
 @pytest.mark.parametrize("block_size", [1, 3, 4])
 @pytest.mark.parametrize("slots", [(0, 1, 2), (0, 2, 3), (3,)], ids=str)
 @pytest.mark.parametrize("mask_cells", [2**24, 100])
-def test_passes_equal_full_attention(block_size, slots, mask_cells, flash, monkeypatch):
-    if flash:
+def test_passes_equal_full_attention(block_size, slots, mask_cells, has_flash, monkeypatch):
+    if has_flash:
         monkeypatch.setattr(cached_attention, "_flex_padding", lambda length, device: -length % 16)
         monkeypatch.setattr(cached_attention, "has_flash", lambda device, dtype: True)
-        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_kernel)
+        monkeypatch.setattr(flash, "_kernel", lambda: plain_kernel)
         monkeypatch.setattr(CachedAttention, "_attend_dense", None)
     monkeypatch.setattr(cached_attention, "MASK_CELLS", mask_cells)
     cache = make_cache(num_slots=4, capacity=48)

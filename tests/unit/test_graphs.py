@@ -1,12 +1,12 @@
 """Captured passes, with a stand-in for CUDA graphs that repeats a pass on the same buffers."""
 
 import pytest
-from torch.nn.attention import varlen
 
-from megatron_opdlm.rollout import cached_attention, graphs
+from megatron_opdlm.rollout import cached_attention, flash, graphs
 from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.graphs import num_blocks
 from megatron_opdlm.rollout.request import DecodingOptions
+from megatron_opdlm.rollout.staged import Staged
 from tests.helpers import run_ranks
 from tests.rollouts import MASK, load, make_engine, make_request, same
 from tests.tiny import tiny_model
@@ -45,7 +45,7 @@ def decode(rank, checkpoint, layout, captured, multiple):
     engine = make_engine(model, parallel, SAMPLED, max_rows=4)
     expected = engine.generate(REQUESTS)
     cached_attention.has_flash = lambda device, dtype: True
-    varlen.varlen_attn = plain_kernel
+    flash._kernel = lambda: plain_kernel
     engine.cuda_graphs, engine.stream_multiple = captured, multiple
     return expected, engine.generate(REQUESTS), engine.counts, Repeat.captured
 
@@ -72,7 +72,7 @@ def test_captured_passes_decode_the_same(world_size, layout, multiple, model, mo
 
 def test_control_buffers_that_keep_the_first_pass(model, monkeypatch):
     monkeypatch.setattr(graphs, "CudaCapture", Repeat)
-    monkeypatch.setattr(cached_attention.CachedAttention, "copy_from", lambda *passes: None)
+    monkeypatch.setattr(Staged, "copy_from", lambda *passes: None)
     ((expected, got, _, _),) = run_ranks(decode, 1, model.checkpoint, {}, True, 1)
     assert not all(map(same, got, expected))
 
@@ -83,7 +83,9 @@ def ask_for_graphs(rank, checkpoint):
 
 
 def test_graphs_need_cuda(model):
-    with pytest.raises(AssertionError, match="cuda_graphs=true needs a CUDA device and 16-bit"):
+    with pytest.raises(
+        AssertionError, match="cuda_graphs=true needs a CUDA device, torch 2.13 and 16-bit"
+    ):
         run_ranks(ask_for_graphs, 1, model.checkpoint)
 
 

@@ -1,0 +1,160 @@
+"""The responses that are being decoded: one row per slot of the cache, all moved on together.
+
+Host tensors; the same on every rank of a replica. A pass works on some of the slots, and each of
+its steps here is a few operations over all of them.
+
+Shape letters: n slots of a pass, C positions that a sequence may fill, K block size, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_opdlm.blocks import block_start
+from megatron_opdlm.rollout.request import Request
+from megatron_opdlm.trajectory import Trajectory
+
+
+class Sequences:
+    """State of every slot; the last row is the spare slot, a block that nobody reads.
+
+    Attributes:
+        block_size: K.
+        token_ids: [slots + 1, C] int64, the prompt, what is decoded, and mask tokens.
+        commit_step: [slots + 1, C] int64, -1 where nothing was committed.
+        masked: [slots + 1, K] bool, positions of the current block that still are.
+        block: [slots + 1] int64, first position of the current block.
+        cached: [slots + 1] int64; positions before this have clean keys and values in the cache.
+        step: [slots + 1] int64, denoising steps that the current block has had.
+        prompt_length: [slots + 1] int64.
+        limit: [slots + 1] int64, the position after the last one that may be response.
+        key: [slots + 1] int64, random keys of the requests.
+        index: of the request in each slot, among all of a rollout.
+    """
+
+    def __init__(
+        self, *, num_slots: int, capacity: int, block_size: int, mask_token_id: int
+    ) -> None:
+        """All slots are empty."""
+        rows, self._mask_token_id = num_slots + 1, mask_token_id
+        self.block_size = block_size
+        self.token_ids = torch.zeros(rows, capacity, dtype=torch.int64)
+        self.commit_step = torch.zeros(rows, capacity, dtype=torch.int64)
+        self.masked = torch.zeros(rows, block_size, dtype=torch.bool)
+        self.block, self.cached, self.step, self.prompt_length, self.limit, self.key = torch.zeros(
+            6, rows, dtype=torch.int64
+        ).unbind()
+        self.index = [-1] * rows
+        self._requests: list[Request | None] = [None] * rows
+
+    def start(self, slot: int, index: int, request: Request) -> None:
+        """Puts a request into a slot, at its first step: the prompt's tail shares its block with
+        masks.
+        """
+        length = len(request.prompt_ids)
+        self.token_ids[slot] = self._mask_token_id
+        self.token_ids[slot, :length] = request.prompt_ids
+        self.commit_step[slot] = -1
+        block = block_start(length, self.block_size)
+        self.masked[slot] = torch.arange(block, block + self.block_size) >= length
+        self.block[slot], self.cached[slot], self.step[slot] = block, 0, 0
+        self.prompt_length[slot], self.limit[slot] = length, length + request.response_limit
+        self.key[slot] = request.key
+        self.index[slot], self._requests[slot] = index, request
+
+    def request(self, slot: int) -> Request:
+        """What is decoded in a slot."""
+        request = self._requests[slot]
+        assert request is not None, "the slot is empty"
+        return request
+
+    def commit(self, slots: Tensor, chosen: Tensor, tokens: Tensor) -> None:
+        """Fills positions of current blocks; a step of these slots is over.
+
+        Args:
+            slots: [n] int64.
+            chosen: [n, K] bool, a subset of `masked`.
+            tokens: [n, K] int64; read where chosen.
+        """
+        row, column = chosen.nonzero(as_tuple=True)
+        slot = slots[row]
+        position = self.block[slot] + column
+        self.token_ids[slot, position] = tokens[row, column]
+        self.commit_step[slot, position] = self.step[slot]
+        self.masked[slots] &= ~chosen
+        self.cached[slots] = self.block[slots]
+        self.step[slots] += 1
+
+    def advance(self, slots: Tensor, eos_token_ids: Tensor) -> list[tuple[int, Trajectory]]:
+        """Moves on to the next block where the current one is finished.
+
+        Args:
+            slots: [n] int64.
+            eos_token_ids: int64, ids that end a response.
+
+        Returns:
+            Slot and trajectory of every response that is finished; its slot is free.
+        """
+        slots = slots[~self.masked[slots].any(1)]
+        place = self.block[slots].unsqueeze(1) + torch.arange(self.block_size)
+        is_response = place >= self.prompt_length[slots].unsqueeze(1)
+        is_response &= place < self.limit[slots].unsqueeze(1)
+        is_eos = torch.isin(self.token_ids[slots.unsqueeze(1), place], eos_token_ids) & is_response
+        ended = is_eos.any(1)
+        end = torch.where(
+            ended, self.block[slots] + is_eos.int().argmax(1) + 1, self.limit[slots]
+        ).tolist()
+        is_finished = ended | (self.block[slots] + self.block_size >= self.limit[slots])
+        finished = [
+            (int(slots[i]), self._trajectory(int(slots[i]), end[i], bool(ended[i])))
+            for i in is_finished.nonzero().squeeze(1).tolist()
+        ]
+        staying = slots[~is_finished]
+        self.block[staying] += self.block_size
+        self.step[staying] = 0
+        self.masked[staying] = True
+        return finished
+
+    def move(self, source: int, target: int) -> None:
+        """Takes over a slot for another one; the cache has to move along."""
+        for state in (
+            self.token_ids, self.commit_step, self.masked, self.block, self.cached, self.step,
+            self.prompt_length, self.limit, self.key,
+        ):  # fmt: skip
+            state[target] = state[source]
+        self.index[target] = self.index[source]
+        self._requests[target] = self._requests[source]
+
+    def still_masked(self, slot: int) -> tuple[Tensor, Tensor]:
+        """[L] int64 tokens through the current block, and [L] bool, which are masked."""
+        block = int(self.block[slot])
+        masked = torch.zeros(block + self.block_size, dtype=torch.bool)
+        masked[block:] = self.masked[slot]
+        return self.token_ids[slot, : len(masked)].clone(), masked
+
+    def describe(self, slots: Sequence[int]) -> str:
+        """Names prompts, blocks and denoising steps, for an error message."""
+        places = [
+            f"{self.request(slot).prompt_id} (block {int(self.block[slot]) // self.block_size}, "
+            f"denoising step {int(self.step[slot])})"
+            for slot in sorted(slots, key=lambda slot: self.index[slot])
+        ]
+        more = f" and {len(places) - 8} more" if len(places) > 8 else ""
+        return ", ".join(places[:8]) + more
+
+    def _trajectory(self, slot: int, end: int, ended: bool) -> Trajectory:
+        request, length = self.request(slot), int(self.prompt_length[slot])
+        response = slice(length, int(self.block[slot]) + self.block_size)
+        return Trajectory(
+            prompt_id=request.prompt_id,
+            sample=request.sample,
+            prompt_ids=request.prompt_ids,
+            response_ids=self.token_ids[slot, response].clone(),
+            commit_step=self.commit_step[slot, response].clone(),
+            num_response_tokens=end - length,
+            ended=ended,
+            block_size=self.block_size,
+        )
