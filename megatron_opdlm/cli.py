@@ -222,7 +222,8 @@ def _report(
 
     from megatron_opdlm.plan import find_model_config, format_table, format_totals, rank_table
 
-    config = config.resolved(cuda=on_gpus or torch.cuda.is_available())
+    cuda = on_gpus or torch.cuda.is_available()
+    config = config.resolved(cuda=cuda)
     parallel = config.parallel
     fewest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     bundled = Path(config_path).resolve().parent / _MODEL_CONFIGS
@@ -231,7 +232,9 @@ def _report(
         find_model_config(model, mask_token=mask_token, bundled=bundled)
         for model in (config.model.student, config.model.teacher or config.model.student)
     )
-    plans = rank_table(config, student=student, teacher=teacher, world_size=world_size or fewest)
+    plans = rank_table(
+        config, student=student, teacher=teacher, world_size=world_size or fewest, cuda=cuda
+    )
     return config, format_table(plans) + "\n" + format_totals(config, plans)
 
 

@@ -15,6 +15,7 @@ from megatron_opdlm.config_schema import (
     require_implemented,
     section_keys,
 )
+from megatron_opdlm.vocab import rollout_divisor
 
 PLANNED: dict[str, tuple[str, ...]] = {
     "method": ("opdlm_off", "off_policy", "sft"),
@@ -133,9 +134,14 @@ class ParallelConfig(_Section):
     def _check(self) -> None:
         self._at_least(1, "tensor_model_parallel_size", "pipeline_model_parallel_size")
         self._at_least(1, "micro_batch_tokens", "make_vocab_size_divisible_by")
+        self._at_least(1, "distributed_timeout_minutes")
         if self.rollout_tensor_model_parallel_size is not None:
             self._at_least(1, "rollout_tensor_model_parallel_size")
-        self._at_least(1, "distributed_timeout_minutes")
+            rollout_divisor(
+                self.make_vocab_size_divisible_by,
+                training=self.tensor_model_parallel_size,
+                rollout=self.rollout_tensor_model_parallel_size,
+            )
         require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "sequence_parallel",

@@ -24,6 +24,7 @@ from megatron_opdlm.model import BuildOptions, has_transformer_engine, stream_mu
 from megatron_opdlm.parallel import ParallelState, from_main
 from megatron_opdlm.rollout.collector import collect
 from megatron_opdlm.rollout.engine import Observer, RolloutEngine
+from megatron_opdlm.rollout.graph_support import require_graphs
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.run_folder import CHECKPOINTS
 from megatron_opdlm.setup_models import DTYPES, Student, load_student, require_chat_template
@@ -45,6 +46,7 @@ class Decoder:
         max_rows: sequences decoded at once on a data-parallel rank.
         multiple: the length of a pass is padded to a multiple of this.
         kv_cache_gb: most memory for keys and values on a rank; None: see `rollout.cache`.
+        cuda_graphs: whether to capture passes as CUDA graphs.
     """
 
     student: Student
@@ -53,6 +55,7 @@ class Decoder:
     max_rows: int
     multiple: int = 1
     kv_cache_gb: float | None = None
+    cuda_graphs: bool = False
 
     @classmethod
     def open(
@@ -64,6 +67,7 @@ class Decoder:
         params_dtype: str = "auto",
         max_rows: int = 256,
         kv_cache_gb: float | None = None,
+        cuda_graphs: bool = False,
         import_cache: str | None = None,
     ) -> Decoder:
         """Joins the job and loads a student. Call on all ranks.
@@ -75,12 +79,13 @@ class Decoder:
             params_dtype: "float32", "bfloat16", or "auto": bfloat16 on CUDA, else float32.
             max_rows: most sequences decoded at once on a data-parallel rank.
             kv_cache_gb: most memory for keys and values on a rank.
+            cuda_graphs: whether to capture passes as CUDA graphs.
             import_cache: where a Hugging Face directory is converted, to be found again; None = a
                 temporary folder, which is gone when this returns.
 
         Raises:
-            ValueError: neither a checkpoint nor a model, no mask token or chat template, or a model
-                that the parallel sizes do not divide.
+            ValueError: neither a checkpoint nor a model, no mask token or chat template, a model
+                that the parallel sizes do not divide, or CUDA graphs where there can be none.
         """
         source = find_checkpoint(path)
         require_chat_template(str(source))
@@ -94,6 +99,10 @@ class Decoder:
             layer_spec="transformer_engine" if has_transformer_engine() else "local",
             params_dtype=DTYPES[dtype],
         )
+        if cuda_graphs:
+            require_graphs(
+                options.params_dtype, sequence_parallel=options.sequence_parallel, fp8=options.fp8
+            )
         with _import_folder(import_cache, parallel) as folder:
             cache = ImportCache(folder=folder, mask_token=MASK_TOKEN)
             student = load_student(str(source), cache, options, parallel, mask_token=None)
@@ -104,6 +113,7 @@ class Decoder:
             max_rows=max_rows,
             multiple=stream_multiple(options, parallel.tp_size),
             kv_cache_gb=kv_cache_gb,
+            cuda_graphs=cuda_graphs,
         )
 
     @property
@@ -146,7 +156,7 @@ class Decoder:
         *,
         response_limit: int,
         seed: int,
-        on_finish: Callable[[Trajectory], None] | None = None,
+        on_progress: Callable[[int], None] | None = None,
         observer: Observer | None = None,
     ) -> list[Trajectory]:
         """Decodes one response per prompt. Call on all ranks with the same arguments.
@@ -156,9 +166,10 @@ class Decoder:
             options: how blocks are denoised.
             response_limit: most response tokens.
             seed: with temperature > 0, a response is a function of this and the prompt's id.
-            on_finish: called with each trajectory that this rank finishes.
-            observer: called after each denoising step of each row. Data-parallel ranks then all
-                decode everything, instead of a share each, so that one of them sees it all.
+            on_progress: see `collect`.
+            observer: called after each denoising step of each row, in place of `on_progress`.
+                Data-parallel ranks then all decode everything, instead of a share each, so that
+                one of them sees it all.
 
         Returns:
             Trajectories in the order of the prompts; the same on every rank.
@@ -172,6 +183,7 @@ class Decoder:
             max_rows=self.max_rows,
             kv_cache_gb=self.kv_cache_gb,
             stream_multiple=self.multiple,
+            cuda_graphs=self.cuda_graphs,
         )
         requests = [
             Request(
@@ -184,8 +196,8 @@ class Decoder:
             for prompt in prompts
         ]
         if observer is not None:
-            return engine.generate(requests, on_finish=on_finish, observer=observer)
-        return collect(engine, requests, self.parallel, on_finish=on_finish)[0]
+            return engine.generate(requests, observer=observer)
+        return collect(engine, requests, self.parallel, on_progress=on_progress)[0]
 
 
 @contextlib.contextmanager

@@ -108,6 +108,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "on a CPU",
     )
     parser.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="capture decoding passes as CUDA graphs, once per size: for small models or few rows, "
+        "whose kernels run faster than a host starts them; needs CUDA and bfloat16",
+    )
+    parser.add_argument(
         "--params-dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
@@ -133,6 +139,7 @@ def open_decoder(args: argparse.Namespace, *, max_rows: int) -> Decoder:
         params_dtype=args.params_dtype,
         max_rows=max_rows,
         kv_cache_gb=args.kv_cache_gb,
+        cuda_graphs=args.cuda_graphs,
         import_cache=args.import_cache,
     )
 
@@ -236,15 +243,15 @@ def _decode(
 
     limit, seed = args.max_new_tokens, args.seed
     if not args.show_steps:
-        share = len(prompts[decoder.parallel.dp_rank :: decoder.parallel.dp_size])
-        hide = not decoder.parallel.is_main or share == 1
-        with tqdm(total=share, desc="responses", disable=hide) as bar:
+        total = len(prompts)
+        hide = not decoder.parallel.is_main or total == 1
+        with tqdm(total=total, desc="responses", disable=hide) as bar:
             return decoder.decode(
                 prompts,
                 options,
                 response_limit=limit,
                 seed=seed,
-                on_finish=lambda _: bar.update(),
+                on_progress=lambda done: bar.update(done - bar.n),
             )
     console = Console(quiet=not decoder.parallel.is_main)
     lengths = [len(prompt.ids) for prompt in prompts]

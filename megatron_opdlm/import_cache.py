@@ -27,7 +27,7 @@ from typing import Any, TextIO
 
 from megatron_opdlm.convert.errors import ConversionError
 from megatron_opdlm.convert.files import atomic_directory, read_json_object, write_json
-from megatron_opdlm.convert.importer import import_into
+from megatron_opdlm.convert.importer import import_hf
 from megatron_opdlm.convert.layout import FORMAT_VERSION, read_description, resolve_iteration
 from megatron_opdlm.parallel import from_main
 from megatron_opdlm.signals import stopped_by_signals
@@ -35,7 +35,7 @@ from megatron_opdlm.signals import stopped_by_signals
 logger = logging.getLogger(__name__)
 
 CONVERTER_VERSION = 1
-"""To be raised when `import_into` writes other values or files for the same input."""
+"""To be raised when `import_hf` writes other values or files for the same input."""
 
 RECORD_FILE = "import.json"
 _POLL_SECONDS = 1.0
@@ -144,7 +144,7 @@ class ImportCache:
             _require_room(source, entry)
             logger.info("importing %s into %s", source, entry)
             with stopped_by_signals(), atomic_directory(entry) as folder:
-                import_into(
+                import_hf(
                     source,
                     contextlib.nullcontext(folder),
                     mask_token=self.mask_token,

@@ -39,6 +39,7 @@ class StudentOptimizer:
     Attributes:
         ddp: the model wrapped for training.
         num_steps: optimizer steps taken.
+        weights_version: another number after every step and every checkpoint that was loaded.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class StudentOptimizer:
         self.config = config
         self.warmup_steps = config.lr_warmup_steps
         self.decay_steps = decay_steps
-        self.num_steps = 0
+        self.num_steps = self.weights_version = 0
         self.ddp = DistributedDataParallel(
             config=model.config,
             ddp_config=DistributedDataParallelConfig(
@@ -182,11 +183,12 @@ class StudentOptimizer:
         self.num_steps = num_steps
 
     def _weights_changed(self) -> None:
-        """Makes Transformer Engine convert the weights to FP8 anew; without FP8 nothing happens.
+        """Tells those who keep copies of the weights.
 
-        It keeps the converted weights between forward passes, and only Megatron's schedules, which
-        the rollout does not always use, tell it when to drop them.
+        Transformer Engine keeps FP8 copies between forward passes, and only Megatron's schedules,
+        which the rollout does not always use, tell it when to drop them.
         """
+        self.weights_version += 1
         self.ddp.module.set_is_first_microbatch()
 
 

@@ -20,10 +20,29 @@ from megatron_opdlm.convert.names import EMBEDDING, Plain, VocabRows
 from megatron_opdlm.convert.path_kind import describe, is_checkpoint, is_hf_directory
 from megatron_opdlm.convert.tokenizer import MASK_TOKEN
 from megatron_opdlm.model import check_parallel_fit, padded_vocab_size
+from megatron_opdlm.rollout.cache import CUDA_PAGE
 from megatron_opdlm.schedules import response_limit
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """A rank's key/value cache at the longest prompts and responses that the limits allow."""
+
+    num_sequences: int
+    """That its replica decodes at once."""
+    has_spare: bool
+    """Whether there is room for one more, which CUDA graphs write to and nobody reads."""
+    capacity: int
+    """Tokens per sequence."""
+    bytes_per_token: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all sequences; only during a rollout."""
+        return (self.num_sequences + self.has_spare) * self.capacity * self.bytes_per_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +65,17 @@ class RankPlan:
     """The student's gradient buffer, float32."""
     optimizer_bytes: int
     """Adam's moments, and the float32 weights where params_dtype is bfloat16."""
-    kv_cache_bytes: int
-    """At the longest prompts and responses that the limits allow; only during a rollout."""
+    kv_cache: CachePlan
 
     @property
     def total_bytes(self) -> int:
         """All of them; activations and work space come on top."""
-        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.kv_cache_bytes
+        lasting = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+        return lasting + self.kv_cache.num_bytes
 
 
 def rank_table(
-    config: Config, *, student: HFConfig, teacher: HFConfig, world_size: int
+    config: Config, *, student: HFConfig, teacher: HFConfig, world_size: int, cuda: bool = True
 ) -> list[RankPlan]:
     """Lays a run out over ranks.
 
@@ -65,6 +84,7 @@ def rank_table(
         student: the student's hyperparameters.
         teacher: the teacher's.
         world_size: number of ranks.
+        cuda: whether they are GPUs.
 
     Returns:
         One plan per rank, in rank order.
@@ -72,7 +92,7 @@ def rank_table(
     Raises:
         ValueError: the models do not fit the configuration, or the ranks do not.
     """
-    check_models(config, student=student, teacher=teacher)
+    check_models(config, student=student, teacher=teacher, cuda=cuda)
     tp_size = config.parallel.tensor_model_parallel_size
     pp_size = config.parallel.pipeline_model_parallel_size
     if world_size < 1 or world_size % (tp_size * pp_size):
@@ -88,18 +108,27 @@ def rank_table(
             f"{world_size}"
         )
     dp_size = world_size // (tp_size * pp_size)
+    cache = _plan_cache(config, student, _num_replicas(config, world_size), cuda)
     plans = []
     for rank in range(world_size):
         tp_rank, dp_rank = rank % tp_size, rank // tp_size % dp_size
         pp_rank = rank // (tp_size * dp_size)
         plans.append(
-            _plan_rank(config, student, teacher, (tp_rank, dp_rank, pp_rank), dp_size, rank)
+            _plan_rank(config, student, teacher, (tp_rank, dp_rank, pp_rank), dp_size, rank, cache)
         )
     return plans
 
 
-def check_models(config: Config, *, student: HFConfig, teacher: HFConfig) -> None:
+def check_models(
+    config: Config, *, student: HFConfig, teacher: HFConfig, cuda: bool = True
+) -> None:
     """Refuses models that do not go with each other or with the configuration.
+
+    Args:
+        config: resolved configuration.
+        student: the student's hyperparameters.
+        teacher: the teacher's.
+        cuda: whether the run is on GPUs.
 
     Raises:
         ValueError: naming field, value, rule and fix.
@@ -118,6 +147,7 @@ def check_models(config: Config, *, student: HFConfig, teacher: HFConfig) -> Non
             f"teacher has vocab_size={teacher.vocab_size}, which must equal the student's "
             f"{student.vocab_size}; use two models of one family, both imported with a mask token"
         )
+    _plan_cache(config, student, 1, cuda)
 
 
 def find_model_config(
@@ -173,10 +203,16 @@ def format_totals(config: Config, plans: list[RankPlan]) -> str:
     tokens = sum(limits) * config.rows_per_rollout
     dp_size = 1 + max(plan.dp_rank for plan in plans)
     largest = max(plan.total_bytes for plan in plans)
+    cache = plans[0].kv_cache
+    free = " if free memory holds them" if config.rollout.kv_cache_gb is None else ""
     return (
         f"{len(plans)} ranks = tp {config.parallel.tensor_model_parallel_size} x dp {dp_size} x pp "
         f"{config.parallel.pipeline_model_parallel_size}; largest rank {largest / _GIB:.2f} GiB "
         "before activations\n"
+        f"rollouts on {_num_replicas(config, len(plans))} replicas, {cache.num_sequences} "
+        f"sequences at once on each{free}; key/value cache of a rank: "
+        f"{cache.num_sequences}{' + 1' if cache.has_spare else ''} sequences x {cache.capacity} "
+        f"tokens x {cache.bytes_per_token} bytes = {cache.num_bytes / _GIB:.2f} GiB\n"
         f"{config.train.train_rollouts} rollouts of {config.rows_per_rollout} responses, "
         f"{config.total_optimizer_steps} optimizer steps of {config.train.rows_per_optimizer_step} "
         f"rows, at most {tokens:,} response tokens\n"
@@ -190,6 +226,7 @@ def _plan_rank(
     place: tuple[int, int, int],
     dp_size: int,
     rank: int,
+    cache: CachePlan,
 ) -> RankPlan:
     tp_rank, dp_rank, pp_rank = place
     parallel = config.parallel
@@ -200,7 +237,6 @@ def _plan_rank(
     copied = 0
     if (rollout_tp_size, rollout_pp_size) != (tp_size, pp_size):
         copied = _count_parameters(config, student, rollout_tp_size, rollout_pp_size, 0)
-    replicas = dp_size * tp_size * pp_size // (rollout_tp_size * rollout_pp_size)
     dtype_bytes = _BYTES[config.model.params_dtype]
     state_bytes = (8 if dtype_bytes == 4 else 12) * student_parameters
     if parallel.use_distributed_optimizer:
@@ -219,7 +255,7 @@ def _plan_rank(
         weight_bytes=dtype_bytes * (student_parameters + teacher_parameters + copied),
         gradient_bytes=4 * student_parameters,
         optimizer_bytes=state_bytes,
-        kv_cache_bytes=dtype_bytes * _kv_cache_numbers(config, student, replicas),
+        kv_cache=cache,
     )
 
 
@@ -269,19 +305,50 @@ def _vocab_rows(config: Config, hf: HFConfig, tp_rank: int, pp_rank: int) -> ran
     return range(tp_rank * share, (tp_rank + 1) * share)
 
 
-def _kv_cache_numbers(config: Config, hf: HFConfig, replicas: int) -> int:
+def _plan_cache(config: Config, hf: HFConfig, num_replicas: int, cuda: bool) -> CachePlan:
+    """What `KVCache.for_model` allocates; it, too, refuses a limit below one sequence."""
     rollout, (tp_size, pp_size) = config.rollout, _rollout_layout(config)
-    rows = min(rollout.rollout_batch_size, math.ceil(config.rows_per_rollout / replicas))
+    longest, has_spare, limit_gb = _longest(config), rollout.cuda_graphs, rollout.kv_cache_gb
+    capacity = round_up(longest, CUDA_PAGE) if cuda else longest
+    per_token = 2 * (hf.num_layers // pp_size) * (hf.num_query_groups // tp_size) * hf.kv_channels
+    per_token *= _BYTES[config.model.params_dtype]
+    num_sequences = min(
+        rollout.rollout_batch_size, math.ceil(config.rows_per_rollout / num_replicas)
+    )
+    if limit_gb is not None:
+        fitting = int(limit_gb * 1e9) // (per_token * capacity) - has_spare
+        num_sequences = min(num_sequences, fitting)
+    if num_sequences < 1:
+        spare = " and the spare one of cuda_graphs" if has_spare else ""
+        needed = per_token * capacity * (1 + has_spare)
+        raise ValueError(
+            f"kv_cache_gb={limit_gb} must hold at least one sequence{spare}: {longest} prompt and "
+            f"response tokens need {needed / 1e9:.10g} GB; raise it, or lower max_prompt_tokens "
+            "or max_response_tokens.end"
+        )
+    return CachePlan(
+        num_sequences=num_sequences,
+        has_spare=has_spare,
+        capacity=capacity,
+        bytes_per_token=per_token,
+    )
+
+
+def _num_replicas(config: Config, world_size: int) -> int:
+    """Copies of the student that decode, each on its share of the ranks."""
+    tp_size, pp_size = _rollout_layout(config)
+    return world_size // (tp_size * pp_size)
+
+
+def _longest(config: Config) -> int:
+    """Tokens that the longest prompt and response fill; the last block is decoded whole."""
+    rollout = config.rollout
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens.end
-    capacity = round_up(longest, rollout.block_size)
-    heads = hf.num_query_groups // tp_size
-    return rows * capacity * 2 * (hf.num_layers // pp_size) * heads * hf.kv_channels
+    return round_up(longest, rollout.block_size)
 
 
 def _check_lengths(config: Config, hf: HFConfig) -> None:
-    rollout = config.rollout
-    longest = rollout.max_prompt_tokens + rollout.max_response_tokens.end
-    longest = round_up(longest, rollout.block_size)
+    rollout, longest = config.rollout, _longest(config)
     if longest > hf.max_position_embeddings:
         raise ValueError(
             f"max_prompt_tokens={rollout.max_prompt_tokens} and max_response_tokens.end="
@@ -294,7 +361,7 @@ def _format_rank(plan: RankPlan) -> tuple[str, ...]:
     vocab = plan.vocab_rows
     sizes = (
         plan.weight_bytes, plan.gradient_bytes, plan.optimizer_bytes,
-        plan.kv_cache_bytes, plan.total_bytes,
+        plan.kv_cache.num_bytes, plan.total_bytes,
     )  # fmt: skip
     return (
         f"{plan.rank:4d} {plan.tp_rank:2d} {plan.dp_rank:2d} {plan.pp_rank:2d}",

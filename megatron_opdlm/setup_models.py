@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from megatron_opdlm.blocks import round_up
 from megatron_opdlm.checkpoint import freeze, load_model
 from megatron_opdlm.config import ModelConfig, ParallelConfig
 from megatron_opdlm.config_sections import RolloutConfig
@@ -25,7 +24,6 @@ from megatron_opdlm.data import NO_CHAT_TEMPLATE
 from megatron_opdlm.import_cache import ImportCache
 from megatron_opdlm.model import BlockDiffusionModel, BuildOptions
 from megatron_opdlm.parallel import ParallelState
-from megatron_opdlm.rollout.cache import require_room
 from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.rollout.request import DecodingOptions
@@ -117,18 +115,7 @@ def load_teacher(
 
 
 def build_engine(config: RolloutConfig, student: Student, layout: RolloutLayout) -> RolloutEngine:
-    """Makes the engine that decodes training's responses.
-
-    Raises:
-        ValueError: kv_cache_gb holds no sequence of the longest prompt and response.
-    """
-    longest = config.max_prompt_tokens + config.max_response_tokens.end
-    require_room(
-        layout.model,
-        layout.parallel,
-        capacity=round_up(longest, config.block_size),
-        limit_gb=config.kv_cache_gb,
-    )
+    """Makes the engine that decodes training's responses."""
     names = (field.name for field in dataclasses.fields(DecodingOptions))
     return RolloutEngine(
         layout.model,

@@ -54,6 +54,7 @@ def check(config: Config) -> Config:
         resolved,
         student=find_model_config(student, mask_token=resolved.model.mask_token),
         teacher=find_model_config(teacher, mask_token=resolved.model.mask_token),
+        cuda=torch.cuda.is_available(),
     )
     _require_mask_token(student, resolved.model.mask_token)
     ours, theirs = (_fingerprint(m, resolved.model.mask_token) for m in (student, teacher))

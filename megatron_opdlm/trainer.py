@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_opdlm import parallel as process_groups
 from megatron_opdlm import randomness
@@ -28,8 +27,10 @@ from megatron_opdlm.metrics import MaskedFractionHistogram, MetricsLogger, Phase
 from megatron_opdlm.model import training_stream_multiple
 from megatron_opdlm.optimizer import StudentOptimizer
 from megatron_opdlm.parallel import ParallelState, from_main
+from megatron_opdlm.progress import progress_bar
 from megatron_opdlm.rollout.collector import collect
 from megatron_opdlm.rollout.engine import tokens_per_forward
+from megatron_opdlm.rollout.graph_support import require_graphs
 from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.rollout.request import Request
 from megatron_opdlm.run_folder import RunFolder
@@ -107,7 +108,9 @@ class Trainer:
         """Runs the job to its last rollout."""
         total = self.config.train.train_rollouts
         self.metrics.open_at(self.rollout_step)
-        with self.metrics, self._bar(total, "rollouts", initial=self.rollout_step) as bar:
+        is_main = self.parallel.is_main
+        bar = progress_bar(total, "rollouts", is_main=is_main, initial=self.rollout_step)
+        with self.metrics, bar:
             while self.rollout_step < total:
                 self.evaluate_if_due()
                 trajectories = self.collect()
@@ -134,12 +137,15 @@ class Trainer:
             for place in self.sampler.batch(self.rollout_step)
             for sample in range(config.samples_per_prompt)
         ]
-        replicas = self.layout.parallel
-        share = -(-len(requests) // replicas.dp_size)
-        with self.timer.phase("rollout"), self._bar(share, "responses", leave=False) as bar:
-            self.layout.refresh()
+        is_main = self.parallel.is_main
+        bar = progress_bar(len(requests), "responses", is_main=is_main, leave=False)
+        with self.timer.phase("rollout"), bar:
+            self.layout.refresh(self.optimizer.weights_version)
             trajectories, counts = collect(
-                self.engine, requests, replicas, on_finish=lambda _: bar.update()
+                self.engine,
+                requests,
+                self.layout.parallel,
+                on_progress=lambda done: bar.update(done - bar.n),
             )
         self.work.add_rollout(
             trajectories,
@@ -254,6 +260,7 @@ class Trainer:
     def evaluate_if_due(self) -> None:
         """Evaluate: accuracy of the weights as they are, every `eval_interval` rollouts."""
         if self.evaluation.is_due(self.rollout_step):
+            self.layout.refresh(self.optimizer.weights_version)
             self._log(self.evaluation.run())
 
     def save_if_due(self) -> None:
@@ -279,6 +286,12 @@ class Trainer:
     def _load_models(self) -> None:
         config = self.config.model
         options = build_options(config, self.config.parallel)
+        if self.config.rollout.cuda_graphs:
+            shares = (
+                options.sequence_parallel
+                and self.config.parallel.rollout_tensor_model_parallel_size is None
+            )
+            require_graphs(options.params_dtype, sequence_parallel=shares, fp8=options.fp8)
         self.training_multiple = training_stream_multiple(options, self.parallel.tp_size)
         cache = ImportCache(
             folder=self.folder.imported(self.config),
@@ -386,8 +399,3 @@ class Trainer:
         self.metrics.log(
             numbers, rollout_step=self.rollout_step, optimizer_step=self.optimizer.num_steps
         )
-
-    def _bar(self, total: int, name: str, *, initial: int = 0, leave: bool = True) -> tqdm:
-        # None: drawn only where someone can watch it.
-        hidden = None if self.parallel.is_main else True
-        return tqdm(total=total, desc=name, initial=initial, leave=leave, disable=hidden)

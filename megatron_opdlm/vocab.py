@@ -1,13 +1,42 @@
 """Vocabulary sharding: which columns of the logits a tensor-parallel rank holds.
 
 Megatron splits the padded vocabulary evenly: rank r holds columns [r * V_local, (r + 1) * V_local).
-Columns at and beyond vocab_size are padding and belong to no softmax.
+Columns at and beyond vocab_size are padding and belong to no softmax. Nothing here needs torch, so
+that a configuration can be checked without it.
 """
 
 from __future__ import annotations
 
-import torch.distributed as dist
-from torch.distributed import ProcessGroup
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def rollout_divisor(divisor: int, *, training: int, rollout: int) -> int:
+    """Returns what the vocabulary per rollout rank is padded to, for as many rows as in training.
+
+    >>> rollout_divisor(128, training=2, rollout=4)
+    64
+
+    Args:
+        divisor: make_vocab_size_divisible_by.
+        training: tensor-parallel size of training.
+        rollout: tensor-parallel size of rollouts.
+
+    Raises:
+        ValueError: the rollout's ranks cannot share these rows evenly.
+    """
+    rows = divisor * training
+    if rows % rollout:
+        raise ValueError(
+            f"rollout_tensor_model_parallel_size={rollout} must divide "
+            f"make_vocab_size_divisible_by x tensor_model_parallel_size = {rows}, to which the "
+            "vocabulary is padded; make make_vocab_size_divisible_by a multiple of "
+            f"{rollout // math.gcd(rollout, training)}"
+        )
+    return rows // rollout
 
 
 def local_columns(
@@ -27,7 +56,7 @@ def local_columns(
     Raises:
         ValueError: if the shards together hold fewer columns than vocab_size.
     """
-    rank, size = (0, 1) if tp_group is None else (dist.get_rank(tp_group), tp_group.size())
+    rank, size = (0, 1) if tp_group is None else (tp_group.rank(), tp_group.size())
     if not 0 < vocab_size <= size * num_local_columns:
         raise ValueError(
             f"vocab_size={vocab_size} must lie between 1 and the padded vocabulary, "

@@ -5,7 +5,7 @@ Streaming: one Megatron tensor (or one chunk of the vocabulary) is in memory at 
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,58 +76,51 @@ def export(
     require_writable_output(out, Path(checkpoint_dir))
     if dtype is not None and dtype not in DTYPES:
         raise ConversionError(f"dtype={dtype!r} must be one of {sorted(DTYPES)}")
-    iteration_dir = resolve_iteration(checkpoint_dir, iteration)
-    description, state = read_description(iteration_dir), _read_state(iteration_dir)
-    chosen = find_format(format, description.config.family)
-    _refuse_shifted(iteration_dir, description.lineage, state)
-    if chosen.for_students and description.mask_token_id is None:
-        raise ConversionError(f"{iteration_dir}: the checkpoint has no mask token; not a student")
-    size = _block_size(iteration_dir, description, block_size, chosen)
-    new_mask = _new_mask_id(description, chosen, relocate_mask)
-    if new_mask is not None and untie is False:
-        raise ConversionError("relocate_mask unties the output layer; leave --no-untie away")
-    untie = chosen.untied if untie is None else untie
-    source = _tensors(iteration_dir, description, untie, new_mask)
-    tied = description.config.tie_word_embeddings and not isinstance(source, UntiedTensors)
-    model = ExportedModel(
-        name=out.absolute().name,
-        config=replace(description.config, tie_word_embeddings=tied),
-        mask_token_id=description.mask_token_id if new_mask is None else new_mask,
-        moved_mask_from=None if new_mask is None else description.mask_token_id,
-        block_size=size,
-        is_trained=description.block_size is not None,
-        dtype=dtype or str(source.dtype).removeprefix("torch."),
-        pad_token_id=_pad_token_id(iteration_dir, description),
-        lineage=description.lineage,
-        state=state,
-    )
+    checkpoint = _Checkpoint.read(resolve_iteration(checkpoint_dir, iteration))
+    chosen = find_format(format, checkpoint.description.config.family)
+    _refuse_others(checkpoint, chosen)
+    size = _block_size(checkpoint, block_size, chosen)
+    source = _tensors(checkpoint, chosen, untie, relocate_mask)
+    model = _exported_model(checkpoint, source, out.absolute().name, size, dtype)
     with atomic_directory(out) as partial:
-        write_files(partial, iteration_dir / TOKENIZER_DIR, model, chosen)
+        write_files(partial, checkpoint.folder / TOKENIZER_DIR, model, chosen)
         write_weights(partial, source, DTYPES[dtype] if dtype else None, shard_bytes, progress)
 
 
-def _read_state(iteration_dir: Path) -> dict[str, Any]:
-    path = iteration_dir / STATE_FILE
-    return read_json_object(path) if path.is_file() else {}
+@dataclass(frozen=True)
+class _Checkpoint:
+    """An iteration folder and what it says of itself."""
+
+    folder: Path
+    description: ModelDescription
+    state: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> "_Checkpoint":
+        description, state = read_description(folder), folder / STATE_FILE
+        return cls(folder, description, read_json_object(state) if state.is_file() else {})
 
 
-def _refuse_shifted(iteration_dir: Path, *records: Mapping[str, Any]) -> None:
-    for record in records:
+def _refuse_others(checkpoint: _Checkpoint, export_format: ExportFormat) -> None:
+    """Refuse what is no student where one is needed, and what predicts the next token."""
+    for record in (checkpoint.description.lineage, checkpoint.state):
         for key in SHIFT_KEYS:
             if record.get(key):
                 raise ConversionError(
-                    f"{iteration_dir}: {key}={record[key]!r}: logits that predict the next token "
-                    "cannot be exported; readers take position i to predict token i"
+                    f"{checkpoint.folder}: {key}={record[key]!r}: logits that predict the next "
+                    "token cannot be exported; readers take position i to predict token i"
                 )
+    if export_format.for_students and checkpoint.description.mask_token_id is None:
+        raise ConversionError(
+            f"{checkpoint.folder}: the checkpoint has no mask token; not a student"
+        )
 
 
 def _block_size(
-    iteration_dir: Path,
-    description: ModelDescription,
-    requested: int | None,
-    export_format: ExportFormat,
+    checkpoint: _Checkpoint, requested: int | None, export_format: ExportFormat
 ) -> int | None:
-    trained, positions = description.block_size, description.config.max_position_embeddings
+    trained = checkpoint.description.block_size
+    positions = checkpoint.description.config.max_position_embeddings
     if requested is not None and not export_format.for_students:
         raise ConversionError(
             f"block_size={requested}: plain weights ({export_format.name!r}) have no block size; "
@@ -140,7 +133,8 @@ def _block_size(
         )
     if trained is None and requested is None and export_format.for_students:
         raise ConversionError(
-            f"{iteration_dir}: the weights were not trained for a block size yet; pass --block-size"
+            f"{checkpoint.folder}: the weights were not trained for a block size yet; pass "
+            "--block-size"
         )
     if trained is not None and requested not in (None, trained):
         raise ConversionError(
@@ -185,14 +179,40 @@ def _new_mask_id(
 
 
 def _tensors(
-    iteration_dir: Path, description: ModelDescription, untie: bool, new_mask: int | None
+    checkpoint: _Checkpoint, export_format: ExportFormat, untie: bool | None, relocate: bool
 ) -> ModelTensors:
-    config, old_mask = description.config, description.mask_token_id
+    folder, description = checkpoint.folder, checkpoint.description
+    old_mask = description.mask_token_id
+    new_mask = _new_mask_id(description, export_format, relocate)
     if new_mask is not None and old_mask is not None:
-        return UntiedTensors(iteration_dir, config, (old_mask, new_mask))
-    return UntiedTensors(iteration_dir, config) if untie else ModelTensors(iteration_dir, config)
+        if untie is False:
+            raise ConversionError("relocate_mask unties the output layer; leave --no-untie away")
+        return UntiedTensors(folder, description.config, (old_mask, new_mask))
+    if export_format.untied if untie is None else untie:
+        return UntiedTensors(folder, description.config)
+    return ModelTensors(folder, description.config)
 
 
-def _pad_token_id(iteration_dir: Path, description: ModelDescription) -> int | None:
-    found = description.config.pad_token_id
-    return pad_token_id(iteration_dir / TOKENIZER_DIR) if found is None else found
+def _exported_model(
+    checkpoint: _Checkpoint,
+    source: ModelTensors,
+    name: str,
+    block_size: int | None,
+    dtype: str | None,
+) -> ExportedModel:
+    description = checkpoint.description
+    tied = description.config.tie_word_embeddings and not isinstance(source, UntiedTensors)
+    moved_from, moved_to = source.moved_row or (None, description.mask_token_id)
+    pad = description.config.pad_token_id
+    return ExportedModel(
+        name=name,
+        config=replace(description.config, tie_word_embeddings=tied),
+        mask_token_id=moved_to,
+        moved_mask_from=moved_from,
+        block_size=block_size,
+        is_trained=description.block_size is not None,
+        dtype=dtype or str(source.dtype).removeprefix("torch."),
+        pad_token_id=pad_token_id(checkpoint.folder / TOKENIZER_DIR) if pad is None else pad,
+        lineage=description.lineage,
+        state=checkpoint.state,
+    )

@@ -46,7 +46,7 @@ _COMMON = {"checkpoint_version": 3.0, "iteration": 0}  # what Megatron-LM's load
 
 def import_hf(
     hf_dir: str | Path,
-    out_dir: str | Path,
+    out_dir: str | Path | AbstractContextManager[Path],
     *,
     add_mask: bool = True,
     mask_token: str = MASK_TOKEN,
@@ -61,7 +61,9 @@ def import_hf(
 
     Args:
         hf_dir: directory with config.json, safetensors and tokenizer files.
-        out_dir: checkpoint root to create; must not exist or be empty.
+        out_dir: checkpoint root to create; must not exist or be empty. Or, for one who makes more
+            of the output appear at once, what gives an empty folder, and takes it away after an
+            exception; entered when the source has been checked.
         add_mask: give the tokenizer a mask token; False only for a teacher that is never trained.
         mask_token: its text; one that the tokenizer knows is used as it is.
         mask_init: 'keep' its embedding as the model has it, or the 'mean' of all other rows;
@@ -75,41 +77,14 @@ def import_hf(
             except for NaN or infinite weights. Nothing half-written stays behind.
         OSError: the disk is full or not writable; nothing half-written stays behind.
     """
-    source, out = Path(hf_dir), Path(out_dir)
-    require_writable_output(out, source)
-    import_into(
-        source,
-        atomic_directory(out),
-        add_mask=add_mask,
-        mask_token=mask_token,
-        mask_init=mask_init,
-        chat_template=chat_template,
-        progress=progress,
-    )
-
-
-def import_into(
-    source: Path,
-    target: AbstractContextManager[Path],
-    *,
-    add_mask: bool = True,
-    mask_token: str = MASK_TOKEN,
-    mask_init: str | None = None,
-    chat_template: str | Path | None = None,
-    progress: bool = True,
-) -> None:
-    """What `import_hf` does, for one who makes more of the output appear at once.
-
-    Args:
-        source: Hugging Face directory.
-        target: gives an empty folder, which it takes away after an exception; entered when the
-            source has been checked.
-        add_mask: as the rest, see `import_hf`.
-    """
+    source = Path(hf_dir)
+    if isinstance(out_dir, str | Path):
+        require_writable_output(Path(out_dir), source)
+        out_dir = atomic_directory(Path(out_dir))
     config = read_config(source)
     with HFWeights(source) as weights:
         check_tensors(weights, FAMILIES[config.family], config)
-        with target as folder:
+        with out_dir as folder:
             iteration_dir = folder / iteration_name(0)
             iteration_dir.mkdir()
             mask = _add_tokenizer(source, iteration_dir, config, mask_token if add_mask else None)
@@ -119,13 +94,7 @@ def import_into(
             grown = row is not None and row.is_new
             config = replace(config, vocab_size=config.vocab_size + grown)
             write_description(iteration_dir, _describe(source, config, row, mask_token))
-            pieces = _pieces(weights, config, row)
-            total = sum(piece.nbytes for piece in pieces)
-            with tqdm(
-                total=total, unit="B", unit_scale=True, desc="import", disable=not progress
-            ) as bar:
-                objects = FAMILIES[config.family].extra_state_keys(config.num_layers)
-                write_torch_dist(iteration_dir, pieces, objects, _COMMON, bar.update)
+            _write_weights(iteration_dir, weights, config, row, progress)
             (folder / LATEST_FILE).write_text("0")
 
 
@@ -183,6 +152,16 @@ def _describe(
         ),
         lineage=lineage if row is None else lineage | {"mask_row": row.describe()},
     )
+
+
+def _write_weights(
+    iteration_dir: Path, weights: HFWeights, config: HFConfig, row: MaskRow | None, progress: bool
+) -> None:
+    pieces = _pieces(weights, config, row)
+    objects = FAMILIES[config.family].extra_state_keys(config.num_layers)
+    total = sum(piece.nbytes for piece in pieces)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="import", disable=not progress) as bar:
+        write_torch_dist(iteration_dir, pieces, objects, _COMMON, bar.update)
 
 
 def _pieces(weights: HFWeights, config: HFConfig, row: MaskRow | None) -> list[Piece]:

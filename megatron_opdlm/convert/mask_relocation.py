@@ -35,7 +35,7 @@ class UntiedTensors(ModelTensors):
             ConversionError: missing, extra or mis-shaped tensors.
         """
         super().__init__(iteration_dir, config)
-        self._moved_row = moved_row
+        self.moved_row = moved_row
         self._is_tied = config.tie_word_embeddings
 
     def layout(self, dtype: torch.dtype | None) -> TensorLayout:
@@ -46,11 +46,11 @@ class UntiedTensors(ModelTensors):
 
     def values(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
         """As `ModelTensors.values`; a tied model's embedding is read twice."""
-        moved = None if self._moved_row is None else self._read_row(dtype, self._moved_row[0])
+        moved = None if self.moved_row is None else self._read_row(dtype, self.moved_row[0])
         start = 0
         for name, tensor in super().values(dtype):
-            if name == EMBEDDING and moved is not None and self._moved_row is not None:
-                place = self._moved_row[1] - start
+            if name == EMBEDDING and moved is not None and self.moved_row is not None:
+                place = self.moved_row[1] - start
                 start += len(tensor)
                 if 0 <= place < len(tensor):
                     tensor = tensor.clone()

@@ -36,7 +36,13 @@ _MODEL_PARTS = ("embedding.", "decoder.", "output_layer.")
 
 
 class ModelTensors:
-    """The model's tensors in a torch_dist folder, as Hugging Face tensors."""
+    """The model's tensors in a torch_dist folder, as Hugging Face tensors.
+
+    Attributes:
+        moved_row: (from, to) of an input embedding's row that is not where it was trained.
+    """
+
+    moved_row: tuple[int, int] | None = None
 
     def __init__(self, iteration_dir: Path, config: HFConfig) -> None:
         """Check keys and shapes against the family's table.

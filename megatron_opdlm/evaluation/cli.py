@@ -43,6 +43,34 @@ def add_eval_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
         help="prompt file whose entries have an answer, a number; may be given several times",
     )
     add_model_arguments(parser)
+    _add_setting_arguments(parser)
+    parser.add_argument(
+        "--teacher", metavar="HF_DIR", help="decode this model too, greedily, with transformers"
+    )
+    parser.add_argument(
+        "--num-questions", type=int, metavar="N", help="of each file, from its start; default: all"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        metavar="N",
+        help="one run each; greedy decoding takes the first alone; default: 0",
+    )
+    parser.add_argument("--json", metavar="OUT", help="write all figures to this file")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="responses per setting to print, and to put into the JSON file; default: 0",
+    )
+    parser.set_defaults(run=run_eval)
+
+
+def _add_setting_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which decoding rules to compare; read by `_settings`."""
     parser.add_argument(
         "--static",
         action="store_true",
@@ -67,29 +95,6 @@ def add_eval_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
         metavar="E",
         help="of entropy-bounded decoding, in nats; several make several settings; default: 0.35",
     )
-    parser.add_argument(
-        "--teacher", metavar="HF_DIR", help="decode this model too, greedily, with transformers"
-    )
-    parser.add_argument(
-        "--num-questions", type=int, metavar="N", help="of each file, from its start; default: all"
-    )
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=[0],
-        metavar="N",
-        help="one run each; greedy decoding takes the first alone; default: 0",
-    )
-    parser.add_argument("--json", metavar="OUT", help="write all figures to this file")
-    parser.add_argument(
-        "--examples",
-        type=int,
-        default=0,
-        metavar="N",
-        help="responses per setting to print, and to put into the JSON file; default: 0",
-    )
-    parser.set_defaults(run=run_eval)
 
 
 def run_eval(args: argparse.Namespace) -> int:

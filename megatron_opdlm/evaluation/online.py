@@ -18,8 +18,8 @@ from megatron_opdlm.setup_models import Student
 class OnlineEvaluation:
     """Greedy static and dynamic decoding of `eval_data`, every `eval_interval` rollouts.
 
-    It reads the live weights, draws no random number and leaves no state behind, so a run with it
-    trains the same numbers as a run without.
+    It reads the weights that rollouts have, draws no random number and leaves no state behind, so a
+    run with it trains the same numbers as a run without.
     """
 
     def __init__(self, config: Config, student: Student, layout: RolloutLayout) -> None:
@@ -30,7 +30,6 @@ class OnlineEvaluation:
             student: the student in training.
             layout: its weights in the layout of rollouts, in which it is evaluated, too.
         """
-        self.layout = layout
         self.interval = config.train.eval_interval
         self.response_limit = config.rollout.max_response_tokens.end
         self.enable_thinking = config.rollout.enable_thinking
@@ -55,6 +54,7 @@ class OnlineEvaluation:
             max_rows=config.rollout.rollout_batch_size,
             multiple=layout.stream_multiple,
             kv_cache_gb=config.rollout.kv_cache_gb,
+            cuda_graphs=config.rollout.cuda_graphs,
         )
 
     def is_due(self, rollouts_done: int) -> bool:
@@ -67,14 +67,13 @@ class OnlineEvaluation:
         return rollouts_done % self.interval == 0 or rollouts_done == self.total
 
     def run(self) -> dict[str, float]:
-        """Answers the questions. Call on all ranks.
+        """Answers the questions with the weights that the layout holds. Call on all ranks.
 
         Returns:
             Metrics by name; the same on every rank.
         """
         assert self.task is not None, "is_due() says whether there is anything to run"
         start = time.perf_counter()
-        self.layout.refresh()
         metrics: dict[str, float] = {"eval/questions": len(self.task.questions)}
         for name, remasking in (
             ("static", LOW_CONFIDENCE_STATIC),

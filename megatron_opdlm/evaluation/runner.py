@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import Any
 
 from tqdm import tqdm
 
+from megatron_opdlm.data import PromptTokens
 from megatron_opdlm.decoder import Decoder
 from megatron_opdlm.denoise import (
     ENTROPY_BOUNDED,
@@ -13,8 +16,9 @@ from megatron_opdlm.denoise import (
     LOW_CONFIDENCE_STATIC,
     SEQUENTIAL,
 )
-from megatron_opdlm.evaluation.task import EvalResult, Task, grade
+from megatron_opdlm.evaluation.task import Answer, EvalResult, Task, grade
 from megatron_opdlm.rollout.request import DecodingOptions
+from megatron_opdlm.trajectory import Trajectory
 
 
 def setting_name(options: DecodingOptions) -> str:
@@ -57,19 +61,33 @@ def evaluate(
     prompts = decoder.tokenize(
         task.questions, options, response_limit=response_limit, enable_thinking=enable_thinking
     ).kept
-    share = len(prompts[decoder.parallel.dp_rank :: decoder.parallel.dp_size])
     start = time.perf_counter()
     show = progress and decoder.parallel.is_main
-    with tqdm(total=share, desc=f"{task.name} {name}", disable=not show) as bar:
+    with tqdm(total=len(prompts), desc=f"{task.name} {name}", disable=not show) as bar:
         trajectories = decoder.decode(
             prompts,
             options,
             response_limit=response_limit,
             seed=seed,
-            on_finish=lambda _: bar.update(),
+            on_progress=lambda done: bar.update(done - bar.n),
         )
     seconds = time.perf_counter() - start
-    texts = decoder.student.tokenizer.batch_decode(
+    return EvalResult(
+        task=task.name,
+        setting=name,
+        seed=seed,
+        temperature=options.temperature,
+        answers=_grade_all(task, prompts, trajectories, decoder.student.tokenizer),
+        num_passes=sum(trajectory.num_passes for trajectory in trajectories),
+        seconds=seconds,
+    )
+
+
+def _grade_all(
+    task: Task, prompts: Sequence[PromptTokens], trajectories: Sequence[Trajectory], tokenizer: Any
+) -> list[Answer]:
+    """One answer per question, in their order; an empty one where no prompt was decoded."""
+    texts = tokenizer.batch_decode(
         [trajectory.text_ids.tolist() for trajectory in trajectories], skip_special_tokens=True
     )
     answers = [grade(question, "", num_tokens=0, ended=False) for question in task.questions]
@@ -81,12 +99,4 @@ def evaluate(
             ended=trajectory.ended,
             trajectory=trajectory,
         )
-    return EvalResult(
-        task=task.name,
-        setting=name,
-        seed=seed,
-        temperature=options.temperature,
-        answers=answers,
-        num_passes=sum(trajectory.num_passes for trajectory in trajectories),
-        seconds=seconds,
-    )
+    return answers

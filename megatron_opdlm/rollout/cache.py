@@ -160,29 +160,6 @@ class KVCache:
         self._store[:, :, target, :, :num_tokens] = self._store[:, :, source, :, :num_tokens]
 
 
-def require_room(
-    model: BlockDiffusionModel, parallel: ParallelState, *, capacity: int, limit_gb: float | None
-) -> None:
-    """Refuses a limit below one sequence, before work starts; None is looked at when it matters.
-
-    Args:
-        model: this rank's pipeline stage.
-        parallel: process groups; no collectives.
-        capacity: tokens of the longest sequence there can be.
-        limit_gb: in GB, of this rank.
-
-    Raises:
-        ValueError: it is too small.
-    """
-    needed = _bytes_per_token(model, parallel) * capacity
-    if limit_gb is not None and needed > limit_gb * 1e9:
-        raise ValueError(
-            f"kv_cache_gb={limit_gb} must hold at least one sequence: {capacity} prompt and "
-            f"response tokens need {_size(needed)}; raise it, or lower max_prompt_tokens or "
-            "max_response_tokens.end"
-        )
-
-
 def _bytes_per_token(model: BlockDiffusionModel, parallel: ParallelState) -> int:
     config = model.config
     num_heads = config.num_query_groups // parallel.tp_size

@@ -23,7 +23,7 @@ def collect(
     requests: Sequence[Request],
     parallel: ParallelState,
     *,
-    on_finish: Callable[[Trajectory], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> tuple[list[Trajectory], RolloutCounts]:
     """Decodes requests on all data-parallel replicas.
 
@@ -34,7 +34,8 @@ def collect(
         engine: this rank's engine.
         requests: the same list on every rank.
         parallel: process groups of the engine.
-        on_finish: called with each trajectory that this replica finishes.
+        on_progress: called on the main rank of each replica with the number of responses that the
+            whole job has finished: after each of the replica's own, and once when all are.
 
     Returns:
         Trajectories in the order of the requests, and the work of all replicas; the same on every
@@ -46,14 +47,15 @@ def collect(
         FloatingPointError: NaN logits.
         RuntimeError: no memory. All of them on all ranks, also those of other replicas.
     """
+    report = on_progress or (lambda done: None)
     queue = SharedQueue(requests, parallel)
     decoded: dict[int, Trajectory] = {}
     failure: Exception | None = None
     try:
         for index, trajectory in engine.stream(queue):
             decoded[index] = trajectory
-            if on_finish is not None:
-                on_finish(trajectory)
+            if parallel.is_replica_main:
+                report(queue.count_finished())
     except (ArithmeticError, ValueError, OSError, RuntimeError) as error:
         queue.close()
         failure = error
@@ -62,6 +64,8 @@ def collect(
     for *_, failure in parts:
         if failure is not None:
             raise failure
+    if parallel.is_replica_main:
+        report(len(requests))
     everything = {index: trajectory for part, *_ in parts for index, trajectory in part.items()}
     totals = [asdict(counts) for _, counts, _ in parts]
     total = RolloutCounts(**{name: sum(part[name] for part in totals) for name in totals[0]})

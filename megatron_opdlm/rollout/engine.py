@@ -28,6 +28,7 @@ from megatron_opdlm.pipeline import DecodePipeline
 from megatron_opdlm.rollout.cache import KVCache
 from megatron_opdlm.rollout.decode_pass import DecodePass, lay_out
 from megatron_opdlm.rollout.flash import has_flash
+from megatron_opdlm.rollout.graph_support import require_graphs
 from megatron_opdlm.rollout.graphs import PassGraphs, num_blocks
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.rollout.request_queue import LocalQueue, RequestQueue
@@ -104,20 +105,14 @@ class RolloutEngine:
         self.stream_multiple = stream_multiple
         dtype = model.config.params_dtype
         self._has_flash = has_flash(torch.cuda.current_device(), dtype)
-        if cuda_graphs and not self._has_flash:
-            raise ValueError(
-                "cuda_graphs=true needs a CUDA device, torch 2.13 and 16-bit weights, not "
-                f"{dtype}; set it to false"
-            )
+        if cuda_graphs:
+            config = model.config
+            require_graphs(dtype, sequence_parallel=config.sequence_parallel, fp8=config.fp8)
         if torch.cuda.is_available() and not self._has_flash:
-            logger.warning("decoding without the flash kernel, which is slow: it needs torch 2.13 "
-                           "and 16-bit weights, here are torch %s and %s",
-                           torch.__version__, dtype)  # fmt: skip
-        if cuda_graphs and (model.config.sequence_parallel or model.config.fp8):
-            raise ValueError(
-                "cuda_graphs=true goes neither with sequence_parallel nor with fp8: their buffers "
-                "and scales do not survive a capture; set it to false"
-            )
+            logger.warning(
+                "decoding without the flash kernel, which is slow: it needs torch 2.13 and 16-bit "
+                "weights, here are torch %s and %s", torch.__version__, dtype,
+            )  # fmt: skip
         self.cuda_graphs = cuda_graphs
         self.counts = RolloutCounts()
         self._is_open = False

@@ -18,6 +18,7 @@ from megatron_opdlm.convert.hf import HFConfig
 from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, build_model, stream_multiple
 from megatron_opdlm.parallel import ParallelState, second_layout
 from megatron_opdlm.rollout.host_copy import HostCopy, on_one_host
+from megatron_opdlm.vocab import rollout_divisor
 
 
 class RolloutLayout:
@@ -54,6 +55,7 @@ class RolloutLayout:
         self._student, self.model, self.parallel = student, student, parallel
         self.num_bytes = 0
         self._copy: HostCopy | None = None
+        self._version: int | None = None
         self._one_host = True
         size = tensor_model_parallel_size
         if size is not None and (size, 1) != (parallel.tp_size, parallel.pp_size):
@@ -71,14 +73,21 @@ class RolloutLayout:
         """Whether rollouts have weights of their own."""
         return self.model is not self._student
 
-    def refresh(self) -> None:
+    def refresh(self, version: int | None = None) -> None:
         """Gives rollouts the student's weights of now. Call on all ranks.
 
-        Bytes copied: none in the training layout, else every parameter of the rollout's shard once:
-        from rank to rank with NCCL, on CPUs through shared memory, or gloo between machines.
+        Bytes copied: none in the training layout or where rollouts have this version, else every
+        parameter of the rollout's shard once: from rank to rank with NCCL, on CPUs through shared
+        memory, or gloo between machines.
+
+        Args:
+            version: of the student's weights, `StudentOptimizer.weights_version`; None: unknown.
         """
-        if not self.is_second:
-            return
+        if self.is_second and (version is None or version != self._version):
+            self._copy_weights()
+            self._version = version
+
+    def _copy_weights(self) -> None:
         if torch.cuda.is_available():
             swap_model_weights([self._student], [self.model], "nccl")
             # FP8 layers keep converted weights until they are told that theirs have changed.
@@ -96,16 +105,11 @@ def _options(options: BuildOptions, training: int, rollout: int) -> BuildOptions
     """Options for the rollout's shard: the same padded vocabulary, nothing that only helps
     gradients.
     """
-    divisor = options.make_vocab_size_divisible_by * training
-    if divisor % rollout:
-        raise ValueError(
-            f"rollout_tensor_model_parallel_size={rollout} must divide "
-            f"make_vocab_size_divisible_by x tensor_model_parallel_size = {divisor}, to which the "
-            "vocabulary is padded; raise make_vocab_size_divisible_by"
-        )
     return dataclasses.replace(
         options,
         sequence_parallel=False,
         recompute_granularity=None,
-        make_vocab_size_divisible_by=divisor // rollout,
+        make_vocab_size_divisible_by=rollout_divisor(
+            options.make_vocab_size_divisible_by, training=training, rollout=rollout
+        ),
     )

@@ -63,7 +63,7 @@ class LocalQueue:
 
 
 class SharedQueue:
-    """One queue for all data-parallel replicas: a counter in the job's key-value store.
+    """One queue for all data-parallel replicas: counters in the job's key-value store.
 
     Whoever has room takes the next request, so no replica idles while another has requests waiting.
     """
@@ -101,6 +101,13 @@ class SharedQueue:
                 num_tokens += len(self.requests[index].prompt_ids)
         taken, self._is_empty = self._parallel.from_replica_main((taken, self._is_empty))
         return taken
+
+    def count_finished(self) -> int:
+        """Counts one finished response; returns how many all replicas have finished by now.
+
+        Call on the main rank of the replica that decoded it.
+        """
+        return self._store.add("finished", 1)
 
     def close(self) -> None:
         """Leaves nothing for any replica to take, after a failure."""

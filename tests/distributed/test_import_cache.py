@@ -35,7 +35,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def conversions(tmp_path, monkeypatch):
     """Counts conversions in this process and those it forks; each takes a moment."""
-    log, convert = tmp_path / "conversions", import_cache.import_into
+    log, convert = tmp_path / "conversions", import_cache.import_hf
     log.touch()
 
     def counted(*args, **values):
@@ -44,7 +44,7 @@ def conversions(tmp_path, monkeypatch):
         time.sleep(0.3)
         convert(*args, progress=False, **values)
 
-    monkeypatch.setattr(import_cache, "import_into", counted)
+    monkeypatch.setattr(import_cache, "import_hf", counted)
     monkeypatch.setattr(import_cache, "_POLL_SECONDS", 0.02)
     return lambda: len(log.read_text())
 
@@ -111,8 +111,8 @@ def import_for_long(rank, source, folder):
         world_size=2,
         timeout=timedelta(seconds=2),
     )
-    convert = import_cache.import_into
-    import_cache.import_into = lambda *args, **values: (time.sleep(4), convert(*args, **values))
+    convert = import_cache.import_hf
+    import_cache.import_hf = lambda *args, **values: (time.sleep(4), convert(*args, **values))
     cache = ImportCache(folder=folder, mask_token="<|MASK|>")
     try:
         return cache.checkpoint(source, is_main=rank == 0)
@@ -133,7 +133,7 @@ def lose_rank_0(rank, folder):
         "gloo", init_method=(folder / "rendezvous").as_uri(), rank=rank, world_size=2
     )
     if rank == 0:
-        import_cache.import_into = lambda *args, **values: os.kill(os.getpid(), signal.SIGKILL)
+        import_cache.import_hf = lambda *args, **values: os.kill(os.getpid(), signal.SIGKILL)
     try:
         find(rank, folder / "hf", folder / "imported")
     except RuntimeError as error:
@@ -164,7 +164,7 @@ def import_in_scratch(rank, folder):
     )
     parallel = process_groups.initialize()
     tempfile.tempdir = str(folder)
-    import_cache.import_into = lambda *args, **values: ((folder / "here").touch(), time.sleep(60))
+    import_cache.import_hf = lambda *args, **values: ((folder / "here").touch(), time.sleep(60))
     with decoder._import_folder(None, parallel) as scratch:
         ImportCache(folder=scratch, mask_token="<|MASK|>").checkpoint(
             folder / "hf", is_main=parallel.is_main

@@ -183,3 +183,19 @@ def test_plan_prints_the_table_without_the_configuration(capsys):
     status, out, _ = run(capsys, "plan", CONFIG, "--gpus", "2")
     assert status == 0
     assert out.startswith("rank tp dp pp")
+    assert "128 sequences at once on each if free memory holds them; key/value cache" in out
+
+
+@pytest.mark.parametrize(
+    ("override", "rule"),
+    [
+        ("kv_cache_gb=0.1", "kv_cache_gb=0.1 must hold at least one sequence: 6000 "),
+        (
+            "rollout_tensor_model_parallel_size=3",
+            "rollout_tensor_model_parallel_size=3 must divide make_vocab_size_divisible_by x ",
+        ),
+    ],
+)
+def test_plan_refuses_what_a_run_would_refuse(capsys, override, rule):
+    status, out, err = run(capsys, "plan", CONFIG, "--gpus", "6", override)
+    assert (status, out) == (2, "") and err.startswith(f"error: {rule}") and err.count("\n") == 1

@@ -94,6 +94,10 @@ def test_an_unknown_key_that_resembles_nothing_points_to_the_list():
         ("min_lr=1", "min_lr=1.0 must be at most lr=1e-05"),
         ("sequence_parallel=maybe", "must have type bool"),
         ("sequence_parallel=true", "needs tensor_model_parallel_size > 1, got 1"),
+        (
+            "rollout_tensor_model_parallel_size=3",
+            "=3 must divide make_vocab.* = 128, .*; make .*_divisible_by a multiple of 3",
+        ),
         ("denoising_steps=5", "must be at most block_size=4"),
         ("confidence_threshold=0", r"must lie in \(0, 1\]"),
         ("top_p=1.5", r"must lie in \(0, 1\]"),
@@ -131,6 +135,13 @@ def test_planned_values_are_refused_in_yaml_too(tmp_path):
     path.write_text("divergence: jsd\n")
     with pytest.raises(ValueError, match="divergence=jsd is not implemented yet"):
         load_config(path, REQUIRED)
+
+
+def test_rollout_ranks_share_the_vocabulary_that_training_is_padded_to():
+    sizes = "rollout_tensor_model_parallel_size=6", "tensor_model_parallel_size=4"
+    assert "make_vocab_size_divisible_by a multiple of 3" in error_of(*sizes)
+    load(*sizes, "make_vocab_size_divisible_by=63")  # 252 rows, 42 on each
+    assert "multiple of 3" in error_of(*sizes, "make_vocab_size_divisible_by=64")
 
 
 def test_fp8_needs_transformer_engine_and_bfloat16():

@@ -130,6 +130,13 @@ def test_relocation(
     assert (logits(model, moved, BLOCK) - expected).abs().max() > 1e-2
 
 
+def test_relocation_does_not_go_with_tying(tmp_path: Path, engine_id: int) -> None:
+    student_checkpoint(tmp_path)
+    with pytest.raises(ConversionError, match="relocate_mask unties .*; leave --no-untie away"):
+        export(tmp_path / "ckpt", tmp_path / "out", relocate_mask=True, untie=False, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_relocation_needs_the_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     student_checkpoint(tmp_path)
     with pytest.raises(ConversionError, match="300 rows and no row 151669"):

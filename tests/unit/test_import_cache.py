@@ -17,7 +17,7 @@ import torch
 
 from megatron_opdlm import import_cache
 from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.importer import import_hf, import_into
+from megatron_opdlm.convert.importer import import_hf
 from megatron_opdlm.convert.layout import LATEST_FILE, MODEL_FILE, read_description
 from megatron_opdlm.convert.torch_dist import TorchDistReader
 from megatron_opdlm.convert.weights import HFWeights
@@ -50,9 +50,9 @@ def conversions(tmp_path, monkeypatch):
         with open(log, "a") as file:
             file.write("x")
         time.sleep(0.2)
-        import_into(*args, progress=False, **values)
+        import_hf(*args, progress=False, **values)
 
-    monkeypatch.setattr(import_cache, "import_into", counted)
+    monkeypatch.setattr(import_cache, "import_hf", counted)
     return lambda: len(log.read_text())
 
 
@@ -253,10 +253,10 @@ def test_after_a_failure_the_next_one_tries_itself(cache, source, conversions, t
 
 def test_a_source_that_changes_meanwhile(cache, source, monkeypatch):
     def while_changing(*args, **values):
-        import_into(*args, progress=False, **values)
+        import_hf(*args, progress=False, **values)
         (source / "generation_config.json").write_text('{"eos_token_id": 259}')
 
-    monkeypatch.setattr(import_cache, "import_into", while_changing)
+    monkeypatch.setattr(import_cache, "import_hf", while_changing)
     before = cache.entry(source)
     with pytest.raises(ConversionError, match="hf changed while it was imported"):
         cache.find(source)

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from megatron_opdlm.config import load_config
-from megatron_opdlm.plan import check_models, find_model_config, format_table, rank_table
+from megatron_opdlm.plan import (
+    check_models,
+    find_model_config,
+    format_table,
+    format_totals,
+    rank_table,
+)
+from megatron_opdlm.rollout.cache import CUDA_PAGE
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 HF = {
@@ -76,13 +83,70 @@ def test_bytes_by_hand():
     assert plan.weight_bytes == 2 * 2 * number
     assert plan.gradient_bytes == 4 * number
     assert plan.optimizer_bytes == 12 * number
-    rows, capacity = 128, 6000
-    assert plan.kv_cache_bytes == rows * capacity * 2 * 28 * 8 * 128 * 2
-    assert plan.total_bytes == 20 * number + plan.kv_cache_bytes
+    rows, capacity = 128, 24 * CUDA_PAGE  # 6,000 tokens in whole pages
+    assert plan.kv_cache.num_bytes == rows * capacity * 2 * 28 * 8 * 128 * 2
+    assert plan.total_bytes == 20 * number + plan.kv_cache.num_bytes
 
     float32 = table(HF["0.6B"], 1, "params_dtype=float32")[0]
     assert float32.weight_bytes == 2 * 4 * number
     assert float32.optimizer_bytes == 8 * number  # the weights are their own master copy
+
+
+SEQUENCE = 24 * CUDA_PAGE * 2 * 28 * 8 * 128 * 2
+"""Bytes of the longest sequence of the 0.6B model on one GPU: 6,000 tokens in whole pages."""
+
+
+def cache(hf, world_size, *overrides):
+    return table(hf, world_size, *overrides)[0].kv_cache
+
+
+def test_the_key_value_cache_is_as_large_as_kv_cache_gb_allows():
+    limit = f"kv_cache_gb={(10 * SEQUENCE + SEQUENCE // 2) / 1e9}"
+    assert cache(HF["0.6B"], 1).num_sequences == 128
+    found = cache(HF["0.6B"], 1, limit)
+    assert (found.num_sequences, found.num_bytes) == (10, 10 * SEQUENCE)
+    with_graphs = cache(HF["0.6B"], 1, limit, "cuda_graphs=true")
+    assert (with_graphs.num_sequences, with_graphs.num_bytes) == (9, 10 * SEQUENCE)
+    half = cache(HF["0.6B"], 2, limit, *sizes(2))  # of the heads, so twice as many fit
+    assert (half.num_sequences, half.num_bytes) == (21, 21 * SEQUENCE // 2)
+
+
+def test_a_replica_has_no_room_for_more_than_its_share():
+    assert cache(HF["0.6B"], 4, "rollout_batch_size=7").num_sequences == 7
+    assert cache(HF["0.6B"], 4).num_sequences == 32
+    two_replicas = *sizes(1, 4), "rollout_tensor_model_parallel_size=2"
+    assert cache(HF["0.6B"], 4, *two_replicas).num_sequences == 64
+    assert cache(HF["0.6B"], 4, *sizes(1, 4)).num_sequences == 128
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_cache_below_one_sequence_is_refused(graphs):
+    least = SEQUENCE * (1 + graphs)
+    flags = [f"cuda_graphs={str(graphs).lower()}", f"kv_cache_gb={least / 1e9}"]
+    assert cache(HF["0.6B"], 1, *flags).num_sequences == 1
+    flags[1] = f"kv_cache_gb={(least - 1) / 1e9}"
+    with pytest.raises(ValueError) as caught:
+        table(HF["0.6B"], 1, *flags)
+    text = str(caught.value)
+    spare = " and the spare one of cuda_graphs" if graphs else ""
+    assert f"must hold at least one sequence{spare}: 6000 prompt and response tokens" in text
+    assert f"need {least / 1e9} GB; raise it, or lower max_prompt_tokens" in text
+    assert text.startswith("kv_cache_gb=") and "\n" not in text
+    on_cpus = SEQUENCE // (24 * CUDA_PAGE) * 6000 * (1 + graphs)  # where there are no pages
+    flags[1] = f"kv_cache_gb={on_cpus / 1e9}"
+    check_models(config(*flags), student=HF["0.6B"], teacher=HF["0.6B"], cuda=False)
+
+
+def test_the_totals_say_how_many_sequences_are_decoded_at_once():
+    def line(*overrides):
+        plans = table(HF["0.6B"], 2, *overrides)
+        return format_totals(config(*overrides), plans).splitlines()[1]
+
+    assert line("kv_cache_gb=8", "cuda_graphs=true") == (
+        "rollouts on 2 replicas, 10 sequences at once on each; key/value cache of a rank: "
+        "10 + 1 sequences x 6144 tokens x 114688 bytes = 7.22 GiB"
+    )
+    assert "64 sequences at once on each if free memory holds them; " in line()
 
 
 def test_the_distributed_optimizer_splits_its_state_over_data_parallel_ranks():

@@ -120,3 +120,19 @@ def test_commands_look_for_it_before_the_import(
     assert cli.main(["generate", "--prompt", "x", *options]) == 2
     assert "no chat_template" in capsys.readouterr().err
     assert not (tmp_path / "imported").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_cache_below_one_sequence_is_refused(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model = tiny_model(tmp_path_factory.getbasetemp())
+    data = write_prompts(tmp_path / "prompts.jsonl")
+    per_token = 2 * 4 * 4 * 16 * 4  # keys and values, layers, heads, head size, bytes
+    longest = 56  # 40 prompt and 14 response tokens, in whole blocks
+    for num_bytes, fits in ((per_token * longest, True), (per_token * longest - 1, False)):
+        config = tiny_config(model.hf, data, tmp_path / "run", kv_cache_gb=num_bytes / 1e9)
+        if fits:
+            start.check(config)
+            continue
+        with pytest.raises(ValueError, match="must hold at least one sequence: 56 prompt and"):
+            start.check(config)
