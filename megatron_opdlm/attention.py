@@ -239,14 +239,15 @@ def make_block_mask(tags: Tensor) -> Any:
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    documents, noisy, blocks = tags[:, DOCUMENT], tags[:, NOISY] != 0, tags[:, BLOCK]
+    documents, states, blocks = tags[:, DOCUMENT], tags[:, NOISY], tags[:, BLOCK]
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         # `visible` for scalars: FlexAttention traces one query and one key. A test holds the two
         # equal.
         same_block = blocks[key] == blocks[query]
-        clean_key = ~noisy[key] & ((blocks[key] < blocks[query]) | (same_block & ~noisy[query]))
-        noisy_key = noisy[key] & noisy[query] & same_block
+        earlier = (blocks[key] < blocks[query]) | (same_block & (states[query] == 0))
+        clean_key = (states[key] == 0) & earlier
+        noisy_key = (states[key] != 0) & (states[key] == states[query]) & same_block
         return (documents[query] == documents[key]) & (clean_key | noisy_key)
 
     some, every = _square_visibility(tags)
@@ -270,9 +271,12 @@ def _square_visibility(tags: Tensor) -> tuple[Tensor, Tensor]:
     )
     # A visible key is never of a later block than its query.
     some = same_document_possible & (key_low[..., BLOCK] <= query_high[..., BLOCK])
-    # Noisy keys are for noisy queries of their own block.
-    all_noisy_keys = key_low[..., NOISY] == 1
-    unused = (query_high[..., NOISY] == 0) | (key_high[..., BLOCK] < query_low[..., BLOCK])
+    # Noisy keys are for noisy queries of their own state and block.
+    all_noisy_keys = key_low[..., NOISY] >= 1
+    unused = (query_high[..., NOISY] < key_low[..., NOISY]) | (
+        query_low[..., NOISY] > key_high[..., NOISY]
+    )
+    unused |= key_high[..., BLOCK] < query_low[..., BLOCK]
     some &= ~(all_noisy_keys & unused)
     one_document = (
         (query_low[..., DOCUMENT] == query_high[..., DOCUMENT])

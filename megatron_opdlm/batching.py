@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm.stream import PackedStream, pack
-from megatron_opdlm.trajectory import TrainingState
+from megatron_opdlm.training_state import TrainingState
 
 LOSS_REDUCTION = ("sequence_mean", "token_mean", "token_sum")
 
@@ -25,6 +25,7 @@ class Microbatch:
     Attributes:
         student: packed [clean | noisy] documents.
         teacher: packed causal documents; its loss rows are aligned one to one with the student's.
+        target_ids: [T] int64, tokens of the response at the loss rows.
         row_weight: [T] float32; the loss of an optimizer step is the sum of weight x divergence
             over all its microbatches and data-parallel ranks.
         num_masked: [T] int64, masked positions in each row's block.
@@ -32,36 +33,37 @@ class Microbatch:
 
     student: PackedStream
     teacher: PackedStream
+    target_ids: Tensor
     row_weight: Tensor
     num_masked: Tensor
 
 
 def row_weights(states: Sequence[TrainingState], loss_reduction: str) -> list[float]:
-    """Returns the weight of every loss row of each state.
+    """Returns the weight of the loss rows of each response.
 
     The denominators are those of the whole optimizer step, over all data-parallel ranks, so
-    gradients just add up:
+    gradients just add up. With n a response's `TrainingState.denominator`:
 
-    - `sequence_mean`: mean over a sequence's rows, then over sequences (the released code);
-    - `token_mean`: mean over all rows of the step;
-    - `token_sum`: sum over a sequence's rows, mean over all sequences, where one without a loss
+    - `sequence_mean`: sum over a response's rows / n, mean over responses (the released code);
+    - `token_mean`: sum over all rows / sum of n;
+    - `token_sum`: sum over a response's rows, mean over all responses, where one without a loss
       row adds zero (the paper's Eq. 5 with w(t) = 1).
 
-    In the first two, sequences without a loss row count in no denominator.
+    In the first two, responses with n = 0 count in no denominator.
 
     Args:
-        states: all states of the optimizer step, of every data-parallel rank.
+        states: all responses of the optimizer step, of every data-parallel rank.
         loss_reduction: one of LOSS_REDUCTION.
 
     Returns:
-        One weight per state; 0 for a state without rows.
+        One weight per response, to be multiplied by `TrainingState.row_scale`; 0 without rows.
     """
-    num_sequences = sum(state.num_rows > 0 for state in states)
-    num_rows = sum(state.num_rows for state in states)
+    num_sequences = sum(state.denominator > 0 for state in states)
+    total = sum(state.denominator for state in states)
     if loss_reduction == "sequence_mean":
-        return [1.0 / (num_sequences * s.num_rows) if s.num_rows else 0.0 for s in states]
+        return [1.0 / (num_sequences * s.denominator) if s.num_rows else 0.0 for s in states]
     if loss_reduction == "token_mean":
-        return [1.0 / num_rows if s.num_rows else 0.0 for s in states]
+        return [1.0 / total if s.num_rows else 0.0 for s in states]
     if loss_reduction == "token_sum":
         return [1.0 / len(states) if s.num_rows else 0.0 for s in states]
     raise ValueError(f"loss_reduction={loss_reduction!r}: use one of {', '.join(LOSS_REDUCTION)}")
@@ -146,12 +148,12 @@ def make_microbatches(
 def _microbatch(
     states: list[TrainingState], weights: list[float], block_size: int, multiple: int
 ) -> Microbatch:
-    empty = torch.empty(0)
+    no_floats, no_ids = torch.empty(0), torch.empty(0, dtype=torch.int64)
+    scaled = [s.row_scale * weight for s, weight in zip(states, weights, strict=True)]
     return Microbatch(
         student=pack([state.student for state in states], block_size=block_size, multiple=multiple),
         teacher=pack([state.teacher for state in states], block_size=1, multiple=multiple),
-        row_weight=torch.cat(
-            [empty, *(torch.full((s.num_rows,), w) for s, w in zip(states, weights, strict=True))]
-        ),
-        num_masked=torch.cat([empty.long(), *(state.num_masked for state in states)]),
+        target_ids=torch.cat([no_ids, *(state.target_ids for state in states)]),
+        row_weight=torch.cat([no_floats, *scaled]),
+        num_masked=torch.cat([no_ids, *(state.num_masked for state in states)]),
     )

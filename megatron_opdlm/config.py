@@ -19,11 +19,9 @@ from megatron_opdlm.config_schema import (
     flatten,
     parse_text,
     require,
-    require_implemented,
     unknown_key_error,
 )
 from megatron_opdlm.config_sections import (
-    PLANNED,
     DistillConfig,
     ModelConfig,
     OptimizerConfig,
@@ -59,6 +57,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Values that a preset sets. A key that the user gives wins over the preset."""
+METHODS: dict[str, dict[str, Any]] = {
+    "opdlm": {},
+    "opdlm_off": {"state_selection": "random"},
+    "off_policy": {"state_selection": "random"},
+    "sft": {"state_selection": "random"},
+}
+"""Values that a method brings, over the preset's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +114,16 @@ class Config:
     def longest_row_tokens(self) -> int:
         """Upper bound of one row's packed stream, in tokens: [clean x0 | noisy xt].
 
-        The clean part is prompt and response to the end of their last block; the noisy part is the
-        response's blocks, the first of which may begin with up to block_size - 1 prompt tokens.
+        The clean part is prompt and response to the end of their last block; the noisy part is, for
+        every state, the response's blocks, the first of which may begin with up to block_size - 1
+        prompt tokens.
         """
         prompt, response = self.rollout.max_prompt_tokens, self.rollout.max_response_tokens.end
-        return prompt + 2 * response + 3 * (self.rollout.block_size - 1)
+        states = self.distill.states_per_response
+        if self.distill.state_selection == "all":
+            states = self.rollout.denoising_steps
+        more = self.rollout.block_size - 1
+        return prompt + response + more + states * (response + 2 * more)
 
     def resolved(self, *, cuda: bool, transformer_engine: bool | None = None) -> Config:
         """Returns the configuration with every automatic value replaced by the one it stands for.
@@ -191,7 +201,7 @@ class Config:
 
     def _check_longest_row(self) -> None:
         budget, longest = self.parallel.micro_batch_tokens, self.longest_row_tokens
-        rule = f"must hold the longest row: prompt and twice the response = {longest} tokens"
+        rule = f"must hold the longest row: prompt, response and its states = {longest} tokens"
         fix = f"use {longest} or more, or lower max_prompt_tokens or max_response_tokens.end"
         require(budget >= longest, "micro_batch_tokens", budget, rule, fix)
 
@@ -220,11 +230,12 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             raise ValueError(f"override {override} is not key=value; write e.g. lr=1e-5")
         if name not in keys:
             raise unknown_key_error(name, keys)
-        require_implemented(name, text, PLANNED.get(name, ()), keys[name].annotation)
         given[name] = parse_text(name, text, keys[name].annotation)
-    preset = given.get("preset", keys["preset"].default)
-    check_value("preset", preset, keys["preset"].annotation)
-    config: Config = build(Config, PRESETS[preset] | given)
+    chosen = {name: given.get(name, keys[name].default) for name in ("preset", "method")}
+    for name, value in chosen.items():
+        check_value(name, value, keys[name].annotation)
+    implied = PRESETS[chosen["preset"]] | METHODS[chosen["method"]]
+    config: Config = build(Config, implied | given)
     return config
 
 

@@ -15,7 +15,7 @@ import math
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,16 +52,6 @@ def require(condition: bool, key: str, value: object, rule: str, fix: str) -> No
     """
     if not condition:
         raise ValueError(f"{key}={format_value(value)} {rule}; {fix}")
-
-
-def require_implemented(key: str, value: object, planned: Sequence[str], annotation: Any) -> None:
-    """Refuses a value that is planned and that this version does not have.
-
-    Raises:
-        ValueError: naming the value and what can be used now.
-    """
-    use = f"use {describe_type(annotation)}"
-    require(value not in planned, key, value, "is not implemented yet", use)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

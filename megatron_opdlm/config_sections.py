@@ -12,17 +12,9 @@ from typing import Any, ClassVar, Literal
 from megatron_opdlm.config_schema import (
     check_value,
     require,
-    require_implemented,
     section_keys,
 )
 from megatron_opdlm.vocab import rollout_divisor
-
-PLANNED: dict[str, tuple[str, ...]] = {
-    "method": ("opdlm_off", "off_policy", "sft"),
-    "divergence": ("reverse_kl", "mixed", "jsd"),
-    "state_selection": ("all", "random"),
-}
-"""Values that the design names and this version refuses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +30,6 @@ class _Section:
                 continue  # of a nested section, which has checked itself
             name = key.path[-1]
             value = getattr(self, name)
-            require_implemented(key.name, value, PLANNED.get(key.name, ()), key.annotation)
             object.__setattr__(self, name, check_value(key.name, value, key.annotation))
         self._check()
 
@@ -238,14 +229,27 @@ class DistillConfig(_Section):
 
     preset: Literal["official", "paper"] = "official"
     """Values for keys not given: the released launchers, or the paper's equations to the letter."""
-    method: Literal["opdlm"] = "opdlm"
-    """Source of responses and states: opdlm = the student's own rollouts and trajectories."""
-    divergence: Literal["forward_kl"] = "forward_kl"
-    """Per-token loss, in nats: forward_kl = KL(teacher || student)."""
+    method: Literal["opdlm", "opdlm_off", "off_policy", "sft"] = "opdlm"
+    """opdlm = the student's rollouts at states of their own trajectories; opdlm_off = its rollouts
+    under random masks; off_policy = the teacher's responses under random masks; sft = cross-entropy
+    on responses under random masks (the NELBO of block diffusion)."""
+    divergence: Literal["forward_kl", "reverse_kl", "mixed", "jsd"] = "forward_kl"
+    """Per-token loss, in nats: KL(teacher || student), KL(student || teacher), a weighted sum of
+    both, or Jensen-Shannon."""
+    reverse_kl_weight: float = 0.5
+    """mixed: w of (1 - w) KL(teacher || student) + w KL(student || teacher), in [0, 1]."""
+    jsd_alpha: float = 0.5
+    """jsd: weight a of the teacher in a KL(teacher || m) + (1 - a) KL(student || m), in (0, 1)."""
     top_k_logits: int = 0
-    """Teacher tokens in the divergence; 0 = the full vocabulary."""
-    state_selection: Literal["per_block", "trajectory"] = "per_block"
-    """Noisy state: a denoising step drawn per block, or one drawn for the whole trajectory."""
+    """Likeliest tokens of the teacher that the divergence tells apart; 0 = the full vocabulary."""
+    top_k_mode: Literal["tail", "raw", "renormalized"] = "tail"
+    """The other tokens: one outcome together; left out (as released; no divergence); or left out of
+    both distributions."""
+    state_selection: Literal["per_block", "trajectory", "all", "random"] = "per_block"
+    """Noisy states: a denoising step drawn per block; one drawn for the whole trajectory; every
+    step; or random masks, which all methods but opdlm have."""
+    states_per_response: int = 1
+    """Noisy states of one response; they share its clean pass. Not with state_selection: all."""
     eos_loss: Literal["include", "exclude"] = "include"
     """Whether the end-of-sequence position carries loss."""
     loss_reduction: Literal["sequence_mean", "token_mean", "token_sum"] = "sequence_mean"
@@ -253,8 +257,29 @@ class DistillConfig(_Section):
 
     def _check(self) -> None:
         self._at_least(0, "top_k_logits")
-        rule, fix = "is not implemented yet", "use 0, the full vocabulary"
-        require(self.top_k_logits == 0, "top_k_logits", self.top_k_logits, rule, fix)
+        self._at_least(1, "states_per_response")
+        require(
+            0 <= self.reverse_kl_weight <= 1,
+            "reverse_kl_weight", self.reverse_kl_weight, "must lie in [0, 1]", "use e.g. 0.5",
+        )  # fmt: skip
+        require(
+            0 < self.jsd_alpha < 1,
+            "jsd_alpha", self.jsd_alpha, "must lie in (0, 1)", "use e.g. 0.5",
+        )  # fmt: skip
+        is_random = self.state_selection == "random"
+        require(
+            is_random == (self.method != "opdlm"),
+            "state_selection", self.state_selection,
+            "must be random with the methods opdlm_off, off_policy and sft, and only there",
+            f"leave it out with method={self.method}, or use another method",
+        )  # fmt: skip
+        is_plain = self.divergence == "forward_kl" and self.top_k_logits == 0
+        rule = "must be forward_kl with all tokens: against one token it is the cross-entropy"
+        fix = "leave divergence and top_k_logits out with method=sft"
+        require(self.method != "sft" or is_plain, "divergence", self.divergence, rule, fix)
+        rule = "goes not with state_selection=all, which takes every denoising step"
+        is_free = self.states_per_response == 1 or self.state_selection != "all"
+        require(is_free, "states_per_response", self.states_per_response, rule, "use 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megatron_opdlm.attention import AttentionPlan
 from megatron_opdlm.batching import Microbatch
-from megatron_opdlm.losses import vocab_parallel_forward_kl
+from megatron_opdlm.divergence import Divergence
+from megatron_opdlm.fused_loss import TeacherTarget, fused_divergence
 from megatron_opdlm.model import BlockDiffusionModel
 from megatron_opdlm.parallel import ParallelState
 from megatron_opdlm.pipeline import forward_only
@@ -67,6 +68,7 @@ def forward_backward(
     targets: Sequence[Tensor],
     parallel: ParallelState,
     *,
+    divergence: Divergence,
     mask_token_id: int,
 ) -> StepRows:
     """Accumulates the gradient of one optimizer step into the student.
@@ -77,6 +79,7 @@ def forward_backward(
         microbatches: of this data-parallel rank.
         targets: teacher hidden states from `teacher_rows`.
         parallel: process groups.
+        divergence: what to compute.
         mask_token_id: in no softmax.
 
     Returns:
@@ -93,19 +96,26 @@ def forward_backward(
         stream = microbatch.student.to(device)
         hidden = model(stream.token_ids, stream.tags, AttentionPlan(tags=stream.tags))
 
-        def divergence(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            kl = row_divergence(
-                ddp.module, teacher, output, stream.loss_rows, target, parallel, mask_token_id
+        def loss_of(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            student = ddp.module
+            loss, kl = fused_divergence(
+                student.select_rows(output, stream.loss_rows),
+                student.head_weight(),
+                TeacherTarget(target, teacher.head_weight()),
+                microbatch.row_weight.to(device),
+                divergence,
+                vocab_size=student.vocab_size_unpadded,
+                mask_token_id=mask_token_id,
+                tp_group=parallel.tp_group,
             )
-            loss = (kl * microbatch.row_weight.to(device)).sum()
             result = {
                 "loss": loss.detach(),
-                "kl": kl.detach(),
+                "kl": kl,
                 "num_masked": microbatch.num_masked,
             }
             return loss, torch.ones((), dtype=torch.int, device=device), result
 
-        return hidden, divergence
+        return hidden, loss_of
 
     results = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -117,31 +127,6 @@ def forward_backward(
         forward_only=False,
     )
     return _gather_rows(results, parallel)
-
-
-def row_divergence(
-    student: BlockDiffusionModel,
-    teacher: BlockDiffusionModel,
-    hidden: Tensor,
-    loss_rows: Tensor,
-    target: Tensor,
-    parallel: ParallelState,
-    mask_token_id: int,
-) -> Tensor:
-    """Forward KL of the loss rows of a microbatch, [T] float32.
-
-    Last stage only. Both LM heads see these rows alone.
-    """
-    student_logits = student.logits(student.select_rows(hidden, loss_rows))
-    with torch.no_grad():
-        teacher_logits = teacher.logits(target)
-    return vocab_parallel_forward_kl(
-        student_logits,
-        teacher_logits,
-        vocab_size=student.vocab_size_unpadded,
-        mask_token_id=mask_token_id,
-        tp_group=parallel.tp_group,
-    )
 
 
 def _gather_rows(results: list[dict[str, Tensor]], parallel: ParallelState) -> StepRows:

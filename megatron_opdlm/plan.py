@@ -133,6 +133,12 @@ def check_models(
     Raises:
         ValueError: naming field, value, rule and fix.
     """
+    top_k = config.distill.top_k_logits
+    if top_k >= teacher.vocab_size:
+        raise ValueError(
+            f"top_k_logits={top_k} must be below the teacher's vocabulary of {teacher.vocab_size} "
+            "tokens; use 0 for all of them"
+        )
     for hf in (student, teacher):
         check_parallel_fit(
             hf,

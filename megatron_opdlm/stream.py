@@ -4,8 +4,9 @@ A stream is a flat run of tokens [S] in which several documents lie one after th
 padding between them. Four tags per token say everything that attention has to know:
 
     DOCUMENT  which sequence the token belongs to
-    NOISY     0 in the clean part x_0, 1 in the noisy part x_t (the doubled sequence of block
-              diffusion, BD3-LM, arXiv 2503.09573)
+    NOISY     0 in the clean part x_0; in the noisy part x_t (the doubled sequence of block
+              diffusion, BD3-LM, arXiv 2503.09573) the number of the state, from 1: several noisy
+              states may share the clean part
     BLOCK     index of its block on the grid anchored at absolute position 0
     POSITION  absolute position in its document, used by RoPE; a noisy token has the position of
               the clean one
@@ -33,7 +34,7 @@ def visible(query_tags: Tensor, key_tags: Tensor) -> Tensor:
 
     A clean query sees clean keys of its own block and of those before it (block_causal). A noisy
     query sees clean keys of the blocks before its own (offset_block_causal) and the noisy keys of
-    its own block (block_diagonal). Never across documents.
+    its own block and state (block_diagonal). Never across documents.
 
     Args:
         query_tags: [..., Q, 4] int, tags of the queries.
@@ -47,17 +48,17 @@ def visible(query_tags: Tensor, key_tags: Tensor) -> Tensor:
     earlier = key[..., BLOCK] < query[..., BLOCK]
     same_block = key[..., BLOCK] == query[..., BLOCK]
     clean_key = ~key_noisy & (earlier | (same_block & ~query_noisy))
-    noisy_key = key_noisy & query_noisy & same_block
+    noisy_key = key_noisy & same_block & (key[..., NOISY] == query[..., NOISY])
     return (query[..., DOCUMENT] == key[..., DOCUMENT]) & (clean_key | noisy_key)
 
 
-def make_tags(document: int, positions: Tensor, *, noisy: bool, block_size: int) -> Tensor:
+def make_tags(document: int, positions: Tensor, *, noisy: int, block_size: int) -> Tensor:
     """Makes the tags of one part of one document.
 
     Args:
         document: index of the document in its stream.
         positions: [S] int, absolute positions.
-        noisy: whether this is part of x_t.
+        noisy: number of the noisy state that this is, from 1; 0 = the clean part.
         block_size: tokens per block; 1 makes the part causal.
 
     Returns:
@@ -65,7 +66,7 @@ def make_tags(document: int, positions: Tensor, *, noisy: bool, block_size: int)
     """
     tags = positions.new_empty(len(positions), 4, dtype=torch.int64)
     tags[:, DOCUMENT] = document
-    tags[:, NOISY] = int(noisy)
+    tags[:, NOISY] = noisy
     tags[:, BLOCK] = positions // block_size
     tags[:, POSITION] = positions
     return tags

@@ -21,6 +21,7 @@ from megatron_opdlm.config import Config
 from megatron_opdlm.convert.layout import ModelDescription, read_description
 from megatron_opdlm.data import PromptSampler, PromptTokens, load_prompts, tokenize_prompts
 from megatron_opdlm.distill import StepRows, forward_backward, teacher_rows
+from megatron_opdlm.divergence import Divergence
 from megatron_opdlm.evaluation.online import OnlineEvaluation
 from megatron_opdlm.import_cache import ImportCache
 from megatron_opdlm.metrics import MaskedFractionHistogram, MetricsLogger, PhaseTimer
@@ -36,7 +37,9 @@ from megatron_opdlm.rollout.request import Request
 from megatron_opdlm.run_folder import RunFolder
 from megatron_opdlm.schedules import response_limit
 from megatron_opdlm.setup_models import build_engine, build_options, load_student, load_teacher
-from megatron_opdlm.trajectory import TrainingState, Trajectory, select_state, training_state
+from megatron_opdlm.state_selection import select_states
+from megatron_opdlm.training_state import TrainingState, training_state
+from megatron_opdlm.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +92,13 @@ class Trainer:
         )
         self.checkpoints = CheckpointFolder(
             self.folder.checkpoints, keep=config.train.keep_checkpoints, parallel=self.parallel
+        )
+        self.divergence = Divergence(
+            kind=config.distill.divergence,
+            reverse_kl_weight=config.distill.reverse_kl_weight,
+            jsd_alpha=config.distill.jsd_alpha,
+            top_k=config.distill.top_k_logits,
+            top_k_mode=config.distill.top_k_mode,
         )
         self.timer = PhaseTimer(torch.cuda.synchronize)
         self.histogram = MaskedFractionHistogram(config.rollout.block_size)
@@ -163,11 +173,17 @@ class Trainer:
             key = randomness.key(
                 seed, "state", self.rollout_step, trajectory.prompt_id, trajectory.sample
             )
-            masked = select_state(trajectory, state_selection=config.state_selection, key=key)
+            selected = select_states(
+                trajectory,
+                state_selection=config.state_selection,
+                key=key,
+                num_states=config.states_per_response,
+                mask_token_id=self.student.mask_token_id,
+            )
             states.append(
                 training_state(
                     trajectory,
-                    masked,
+                    selected,
                     mask_token_id=self.student.mask_token_id,
                     include_eos=config.eos_loss == "include",
                 )
@@ -202,6 +218,7 @@ class Trainer:
                 microbatches,
                 targets,
                 self.parallel,
+                divergence=self.divergence,
                 mask_token_id=self.student.mask_token_id,
             )
         for microbatch in microbatches:

@@ -24,7 +24,7 @@ def sees(query: list[int], key: list[int]) -> bool:
     if document != key_document:
         return False
     if noisy:
-        return key_block == block if key_noisy else key_block < block
+        return (key_block, key_noisy) == (block, noisy) if key_noisy else key_block < block
     return not key_noisy and key_block <= block
 
 

@@ -18,13 +18,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_opdlm import randomness
+from megatron_opdlm.ranking import pack, unpack
 from megatron_opdlm.vocab import local_columns
 
 SMALLEST_TEMPERATURE = 1e-6  # below it float32 logits / temperature carry no noise any more
 FIRST_NUCLEUS_CANDIDATES = 64
 MASS_UNIT = 2.0**-48  # probabilities of the nucleus are summed as integers of this unit
-LOW_32 = 0xFFFFFFFF
-VALUE_BITS = 0x7FFFFFFF
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +168,7 @@ def _draw_filtered(shard: _Shard, keys: Tensor, sampling: Sampling) -> tuple[Ten
     log_sum = tempered = _log_sum_exp(logits, 1.0)
     if top_k == 0 and temperature != 1:
         tempered = _log_sum_exp(logits, temperature)
-    log_sums, packed = torch.stack([log_sum, tempered], dim=1), _pack(logits, shard.first)
+    log_sums, packed = torch.stack([log_sum, tempered], dim=1), pack(logits, shard.first)
     num_candidates = top_k if top_k > 0 else FIRST_NUCLEUS_CANDIDATES
     while len(rows) > 0:
         # 1. the globally best candidates, in order, and the global normalisers
@@ -204,7 +203,7 @@ def _exchange(
     message = torch.cat([local, log_sums.view(torch.int64)], dim=1)
     gathered = _all_gather(message, shard.tp_group)
     merged = gathered[:, :, :-2].transpose(0, 1).flatten(1)
-    logit, token = _unpack(merged.topk(min(num_candidates, merged.shape[1]), dim=1).values)
+    logit, token = unpack(merged.topk(min(num_candidates, merged.shape[1]), dim=1).values)
     log_sum, tempered = gathered[:, :, -2:].view(torch.float64).logsumexp(0).unbind(1)
     return logit, token, log_sum, tempered
 
@@ -241,29 +240,6 @@ def _nucleus(probability: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     limit = round(top_p / MASS_UNIT)
     keep = mass.cumsum(1) - mass < limit if top_p < 1 else torch.ones_like(mass, dtype=torch.bool)
     return keep, mass.sum(1) >= limit
-
-
-def _pack(logits: Tensor, first: int) -> Tensor:
-    """[T, V_local] int64 whose order is (logit descending, id ascending): float bits above,
-    inverted id below.
-
-    Unique values make top-k reproducible: torch.topk may return any of several equal logits, and
-    bfloat16 ties often.
-    """
-    bits = (logits + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    ids = torch.arange(first, first + logits.shape[1], device=logits.device)
-    return _flip_negative(bits).long() << 32 | (LOW_32 - ids)
-
-
-def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse of `_pack`: logits float32 and global ids int64."""
-    logits = _flip_negative((packed >> 32).to(torch.int32)).view(torch.float32)
-    return logits, LOW_32 - (packed & LOW_32)
-
-
-def _flip_negative(bits: Tensor) -> Tensor:
-    """Float bits to integers of the same order, and back: inverts negative magnitudes."""
-    return bits ^ (bits >> 31 & VALUE_BITS)
 
 
 def _log_sum_exp(logits: Tensor, temperature: float) -> Tensor:

@@ -9,8 +9,8 @@ from megatron_opdlm.batching import make_microbatches
 from megatron_opdlm.convert.hf import read_config
 from megatron_opdlm.distill import forward_backward, teacher_rows
 from megatron_opdlm.optimizer import NonFiniteError
+from megatron_opdlm.state_selection import select_states
 from megatron_opdlm.trainer import Trainer
-from megatron_opdlm.trajectory import select_state
 from tests.helpers import run_ranks
 from tests.oracle import hf_logits, load_hf
 from tests.rollouts import MASK, same
@@ -217,15 +217,15 @@ def states_of_first_step(rank, make_config, save):
     drawn = []
 
     def remember(trajectory, **kwargs):
-        drawn.append(select_state(trajectory, **kwargs))
+        drawn.append(select_states(trajectory, **kwargs))
         return drawn[-1]
 
     import megatron_opdlm.trainer as module
 
-    module.select_state = remember
+    module.select_states = remember
     trajectories = trainer.collect()
     trainer.select_states(trajectories)
-    return trajectories[:4], drawn[:4]
+    return trajectories[:4], [states.masked[0] for states in drawn[:4]]
 
 
 @pytest.mark.parametrize("model_name", MODELS)
@@ -277,6 +277,7 @@ def losses_of_splits(rank, make_config, save, splits):
             batches,
             targets,
             trainer.parallel,
+            divergence=trainer.divergence,
             mask_token_id=MASK,
         )
         gradient = assemble([trainer.pieces("main_grad")])

@@ -18,8 +18,9 @@ from megatron_opdlm.rollout.collector import collect
 from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.rollout.request import DecodingOptions
 from megatron_opdlm.rollout.request_queue import SharedQueue
+from megatron_opdlm.state_selection import NoisyStates
 from megatron_opdlm.stream import BLOCK, NOISY, POSITION, pack
-from megatron_opdlm.trajectory import training_state
+from megatron_opdlm.training_state import training_state
 from tests.helpers import run_ranks
 from tests.rollouts import MASK, RecordingEngine, draw_key, load, make_engine, make_request, same
 from tests.tiny import tiny_model
@@ -87,9 +88,8 @@ def largest_differences(rank, checkpoint, options, grid_shift):
     for step in range(options.denoising_steps):
         documents, expected, remainders = [], [], []
         for request, trajectory in zip(requests, trajectories, strict=True):
-            state = training_state(
-                trajectory, trajectory.commit_grid >= step, mask_token_id=MASK, include_eos=True
-            )
+            states = NoisyStates((trajectory.commit_grid >= step).unsqueeze(0))
+            state = training_state(trajectory, states, mask_token_id=MASK, include_eos=True)
             if not state.num_rows:
                 continue
             document = masked_document(state)

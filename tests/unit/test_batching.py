@@ -14,7 +14,8 @@ from megatron_opdlm.batching import (
     make_microbatches,
     row_weights,
 )
-from megatron_opdlm.trajectory import training_state
+from megatron_opdlm.state_selection import NoisyStates
+from megatron_opdlm.training_state import training_state
 from tests.unit.test_trajectory import MASK, make_trajectory
 
 lengths = st.lists(st.integers(1, 50), max_size=20)
@@ -26,7 +27,8 @@ def make_state(num_rows, num_blocks=2):
     trajectory = make_trajectory(3, steps, 8)
     masked = torch.zeros(num_blocks, 8, dtype=torch.bool)
     masked[-1, 8 - num_rows :] = True
-    return training_state(trajectory, masked, mask_token_id=MASK, include_eos=True)
+    states = NoisyStates(masked.unsqueeze(0))
+    return training_state(trajectory, states, mask_token_id=MASK, include_eos=True)
 
 
 states_of = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 4)), min_size=1, max_size=10).map(

@@ -24,9 +24,8 @@ from megatron_opdlm.config_schema import (
     nearest,
     parse_text,
 )
-from megatron_opdlm.config_sections import PLANNED
 from megatron_opdlm.schedules import CURVES
-from megatron_opdlm.trajectory import STATE_SELECTION
+from megatron_opdlm.state_selection import STATE_SELECTION
 
 REPOSITORY = Path(__file__).parents[2]
 REQUIRED = ["student=models/a", "data=prompts.jsonl", "save=runs/a", "train_rollouts=10"]
@@ -109,7 +108,17 @@ def test_an_unknown_key_that_resembles_nothing_points_to_the_list():
         ("lr_warmup_steps=99999", "lr_warmup_steps=99999 must be at most lr_decay_steps="),
         ("layer_spec=te", r"must be one of \{auto, local, transformer_engine\}"),
         ("remasking=low_confidence_dynamc", "did you mean low_confidence_dynamic?"),
-        ("top_k_logits=16", "is not implemented yet; use 0"),
+        ("reverse_kl_weight=1.5", r"must lie in \[0, 1\]"),
+        ("jsd_alpha=0", r"must lie in \(0, 1\)"),
+        ("top_k_logits=-1", "must be at least 0"),
+        ("top_k_mode=tails", r"must be one of \{tail, raw, renormalized\}"),
+        ("states_per_response=0", "must be at least 1"),
+        ("state_selection=random", "must be random with the methods opdlm_off, off_policy and sft"),
+        ("method=sft state_selection=all", "must be random with the methods"),
+        ("method=sft divergence=jsd", "divergence=jsd must be forward_kl with all tokens"),
+        ("method=sft top_k_logits=4", "must be forward_kl with all tokens"),
+        ("method=opdlm_of", "did you mean opdlm_off"),
+        ("state_selection=all states_per_response=2", "goes not with state_selection=all"),
         ("eval_interval=5", "goes with eval_interval > 0"),
         ("eval_data=a", "goes with eval_interval > 0"),
         ("adam_beta1=1", r"must lie in \[0, 1\)"),
@@ -120,21 +129,7 @@ def test_an_unknown_key_that_resembles_nothing_points_to_the_list():
     ],
 )
 def test_a_bad_value_names_key_value_and_rule(override, rule):
-    assert re.search(rule, error_of(override))
-
-
-@pytest.mark.parametrize("key", sorted(PLANNED))
-def test_planned_values_are_refused_by_name_and_the_error_says_what_works(key):
-    for value in PLANNED[key]:
-        text = error_of(f"{key}={value}")
-        assert f"{key}={value} is not implemented yet; use {{" in text
-
-
-def test_planned_values_are_refused_in_yaml_too(tmp_path):
-    path = tmp_path / "a.yaml"
-    path.write_text("divergence: jsd\n")
-    with pytest.raises(ValueError, match="divergence=jsd is not implemented yet"):
-        load_config(path, REQUIRED)
+    assert re.search(rule, error_of(*override.split()))
 
 
 def test_rollout_ranks_share_the_vocabulary_that_training_is_padded_to():
@@ -158,7 +153,7 @@ def test_dataclasses_check_themselves_without_the_loader():
         RolloutConfig(block_size=3.0)
     with pytest.raises(ValueError, match="layer_spec=x must be one of"):
         ModelConfig(student="a", layer_spec="x")
-    with pytest.raises(ValueError, match="method=sft is not implemented yet"):
+    with pytest.raises(ValueError, match="state_selection=per_block must be random"):
         DistillConfig(method="sft")
     with pytest.raises(dataclasses.FrozenInstanceError):
         ParallelConfig().sequence_parallel = True
@@ -189,6 +184,13 @@ def test_the_paper_preset_and_what_beats_it(tmp_path):
     assert config.rollout.max_response_tokens.curve == "sin"  # the file beats the preset
     assert config.distill.loss_reduction == "token_mean"  # so does the command line
     assert config.distill.state_selection == "trajectory"
+
+
+@pytest.mark.parametrize("method", ["opdlm_off", "off_policy", "sft"])
+@pytest.mark.parametrize("preset", ["official", "paper"])
+def test_other_methods_mask_at_random(method, preset):
+    config = load(f"method={method}", f"preset={preset}")
+    assert config.distill.state_selection == "random"
 
 
 def test_presets_name_existing_keys():

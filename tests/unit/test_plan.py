@@ -199,3 +199,10 @@ def test_a_folder_is_read_before_the_bundled_copy(tmp_path):
     assert find_model_config(str(folder), bundled=CONFIGS / "qwen3") == HF["0.6B"]
     with pytest.raises(FileNotFoundError, match="holds neither"):
         find_model_config(str(tmp_path / "Qwen3-8B-typo"), bundled=CONFIGS / "qwen3")
+
+
+def test_top_k_above_the_vocabulary():
+    vocabulary = HF["0.6B"].vocab_size
+    check_models(config(f"top_k_logits={vocabulary - 1}"), student=HF["0.6B"], teacher=HF["0.6B"])
+    with pytest.raises(ValueError, match=f"top_k_logits={vocabulary} must be below the teacher's"):
+        check_models(config(f"top_k_logits={vocabulary}"), student=HF["0.6B"], teacher=HF["0.6B"])

@@ -19,14 +19,18 @@ from megatron_opdlm.stream import (
 from tests.oracle import dense_mask
 
 
-def make_document(length, noisy_blocks, block_size, rows=()):
-    """`length` clean tokens, and some of their blocks again as noisy ones."""
+def make_document(length, noisy_blocks, block_size, rows=(), num_states=1):
+    """`length` clean tokens, and some of their blocks again as noisy ones, in each state."""
     noisy = [p for p in range(length) if p // block_size in noisy_blocks]
+    positions = torch.tensor(noisy, dtype=torch.int64)
     parts = [
-        make_tags(0, torch.arange(length), noisy=False, block_size=block_size),
-        make_tags(0, torch.tensor(noisy, dtype=torch.int64), noisy=True, block_size=block_size),
+        make_tags(0, torch.arange(length), noisy=0, block_size=block_size),
+        *(
+            make_tags(0, positions, noisy=state + 1, block_size=block_size)
+            for state in range(num_states)
+        ),
     ]
-    ids = torch.arange(length + len(noisy))
+    ids = torch.arange(length + num_states * len(noisy))
     return Document(
         token_ids=ids, tags=torch.cat(parts), loss_rows=torch.tensor(rows, dtype=torch.int64)
     )
@@ -40,9 +44,10 @@ def streams(draw):
     for _ in range(draw(st.integers(0, 4))):
         length = draw(st.integers(1, 20))
         blocks = draw(st.sets(st.integers(0, (length - 1) // block_size)))
-        size = length + sum(p // block_size in blocks for p in range(length))
+        num_states = draw(st.integers(1, 3))
+        size = length + num_states * sum(p // block_size in blocks for p in range(length))
         rows = sorted(draw(st.sets(st.integers(0, size - 1), max_size=5)))
-        documents.append(make_document(length, blocks, block_size, rows))
+        documents.append(make_document(length, blocks, block_size, rows, num_states))
     return documents, block_size, draw(st.sampled_from([1, 2, 16]))
 
 
@@ -99,15 +104,23 @@ def check_squares(tags):
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(1, 500), st.sets(st.integers(0, 130), max_size=130)), max_size=5
+        st.tuples(
+            st.integers(1, 500), st.sets(st.integers(0, 130), max_size=130), st.integers(1, 3)
+        ),
+        max_size=5,
     ),
     st.integers(1, 8),
     st.sampled_from([1, 16, 128]),
 )
 def test_flex_attention_squares(parts, block_size, multiple):
     documents = [
-        make_document(length, {b for b in blocks if b * block_size < length}, block_size)
-        for length, blocks in parts
+        make_document(
+            length,
+            {b for b in blocks if b * block_size < length},
+            block_size,
+            num_states=num_states,
+        )
+        for length, blocks, num_states in parts
     ]
     check_squares(pack(documents, block_size=block_size, multiple=multiple).tags)
 
