@@ -115,6 +115,7 @@ def make_microbatches(
     token_budget: int,
     multiple: int,
     loss_reduction: str,
+    equal_counts: bool = False,
 ) -> list[Microbatch]:
     """Builds the microbatches of one data-parallel rank for one optimizer step.
 
@@ -125,6 +126,8 @@ def make_microbatches(
         token_budget: most student tokens per microbatch.
         multiple: streams are padded to a multiple of this.
         loss_reduction: one of LOSS_REDUCTION.
+        equal_counts: whether ranks with fewer microbatches than others get some of padding, for
+            layers that talk to the other replicas in every forward pass (delayed FP8 scaling).
 
     Returns:
         At least one microbatch; a rank without rows gets one of padding, whose loss is zero.
@@ -132,17 +135,27 @@ def make_microbatches(
     weights = row_weights(states, loss_reduction)
     used = [index for index, state in enumerate(states) if state.num_rows]
     parts = balance([len(states[index].student) for index in used], dp_size)
-    mine = [used[item] for item in parts[dp_rank]]
-    runs = fill([len(states[index].student) for index in mine], token_budget) or [[]]
+    by_rank = [_runs([used[item] for item in part], states, token_budget) for part in parts]
+    runs = by_rank[dp_rank]
+    if equal_counts:
+        runs += [[]] * (max(map(len, by_rank)) - len(runs))
     return [
         _microbatch(
-            [states[mine[item]] for item in run],
-            [weights[mine[item]] for item in run],
+            [states[index] for index in run],
+            [weights[index] for index in run],
             states[0].trajectory.block_size,
             multiple,
         )
         for run in runs
     ]
+
+
+def _runs(
+    indices: list[int], states: Sequence[TrainingState], token_budget: int
+) -> list[list[int]]:
+    """The microbatches of one rank, as indices of states; at least one."""
+    runs = fill([len(states[index].student) for index in indices], token_budget)
+    return [[indices[item] for item in run] for run in runs] or [[]]
 
 
 def _microbatch(

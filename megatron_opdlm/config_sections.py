@@ -73,8 +73,9 @@ class ModelConfig(_Section):
     """Number format of weights and activations; auto = bfloat16 on CUDA, float32 on a CPU."""
     fp8: Literal["none", "hybrid", "e4m3"] = "none"
     """FP8 matrix products through Transformer Engine; hybrid = e4m3 forward, e5m2 backward."""
-    fp8_recipe: Literal["tensorwise", "blockwise"] = "tensorwise"
-    """Scaling of FP8 tensors. Neither keeps a history, as delayed scaling would (see the docs)."""
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise"] = "tensorwise"
+    """Scaling of FP8 tensors: by the tensor, by a history of tensors (the student alone), or by
+    blocks of 128. mxfp8 is for Blackwell; Hopper has no such kernels."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Activations to recompute in the backward pass: none, the core attention, or whole layers."""
     mask_token: str = "<|MASK|>"

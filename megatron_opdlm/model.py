@@ -36,11 +36,10 @@ from megatron_opdlm.attention import FLEX_BLOCK, AttentionPlan, TagAttention
 from megatron_opdlm.blocks import round_up
 from megatron_opdlm.convert.families import FAMILIES
 from megatron_opdlm.convert.hf import HFConfig
+from megatron_opdlm.fp8 import ALIGNMENT
 from megatron_opdlm.parallel import ParallelState
 from megatron_opdlm.rope import inverse_frequencies
 from megatron_opdlm.stream import POSITION
-
-FP8_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +184,7 @@ def require_transformer_engine(layer_spec: str) -> None:
 
 def stream_multiple(options: BuildOptions, tp_size: int) -> int:
     """Returns what the length of any stream must be a multiple of for these layers."""
-    multiple = FP8_ALIGNMENT if options.fp8 else 1
+    multiple = ALIGNMENT[options.fp8_recipe] if options.fp8 else 1
     return multiple * (tp_size if options.sequence_parallel else 1)
 
 

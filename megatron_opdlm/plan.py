@@ -19,6 +19,7 @@ from megatron_opdlm.convert.layout import read_description, resolve_iteration
 from megatron_opdlm.convert.names import EMBEDDING, Plain, VocabRows
 from megatron_opdlm.convert.path_kind import describe, is_checkpoint, is_hf_directory
 from megatron_opdlm.convert.tokenizer import MASK_TOKEN
+from megatron_opdlm.fp8 import check_fp8_fit
 from megatron_opdlm.model import check_parallel_fit, padded_vocab_size
 from megatron_opdlm.rollout.cache import CUDA_PAGE
 from megatron_opdlm.schedules import response_limit
@@ -145,6 +146,12 @@ def check_models(
             tp_size=config.parallel.tensor_model_parallel_size,
             pp_size=config.parallel.pipeline_model_parallel_size,
         )
+        if config.model.fp8 != "none":
+            check_fp8_fit(
+                hf,
+                recipe=config.model.fp8_recipe,
+                tp_size=config.parallel.tensor_model_parallel_size,
+            )
         _check_lengths(config, hf)
     if (size := config.parallel.rollout_tensor_model_parallel_size) is not None:
         check_parallel_fit(student, tp_size=size, pp_size=1)

@@ -199,6 +199,7 @@ class Trainer:
             token_budget=self.config.parallel.micro_batch_tokens,
             multiple=self.training_multiple,
             loss_reduction=self.config.distill.loss_reduction,
+            equal_counts=self.config.model.fp8_recipe == "delayed",
         )
 
     def run_teacher(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:

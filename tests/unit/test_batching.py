@@ -187,3 +187,26 @@ def test_a_rank_without_rows_gets_padding():
         if not len(batch.row_weight):
             assert len(batch.student) == batch.student.num_padding == 4
             assert len(batch.teacher) == batch.teacher.num_padding == 4
+
+
+@settings(max_examples=40, deadline=None)
+@given(states=states_of, dp_size=st.integers(1, 5), budget=st.integers(20, 120))
+def test_equal_counts_add_padding_alone(states, dp_size, budget):
+    """As many microbatches on every rank; what is added has no rows."""
+
+    def batches(equal_counts):
+        return [
+            make_microbatches(
+                states, dp_rank=rank, dp_size=dp_size, token_budget=budget, multiple=1,
+                loss_reduction="token_mean", equal_counts=equal_counts,
+            )
+            for rank in range(dp_size)
+        ]  # fmt: skip
+
+    plain, equal = batches(False), batches(True)
+    assert len({len(of_rank) for of_rank in equal}) == 1
+    assert len(equal[0]) == max(map(len, plain))
+    for without, padded in zip(plain, equal, strict=True):
+        for batch, same in zip(without, padded, strict=False):
+            assert torch.equal(batch.student.token_ids, same.student.token_ids)
+        assert all(len(batch.row_weight) == 0 for batch in padded[len(without) :])
