@@ -1,7 +1,8 @@
-"""Engines, requests and a recorder, for tests of rollouts."""
+"""Engines, requests, a recorder and the reference's answers, for tests of rollouts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.rollout.sampler import Draws
 from megatron_opdlm.trajectory import Trajectory
+from tests.oracle import decode, hf_logits
 
 MASK = 259
 EOS = tuple(range(0, 256, 16))
+SAMPLED = DecodingOptions(
+    temperature=1.0, remasking="low_confidence_dynamic", confidence_threshold=0.06
+)
 
 
 class RecordingEngine(RolloutEngine):
@@ -41,6 +46,15 @@ class RecordingEngine(RolloutEngine):
             assert key not in self.recorded, "every draw has its own key"
             self.recorded[key] = row
         return super()._sample(logits, keys)
+
+
+def favour_mask(model: BlockDiffusionModel, hf: Any = None) -> None:
+    """Makes the mask token the likeliest at many positions; in transformers' model, too."""
+    with torch.no_grad():
+        head = model.head_weight()
+        head[MASK] = 50 * head.mean(0) + 10 * head[MASK]  # far from the others
+        if hf is not None:
+            hf.get_output_embeddings().weight[MASK] = head[MASK]
 
 
 def draw_key(request_key: int, position: int, step: int) -> int:
@@ -68,6 +82,7 @@ def make_engine(
     max_rows: int = 128,
     kv_cache_gb: float | None = None,
     eos_token_ids: tuple[int, ...] = EOS,
+    cuda_graphs: bool = False,
 ) -> Any:
     """An engine over a loaded model."""
     engine = cls(
@@ -79,6 +94,7 @@ def make_engine(
         max_rows=max_rows,
         kv_cache_gb=kv_cache_gb,
         stream_multiple=stream_multiple(build or BuildOptions(), parallel.tp_size),
+        cuda_graphs=cuda_graphs,
     )
     if isinstance(engine, RecordingEngine):
         engine.recorded = {}
@@ -94,6 +110,41 @@ def make_request(index: int, prompt_length: int, response_limit: int) -> Request
         prompt_ids=torch.randint(0, 256, (prompt_length,), generator=generator),
         response_limit=response_limit,
         key=randomness.key(7, "rollout", f"p{index}"),
+    )
+
+
+REQUESTS = [make_request(i, 1 + i, 6 + i % 5) for i in range(9)]
+
+
+def make_requests(block_size: int) -> list[Request]:
+    """Prompt lengths of every remainder; limits that end inside a block and at its end."""
+    return [make_request(i, 5 + i, 7 + i % 4) for i in range(2 * block_size + 2)]
+
+
+Answer = tuple[list[int], list[int], int, bool]
+"""Ids to the end of the last block, their commit steps, response tokens, ended."""
+
+
+def recomputed(hf: Any, requests: Sequence[Request], options: DecodingOptions) -> list[Answer]:
+    """What transformers' model makes of the requests, without a cache."""
+
+    def logits_of(ids: Tensor, tags: Tensor) -> Tensor:
+        with torch.no_grad():
+            return hf_logits(hf, ids, tags)
+
+    return [
+        decode(logits_of, request, options, mask_token_id=MASK, eos_token_ids=EOS)
+        for request in requests
+    ]
+
+
+def plain(trajectory: Trajectory) -> Answer:
+    """A trajectory as `recomputed` gives it."""
+    return (
+        trajectory.response_ids.tolist(),
+        trajectory.commit_step.tolist(),
+        trajectory.num_response_tokens,
+        trajectory.ended,
     )
 
 

@@ -18,6 +18,14 @@ CHAT_TEMPLATE = (
 BASE_VOCABULARY = 256
 VOCAB_SIZE = 301
 EOS_TOKEN_IDS = [256, *range(0, 250, 25)]  # <|im_end|> and some bytes
+GPU_SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+"""For kernels of a GPU: FP8 wants multiples of 16, fused attention a head of 64."""
 
 
 def write_tokenizer(directory: Path) -> None:

@@ -118,27 +118,18 @@ class RolloutEngine:
         self._is_open = False
 
     def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        on_finish: Callable[[Trajectory], None] | None = None,
-        observer: Observer | None = None,
+        self, requests: Sequence[Request], *, observer: Observer | None = None
     ) -> list[Trajectory]:
         """Decodes all requests on this replica.
 
         Args:
             requests: the same list on every rank of the replica.
-            on_finish: called with every finished trajectory, in the order in which they finish.
             observer: called after every step of every row.
 
         Returns:
             Trajectories in the order of the requests. Errors: those of `stream`.
         """
-        finished = {}
-        for index, trajectory in self.stream(LocalQueue(requests), observer=observer):
-            finished[index] = trajectory
-            if on_finish is not None:
-                on_finish(trajectory)
+        finished = dict(self.stream(LocalQueue(requests), observer=observer))
         return [finished[index] for index in range(len(requests))]
 
     def stream(
@@ -159,9 +150,7 @@ class RolloutEngine:
             FloatingPointError: NaN logits, on all ranks of the replica, naming prompts and steps.
         """
         if self._is_open:
-            raise RuntimeError(
-                "a rollout of this engine is still open; take all of its responses, or close() it"
-            )
+            raise RuntimeError("a rollout of this engine is still open; finish it or close() it")
         self.counts = RolloutCounts()
         capacity = max((self._check(request) for request in queue.requests), default=0)
         if not queue.requests:

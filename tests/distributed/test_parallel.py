@@ -1,11 +1,17 @@
 """Process groups, and what rank 0 decides for all."""
 
+import datetime
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_opdlm import parallel as process_groups
 from megatron_opdlm.parallel import from_main
+from megatron_opdlm.trainer import Trainer
 from tests.helpers import run_ranks
+from tests.tiny import tiny_model, write_prompts
+from tests.training import tiny_config
 
 
 def decide(rank, action):
@@ -52,6 +58,54 @@ def test_ranks_are_laid_out_as_in_megatron():
     assert run_ranks(place, 4) == [(0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 0, 1)]
 
 
+AXES = ("tp", "dp", "pp", "mp")
+
+
+def waiting_times(layout):
+    """How long the groups of a layout wait for a lost rank, in minutes."""
+    groups = {f"{axis}_group": getattr(layout, f"{axis}_group") for axis in AXES}
+    if layout.pg_collection is not None:  # what Megatron's layers take
+        groups |= {axis: getattr(layout.pg_collection, axis) for axis in (*AXES, "embd", "tp_cp")}
+    return {name: minutes_of(group) for name, group in groups.items()}
+
+
+def minutes_of(group):
+    backend = group._get_backend(torch.device("cpu"))
+    return backend.options._timeout / datetime.timedelta(minutes=1)
+
+
+def wait_in_both_layouts(rank, minutes):
+    first = process_groups.initialize(tensor_model_parallel_size=2, timeout_minutes=minutes)
+    second = process_groups.second_layout(first, tensor_model_parallel_size=1)
+    return waiting_times(first), waiting_times(second), minutes_of(dist.new_group([0, 1]))
+
+
+def test_all_groups_wait_as_long_as_they_are_told():
+    for first, second, untold in run_ranks(wait_in_both_layouts, 2, 7):
+        assert set(first.values()) == {7} and len(first) == len(AXES)
+        assert set(second.values()) == {7} and len(second) == 2 * len(AXES) + 2
+        assert untold > 20  # control: torch's own
+
+
+def start_with_another_layout(rank, student, data, save):
+    trainer = Trainer(
+        tiny_config(
+            student, data, save, rollout_tensor_model_parallel_size=2, distributed_timeout_minutes=3
+        )
+    )
+    assert trainer.layout.is_second
+    return waiting_times(trainer.layout.parallel)
+
+
+def test_rollouts_in_another_layout_wait_as_long_as_the_configuration_says(
+    tmp_path, tmp_path_factory
+):
+    student = tiny_model(tmp_path_factory.getbasetemp()).checkpoint
+    data = write_prompts(tmp_path / "prompts.jsonl")
+    for times in run_ranks(start_with_another_layout, 2, student, data, tmp_path / "run"):
+        assert set(times.values()) == {3}
+
+
 def start_wrongly(rank):
     try:
         process_groups.initialize(tensor_model_parallel_size=3)
@@ -67,7 +121,6 @@ def test_world_size_that_does_not_fit():
 
 def test_transformer_engine_layers_need_a_gpu(tmp_path):
     from megatron_opdlm.model import BuildOptions, build_model
-    from tests.tiny import tiny_model
 
     if torch.cuda.is_available():
         pytest.skip("there is one")

@@ -2,42 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.tiny import write_model, write_prompts
+from tests.tiny import GPU_SIZES, write_model, write_prompts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-}  # FP8 wants multiples of 16, fused kernels a head of 64
-
-
-@pytest.fixture(scope="module")
-def parallel() -> Iterator[object]:
-    from megatron_opdlm import parallel as process_groups
-
-    yield process_groups.initialize()
-    process_groups.shutdown()
-
-
-@pytest.fixture(scope="module")
-def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from megatron_opdlm.convert.importer import import_hf
-    from megatron_opdlm.convert.layout import resolve_iteration
-
-    root = tmp_path_factory.mktemp("gpu")
-    write_model(root / "hf", **SIZES)
-    import_hf(root / "hf", root / "checkpoint", progress=False)
-    return resolve_iteration(root / "checkpoint")
 
 
 def random_stream() -> object:
@@ -113,7 +85,7 @@ def test_training_step_in_bf16_and_fp8(tmp_path: Path, fp8: str) -> None:
     from megatron_opdlm.metrics import read_metrics
     from megatron_opdlm.trainer import Trainer
 
-    write_model(tmp_path / "hf", **SIZES)
+    write_model(tmp_path / "hf", **GPU_SIZES)
     write_prompts(tmp_path / "prompts.jsonl", 16)
     config = load_config(
         None,

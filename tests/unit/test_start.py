@@ -1,6 +1,9 @@
-"""What is found before a run starts, from files alone."""
+"""What is found before a run starts: from files alone, and from what the models need."""
 
+import contextlib
+import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +11,13 @@ from pathlib import Path
 import pytest
 
 from megatron_opdlm import cli, start
+from megatron_opdlm import parallel as process_groups
 from megatron_opdlm.convert.exporter import export
 from megatron_opdlm.convert.importer import import_hf
+from megatron_opdlm.model import BlockDiffusionModel
 from megatron_opdlm.setup_models import require_chat_template
+from megatron_opdlm.trainer import Trainer
+from tests.helpers import run_ranks
 from tests.tiny import tiny_model, write_prompts
 from tests.training import tiny_config
 
@@ -122,17 +129,52 @@ def test_commands_look_for_it_before_the_import(
     assert not (tmp_path / "imported").exists() and not (tmp_path / "run").exists()
 
 
-def test_a_cache_below_one_sequence_is_refused(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    model = tiny_model(tmp_path_factory.getbasetemp())
-    data = write_prompts(tmp_path / "prompts.jsonl")
-    per_token = 2 * 4 * 4 * 16 * 4  # keys and values, layers, heads, head size, bytes
-    longest = 56  # 40 prompt and 14 response tokens, in whole blocks
-    for num_bytes, fits in ((per_token * longest, True), (per_token * longest - 1, False)):
-        config = tiny_config(model.hf, data, tmp_path / "run", kv_cache_gb=num_bytes / 1e9)
-        if fits:
-            start.check(config)
-            continue
-        with pytest.raises(ValueError, match="must hold at least one sequence: 56 prompt and"):
-            start.check(config)
+def train(rank: int, arguments: list[str]) -> tuple[int, str]:
+    """Status of `opdlm train`, and what it says to the user."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        status = cli.main(["train", *arguments])
+    return status, said.getvalue()
+
+
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "1": (1, []),
+    "TP2": (2, ["tensor_model_parallel_size=2"]),
+    "PP2": (2, ["pipeline_model_parallel_size=2"]),
+    "rollouts on TP2": (2, ["rollout_tensor_model_parallel_size=2"]),
+}
+LONGEST = 56  # 40 prompt and 14 response tokens, in blocks of 4
+TOKEN_BYTES = 2 * 4 * 4 * 16 * 4  # keys and values, layers, heads, head size, float32
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_cache_too_small_for_one_sequence_is_no_start(
+    layout: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    student = tiny_model(tmp_path_factory.getbasetemp()).checkpoint
+    save, path = tmp_path / "run", tmp_path / "config.yaml"
+    tiny_config(student, write_prompts(tmp_path / "prompts.jsonl"), save).save_yaml(path)
+    num_ranks, overrides = LAYOUTS[layout]
+    needed = LONGEST * TOKEN_BYTES // num_ranks
+    monkeypatch.setattr(BlockDiffusionModel, "forward", None)
+    monkeypatch.setattr(Trainer, "train", lambda trainer: None)
+    monkeypatch.setattr(process_groups, "shutdown", lambda: None)  # the ranks of a test stay
+
+    def start_with(num_bytes: int) -> list[tuple[int, str]]:
+        limit = f"kv_cache_gb={num_bytes / 1e9:.9f}"
+        return run_ranks(train, num_ranks, [str(path), *overrides, limit])
+
+    for status, said in start_with(needed - 1):
+        *progress, line = said.splitlines()
+        assert not any("Error" in text or "error" in text for text in progress)
+        assert status == 2 and re.fullmatch(
+            rf"error: kv_cache_gb=\S+ must hold at least one sequence: {LONGEST} prompt and "
+            rf"response tokens need {needed / 1e9:.10g} GB; raise it, or lower max_prompt_tokens "
+            r"or max_response_tokens\.end",
+            line,
+        )
+    assert not save.exists()
+    # control: with one byte more it starts, in the same folder
+    assert [status for status, _ in start_with(needed)] == [0] * num_ranks
+    assert (save / "config.yaml").is_file()

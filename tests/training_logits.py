@@ -1,0 +1,90 @@
+"""The logits that training sees, against those that a rollout has recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_opdlm.attention import AttentionPlan
+from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, training_stream_multiple
+from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.pipeline import forward_only
+from megatron_opdlm.rollout.request import Request
+from megatron_opdlm.state_selection import NoisyStates
+from megatron_opdlm.stream import BLOCK, NOISY, POSITION, Document, pack
+from megatron_opdlm.training_state import TrainingState, training_state
+from megatron_opdlm.trajectory import Trajectory
+from tests.rollouts import MASK, RecordingEngine, draw_key
+
+
+def masked_document(state: TrainingState) -> Document:
+    """The student's document with every masked position as a row, loss or not."""
+    shown = (state.student.tags[:, NOISY] == 1) & (state.student.token_ids == MASK)
+    assert bool(shown[state.student.loss_rows].all())
+    return dataclasses.replace(state.student, loss_rows=shown.nonzero()[:, 0])
+
+
+def training_logits(
+    model: BlockDiffusionModel,
+    parallel: ParallelState,
+    documents: Sequence[Document],
+    block_size: int,
+) -> Tensor:
+    """[T, V] logits of the rows of all documents, packed into one stream; without TP."""
+    multiple = training_stream_multiple(BuildOptions(), parallel.tp_size)
+    stream = pack(documents, block_size=block_size, multiple=multiple)
+    stream = stream.to(torch.cuda.current_device())
+    plan = AttentionPlan(tags=stream.tags)
+    (hidden,) = forward_only(model, [(stream.token_ids, stream.tags, plan)], parallel)
+    with torch.no_grad():
+        logits = model.logits(model.select_rows(hidden, stream.loss_rows))
+    return logits[:, : model.vocab_size_unpadded]
+
+
+def differences(
+    engine: RecordingEngine,
+    requests: Sequence[Request],
+    trajectories: Sequence[Trajectory],
+    model: BlockDiffusionModel,
+    *,
+    grid_shift: bool = False,
+) -> tuple[dict[int, float], int]:
+    """Compares every masked position of every denoising step of a rollout.
+
+    Args:
+        engine: that decoded `trajectories`, and nothing else.
+        requests: what was asked for.
+        trajectories: in the order of the requests.
+        model: whose training pass is compared; the engine's, or a more exact one.
+        grid_shift: whether training anchors the block grid at the end of the prompt (a bug).
+
+    Returns:
+        Largest |training - rollout| of the logits by prompt remainder, and the positions compared.
+    """
+    size = engine.options.block_size
+    worst: dict[int, float] = {}
+    compared = 0
+    for step in range(engine.options.denoising_steps):
+        documents, expected, remainders = [], list[Tensor](), list[int]()
+        for request, trajectory in zip(requests, trajectories, strict=True):
+            states = NoisyStates((trajectory.commit_grid >= step).unsqueeze(0))
+            state = training_state(trajectory, states, mask_token_id=MASK, include_eos=True)
+            if not state.num_rows:
+                continue
+            document = masked_document(state)
+            positions = document.tags[document.loss_rows, POSITION].tolist()
+            expected += [engine.recorded[draw_key(request.key, p, step)] for p in positions]
+            remainder = len(request.prompt_ids) % size
+            remainders += [remainder] * len(positions)
+            if grid_shift:
+                document.tags[:, BLOCK] = (document.tags[:, POSITION] - remainder + size) // size
+            documents.append(document)
+        got = training_logits(model, engine.parallel, documents, size)
+        delta = (got.float() - torch.stack(expected).float()).abs().amax(1).tolist()
+        compared += len(delta)
+        for remainder, value in zip(remainders, delta, strict=True):
+            worst[remainder] = max(value, worst.get(remainder, 0.0))
+    return worst, compared
