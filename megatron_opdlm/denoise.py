@@ -102,10 +102,11 @@ def choose_commits(
     """
     check_remasking(remasking)
     _check_shapes(confidence_BK, masked_BK, step_B)
+    if remasking == ENTROPY_BOUNDED:
+        _check_entropy(entropy_BK, confidence_BK)
     quota_B = _quota(confidence_BK.shape[1], denoising_steps, step_B)
     if remasking == ENTROPY_BOUNDED:
-        if entropy_BK is None or entropy_BK.shape != confidence_BK.shape:
-            raise ValueError("entropy_bounded needs entropy_BK, shaped like confidence_BK")
+        assert entropy_BK is not None
         chosen_BK = _first(-entropy_BK, masked_BK, quota_B)
         chosen_BK |= _within_bound(entropy_BK, masked_BK, entropy_bound)
     elif remasking == SEQUENTIAL:
@@ -124,6 +125,11 @@ def _check_shapes(confidence_BK: Tensor, masked_BK: Tensor, step_B: Tensor) -> N
             f"masked_BK {tuple(masked_BK.shape)} and step_B {tuple(step_B.shape)} must match "
             f"confidence_BK {tuple(confidence_BK.shape)}: expected [B, K], [B] and [B, K]"
         )
+
+
+def _check_entropy(entropy_BK: Tensor | None, confidence_BK: Tensor) -> None:
+    if entropy_BK is None or entropy_BK.shape != confidence_BK.shape:
+        raise ValueError("entropy_bounded needs entropy_BK, shaped like confidence_BK")
 
 
 def _quota(block_size: int, denoising_steps: int, step_B: Tensor) -> Tensor:

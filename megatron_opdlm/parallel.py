@@ -36,6 +36,7 @@ class ParallelState:
         pp_group: pipeline-parallel group.
         dp_group: data-parallel group.
         mp_group: the ranks of one data-parallel replica, over tensor and pipeline axis.
+        host_group: the same ranks, for messages between hosts.
         store: the job's key-value store.
         timeout: how long a collective waits for a lost rank.
         pg_collection: the same groups as Megatron's layers take them; None = Megatron's own, those
@@ -46,6 +47,7 @@ class ParallelState:
     pp_group: ProcessGroup
     dp_group: ProcessGroup
     mp_group: ProcessGroup
+    host_group: ProcessGroup
     store: dist.Store
     timeout: datetime.timedelta
     pg_collection: ProcessGroupCollection | None = None
@@ -102,11 +104,11 @@ class ParallelState:
 
     def from_replica_main(self, value: _T) -> _T:
         """Gives the value of a replica's first rank to all of its ranks. Call on all of them."""
-        if self.mp_group.size() == 1:
+        if self.host_group.size() == 1:
             return value
         values = [value]
-        first = dist.get_global_rank(self.mp_group, 0)
-        dist.broadcast_object_list(values, src=first, group=self.mp_group)
+        first = dist.get_global_rank(self.host_group, 0)
+        dist.broadcast_object_list(values, src=first, group=self.host_group)
         return values[0]
 
 
@@ -163,6 +165,7 @@ def initialize(
         pp_group=mpu.get_pipeline_model_parallel_group(),
         dp_group=mpu.get_data_parallel_group(),
         mp_group=mpu.get_model_parallel_group(),
+        host_group=_on_hosts(mpu.get_model_parallel_group(), timeout_minutes),
         store=_get_default_store(),
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
@@ -201,19 +204,35 @@ def second_layout(first: ParallelState, *, tensor_model_parallel_size: int) -> P
         pp_group=alone,
         dp_group=dp_group,
         mp_group=tp_group,
+        host_group=_on_hosts(tp_group, first.timeout.total_seconds() / 60),
         store=first.store,
         timeout=first.timeout,
         pg_collection=groups,
     )
 
 
+def _on_hosts(group: ProcessGroup, timeout_minutes: float) -> ProcessGroup:
+    """The same ranks over gloo, whose messages no device waits for. Call on all ranks."""
+    if not torch.cuda.is_available():
+        return group  # gloo itself
+    mine = dist.get_process_group_ranks(group)
+    everyone: list[list[int]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    distinct = sorted({tuple(ranks) for ranks in everyone})
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    return _own_group(distinct, dist.get_rank(), timeout, backend="gloo")
+
+
 def _own_group(
-    groups: Sequence[Sequence[int]], rank: int, timeout: datetime.timedelta
+    groups: Sequence[Sequence[int]],
+    rank: int,
+    timeout: datetime.timedelta,
+    backend: str | None = None,
 ) -> ProcessGroup:
     """Makes all groups, as every rank must, and returns the one that this rank is in."""
     own: ProcessGroup | None = None
     for ranks in groups:
-        group = dist.new_group(list(ranks), timeout=timeout)
+        group = dist.new_group(list(ranks), timeout=timeout, backend=backend)
         if rank in ranks:
             own = group
     assert own is not None, "the groups cover all ranks"

@@ -1,8 +1,7 @@
 """Decoding as other engines do it, on the same weights: what ours must equal, and be faster than.
 
 All of them decode a batch in lockstep, and finished rows leave it. The LM head is applied to masked
-positions only, and a prompt's pass is also the first denoising step of its row: both better than
-what these engines do.
+positions only, which is better than what these engines do.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def forward(engine, batch):
 
 def run(engine, sequences, batch):
     engine.counts.head_rows += len(batch.head_rows)
-    engine._commit(sequences, batch, forward(engine, batch))
+    engine.commit(sequences, batch, forward(engine, batch))
 
 
 def decode_with(
@@ -84,7 +83,7 @@ def decode_with(
             batches.
     """
     engine.model.eval()
-    capacity = max(engine._check(request) for request in requests)
+    capacity = max(engine.required_tokens(request) for request in requests)
     cache = KVCache.for_model(
         engine.model, engine.parallel, capacity=capacity, most_slots=len(requests), limit_gb=None
     )

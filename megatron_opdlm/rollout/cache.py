@@ -10,6 +10,7 @@ this tensor-parallel rank, D head size, S tokens."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from megatron_opdlm.blocks import round_up
 from megatron_opdlm.model import BlockDiffusionModel
 from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.rollout.limits import PREFILL_TOKENS, SAMPLED_LOGITS, SAMPLER_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,10 @@ class KVCache:
         device: torch.device | int | str,
         has_spare: bool = False,
     ) -> None:
-        """Allocates the slots; nothing is ever read before it is written."""
+        """Allocates the slots.
+
+        Zeros, because dense attention multiplies what its mask hides by 0: it has to be finite.
+        """
         self.num_slots = self.spare_slot = num_slots
         self.capacity = capacity
         shape = (len(layer_numbers), 2, num_slots + has_spare, num_heads, capacity, head_size)
@@ -74,46 +79,52 @@ class KVCache:
 
         Args:
             model: this rank's pipeline stage.
-            parallel: process groups. Collectives: one all-reduce over each of tensor and pipeline
-                group.
+            parallel: process groups. Collectives: two all-reduces over each of tensor and
+                pipeline group.
             capacity: tokens that the longest sequence may fill.
             most_slots: sequences to decode at once.
             limit_gb: most memory of this rank in GB (1e9 bytes); None: 80 % of what is free on a
-                GPU, 4 GiB on a CPU.
+                GPU, or less if passes need more than the rest; 4 GiB on a CPU.
             has_spare: whether to allocate a spare slot.
 
         Raises:
-            ValueError: not even one sequence fits.
+            ValueError: not even one sequence fits, or there is less memory than kv_cache_gb says;
+                on all ranks.
         """
         weight = next(model.decoder.parameters())
         config, cuda = model.config, weight.is_cuda
         num_heads = config.num_query_groups // parallel.tp_size
         capacity = round_up(capacity, CUDA_PAGE) if cuda else capacity
         layer_numbers = [layer.layer_number for layer in model.decoder.layers]
-        dtype = config.params_dtype
-        per_token = _bytes_per_token(model, parallel)
-        limit = _limit_bytes(limit_gb, cuda)
-        fitting = torch.tensor(limit // (per_token * capacity), device=weight.device)
-        for group in (parallel.tp_group, parallel.pp_group):
-            if group.size() > 1:
-                dist.all_reduce(fitting, op=dist.ReduceOp.MIN, group=group)
-        num_slots = min(most_slots, int(fitting) - has_spare)
+        per_slot = capacity * len(layer_numbers) * 2 * num_heads * config.kv_channels
+        per_slot *= config.params_dtype.itemsize
+        limit = _smallest(_limit_bytes(model, limit_gb), parallel)
+        num_slots = min(most_slots, limit // per_slot - has_spare)
         if num_slots < 1:
+            needed = per_slot * (1 + has_spare)
+            verb = "and the spare one need" if has_spare else "needs"
             raise ValueError(
-                f"a sequence of {capacity} tokens needs {_size(per_token * capacity)} of key/value "
-                f"cache ({per_token} bytes per token), more than the {_size(limit)} there are; "
+                f"a sequence of {capacity} tokens {verb} "
+                f"{_size(needed)} of key/value cache, more than the {_size(limit)} there are; "
                 "shorten prompts or responses, raise kv_cache_gb, or cut the model over more GPUs"
             )
-        cache = cls(
-            layer_numbers=layer_numbers,
-            num_slots=num_slots,
-            capacity=capacity,
-            num_heads=num_heads,
-            head_size=config.kv_channels,
-            dtype=dtype,
-            device=weight.device,
-            has_spare=has_spare,
-        )
+        cache: KVCache | None = None
+        with contextlib.suppress(torch.OutOfMemoryError):
+            cache = cls(
+                layer_numbers=layer_numbers,
+                num_slots=num_slots,
+                capacity=capacity,
+                num_heads=num_heads,
+                head_size=config.kv_channels,
+                dtype=config.params_dtype,
+                device=weight.device,
+                has_spare=has_spare,
+            )
+        if not _smallest(cache is not None, parallel) or cache is None:
+            raise ValueError(
+                f"a key/value cache of {_size(per_slot * (num_slots + has_spare))} does not fit "
+                "into the memory of a rank; set kv_cache_gb to less"
+            )
         logger.info("%s", cache)
         return cache
 
@@ -128,6 +139,11 @@ class KVCache:
     def dtype(self) -> torch.dtype:
         """Of keys and values."""
         return self._store.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self._store.device
 
     @property
     def num_bytes(self) -> int:
@@ -160,21 +176,33 @@ class KVCache:
         self._store[:, :, target, :, :num_tokens] = self._store[:, :, source, :, :num_tokens]
 
 
-def _bytes_per_token(model: BlockDiffusionModel, parallel: ParallelState) -> int:
-    config = model.config
-    num_heads = config.num_query_groups // parallel.tp_size
-    per_layer = 2 * num_heads * config.kv_channels * config.params_dtype.itemsize
-    return int(per_layer * len(model.decoder.layers))
-
-
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.3f} MB"
 
 
-def _limit_bytes(limit_gb: float | None, cuda: bool) -> int:
+def _limit_bytes(model: BlockDiffusionModel, limit_gb: float | None) -> int:
     if limit_gb is not None:
         return int(limit_gb * 1e9)
-    if not cuda:
+    if not torch.cuda.is_available():
         return CPU_LIMIT_BYTES
     torch.cuda.empty_cache()  # what torch keeps of earlier work is free, too
-    return int(CUDA_SHARE * torch.cuda.mem_get_info()[0])
+    free = torch.cuda.mem_get_info()[0]
+    return max(0, min(int(CUDA_SHARE * free), free - _pass_bytes(model)))
+
+
+def _pass_bytes(model: BlockDiffusionModel) -> int:
+    """Estimate of the work space of a pass: a layer's activations, and sampling."""
+    config = model.config
+    inner = config.ffn_hidden_size // config.tensor_model_parallel_size
+    widths = 8 * config.hidden_size + 3 * inner
+    layer = PREFILL_TOKENS * widths * config.params_dtype.itemsize
+    return int(layer + SAMPLED_LOGITS * SAMPLER_BYTES)
+
+
+def _smallest(value: int, parallel: ParallelState) -> int:
+    """The smallest of all ranks of the replica."""
+    smallest = torch.tensor(int(value), device=torch.cuda.current_device())
+    for group in (parallel.tp_group, parallel.pp_group):
+        if group.size() > 1:
+            dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=group)
+    return int(smallest)

@@ -26,7 +26,8 @@ from megatron_opdlm.rollout.staged import Staged
 from megatron_opdlm.stream import BLOCK, DOCUMENT, PADDING_DOCUMENT, POSITION
 
 MASK_CELLS = 2**24
-"""Most (query, key) pairs of one call's mask; a single row may exceed it."""
+"""Most (query, key) pairs of one call; a single row may exceed it. The mask holds each as often as
+query heads share a key head."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Requests come from one queue, trajectories go to every rank.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -45,28 +46,53 @@ def collect(
     Raises:
         ValueError: a request that fits neither the model nor the cache.
         FloatingPointError: NaN logits.
-        RuntimeError: no memory. All of them on all ranks, also those of other replicas.
+        RuntimeError: no memory. All of them on all ranks, also those of other replicas; but where
+            only some ranks of a replica fail, its others learn of it when the process ends.
     """
     report = on_progress or (lambda done: None)
     queue = SharedQueue(requests, parallel)
     decoded: dict[int, Trajectory] = {}
     failure: Exception | None = None
-    try:
-        for index, trajectory in engine.stream(queue):
-            decoded[index] = trajectory
-            if parallel.is_replica_main:
-                report(queue.count_finished())
-    except (ArithmeticError, ValueError, OSError, RuntimeError) as error:
-        queue.close()
-        failure = error
-    parts: list[Any] = [None] * parallel.dp_size
-    dist.all_gather_object(parts, (decoded, engine.counts, failure), group=parallel.dp_group)
-    for *_, failure in parts:
-        if failure is not None:
-            raise failure
+    stream = engine.stream(queue)
+    while True:
+        try:
+            item = next(stream, None)
+        except (ArithmeticError, ValueError, OSError, RuntimeError) as error:
+            queue.close()
+            failure = error
+            break
+        if item is None:
+            break
+        decoded[item[0]] = item[1]
+        if parallel.is_replica_main:
+            report(queue.count_finished())
+    parts = _gather((decoded, engine.counts, failure), parallel)
     if parallel.is_replica_main:
         report(len(requests))
     everything = {index: trajectory for part, *_ in parts for index, trajectory in part.items()}
     totals = [asdict(counts) for _, counts, _ in parts]
     total = RolloutCounts(**{name: sum(part[name] for part in totals) for name in totals[0]})
     return [everything[index] for index in range(len(requests))], total
+
+
+def _gather(
+    mine: tuple[dict[int, Trajectory], RolloutCounts, Exception | None], parallel: ParallelState
+) -> list[Any]:
+    """What every replica has, or the failure of one of them: this rank's own first, as it was."""
+    own = mine[2]
+    if own is not None:
+        text = "".join(traceback.format_exception(own))
+        own.add_note(f"on rank {dist.get_rank()}:\n{text}")  # pickled, where the traceback is not
+    parts: list[Any] = [None] * parallel.dp_size
+    try:
+        dist.all_gather_object(parts, mine, group=parallel.dp_group)
+    except RuntimeError:
+        if own is not None:
+            raise own from None
+        raise
+    if own is not None:
+        raise own
+    for *_, failure in parts:
+        if failure is not None:
+            raise failure
+    return parts

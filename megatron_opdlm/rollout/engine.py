@@ -29,7 +29,8 @@ from megatron_opdlm.rollout.cache import KVCache
 from megatron_opdlm.rollout.decode_pass import DecodePass, lay_out
 from megatron_opdlm.rollout.flash import has_flash
 from megatron_opdlm.rollout.graph_support import require_graphs
-from megatron_opdlm.rollout.graphs import PassGraphs, num_blocks
+from megatron_opdlm.rollout.graphs import PassGraphs
+from megatron_opdlm.rollout.limits import PREFILL_TOKENS, SAMPLED_LOGITS
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.rollout.request_queue import LocalQueue, RequestQueue
 from megatron_opdlm.rollout.sampler import Draws, sample_tokens
@@ -37,12 +38,6 @@ from megatron_opdlm.rollout.sequences import Sequences
 from megatron_opdlm.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
-
-PREFILL_TOKENS = 16384
-"""No further prompt enters a pass that has as many new prompt tokens; bounds its memory."""
-SAMPLED_LOGITS = 2**25
-"""Most logits of a rank that are made and sampled from at once; bounds memory, at 20 bytes for each
-(72 with top-p)."""
 
 
 @dataclass
@@ -145,14 +140,15 @@ class RolloutEngine:
             Index of the request and its trajectory.
 
         Raises:
-            ValueError: a request that fits neither the model nor the cache, before any work.
+            ValueError: a request that fits neither the model nor the cache, when the first response
+                is asked for, before any work.
             RuntimeError: another rollout of this engine is not over.
             FloatingPointError: NaN logits, on all ranks of the replica, naming prompts and steps.
         """
         if self._is_open:
             raise RuntimeError("a rollout of this engine is still open; finish it or close() it")
         self.counts = RolloutCounts()
-        capacity = max((self._check(request) for request in queue.requests), default=0)
+        capacity = max((self.required_tokens(request) for request in queue.requests), default=0)
         if not queue.requests:
             return
         cache = KVCache.for_model(
@@ -178,8 +174,12 @@ class RolloutEngine:
             self._is_open = False
             self.model.train(was_training)
 
-    def _check(self, request: Request) -> int:
-        """Returns the tokens that a request may fill, or says why it cannot be decoded."""
+    def required_tokens(self, request: Request) -> int:
+        """Returns the tokens that a request may fill.
+
+        Raises:
+            ValueError: why it cannot be decoded.
+        """
         prompt_length, limit = len(request.prompt_ids), request.response_limit
         if prompt_length == 0:
             raise ValueError(
@@ -193,6 +193,13 @@ class RolloutEngine:
             raise ValueError(
                 f"prompt {request.prompt_id!r} holds the mask token (id {self.mask_token_id}); "
                 "remove it from the data"
+            )
+        vocab_size = self.model.vocab_size_unpadded
+        if not 0 <= int(request.prompt_ids.min()) <= int(request.prompt_ids.max()) < vocab_size:
+            raise ValueError(
+                f"prompt {request.prompt_id!r} holds ids from {int(request.prompt_ids.min())} to "
+                f"{int(request.prompt_ids.max())}, which must lie in [0, {vocab_size}); tokenise "
+                "it with the student's tokenizer"
             )
         total = prompt_length + num_decoded_tokens(prompt_length, limit, self.options.block_size)
         if total > self.model.max_sequence_length:
@@ -223,7 +230,7 @@ class RolloutEngine:
             leaving = pipeline.push(self._lay_out(sequences, entering, cache))
             if leaving is None:
                 continue
-            self._commit(sequences, *leaving)
+            self.commit(sequences, *leaving)
             slots = leaving[0].slots
             if observer is not None:
                 for slot in slots.tolist():
@@ -258,15 +265,24 @@ class RolloutEngine:
             torch.tensor(slots),
             cache,
             multiple=self.stream_multiple,
-            num_blocks=num_blocks if self.cuda_graphs else None,
+            for_graph=self.cuda_graphs,
         )
         self.counts.passes += 1
         self.counts.tokens += len(entering.token_ids)
         self.counts.head_rows += len(entering.head_rows)
         return entering
 
-    def _commit(self, sequences: Sequences, decoded: DecodePass, hidden: Tensor | None) -> None:
-        """Samples the masked positions of a pass and commits some of them."""
+    def commit(self, sequences: Sequences, decoded: DecodePass, hidden: Tensor | None) -> None:
+        """Samples the masked positions of a pass and commits some of them.
+
+        Args:
+            sequences: changed in place.
+            decoded: the pass.
+            hidden: what the model returned; of the last stage.
+
+        Raises:
+            FloatingPointError: NaN logits, on all ranks of the replica.
+        """
         masked = decoded.masked
         drawn = self._draw_everywhere(decoded, hidden)
         bad = masked.nonzero()[drawn[1].isnan(), 0].unique()

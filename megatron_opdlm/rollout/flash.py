@@ -35,9 +35,12 @@ def _kernel() -> Callable[..., Any] | None:
 
 
 def has_flash(device: torch.device | int | str, dtype: torch.dtype) -> bool:
-    """Whether the kernel runs there: on CUDA, with 16-bit keys and a torch that has it."""
-    is_fit = torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    return is_fit and _kernel() is not None
+    """Whether the kernel runs there: on CUDA from Ampere on, with 16-bit keys and a torch that has
+    it.
+    """
+    if torch.device(device).type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0) and _kernel() is not None
 
 
 def flash_inputs(

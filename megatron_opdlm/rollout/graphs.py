@@ -2,9 +2,9 @@
 than the GPU runs them.
 
 Passes whose rows all have clean tokens in the cache consist of whole blocks, so their number of
-blocks is their shape. It is rounded up to a few sizes with blocks that nobody reads (`num_blocks`),
-and each size is captured at its first pass. A graph keeps the addresses of weights, cache and its
-own buffers: weights change in place, and the cache lives as long as the graphs.
+blocks is their shape. It is rounded up to a few sizes (`captured_size`) with blocks that nobody
+reads, and each size is captured at its first pass. A graph keeps the addresses of weights, cache
+and its own buffers: weights change in place, and the cache lives as long as the graphs.
 
 Not yet run on a device: on a CPU, tests hold a stand-in that repeats the pass on the same buffers
 against passes without graphs.
@@ -12,6 +12,7 @@ against passes without graphs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,24 +23,6 @@ from torch import Tensor
 from megatron_opdlm.model import BlockDiffusionModel
 from megatron_opdlm.pipeline import run_stage
 from megatron_opdlm.rollout.decode_pass import DecodePass
-
-
-def num_blocks(wanted: int, block_size: int, multiple: int) -> int:
-    """The next larger captured size: at most a quarter more blocks than wanted, from 8 on.
-
-    >>> [num_blocks(n, 4, 1) for n in (1, 7, 9, 15, 17, 100)]
-    [1, 7, 10, 16, 20, 112]
-
-    Args:
-        wanted: blocks of a pass.
-        block_size: tokens per block.
-        multiple: the tokens of a pass must be a multiple of this.
-    """
-    step = max(1, 2 ** (wanted.bit_length() - 3)) if wanted >= 8 else 1
-    count = -(-wanted // step) * step
-    while count * block_size % multiple:
-        count += 1
-    return count
 
 
 class Graph(Protocol):
@@ -53,6 +36,12 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]]
 """Runs a pass once while recording it; returns the graph and its output's buffer."""
 
 
+@functools.cache
+def _capture_stream() -> Any:
+    """One for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream()
+
+
 class CudaCapture:
     """Captures on CUDA; all graphs share one memory pool, as only one runs at a time."""
 
@@ -62,13 +51,13 @@ class CudaCapture:
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
         """See `Capture`."""
-        stream = torch.cuda.Stream()
+        stream = _capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # kernels are loaded and tuned outside of the graph
             run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             output = run()
         return graph, output
 

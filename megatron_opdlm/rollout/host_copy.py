@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_opdlm.blocks import round_up
 from megatron_opdlm.model import BlockDiffusionModel
 
 
@@ -77,9 +78,9 @@ class HostCopy:
             if slice_name not in placed:
                 placed[slice_name] = size
                 self._outgoing.append(_Transfer(tensor, rank, size))
-                size += tensor.nbytes
+                size += round_up(tensor.nbytes, 8)  # so that it can be viewed as numbers
             starts[op.task_id] = placed[slice_name]
-        self._buffers, all_starts = _share(size, starts)
+        self._buffers, all_starts = _map_buffers(size, starts)
         self._local, self._incoming = [], []
         for op in plan.recv_ops:
             tensor = targets[op.param_name].data[op.my_slice]
@@ -119,7 +120,7 @@ def _reserved_file(size: int) -> Any:
     raise AssertionError("the second folder gives a file or an error")
 
 
-def _share(size: int, starts: dict[int, int]) -> tuple[list[Tensor], list[dict[int, int]]]:
+def _map_buffers(size: int, starts: dict[int, int]) -> tuple[list[Tensor], list[dict[int, int]]]:
     """[bytes] buffer of every rank, and where each transfer lies in it."""
     with _reserved_file(max(size, 1)) as file:
         parts: list[Any] = [None] * dist.get_world_size()

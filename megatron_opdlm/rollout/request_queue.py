@@ -86,7 +86,7 @@ class SharedQueue:
         return -(-len(self.requests) // self._parallel.dp_size)
 
     def take(self, most: int, most_tokens: int) -> list[int]:
-        """See `RequestQueue`. Collectives: one broadcast over the model-parallel group."""
+        """See `RequestQueue`. Collectives: one broadcast over the replica, between hosts."""
         if self._is_empty or most < 1:
             return []
         taken: list[int] = []

@@ -120,13 +120,9 @@ class Sequences:
 
     def move(self, source: int, target: int) -> None:
         """Takes over a slot for another one; the cache has to move along."""
-        for state in (
-            self.token_ids, self.commit_step, self.masked, self.block, self.cached, self.step,
-            self.prompt_length, self.limit, self.key,
-        ):  # fmt: skip
-            state[target] = state[source]
-        self.index[target] = self.index[source]
-        self._requests[target] = self._requests[source]
+        for state in vars(self).values():
+            if isinstance(state, (Tensor, list)):
+                state[target] = state[source]
 
     def still_masked(self, slot: int) -> tuple[Tensor, Tensor]:
         """[L] int64 tokens through the current block, and [L] bool, which are masked."""

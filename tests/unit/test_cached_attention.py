@@ -81,7 +81,7 @@ def run_pass(cache, rows, block_size, num_padding, layer=1):
         device=device,
     )
     tags = {"tags": torch.cat([*cache_tags, padding])}
-    attention = CachedAttention(layout, Staged(tags | layout.inputs, "cpu"))
+    attention = CachedAttention(layout, Staged(tags | layout.inputs, cache.device))
     inputs = [torch.cat([part[i] for part in parts]) for i in range(3)]
     garbage = [torch.full((num_padding, *x.shape[1:]), 7.0, dtype=x.dtype) for x in inputs]
     padded = [torch.cat(pair).to(device, dtype) for pair in zip(inputs, garbage, strict=True)]

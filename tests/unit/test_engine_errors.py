@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 
+from megatron_opdlm.rollout import cache as cache_module
 from megatron_opdlm.rollout.request import DecodingOptions
 from tests.helpers import run_ranks
 from tests.rollouts import MASK, REQUESTS, SAMPLED, load, make_engine, make_request, same
@@ -151,3 +152,39 @@ def test_nan_names_the_prompts(model):
     (message,) = run_ranks(decode_with_nan, 1, model)
     assert "p0 (block 0, denoising step 0), p1 (block 0" in message
     assert "weights are not finite" in message
+
+
+# --- memory that is not there ---
+
+
+def allocate_on_one_rank(rank, folder):
+    """The second tensor-parallel rank has no memory for the cache."""
+    model, parallel, _ = load(folder.checkpoint, tensor_model_parallel_size=2)
+    if rank == 1:
+
+        def no_memory(*arguments, **options):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        cache_module.torch.zeros = no_memory
+    with pytest.raises(ValueError) as error:
+        make_engine(model, parallel, SAMPLED, kv_cache_gb=1.0).generate(REQUESTS)
+    return str(error.value)
+
+
+def test_all_ranks_learn_that_one_has_no_memory(model):
+    messages = run_ranks(allocate_on_one_rank, 2, model)
+    assert all("does not fit into the memory of a rank; set kv_cache_gb" in m for m in messages)
+
+
+def test_ids_outside_the_vocabulary(model):
+    def decode(rank, token):
+        loaded, parallel, _ = load(model.checkpoint)
+        request = dataclasses.replace(REQUESTS[0], prompt_ids=torch.tensor([3, token]))
+        with pytest.raises(ValueError) as error:
+            make_engine(loaded, parallel, SAMPLED).generate([request])
+        return str(error.value)
+
+    for token in (-1, 301):
+        (message,) = run_ranks(decode, 1, token)
+        assert f"holds ids from {min(token, 3)} to {max(token, 3)}" in message
+        assert "[0, 301)" in message

@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_opdlm.rollout import cached_attention, flash, graphs
+from megatron_opdlm.rollout.decode_pass import captured_size
 from megatron_opdlm.rollout.engine import RolloutEngine
-from megatron_opdlm.rollout.graphs import num_blocks
 from megatron_opdlm.rollout.request import DecodingOptions
 from megatron_opdlm.rollout.staged import Staged
 from tests.helpers import run_ranks
@@ -39,18 +39,17 @@ def model(tmp_path_factory):
     return tiny_model(tmp_path_factory.getbasetemp(), num_hidden_layers=2)
 
 
-def decode(rank, checkpoint, layout, captured, multiple):
+def decode(rank, checkpoint, layout, captured):
     """Trajectories and work, without graphs and with them."""
     model, parallel, _ = load(checkpoint, **layout)
     engine = make_engine(model, parallel, SAMPLED, max_rows=4)
     expected = engine.generate(REQUESTS)
     cached_attention.has_flash = lambda device, dtype: True
     flash._kernel = lambda: plain_kernel
-    engine.cuda_graphs, engine.stream_multiple = captured, multiple
+    engine.cuda_graphs = captured
     return expected, engine.generate(REQUESTS), engine.counts, Repeat.captured
 
 
-@pytest.mark.parametrize("multiple", [1, 16])
 @pytest.mark.parametrize(
     ("world_size", "layout"),
     [
@@ -60,11 +59,11 @@ def decode(rank, checkpoint, layout, captured, multiple):
     ],
     ids=["1", "TP2", "PP2"],
 )
-def test_captured_passes_decode_the_same(world_size, layout, multiple, model, monkeypatch):
+def test_captured_passes_decode_the_same(world_size, layout, model, monkeypatch):
     monkeypatch.setattr(graphs, "CudaCapture", Repeat)
     arguments = model.checkpoint, layout
     for captured in (False, True):
-        for result in run_ranks(decode, world_size, *arguments, captured, multiple):
+        for result in run_ranks(decode, world_size, *arguments, captured):
             expected, got, counts, number = result
             assert all(map(same, got, expected)) and len(got) == len(REQUESTS)
             assert (0 < number < counts.passes / 2) if captured else number == 0
@@ -73,7 +72,7 @@ def test_captured_passes_decode_the_same(world_size, layout, multiple, model, mo
 def test_control_buffers_that_keep_the_first_pass(model, monkeypatch):
     monkeypatch.setattr(graphs, "CudaCapture", Repeat)
     monkeypatch.setattr(Staged, "copy_from", lambda *passes: None)
-    ((expected, got, _, _),) = run_ranks(decode, 1, model.checkpoint, {}, True, 1)
+    ((expected, got, _, _),) = run_ranks(decode, 1, model.checkpoint, {}, True)
     assert not all(map(same, got, expected))
 
 
@@ -89,13 +88,9 @@ def test_graphs_need_cuda(model):
         run_ranks(ask_for_graphs, 1, model.checkpoint)
 
 
-@pytest.mark.parametrize(("block_size", "multiple"), [(1, 1), (4, 1), (4, 16), (3, 16)])
-def test_sizes(block_size, multiple):
+def test_sizes():
     """Never fewer blocks than wanted, few more, and few sizes."""
-    sizes = {}
-    for wanted in range(1, 600):
-        size = sizes[wanted] = num_blocks(wanted, block_size, multiple)
-        assert size * block_size % multiple == 0
-        assert wanted <= size < max(wanted + 1, 1.25 * wanted) + multiple
+    sizes = {wanted: captured_size(wanted) for wanted in range(1, 600)}
+    assert all(wanted <= size <= max(wanted, 1.25 * wanted) for wanted, size in sizes.items())
     assert len(set(sizes.values())) < 45
-    assert all(num_blocks(size, block_size, multiple) == size for size in sizes.values())
+    assert all(captured_size(size) == size for size in sizes.values())

@@ -1,0 +1,8 @@
+"""How much a decoding pass takes on at once: bounds of its memory."""
+
+PREFILL_TOKENS = 16384
+"""No further prompt is admitted at a tick that has admitted as many prompt tokens."""
+SAMPLED_LOGITS = 2**25
+"""Most logits of a rank that are made and sampled from at once."""
+SAMPLER_BYTES = 72
+"""Most work space for each of them: 20 bytes, 72 with top-p."""
