@@ -38,6 +38,9 @@ class ModelFlops:
         return self.body * tokens + self.head * head_rows + self.attention * attention_pairs
 
 
+NO_MODEL = ModelFlops(body=0, head=0, attention=0, num_parameters=0)
+
+
 def model_flops_per_token(hf_config: HFConfig) -> ModelFlops:
     """Counts the forward FLOPs of a dense decoder; a multiply-add is two. Norms are left out.
 
@@ -91,7 +94,7 @@ class WorkCounters:
     rollout_head_rows: int = 0
     rollout_attention_pairs: int = 0
     teacher_tokens: int = 0
-    """Stream tokens of the teacher's passes."""
+    """Stream tokens of the teacher's passes: on responses, and to decode its own."""
     teacher_head_rows: int = 0
     teacher_attention_pairs: int = 0
     student_tokens: int = 0
@@ -103,19 +106,36 @@ class WorkCounters:
         self, trajectories: Iterable[Trajectory], *, passes: int, tokens: int, head_rows: int
     ) -> None:
         """Adds the decoding of responses: what was decoded, and what the engine counted."""
-        for trajectory in trajectories:
-            self.response_tokens += trajectory.num_response_tokens
-            self.prompt_tokens += len(trajectory.prompt_ids)
-            self.rollout_attention_pairs += rollout_attention_pairs(trajectory)
+        trajectories = list(trajectories)
+        self.add_responses(trajectories)
+        self.rollout_attention_pairs += sum(map(rollout_attention_pairs, trajectories))
         self.rollout_passes += passes
         self.rollout_tokens += tokens
         self.rollout_head_rows += head_rows
 
-    def add_streams(self, teacher: PackedStream, student: PackedStream) -> None:
-        """Adds a microbatch: a forward pass of the teacher, forward and backward of the student."""
-        self.teacher_tokens += len(teacher)
-        self.teacher_head_rows += len(teacher.loss_rows)
-        self.teacher_attention_pairs += teacher.attention_pairs()
+    def add_responses(self, trajectories: Iterable[Trajectory]) -> None:
+        """Adds responses that are trained on, whoever wrote them."""
+        for trajectory in trajectories:
+            self.response_tokens += trajectory.num_response_tokens
+            self.prompt_tokens += len(trajectory.prompt_ids)
+
+    def add_teacher_decoding(self, prompt_tokens: int, response_tokens: int) -> None:
+        """Adds a response that the teacher decoded: the prompt and every token but the last enter
+        its cache once, and the head is applied to one row per token.
+        """
+        num_tokens = prompt_tokens + response_tokens - 1
+        self.teacher_tokens += num_tokens
+        self.teacher_head_rows += response_tokens
+        self.teacher_attention_pairs += num_tokens * (num_tokens + 1) // 2
+
+    def add_streams(self, teacher: PackedStream | None, student: PackedStream) -> None:
+        """Adds a microbatch: a forward pass of the teacher if there is one, forward and backward of
+        the student.
+        """
+        if teacher is not None:
+            self.teacher_tokens += len(teacher)
+            self.teacher_head_rows += len(teacher.loss_rows)
+            self.teacher_attention_pairs += teacher.attention_pairs()
         self.student_tokens += len(student)
         self.student_head_rows += len(student.loss_rows)
         self.student_attention_pairs += student.attention_pairs()

@@ -81,6 +81,7 @@ class Config:
         self._check_rows()
         self._check_schedule()
         self._check_longest_row()
+        self._check_responses()
 
     @property
     def rows_per_rollout(self) -> int:
@@ -204,6 +205,12 @@ class Config:
         rule = f"must hold the longest row: prompt, response and its states = {longest} tokens"
         fix = f"use {longest} or more, or lower max_prompt_tokens or max_response_tokens.end"
         require(budget >= longest, "micro_batch_tokens", budget, rule, fix)
+
+    def _check_responses(self) -> None:
+        given, writer = self.train.teacher_responses, self.distill.responses
+        rule = f"is about responses of the teacher; here they come from the {writer}"
+        is_used = given is None or writer == "teacher"
+        require(is_used, "teacher_responses", given, rule, "leave it out")
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

@@ -234,6 +234,9 @@ class DistillConfig(_Section):
     """opdlm = the student's rollouts at states of their own trajectories; opdlm_off = its rollouts
     under random masks; off_policy = the teacher's responses under random masks; sft = cross-entropy
     on responses under random masks (the NELBO of block diffusion)."""
+    sft_responses: Literal["teacher", "data"] = "teacher"
+    """sft: responses sampled from the teacher, or the `response` of every entry of the data; then
+    no teacher is loaded."""
     divergence: Literal["forward_kl", "reverse_kl", "mixed", "jsd"] = "forward_kl"
     """Per-token loss, in nats: KL(teacher || student), KL(student || teacher), a weighted sum of
     both, or Jensen-Shannon."""
@@ -255,6 +258,13 @@ class DistillConfig(_Section):
     """Whether the end-of-sequence position carries loss."""
     loss_reduction: Literal["sequence_mean", "token_mean", "token_sum"] = "sequence_mean"
     """Mean over rows of the mean per row, mean over all loss tokens, or sum per row, averaged."""
+
+    @property
+    def responses(self) -> Literal["student", "teacher", "data"]:
+        """Who writes the responses."""
+        if self.method in ("opdlm", "opdlm_off"):
+            return "student"
+        return "data" if self.sft_responses == "data" else "teacher"
 
     def _check(self) -> None:
         self._at_least(0, "top_k_logits")
@@ -278,6 +288,9 @@ class DistillConfig(_Section):
         rule = "must be forward_kl with all tokens: against one token it is the cross-entropy"
         fix = "leave divergence and top_k_logits out with method=sft"
         require(self.method != "sft" or is_plain, "divergence", self.divergence, rule, fix)
+        rule, fix = "is about method=sft", f"leave it out with method={self.method}"
+        is_used = self.method == "sft" or self.sft_responses == "teacher"
+        require(is_used, "sft_responses", self.sft_responses, rule, fix)
         rule = "goes not with state_selection=all, which takes every denoising step"
         is_free = self.states_per_response == 1 or self.state_selection != "all"
         require(is_free, "states_per_response", self.states_per_response, rule, "use 1")
@@ -326,6 +339,9 @@ class TrainConfig(_Section):
     """Prompt file: JSONL with prompt or messages, or a JSON list with question."""
     save: str
     """Run folder; must be new or hold the same run."""
+    teacher_responses: str | None = None
+    """File that keeps the teacher's responses, for off_policy and sft; jobs may share it. null =
+    teacher_responses.jsonl in save."""
     train_rollouts: int
     """Rollouts of the run; each is followed by its optimizer steps."""
     rows_per_optimizer_step: int = 8
@@ -356,6 +372,9 @@ class TrainConfig(_Section):
         for name in ("data", "save"):
             value = getattr(self, name)
             require(bool(value), name, "''", "must be a path", "name a file or folder")
+        fix = "name a file, or null"
+        given = self.teacher_responses
+        require(given != "", "teacher_responses", "''", "must be a path or null", fix)
         fix = "set both eval_data and eval_interval, or neither"
         has_data, has_interval = self.eval_data is not None, self.eval_interval > 0
         rule = f"goes with eval_interval > 0, got {self.eval_interval}"

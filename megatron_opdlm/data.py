@@ -41,6 +41,8 @@ class Prompt:
     """Subject, for reports."""
     answer: str | None = None
     """Reference answer, for evaluation."""
+    response: str | None = None
+    """Text to train on, where `load_prompts` was asked for it."""
     line: int
     """Line in a JSONL file, place in a JSON list; from 1."""
 
@@ -67,7 +69,7 @@ class TokenizedPrompts:
     """(id, number of tokens) of every prompt over the limit."""
 
 
-def load_prompts(path: str | Path) -> list[Prompt]:
+def load_prompts(path: str | Path, *, with_responses: bool = False) -> list[Prompt]:
     """Reads a prompt file: JSONL, or one JSON list.
 
     An entry is an object with `prompt` or `question` (text of one user turn) or `messages`, and
@@ -75,6 +77,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
 
     Args:
         path: file in UTF-8.
+        with_responses: whether every entry must have a `response`, too.
 
     Returns:
         The prompts in file order.
@@ -95,7 +98,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     seen: dict[str, str] = {}
     read = _read_list if text.lstrip()[:1] == "[" else _read_lines
     for where, number, entry in read(path, text):
-        prompt = _parse_entry(entry, where, number)
+        prompt = _parse_entry(entry, where, number, with_responses)
         if prompt.id in seen:
             raise ValueError(
                 f"{where}: id={prompt.id} must be unique and stands at {seen[prompt.id]} too; "
@@ -194,12 +197,25 @@ class PromptSampler:
             rollout_step: index of the rollout, from 0.
         """
         epoch, place = divmod(rollout_step, self.rollouts_per_epoch)
+        first = place * self.prompts_per_rollout
+        return self._order(epoch)[first : first + self.prompts_per_rollout].tolist()
+
+    def places_before(self, rollout_step: int) -> set[int]:
+        """Returns the places of all prompts that earlier rollouts took."""
+        epoch, place = divmod(rollout_step, self.rollouts_per_epoch)
+        taken = set(self._order(epoch)[: place * self.prompts_per_rollout].tolist())
+        whole = self.rollouts_per_epoch * self.prompts_per_rollout
+        for earlier in range(epoch):
+            if len(taken) == self.num_prompts:
+                break
+            taken.update(self._order(earlier)[:whole].tolist())
+        return taken
+
+    def _order(self, epoch: int) -> Tensor:
         key = torch.tensor([randomness.key(self.seed, "prompt order", epoch)])
         # An argsort of counter-based noise is the same permutation in every version of torch.
         noise = randomness.uniform(key, torch.arange(self.num_prompts))[0]
-        order = torch.argsort(noise, stable=True)
-        first = place * self.prompts_per_rollout
-        return order[first : first + self.prompts_per_rollout].tolist()
+        return torch.argsort(noise, stable=True)
 
 
 def _read_list(path: Path, text: str) -> Iterator[tuple[str, int, Any]]:
@@ -230,7 +246,7 @@ def _read_lines(path: Path, text: str) -> Iterator[tuple[str, int, Any]]:
             ) from None
 
 
-def _parse_entry(entry: Any, where: str, number: int) -> Prompt:
+def _parse_entry(entry: Any, where: str, number: int, with_response: bool) -> Prompt:
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: got {_short(entry)}; an entry must be an object with prompt")
     given = [key for key in _TEXT_KEYS if key in entry]
@@ -247,6 +263,7 @@ def _parse_entry(entry: Any, where: str, number: int) -> Prompt:
         messages=messages,
         domain=_label(entry, "domain", where),
         answer=_label(entry, "answer", where),
+        response=_text(entry.get("response"), "response", where) if with_response else None,
         line=number,
     )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_opdlm.attention import AttentionPlan
 from megatron_opdlm.batching import Microbatch
 from megatron_opdlm.divergence import Divergence
-from megatron_opdlm.fused_loss import TeacherTarget, fused_divergence
+from megatron_opdlm.fused_loss import Target, TeacherTarget, TokenTarget, fused_divergence
 from megatron_opdlm.model import BlockDiffusionModel
 from megatron_opdlm.parallel import ParallelState
 from megatron_opdlm.pipeline import forward_only
@@ -63,7 +63,7 @@ def teacher_rows(
 
 def forward_backward(
     ddp: Any,
-    teacher: BlockDiffusionModel,
+    teacher: BlockDiffusionModel | None,
     microbatches: Sequence[Microbatch],
     targets: Sequence[Tensor],
     parallel: ParallelState,
@@ -75,9 +75,10 @@ def forward_backward(
 
     Args:
         ddp: the student, wrapped in Megatron's distributed data parallel.
-        teacher: frozen; the last stage applies its LM head.
+        teacher: frozen; the last stage applies its LM head. None: the targets are the tokens of the
+            responses.
         microbatches: of this data-parallel rank.
-        targets: teacher hidden states from `teacher_rows`.
+        targets: teacher hidden states from `teacher_rows`; empty without a teacher.
         parallel: process groups.
         divergence: what to compute.
         mask_token_id: in no softmax.
@@ -101,7 +102,7 @@ def forward_backward(
             loss, kl = fused_divergence(
                 student.select_rows(output, stream.loss_rows),
                 student.head_weight(),
-                TeacherTarget(target, teacher.head_weight()),
+                _target(teacher, target, microbatch.target_ids.to(device)),
                 microbatch.row_weight.to(device),
                 divergence,
                 vocab_size=student.vocab_size_unpadded,
@@ -127,6 +128,16 @@ def forward_backward(
         forward_only=False,
     )
     return _gather_rows(results, parallel)
+
+
+def _target(
+    teacher: BlockDiffusionModel | None, hidden: Tensor | None, token_ids: Tensor
+) -> Target:
+    """The teacher's distributions at its hidden states; without one, the tokens themselves."""
+    if teacher is None:
+        return TokenTarget(token_ids)
+    assert hidden is not None, "the last stage has the teacher's rows"
+    return TeacherTarget(hidden, teacher.head_weight())
 
 
 def _gather_rows(results: list[dict[str, Tensor]], parallel: ParallelState) -> StepRows:

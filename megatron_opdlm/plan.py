@@ -109,7 +109,8 @@ def rank_table(
             f"{world_size}"
         )
     dp_size = world_size // (tp_size * pp_size)
-    cache = _plan_cache(config, student, _num_replicas(config, world_size), cuda)
+    decoder = _decoder(config, student, teacher)
+    cache = _plan_cache(config, decoder, _num_replicas(config, world_size), cuda)
     plans = []
     for rank in range(world_size):
         tp_rank, dp_rank = rank % tp_size, rank // tp_size % dp_size
@@ -160,7 +161,7 @@ def check_models(
             f"teacher has vocab_size={teacher.vocab_size}, which must equal the student's "
             f"{student.vocab_size}; use two models of one family, both imported with a mask token"
         )
-    _plan_cache(config, student, 1, cuda)
+    _plan_cache(config, _decoder(config, student, teacher), 1, cuda)
 
 
 def find_model_config(
@@ -245,7 +246,9 @@ def _plan_rank(
     parallel = config.parallel
     tp_size, pp_size = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     student_parameters = _count_parameters(config, student, tp_size, pp_size, pp_rank)
-    teacher_parameters = _count_parameters(config, teacher, tp_size, pp_size, pp_rank)
+    teacher_parameters = 0
+    if config.distill.responses != "data":
+        teacher_parameters = _count_parameters(config, teacher, tp_size, pp_size, pp_rank)
     rollout_tp_size, rollout_pp_size = _rollout_layout(config)
     copied = 0
     if (rollout_tp_size, rollout_pp_size) != (tp_size, pp_size):
@@ -277,6 +280,19 @@ def _rollout_layout(config: Config) -> tuple[int, int]:
     parallel = config.parallel
     if parallel.rollout_tensor_model_parallel_size is not None:
         return parallel.rollout_tensor_model_parallel_size, 1
+    return parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+
+
+def _decoder(config: Config, student: HFConfig, teacher: HFConfig) -> HFConfig:
+    """The model that writes the responses; the student, for evaluation, where the data do."""
+    return teacher if config.distill.responses == "teacher" else student
+
+
+def _decoding_layout(config: Config) -> tuple[int, int]:
+    """Tensor and pipeline parallel size of that model: a teacher decodes where it is."""
+    if config.distill.responses != "teacher":
+        return _rollout_layout(config)
+    parallel = config.parallel
     return parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
 
 
@@ -320,7 +336,7 @@ def _vocab_rows(config: Config, hf: HFConfig, tp_rank: int, pp_rank: int) -> ran
 
 def _plan_cache(config: Config, hf: HFConfig, num_replicas: int, cuda: bool) -> CachePlan:
     """What `KVCache.for_model` allocates; it, too, refuses a limit below one sequence."""
-    rollout, (tp_size, pp_size) = config.rollout, _rollout_layout(config)
+    rollout, (tp_size, pp_size) = config.rollout, _decoding_layout(config)
     longest, has_spare, limit_gb = _longest(config), rollout.cuda_graphs, rollout.kv_cache_gb
     capacity = round_up(longest, CUDA_PAGE) if cuda else longest
     per_token = 2 * (hf.num_layers // pp_size) * (hf.num_query_groups // tp_size) * hf.kv_channels
@@ -348,8 +364,8 @@ def _plan_cache(config: Config, hf: HFConfig, num_replicas: int, cuda: bool) -> 
 
 
 def _num_replicas(config: Config, world_size: int) -> int:
-    """Copies of the student that decode, each on its share of the ranks."""
-    tp_size, pp_size = _rollout_layout(config)
+    """Copies of the model that decode, each on its share of the ranks."""
+    tp_size, pp_size = _decoding_layout(config)
     return world_size // (tp_size * pp_size)
 
 

@@ -1,4 +1,6 @@
-"""The folder of a run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, rollouts/."""
+"""The folder of a run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, rollouts/, and
+teacher_responses.jsonl if the teacher wrote responses.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from megatron_opdlm.trajectory import Trajectory
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 ROLLOUTS = "rollouts"
+TEACHER_RESPONSES = "teacher_responses.jsonl"
 IMPORTED = "imported"
 LOCK_FILE = ".lock"
 
@@ -25,6 +28,7 @@ _MAY_CHANGE = {
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel",
     "micro_batch_tokens", "overlap_grad_reduce",
     "distributed_timeout_minutes", "rollout_batch_size", "recompute_granularity", "import_cache",
+    "teacher_responses",
 }  # fmt: skip
 
 
@@ -39,6 +43,10 @@ class RunFolder:
     def imported(self, config: Config) -> Path:
         """The folder of imports: beside this one, so that the runs of a series share it."""
         return Path(config.model.import_cache or self.root.absolute().parent / IMPORTED)
+
+    def teacher_responses(self, config: Config) -> Path:
+        """The file of the teacher's responses: here, or one that runs share."""
+        return Path(config.train.teacher_responses or self.root / TEACHER_RESPONSES)
 
     def check(self, config: Config) -> None:
         """Checks that the folder is free or this run's own; nothing is written. Main process only.

@@ -42,7 +42,8 @@ def check(config: Config) -> Config:
     )
     require_transformer_engine(resolved.model.layer_spec)
     RunFolder(resolved.train.save).check(resolved)
-    prompts = load_prompts(resolved.train.data)
+    from_data = resolved.distill.responses == "data"
+    prompts = load_prompts(resolved.train.data, with_responses=from_data)
     PromptSampler(
         num_prompts=len(prompts),
         prompts_per_rollout=resolved.rollout.prompts_per_rollout,

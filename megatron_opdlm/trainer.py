@@ -1,4 +1,7 @@
-"""On-policy distillation: rollout -> teacher -> student -> loss -> optimizer -> log -> save."""
+"""One training loop: responses -> teacher -> student -> loss -> optimizer -> log -> save.
+
+Methods differ in who writes the responses (responses.py), the noisy states, and the target.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +17,31 @@ from torch import Tensor
 
 from megatron_opdlm import parallel as process_groups
 from megatron_opdlm import randomness
-from megatron_opdlm.accounting import FlopsReport, WorkCounters, model_flops_per_token
+from megatron_opdlm.accounting import (
+    NO_MODEL,
+    FlopsReport,
+    WorkCounters,
+    model_flops_per_token,
+)
 from megatron_opdlm.batching import Microbatch, make_microbatches
 from megatron_opdlm.checkpoint import CheckpointFolder
-from megatron_opdlm.config import Config
+from megatron_opdlm.config import Config, DistillConfig
 from megatron_opdlm.convert.layout import ModelDescription, read_description
-from megatron_opdlm.data import PromptSampler, PromptTokens, load_prompts, tokenize_prompts
 from megatron_opdlm.distill import StepRows, forward_backward, teacher_rows
 from megatron_opdlm.divergence import Divergence
 from megatron_opdlm.evaluation.online import OnlineEvaluation
 from megatron_opdlm.import_cache import ImportCache
 from megatron_opdlm.metrics import MaskedFractionHistogram, MetricsLogger, PhaseTimer
-from megatron_opdlm.model import training_stream_multiple
+from megatron_opdlm.model import BlockDiffusionModel, training_stream_multiple
 from megatron_opdlm.optimizer import StudentOptimizer
 from megatron_opdlm.parallel import ParallelState, from_main
 from megatron_opdlm.progress import progress_bar
-from megatron_opdlm.rollout.collector import collect
-from megatron_opdlm.rollout.engine import tokens_per_forward
+from megatron_opdlm.responses import response_metrics
 from megatron_opdlm.rollout.graph_support import require_graphs
 from megatron_opdlm.rollout.layout import RolloutLayout
-from megatron_opdlm.rollout.request import Request
 from megatron_opdlm.run_folder import RunFolder
-from megatron_opdlm.schedules import response_limit
-from megatron_opdlm.setup_models import build_engine, build_options, load_student, load_teacher
+from megatron_opdlm.setup_models import build_options, load_student, load_teacher
+from megatron_opdlm.setup_responses import find_responses
 from megatron_opdlm.state_selection import select_states
 from megatron_opdlm.training_state import TrainingState, training_state
 from megatron_opdlm.trajectory import Trajectory
@@ -74,14 +79,13 @@ class Trainer:
         self.folder = RunFolder(config.train.save)
         from_main(lambda: self.folder.check(config), is_main=self.parallel.is_main)
         from_main(self.folder.lock, is_main=self.parallel.is_main)
-        self._load_models()
-        self.prompts = self._load_prompts()
-        self.sampler = PromptSampler(
-            num_prompts=len(self.prompts),
-            prompts_per_rollout=config.rollout.prompts_per_rollout,
-            seed=config.train.seed,
+        self.is_supervised = config.distill.method == "sft"
+        cache = ImportCache(
+            folder=self.folder.imported(config),
+            mask_token=config.model.mask_token,
+            mask_init=config.model.mask_init,
         )
-        self.engine = build_engine(config.rollout, self.student, self.layout)
+        self._load_models(cache)
         self.evaluation = OnlineEvaluation(config, self.student, self.layout)
         self.optimizer = StudentOptimizer(
             self.student.model,
@@ -90,16 +94,20 @@ class Trainer:
             overlap_grad_reduce=config.parallel.overlap_grad_reduce,
             decay_steps=config.lr_decay_steps,
         )
+        self.schedule, self.source = find_responses(
+            config,
+            self.parallel,
+            folder=self.folder,
+            cache=cache,
+            student=self.student,
+            layout=self.layout,
+            optimizer=self.optimizer,
+            teacher=self.teacher,
+        )
         self.checkpoints = CheckpointFolder(
             self.folder.checkpoints, keep=config.train.keep_checkpoints, parallel=self.parallel
         )
-        self.divergence = Divergence(
-            kind=config.distill.divergence,
-            reverse_kl_weight=config.distill.reverse_kl_weight,
-            jsd_alpha=config.distill.jsd_alpha,
-            top_k=config.distill.top_k_logits,
-            top_k_mode=config.distill.top_k_mode,
-        )
+        self.divergence = _divergence(config.distill)
         self.timer = PhaseTimer(torch.cuda.synchronize)
         self.histogram = MaskedFractionHistogram(config.rollout.block_size)
         self.metrics = MetricsLogger(
@@ -125,7 +133,7 @@ class Trainer:
                 self.evaluate_if_due()
                 trajectories = self.collect()
                 states = self.select_states(trajectories)
-                for batch in self._split(states):
+                for batch in filter(has_loss, self._batches(states)):
                     microbatches = self.make_batch(batch)
                     targets = self.run_teacher(microbatches)
                     rows = self.run_student(microbatches, targets)
@@ -140,33 +148,14 @@ class Trainer:
             logger.info("finished; the student is in %s", self.folder.checkpoints)
 
     def collect(self) -> list[Trajectory]:
-        """Rollout: one response per request on the current weights; the same list on every rank."""
-        config = self.config.rollout
-        requests = [
-            self._request(self.prompts[place], sample)
-            for place in self.sampler.batch(self.rollout_step)
-            for sample in range(config.samples_per_prompt)
-        ]
-        is_main = self.parallel.is_main
-        bar = progress_bar(len(requests), "responses", is_main=is_main, leave=False)
-        with self.timer.phase("rollout"), bar:
-            self.layout.refresh(self.optimizer.weights_version)
-            trajectories, counts = collect(
-                self.engine,
-                requests,
-                self.layout.parallel,
-                on_progress=lambda done: bar.update(done - bar.n),
-            )
-        self.work.add_rollout(
-            trajectories,
-            passes=counts.passes,
-            tokens=counts.tokens,
-            head_rows=counts.head_rows,
-        )
-        return trajectories
+        """Responses: one per row of the schedule; the same list on every rank."""
+        with self.timer.phase("rollout"):
+            collected = self.source.collect(self.rollout_step)
+        self.work.add(collected.work)
+        return collected.trajectories
 
     def select_states(self, trajectories: Sequence[Trajectory]) -> list[TrainingState]:
-        """State selection: one noisy state per trajectory, laid out for student and teacher."""
+        """State selection: noisy states of every trajectory, laid out for student and teacher."""
         config, seed = self.config.distill, self.config.train.seed
         states = []
         for trajectory in trajectories:
@@ -178,6 +167,7 @@ class Trainer:
                 state_selection=config.state_selection,
                 key=key,
                 num_states=config.states_per_response,
+                at_least_one=not self.is_supervised,
                 mask_token_id=self.student.mask_token_id,
             )
             states.append(
@@ -186,6 +176,7 @@ class Trainer:
                     selected,
                     mask_token_id=self.student.mask_token_id,
                     include_eos=config.eos_loss == "include",
+                    nelbo=self.is_supervised,
                 )
             )
         return states
@@ -203,7 +194,10 @@ class Trainer:
         )
 
     def run_teacher(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
-        """Teacher: hidden states whose logits are the targets."""
+        """Teacher: hidden states whose logits are the targets; none where the tokens are."""
+        if self.is_supervised:
+            return []
+        assert self.teacher is not None, "only data given for sft need none"
         with self.timer.phase("teacher"):
             return teacher_rows(self.teacher, microbatches, self.parallel)
 
@@ -215,7 +209,7 @@ class Trainer:
             self.optimizer.zero_grad()
             rows = forward_backward(
                 self.optimizer.ddp,
-                self.teacher,
+                None if self.is_supervised else self.teacher,
                 microbatches,
                 targets,
                 self.parallel,
@@ -223,7 +217,8 @@ class Trainer:
                 mask_token_id=self.student.mask_token_id,
             )
         for microbatch in microbatches:
-            self._uncounted.add_streams(microbatch.teacher, microbatch.student)
+            teacher = None if self.is_supervised else microbatch.teacher
+            self._uncounted.add_streams(teacher, microbatch.student)
         return rows
 
     def update(self, rows: StepRows) -> tuple[float, float]:
@@ -256,22 +251,23 @@ class Trainer:
         dist.all_reduce(counted, group=self.parallel.dp_group)
         self.work.add(WorkCounters.from_tensor(counted.cpu()))
         self._uncounted = WorkCounters()
-        lengths = torch.tensor([float(t.num_response_tokens) for t in trajectories])
+        by_student = self.config.distill.responses == "student"
+        of_responses = response_metrics(trajectories, by_student=by_student)
         self._log(
             {
-                "rollout/tokens_per_forward": tokens_per_forward(trajectories),
-                "rollout/response_tokens_mean": float(lengths.mean()),
-                "rollout/response_tokens_max": float(lengths.max()),
-                "rollout/eos_rate": sum(t.ended for t in trajectories) / len(trajectories),
-                "rollout/response_limit": self._response_limit(),
+                **of_responses,
+                "rollout/response_limit": self.schedule.response_limit(self.rollout_step),
                 "rollout/states_without_loss": sum(state.num_rows == 0 for state in states),
+                "rollout/batches_without_loss": sum(
+                    not has_loss(batch) for batch in self._batches(states)
+                ),
                 **self.histogram.drain(),
                 **self.flops.metrics(self.work),
                 **self.timer.drain(),
             }
         )
         if self.parallel.is_main:
-            self._report_progress(trajectories)
+            self._report_progress(of_responses.get("rollout/tokens_per_forward"))
             samples = trajectories[: self.config.train.log_samples]
             self.folder.write_samples(self.rollout_step, samples, self.student.tokenizer)
 
@@ -301,7 +297,7 @@ class Trainer:
                 },
             )
 
-    def _load_models(self) -> None:
+    def _load_models(self, cache: ImportCache) -> None:
         config = self.config.model
         options = build_options(config, self.config.parallel)
         if self.config.rollout.cuda_graphs:
@@ -311,11 +307,6 @@ class Trainer:
             )
             require_graphs(options.params_dtype, sequence_parallel=shares, fp8=options.fp8)
         self.training_multiple = training_stream_multiple(options, self.parallel.tp_size)
-        cache = ImportCache(
-            folder=self.folder.imported(self.config),
-            mask_token=config.mask_token,
-            mask_init=config.mask_init,
-        )
         self.student = load_student(
             config.student, cache, options, self.parallel, config.mask_token
         )
@@ -326,25 +317,19 @@ class Trainer:
             self.parallel,
             tensor_model_parallel_size=self.config.parallel.rollout_tensor_model_parallel_size,
         )
-        self.teacher, teacher_description = load_teacher(
-            config.teacher or config.student, cache, options, self.parallel, self.student
-        )
+        self.teacher: BlockDiffusionModel | None = None
+        self.teacher_path = config.teacher or config.student
+        teacher_flops = NO_MODEL
+        if self.config.distill.responses != "data":
+            self.teacher, description = load_teacher(
+                self.teacher_path, cache, options, self.parallel, self.student
+            )
+            teacher_flops = model_flops_per_token(description.config)
         self.flops = FlopsReport(
             student=model_flops_per_token(self.student.description.config),
-            teacher=model_flops_per_token(teacher_description.config),
+            teacher=teacher_flops,
             recompute_granularity=config.recompute_granularity,
         )
-
-    def _load_prompts(self) -> list[PromptTokens]:
-        config = self.config.rollout
-        tokenized = tokenize_prompts(
-            load_prompts(self.config.train.data),
-            self.student.tokenizer,
-            enable_thinking=config.enable_thinking,
-            max_prompt_tokens=config.max_prompt_tokens,
-            progress=self.parallel.is_main,
-        )
-        return tokenized.kept
 
     def _resume(self) -> None:
         latest = self.checkpoints.latest()
@@ -360,31 +345,10 @@ class Trainer:
         self.work = WorkCounters.from_json(values["work"])
         logger.info("resumed from %s after %d rollouts", latest, self.rollout_step)
 
-    def _response_limit(self) -> int:
-        lengths = self.config.rollout.max_response_tokens
-        return response_limit(
-            self.rollout_step,
-            start=lengths.start,
-            end=lengths.end,
-            ramp_steps=lengths.ramp_steps,
-            curve=lengths.curve,
-        )
-
-    def _request(self, prompt: PromptTokens, sample: int) -> Request:
-        seed = self.config.train.seed
-        return Request(
-            prompt_id=prompt.id,
-            sample=sample,
-            prompt_ids=prompt.ids,
-            response_limit=self._response_limit(),
-            key=randomness.key(seed, "rollout", self.rollout_step, prompt.id, sample),
-        )
-
-    def _split(self, states: list[TrainingState]) -> list[list[TrainingState]]:
-        """Cuts a rollout into optimizer steps; one without any loss position is left out."""
+    def _batches(self, states: Sequence[TrainingState]) -> list[Sequence[TrainingState]]:
+        """Cuts a rollout into optimizer steps."""
         size = self.config.train.rows_per_optimizer_step
-        batches = [states[start : start + size] for start in range(0, len(states), size)]
-        return [batch for batch in batches if any(state.num_rows for state in batch)]
+        return [states[start : start + size] for start in range(0, len(states), size)]
 
     def _description(self) -> ModelDescription:
         before = self.student.description
@@ -392,8 +356,8 @@ class Trainer:
             before,
             block_size=self.config.rollout.block_size,
             lineage=before.lineage
+            | ({} if self.teacher is None else {"teacher": self.teacher_path})
             | {
-                "teacher": self.config.model.teacher or self.config.model.student,
                 "data": self.config.train.data,
                 "method": self.config.distill.method,
                 "enable_thinking": self.config.rollout.enable_thinking,
@@ -402,18 +366,33 @@ class Trainer:
             },
         )
 
-    def _report_progress(self, trajectories: Sequence[Trajectory]) -> None:
+    def _report_progress(self, speed: float | None) -> None:
         """One line per rollout where no progress bar is drawn: in the log file of a job."""
         if not sys.stderr.isatty():
             logger.info(
-                "rollout %d of %d, optimizer step %d: %.2f tokens per forward",
+                "rollout %d of %d, optimizer step %d%s",
                 self.rollout_step + 1,
                 self.config.train.train_rollouts,
                 self.optimizer.num_steps,
-                tokens_per_forward(trajectories),
+                "" if speed is None else f": {speed:.2f} tokens per forward",
             )
 
     def _log(self, numbers: dict[str, Any]) -> None:
         self.metrics.log(
             numbers, rollout_step=self.rollout_step, optimizer_step=self.optimizer.num_steps
         )
+
+
+def has_loss(batch: Sequence[TrainingState]) -> bool:
+    """Whether an optimizer step has any loss position; one without is left out, and counted."""
+    return any(state.num_rows for state in batch)
+
+
+def _divergence(config: DistillConfig) -> Divergence:
+    return Divergence(
+        kind=config.divergence,
+        reverse_kl_weight=config.reverse_kl_weight,
+        jsd_alpha=config.jsd_alpha,
+        top_k=config.top_k_logits,
+        top_k_mode=config.top_k_mode,
+    )

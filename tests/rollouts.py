@@ -83,6 +83,7 @@ def make_engine(
     kv_cache_gb: float | None = None,
     eos_token_ids: tuple[int, ...] = EOS,
     cuda_graphs: bool = False,
+    causal: bool = False,
 ) -> Any:
     """An engine over a loaded model."""
     engine = cls(
@@ -95,6 +96,7 @@ def make_engine(
         kv_cache_gb=kv_cache_gb,
         stream_multiple=stream_multiple(build or BuildOptions(), parallel.tp_size),
         cuda_graphs=cuda_graphs,
+        causal=causal,
     )
     if isinstance(engine, RecordingEngine):
         engine.recorded = {}

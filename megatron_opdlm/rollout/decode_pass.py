@@ -4,6 +4,9 @@ A sequence's tokens in a pass are its clean tokens that the cache does not hold 
 first, later the block just finished) followed by its current block. So prefill, commit and
 denoising are the same pass, and a block costs exactly its denoising steps.
 
+In a causal model a block is one token, and the model's output at the token before it predicts it:
+there a pass holds the clean tokens alone.
+
 Shape letters: n sequences, S stream tokens, T masked positions, K block size."""
 
 from __future__ import annotations
@@ -33,11 +36,12 @@ class DecodePass:
         masked: [n, K] bool, masked positions of each sequence's block.
         steps: [n] int64, denoising step of each block.
         inputs: what the model reads, on its device.
-        head_rows: [T] int64, stream indices of the masked positions, on the device.
+        head_rows: [T] int64, stream indices of the rows that predict the masked positions, on the
+            device.
         noise_keys: [T] int64, one for every draw, on the device.
         plan: tags of the stream, and attention against the cache.
         is_whole_blocks: whether every sequence has clean tokens in the cache, so that all it brings
-            are one or two blocks.
+            are one or two blocks (in a causal model, one).
     """
 
     slots: Tensor
@@ -90,7 +94,7 @@ def lay_out(
     is_whole_blocks = num_cached == len(slots)
     laid_out = slots
     if is_whole_blocks and for_graph:
-        wanted = int((sequences.block - sequences.cached)[slots].sum()) // size + len(slots)
+        wanted = int((sequences.block - sequences.cached + sequences.num_open)[slots].sum()) // size
         spare = captured_size(wanted) - wanted
         laid_out = F.pad(slots, (0, spare), value=cache.spare_slot)
         num_cached += spare
@@ -106,6 +110,7 @@ def lay_out(
     # Positions and steps of a sequence differ in these low bits, so every draw has its own key.
     draws = (sequences.block[slots][masked_row] + column) << 8 | steps[masked_row]
     wanted_rows = {
+        # With blocks of one token, the last row: the masked one, or the one that predicts it.
         "head_rows": (ends - size)[masked_row] + column,
         "noise_keys": keys[masked_row] ^ draws,
     }
@@ -157,7 +162,7 @@ def _in_order(sequences: Sequences, slots: Tensor) -> Tensor:
 def _tags(sequences: Sequences, slots: Tensor) -> tuple[Tensor, Tensor]:
     """[S, 4] tags of the new tokens of slots, and [n] where each sequence ends in the stream."""
     block, first = sequences.block[slots], sequences.cached[slots]
-    end = block + sequences.block_size
+    end = block + sequences.num_open
     ends = (end - first).cumsum(0)
     row = torch.repeat_interleave(torch.arange(len(slots)), end - first)
     position = torch.arange(len(row)) - (ends - end)[row]

@@ -1,4 +1,4 @@
-"""Block-diffusion decoding on the live training weights.
+"""Block-diffusion decoding on the live training weights, and autoregressive decoding.
 
 Sequences wait in a queue and occupy slots of the KV cache; a finished one is replaced at once.
 Every pass runs one denoising step of its rows. With pipeline parallelism the active rows are spread
@@ -76,6 +76,7 @@ class RolloutEngine:
         kv_cache_gb: float | None = None,
         stream_multiple: int = 1,
         cuda_graphs: bool = False,
+        causal: bool = False,
     ) -> None:
         """Binds the engine to a model; nothing is allocated before decoding.
 
@@ -89,7 +90,18 @@ class RolloutEngine:
             kv_cache_gb: most memory for keys and values on this rank, see `KVCache.for_model`.
             stream_multiple: the length of a pass is padded to a multiple of this.
             cuda_graphs: whether to capture passes; only with the flash kernel.
+            causal: whether the model is autoregressive: its output at a token predicts the next
+                one. Blocks then are of one token.
+
+        Raises:
+            ValueError: blocks of several tokens of a causal model; no CUDA graphs here.
         """
+        if causal and options.block_size != 1:
+            raise ValueError(
+                f"block_size={options.block_size} must be 1 where the model is causal: it predicts "
+                "one token after the other"
+            )
+        self.causal = causal
         self.model = model
         self.parallel = parallel
         self.options = options
@@ -164,6 +176,7 @@ class RolloutEngine:
             capacity=capacity,
             block_size=self.options.block_size,
             mask_token_id=self.mask_token_id,
+            causal=self.causal,
         )
         was_training = self.model.training
         self.model.eval()
@@ -289,7 +302,7 @@ class RolloutEngine:
         if len(bad):
             raise FloatingPointError(
                 "NaN logits in a rollout pass, prompts "
-                f"{sequences.describe(decoded.slots[bad].tolist())}: the student's weights are "
+                f"{sequences.describe(decoded.slots[bad].tolist())}: the model's weights are "
                 "not finite"
             )
         tokens, confidence, entropy = (

@@ -23,6 +23,8 @@ class Sequences:
 
     Attributes:
         block_size: K.
+        num_open: tokens of the current block that a pass holds: K, or 0 in a causal model, whose
+            output at the token before the block predicts it.
         token_ids: [slots + 1, C] int64, the prompt, what is decoded, and mask tokens.
         commit_step: [slots + 1, C] int64, -1 where nothing was committed.
         masked: [slots + 1, K] bool, positions of the current block that still are.
@@ -36,17 +38,25 @@ class Sequences:
     """
 
     def __init__(
-        self, *, num_slots: int, capacity: int, block_size: int, mask_token_id: int
+        self,
+        *,
+        num_slots: int,
+        capacity: int,
+        block_size: int,
+        mask_token_id: int,
+        causal: bool = False,
     ) -> None:
-        """All slots are empty."""
+        """All slots are empty; `causal` goes with blocks of one token."""
         rows, self._mask_token_id = num_slots + 1, mask_token_id
         self.block_size = block_size
+        self.num_open = 0 if causal else block_size
         self.token_ids = torch.zeros(rows, capacity, dtype=torch.int64)
         self.commit_step = torch.zeros(rows, capacity, dtype=torch.int64)
         self.masked = torch.zeros(rows, block_size, dtype=torch.bool)
         self.block, self.cached, self.step, self.prompt_length, self.limit, self.key = torch.zeros(
             6, rows, dtype=torch.int64
         ).unbind()
+        self.block[-1] = block_size - self.num_open  # the spare slot brings one block to a pass
         self.index = [-1] * rows
         self._requests: list[Request | None] = [None] * rows
 

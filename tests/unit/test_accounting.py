@@ -145,6 +145,28 @@ def test_streams_add_teacher_and_student():
     assert work.student_attention_pairs == 2 * (4 * 4 + 4 * 4 + 4 * 8)
 
 
+def test_responses_that_a_teacher_decoded():
+    """Against every pass as tags: the prompt, then one token after the other."""
+    prompt, response = 5, 4
+    work = WorkCounters()
+    work.add_teacher_decoding(prompt, response)
+    causal = make_tags(0, torch.arange(prompt + response), noisy=False, block_size=1)
+    passes = [causal[:prompt], *(causal[prompt + i : prompt + i + 1] for i in range(response - 1))]
+    assert work.teacher_tokens == sum(map(len, passes))
+    assert work.teacher_head_rows == len(passes) == response
+    pairs = sum(int(visible(new, causal[: int(new[-1, BLOCK]) + 1]).sum()) for new in passes)
+    assert work.teacher_attention_pairs == pairs
+    assert work.response_tokens == 0  # counted where they are trained on
+
+
+def test_a_stream_without_a_teacher():
+    from megatron_opdlm.stream import pack
+
+    work = WorkCounters()
+    work.add_streams(None, pack([], block_size=4, multiple=4))
+    assert work.teacher_tokens == 0
+
+
 SIMPLE = ModelFlops(body=100, head=10, attention=1, num_parameters=1000)
 
 

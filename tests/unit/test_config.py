@@ -14,6 +14,7 @@ from megatron_opdlm.config import (
     ParallelConfig,
     ResponseLengthConfig,
     RolloutConfig,
+    TrainConfig,
     load_config,
 )
 from megatron_opdlm.config_schema import (
@@ -118,6 +119,10 @@ def test_an_unknown_key_that_resembles_nothing_points_to_the_list():
         ("method=sft divergence=jsd", "divergence=jsd must be forward_kl with all tokens"),
         ("method=sft top_k_logits=4", "must be forward_kl with all tokens"),
         ("method=opdlm_of", "did you mean opdlm_off"),
+        ("sft_responses=data", "sft_responses=data is about method=sft; leave it out with"),
+        ("method=off_policy sft_responses=data", "sft_responses=data is about method=sft"),
+        ("teacher_responses=a", "is about responses of the teacher; here they come from the stude"),
+        ("method=sft sft_responses=data teacher_responses=a", "here they come from the data"),
         ("state_selection=all states_per_response=2", "goes not with state_selection=all"),
         ("eval_interval=5", "goes with eval_interval > 0"),
         ("eval_data=a", "goes with eval_interval > 0"),
@@ -155,6 +160,8 @@ def test_dataclasses_check_themselves_without_the_loader():
         ModelConfig(student="a", layer_spec="x")
     with pytest.raises(ValueError, match="state_selection=per_block must be random"):
         DistillConfig(method="sft")
+    with pytest.raises(ValueError, match="teacher_responses='' must be a path or null"):
+        TrainConfig(data="a", save="b", train_rollouts=1, teacher_responses="")
     with pytest.raises(dataclasses.FrozenInstanceError):
         ParallelConfig().sequence_parallel = True
 
@@ -191,6 +198,16 @@ def test_the_paper_preset_and_what_beats_it(tmp_path):
 def test_other_methods_mask_at_random(method, preset):
     config = load(f"method={method}", f"preset={preset}")
     assert config.distill.state_selection == "random"
+
+
+def test_who_writes_the_responses():
+    def writer(*values):
+        return load(*values).distill.responses
+
+    assert writer() == writer("method=opdlm_off") == "student"
+    assert writer("method=off_policy") == writer("method=sft") == "teacher"
+    assert writer("method=sft", "sft_responses=data") == "data"
+    assert load("method=sft", "teacher_responses=a").train.teacher_responses == "a"
 
 
 def test_presets_name_existing_keys():

@@ -1,5 +1,6 @@
 """Prompt files, tokenisation, and the order of presentation."""
 
+import dataclasses
 import json
 import logging
 from collections import Counter
@@ -9,7 +10,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_opdlm.data import Prompt, PromptSampler, load_prompts, tokenize_prompts
+from megatron_opdlm.data import (
+    Prompt,
+    PromptSampler,
+    PromptTokens,
+    load_prompts,
+    tokenize_prompts,
+)
+from megatron_opdlm.data_responses import tokenize_responses
 
 WORDS = ["?", "<|MASK|>", "<|im_end|>", "<user>", "<assistant>", "<think>", "a", "b", "c"]
 TEMPLATE = (
@@ -190,6 +198,55 @@ def test_a_prompt_that_renders_to_nothing_is_refused(tokenizer):
         tokenize([prompt("a")], Silent())
 
 
+def test_responses_are_read_when_asked_for(tmp_path):
+    lines = [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": ["left alone"]}]
+    path = write(tmp_path, "\n".join(json.dumps(line) for line in lines))
+    assert [prompt.response for prompt in load_prompts(path)] == [None, None]
+    with pytest.raises(ValueError, match=r"prompts.jsonl:2: response=\["):
+        load_prompts(path, with_responses=True)
+    path = write(tmp_path, json.dumps(lines[:1]))
+    assert load_prompts(path, with_responses=True)[0].response == "b"
+
+
+class Letters:
+    """Ids of characters; 1 is the end that the tokenizer names."""
+
+    eos_token_id = 1
+
+    def __call__(self, texts, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": [[ord(c) for c in text] for text in texts]}
+
+    def convert_ids_to_tokens(self, token_id):
+        return chr(token_id)
+
+
+def tokenized_responses(*texts, eos_token_ids=(2, 1)):
+    prompts = [
+        dataclasses.replace(prompt("a", str(i)), response=text) for i, text in enumerate(texts)
+    ]
+    kept = [PromptTokens(index=i, id=str(i), ids=torch.tensor([5])) for i in range(1, len(texts))]
+    return tokenize_responses(
+        prompts, kept, Letters(), path="p", eos_token_ids=eos_token_ids, mask_token_id=ord("m")
+    )
+
+
+def test_responses_of_the_kept_prompts_end():
+    rows = tokenized_responses("m", "ab", "c")  # the first prompt was dropped
+    assert [row.tolist() for row in rows] == [[97, 98, 1], [99, 1]]
+    rows = tokenized_responses("m", "ab", eos_token_ids=(2, 3))  # the student knows another end
+    assert [row.tolist() for row in rows] == [[97, 98, 2]]
+
+
+def test_bad_responses():
+    with pytest.raises(ValueError, match="p:2: response holds the mask token 'm'; remove it"):
+        tokenized_responses("a", "a", "am")
+    with pytest.raises(ValueError, match="p:1: response holds the end-of-sequence token 'b'"):
+        tokenized_responses("a", "ab", eos_token_ids=(1, ord("b")))
+    with pytest.raises(ValueError, match="the student names no eos_token_id"):
+        tokenized_responses("a", "ab", eos_token_ids=())
+
+
 def sampler(num_prompts=10, prompts_per_rollout=3, seed=7):
     return PromptSampler(
         num_prompts=num_prompts, prompts_per_rollout=prompts_per_rollout, seed=seed
@@ -221,6 +278,15 @@ def test_every_prompt_gets_its_turn():
 def test_the_order_is_pinned():
     """A resumed run must see the same order under any version of torch."""
     assert [sampler().batch(step) for step in range(2)] == [[6, 4, 3], [1, 9, 0]]
+
+
+def test_places_before_are_those_of_earlier_rollouts():
+    for steps in (sampler(), sampler(num_prompts=9)):  # some left over in every epoch, and none
+        taken = set()
+        for step in range(12):
+            assert steps.places_before(step) == taken
+            taken |= set(steps.batch(step))
+    assert sampler().places_before(3) != set(range(10))  # control: one was left over
 
 
 def test_too_few_prompts_are_refused():

@@ -162,6 +162,25 @@ def test_a_teacher_of_another_size_is_counted_apart():
     assert (plan.student_parameters, plan.teacher_parameters) == (596_049_920, 8_190_735_360)
 
 
+def test_the_cache_is_that_of_the_model_that_writes_the_responses():
+    limit = f"kv_cache_gb={10.5 * SEQUENCE / 1e9}"
+    expected = cache(HF["8B"], 4, limit, *sizes(1, 4)).bytes_per_token
+    layout = *sizes(1, 4), "rollout_tensor_model_parallel_size=1"
+    for method in ("off_policy", "sft"):
+        values = limit, f"method={method}", *layout
+        plan = table(HF["0.6B"], 4, *values, teacher=HF["8B"])[0]
+        assert plan.kv_cache.bytes_per_token == expected  # in the teacher's layout
+    student = table(HF["0.6B"], 4, limit, *layout, teacher=HF["8B"])[0]
+    assert student.kv_cache.bytes_per_token != expected  # control
+
+
+def test_responses_of_the_data_need_no_teacher():
+    data = "method=sft", "sft_responses=data"
+    plan = table(HF["0.6B"], 1, *data)[0]
+    assert plan.teacher_parameters == 0 and plan.student_parameters == 596_049_920
+    assert plan.weight_bytes == 2 * plan.student_parameters
+
+
 @pytest.mark.parametrize("world_size", [0, 6, 3])
 def test_a_world_that_holds_no_whole_copies_is_refused(world_size):
     with pytest.raises(ValueError, match="use a multiple of 4"):

@@ -178,3 +178,16 @@ def test_a_cache_too_small_for_one_sequence_is_no_start(
     # control: with one byte more it starts, in the same folder
     assert [status for status, _ in start_with(needed)] == [0] * num_ranks
     assert (save / "config.yaml").is_file()
+
+
+def test_responses_of_the_data_are_looked_at_before_a_start(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model = tiny_model(tmp_path_factory.getbasetemp())
+    data = write_prompts(tmp_path / "prompts.jsonl")
+    start.check(tiny_config(model.checkpoint, data, tmp_path / "run", method="sft"))
+    config = tiny_config(
+        model.checkpoint, data, tmp_path / "run", method="sft", sft_responses="data"
+    )
+    with pytest.raises(ValueError, match=r"prompts.jsonl:1: response=null must be text"):
+        start.check(config)
