@@ -107,6 +107,32 @@ def fill(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return runs
 
 
+def plan_runs(
+    lengths: Sequence[int], *, dp_size: int, token_budget: int, equal_counts: bool = False
+) -> list[list[list[int]]]:
+    """Which documents go into which microbatch, on every data-parallel rank.
+
+    Args:
+        lengths: tokens of every document of the optimizer step.
+        dp_size: size of the data-parallel axis.
+        token_budget: most tokens per microbatch.
+        equal_counts: whether ranks with fewer microbatches than others get some of padding, for
+            layers that talk to the other replicas in every forward pass (delayed FP8 scaling).
+
+    Returns:
+        For every rank, at least one microbatch: the indices of its documents, in the order of its
+        rows; none for a microbatch of padding. Empty documents are nowhere.
+    """
+    used = [index for index, length in enumerate(lengths) if length]
+    ranks = []
+    for part in balance([lengths[index] for index in used], dp_size):
+        mine = [used[item] for item in part]
+        runs = fill([lengths[index] for index in mine], token_budget) or [[]]
+        ranks.append([[mine[item] for item in run] for run in runs])
+    most = max(map(len, ranks)) if equal_counts else 0
+    return [runs + [[]] * (most - len(runs)) for runs in ranks]
+
+
 def make_microbatches(
     states: Sequence[TrainingState],
     *,
@@ -126,19 +152,16 @@ def make_microbatches(
         token_budget: most student tokens per microbatch.
         multiple: streams are padded to a multiple of this.
         loss_reduction: one of LOSS_REDUCTION.
-        equal_counts: whether ranks with fewer microbatches than others get some of padding, for
-            layers that talk to the other replicas in every forward pass (delayed FP8 scaling).
+        equal_counts: see `plan_runs`.
 
     Returns:
         At least one microbatch; a rank without rows gets one of padding, whose loss is zero.
     """
     weights = row_weights(states, loss_reduction)
-    used = [index for index, state in enumerate(states) if state.num_rows]
-    parts = balance([len(states[index].student) for index in used], dp_size)
-    by_rank = [_runs([used[item] for item in part], states, token_budget) for part in parts]
-    runs = by_rank[dp_rank]
-    if equal_counts:
-        runs += [[]] * (max(map(len, by_rank)) - len(runs))
+    lengths = [len(state.student) for state in states]  # 0 without loss rows
+    ranks = plan_runs(
+        lengths, dp_size=dp_size, token_budget=token_budget, equal_counts=equal_counts
+    )
     return [
         _microbatch(
             [states[index] for index in run],
@@ -146,16 +169,8 @@ def make_microbatches(
             states[0].trajectory.block_size,
             multiple,
         )
-        for run in runs
+        for run in ranks[dp_rank]
     ]
-
-
-def _runs(
-    indices: list[int], states: Sequence[TrainingState], token_budget: int
-) -> list[list[int]]:
-    """The microbatches of one rank, as indices of states; at least one."""
-    runs = fill([len(states[index].student) for index in indices], token_budget)
-    return [[indices[item] for item in run] for run in runs] or [[]]
 
 
 def _microbatch(

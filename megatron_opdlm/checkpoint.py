@@ -15,10 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch import Tensor
 
+from megatron_opdlm.convert.families import FAMILIES
 from megatron_opdlm.convert.files import read_json_object, sync_tree, write_json
 from megatron_opdlm.convert.layout import (
     LATEST_FILE,
@@ -30,6 +34,7 @@ from megatron_opdlm.convert.layout import (
     resolve_iteration,
     write_description,
 )
+from megatron_opdlm.convert.names import Entry, VocabRows
 from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, build_model
 from megatron_opdlm.optimizer import StudentOptimizer
 from megatron_opdlm.parallel import ParallelState, from_main
@@ -53,18 +58,56 @@ def load_model(
     """
     description = read_description(iteration_dir)
     model = build_model(description.config, options, parallel)
-    loaded = dist_checkpointing.load({"model": _weights(model)}, str(iteration_dir))
+    weights = _weights(model, {"dp_cp_group": parallel.dp_group})
+    loaded = dist_checkpointing.load({"model": weights}, str(iteration_dir))
     _take_weights(model, loaded["model"])
     return model, description
 
 
-def _weights(model: BlockDiffusionModel) -> dict[str, Any]:
-    """Returns the sharded tensors of a model.
+def load_head(
+    iteration_dir: Path, num_columns: int | None, dtype: torch.dtype, parallel: ParallelState
+) -> Tensor | None:
+    """Reads a model's LM head as the tensor-parallel ranks of another layout hold theirs.
+
+    Args:
+        iteration_dir: iteration folder.
+        num_columns: V_local of this rank, whatever the padding in the checkpoint; None on a rank
+            that wants none.
+        dtype: of the result.
+        parallel: the layout. Call on all ranks.
+
+    Returns:
+        [V_local, D] on the current device; columns beyond the vocabulary are zero.
+    """
+    config = read_description(iteration_dir).config
+    vocab = [e for e in FAMILIES[config.family].entries_for(config) if _is_vocab(e)]
+    wanted = {}
+    if num_columns is not None:
+        head = torch.zeros(
+            num_columns, config.hidden_size, dtype=dtype, device=torch.cuda.current_device()
+        )
+        wanted["head"] = ShardedTensor.from_rank_offsets(
+            vocab[-1].stacked_key,  # tied: the embedding, the only one
+            head,
+            (0, parallel.tp_rank, parallel.tp_size),
+            replica_id=parallel.dp_rank,
+            allow_shape_mismatch=True,
+        )
+    loaded = dist_checkpointing.load(wanted, str(iteration_dir))
+    return loaded.get("head")
+
+
+def _is_vocab(entry: Entry) -> bool:
+    return isinstance(entry.transform, VocabRows)
+
+
+def _weights(model: BlockDiffusionModel, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the sharded tensors of a model; `metadata` names groups that are not Megatron's own.
 
     Without `_extra_state`: that is the history of delayed FP8 scaling, which is not used here, and
     layers of the local spec have none, though both kinds must load each other's checkpoints.
     """
-    state = model.sharded_state_dict()
+    state = model.sharded_state_dict(metadata=metadata)
     return {name: part for name, part in state.items() if not name.endswith("_extra_state")}
 
 

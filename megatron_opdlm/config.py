@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_opdlm.config_learning import DistillConfig, OptimizerConfig, TrainConfig
 from megatron_opdlm.config_schema import (
     build,
     check_value,
@@ -22,13 +23,10 @@ from megatron_opdlm.config_schema import (
     unknown_key_error,
 )
 from megatron_opdlm.config_sections import (
-    DistillConfig,
     ModelConfig,
-    OptimizerConfig,
     ParallelConfig,
     ResponseLengthConfig,
     RolloutConfig,
-    TrainConfig,
 )
 
 __all__ = [
@@ -138,15 +136,20 @@ class Config:
         """
         layer_spec: Literal["transformer_engine", "local"]
         dtype: Literal["bfloat16", "float32"]
+        fix = "on a CPU they are in host memory already: use teacher_offload=false"
+        rule = "is about weights on a GPU, and there is none"
+        require(cuda or not self.model.teacher_offload, "teacher_offload", True, rule, fix)
         engine = cuda if transformer_engine is None else transformer_engine
         layer_spec, dtype = "local", "float32"
         if engine:
             layer_spec = "transformer_engine"
         if cuda:
             dtype = "bfloat16"
+        auto_fp8 = self.model.teacher_fp8 == "auto"
         model = dataclasses.replace(
             self.model,
             teacher=self.model.student if self.model.teacher is None else self.model.teacher,
+            teacher_fp8=self.model.fp8 if auto_fp8 else self.model.teacher_fp8,
             layer_spec=layer_spec if self.model.layer_spec == "auto" else self.model.layer_spec,
             params_dtype=dtype if self.model.params_dtype == "auto" else self.model.params_dtype,
         )

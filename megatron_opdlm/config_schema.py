@@ -17,7 +17,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 _TRUE_FALSE = {"true": True, "false": False}
 _NULL = ("null", "none", "~", "")
@@ -300,3 +300,45 @@ def _raise_type(key: str, value: Any, annotation: Any, guess: str | None) -> typ
         rule = f"must have type {expected}"
     hint = f"did you mean {guess}?" if guess else f"got {type(value).__name__}"
     raise ValueError(f"{key}={format_value(value)} {rule}; {hint}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Checks the type of every field, then the rules of the section."""
+
+    _path: ClassVar[tuple[str, ...]] = ("section",)
+
+    def __post_init__(self) -> None:
+        cls: Any = type(self)
+        for key in section_keys(cls, *self._path):
+            if len(key.path) > len(self._path) + 1:
+                continue  # of a nested section, which has checked itself
+            name = key.path[-1]
+            value = getattr(self, name)
+            object.__setattr__(self, name, check_value(key.name, value, key.annotation))
+        self._check()
+
+    def _check(self) -> None:
+        """Raises ValueError for a value outside its range."""
+
+    def _at_least(self, minimum: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            key = ".".join((*self._path[1:], name))
+            require(
+                value >= minimum,
+                key,
+                value,
+                f"must be at least {minimum}",
+                f"use {minimum} or more",
+            )
+
+    def _positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            require(value > 0, name, value, "must be positive", "use a number above 0")
+
+    def _fraction(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            require(0 < value <= 1, name, value, "must lie in (0, 1]", "use e.g. 0.9")

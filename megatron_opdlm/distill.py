@@ -1,7 +1,6 @@
-"""One optimizer step's worth of distillation: teacher forward, student forward, divergence,
-backward.
+"""One optimizer step's worth of distillation: student forward, divergence, backward.
 
-Shape letters: S stream tokens, T loss rows, D hidden, V_local = padded V / tensor-parallel size.
+Shape letters: S stream tokens, T loss rows.
 """
 
 from __future__ import annotations
@@ -18,10 +17,8 @@ from torch import Tensor
 from megatron_opdlm.attention import AttentionPlan
 from megatron_opdlm.batching import Microbatch
 from megatron_opdlm.divergence import Divergence
-from megatron_opdlm.fused_loss import Target, TeacherTarget, TokenTarget, fused_divergence
-from megatron_opdlm.model import BlockDiffusionModel
+from megatron_opdlm.fused_loss import Target, fused_divergence
 from megatron_opdlm.parallel import ParallelState
-from megatron_opdlm.pipeline import forward_only
 
 
 @dataclass(frozen=True)
@@ -39,33 +36,10 @@ class StepRows:
     num_masked: Tensor
 
 
-def teacher_rows(
-    teacher: BlockDiffusionModel, microbatches: Sequence[Microbatch], parallel: ParallelState
-) -> list[Tensor]:
-    """Runs the frozen teacher, causally, on the clean tokens.
-
-    Args:
-        teacher: this rank's stage.
-        microbatches: of this data-parallel rank.
-        parallel: process groups.
-
-    Returns:
-        On the last stage, for every microbatch the hidden states [T, D] whose logits are the
-        targets; elsewhere nothing. Hidden states instead of logits: V / D times smaller.
-    """
-    device = torch.cuda.current_device()
-    streams = [microbatch.teacher.to(device) for microbatch in microbatches]
-    inputs = [(s.token_ids, s.tags, AttentionPlan(tags=s.tags)) for s in streams]
-    hidden = forward_only(teacher, inputs, parallel)
-    with torch.no_grad():
-        return [teacher.select_rows(h, s.loss_rows) for h, s in zip(hidden, streams, strict=False)]
-
-
 def forward_backward(
     ddp: Any,
-    teacher: BlockDiffusionModel | None,
     microbatches: Sequence[Microbatch],
-    targets: Sequence[Tensor],
+    targets: Sequence[Target],
     parallel: ParallelState,
     *,
     divergence: Divergence,
@@ -75,10 +49,8 @@ def forward_backward(
 
     Args:
         ddp: the student, wrapped in Megatron's distributed data parallel.
-        teacher: frozen; the last stage applies its LM head. None: the targets are the tokens of the
-            responses.
         microbatches: of this data-parallel rank.
-        targets: teacher hidden states from `teacher_rows`; empty without a teacher.
+        targets: of every microbatch, on the last stage; elsewhere none.
         parallel: process groups.
         divergence: what to compute.
         mask_token_id: in no softmax.
@@ -89,7 +61,7 @@ def forward_backward(
         reduction, and one gather of the rows' divergences.
     """
     device = torch.cuda.current_device()
-    no_targets: list[Tensor | None] = [None] * len(microbatches)
+    no_targets: list[Target | None] = [None] * len(microbatches)
     batches = list(zip(microbatches, list(targets) or no_targets, strict=True))
 
     def forward_step(data: Iterator[Any], model: Any, *unused: Any) -> Any:
@@ -102,7 +74,7 @@ def forward_backward(
             loss, kl = fused_divergence(
                 student.select_rows(output, stream.loss_rows),
                 student.head_weight(),
-                _target(teacher, target, microbatch.target_ids.to(device)),
+                target,
                 microbatch.row_weight.to(device),
                 divergence,
                 vocab_size=student.vocab_size_unpadded,
@@ -128,16 +100,6 @@ def forward_backward(
         forward_only=False,
     )
     return _gather_rows(results, parallel)
-
-
-def _target(
-    teacher: BlockDiffusionModel | None, hidden: Tensor | None, token_ids: Tensor
-) -> Target:
-    """The teacher's distributions at its hidden states; without one, the tokens themselves."""
-    if teacher is None:
-        return TokenTarget(token_ids)
-    assert hidden is not None, "the last stage has the teacher's rows"
-    return TeacherTarget(hidden, teacher.head_weight())
 
 
 def _gather_rows(results: list[dict[str, Tensor]], parallel: ParallelState) -> StepRows:

@@ -205,8 +205,14 @@ def padded_vocab_size(vocab_size: int, *, divisor: int, tp_size: int) -> int:
     return round_up(vocab_size, divisor * tp_size)
 
 
-def check_parallel_fit(hf: HFConfig, *, tp_size: int, pp_size: int) -> None:
+def check_parallel_fit(hf: HFConfig, *, tp_size: int, pp_size: int, prefix: str = "") -> None:
     """Checks that a model can be cut this way.
+
+    Args:
+        hf: its hyperparameters.
+        tp_size: tensor-parallel size.
+        pp_size: pipeline-parallel size.
+        prefix: of the keys that give these sizes, e.g. "teacher_".
 
     Raises:
         ValueError: naming field, value, rule and fix.
@@ -217,13 +223,14 @@ def check_parallel_fit(hf: HFConfig, *, tp_size: int, pp_size: int) -> None:
         ("intermediate_size", hf.ffn_hidden_size),
     ):
         if value % tp_size:
+            divisors = [n for n in range(1, value + 1) if value % n == 0][:8]
             raise ValueError(
-                f"tensor_model_parallel_size={tp_size} must divide the model's {name}={value}; "
-                f"use one of {[n for n in range(1, value + 1) if value % n == 0][:8]}"
+                f"{prefix}tensor_model_parallel_size={tp_size} must divide the model's "
+                f"{name}={value}; use one of {divisors}"
             )
     if hf.num_layers % pp_size:
         raise ValueError(
-            f"pipeline_model_parallel_size={pp_size} must divide the model's "
+            f"{prefix}pipeline_model_parallel_size={pp_size} must divide the model's "
             f"num_hidden_layers={hf.num_layers}; use one of "
             f"{[n for n in range(1, hf.num_layers + 1) if hf.num_layers % n == 0]}"
         )

@@ -83,6 +83,13 @@ class ParallelState:
         return self.dp_group.rank()
 
     @property
+    def grid(self) -> RankGrid:
+        """Where every rank of the job is in this layout."""
+        return RankGrid(
+            tp_size=self.tp_size, pp_size=self.pp_size, world_size=dist.get_world_size()
+        )
+
+    @property
     def is_first_stage(self) -> bool:
         """Whether this process holds the embedding."""
         return self.pp_rank == 0
@@ -145,14 +152,12 @@ def initialize(
 
     if not dist.is_initialized():
         _init_process_group(timeout_minutes)
-    model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size
-    if dist.get_world_size() % model_parallel:
-        raise ValueError(
-            f"tensor_model_parallel_size={tensor_model_parallel_size} x "
-            f"pipeline_model_parallel_size={pipeline_model_parallel_size} must divide the number "
-            f"of processes, which is {dist.get_world_size()}; start a multiple of {model_parallel} "
-            "processes (torchrun --nproc-per-node)"
-        )
+    grid = RankGrid(
+        tp_size=tensor_model_parallel_size,
+        pp_size=pipeline_model_parallel_size,
+        world_size=dist.get_world_size(),
+    )
+    grid.check()
     if not mpu.model_parallel_is_initialized():
         mpu.initialize_model_parallel(
             tensor_model_parallel_size=tensor_model_parallel_size,
@@ -165,77 +170,145 @@ def initialize(
         pp_group=mpu.get_pipeline_model_parallel_group(),
         dp_group=mpu.get_data_parallel_group(),
         mp_group=mpu.get_model_parallel_group(),
-        host_group=_on_hosts(mpu.get_model_parallel_group(), timeout_minutes),
+        host_group=_on_hosts(
+            mpu.get_model_parallel_group(), datetime.timedelta(minutes=timeout_minutes)
+        ),
         store=_get_default_store(),
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
 
 
-def second_layout(first: ParallelState, *, tensor_model_parallel_size: int) -> ParallelState:
-    """Cuts the same job into tensor x data parallel, next to the layout that it has.
+@dataclass(frozen=True, kw_only=True)
+class RankGrid:
+    """Where every rank of a job is in a layout: tensor-parallel neighbours, then data-parallel,
+    then pipeline, as in Megatron. Arithmetic alone.
 
-    Ranks that are next to each other share a model, as in Megatron. Call on all ranks.
+    >>> RankGrid(tp_size=2, pp_size=2, world_size=8).place(5)
+    (1, 0, 1)
+    """
+
+    tp_size: int
+    pp_size: int
+    world_size: int
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel size."""
+        return self.world_size // (self.tp_size * self.pp_size)
+
+    def place(self, rank: int) -> tuple[int, int, int]:
+        """(tensor, data, pipeline) rank of a process."""
+        rest, tp_rank = divmod(rank, self.tp_size)
+        pp_rank, dp_rank = divmod(rest, self.dp_size)
+        return tp_rank, dp_rank, pp_rank
+
+    def rank(self, tp_rank: int, dp_rank: int, pp_rank: int) -> int:
+        """The process at a place."""
+        return tp_rank + self.tp_size * (dp_rank + self.dp_size * pp_rank)
+
+    def check(self, prefix: str = "") -> None:
+        """Refuses a job that cannot be cut this way.
+
+        Args:
+            prefix: of the keys that give the sizes, e.g. "teacher_".
+
+        Raises:
+            ValueError: the world size is not a multiple of the sizes.
+        """
+        for name, size in (("tensor", self.tp_size), ("pipeline", self.pp_size)):
+            if size < 1:
+                raise ValueError(f"{prefix}{name}_model_parallel_size={size} must be at least 1")
+        size, world = self.tp_size * self.pp_size, self.world_size
+        if world % size == 0:
+            return
+        sizes = f"{prefix}tensor_model_parallel_size={self.tp_size}"
+        if self.pp_size > 1 or not prefix:
+            sizes += f" x {prefix}pipeline_model_parallel_size={self.pp_size}"
+        fix = f"start a multiple of {size} processes (torchrun --nproc-per-node)"
+        if prefix:
+            divisors = [n for n in range(1, world + 1) if world % n == 0][:8]
+            fix = f"use {'sizes whose product is ' if self.pp_size > 1 else ''}one of {divisors}"
+        raise ValueError(f"{sizes} must divide the number of processes, which is {world}; {fix}")
+
+
+def second_layout(
+    first: ParallelState,
+    *,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int = 1,
+    prefix: str,
+) -> ParallelState:
+    """Cuts the same job into tensor x data x pipeline parallel, next to the layout that it has.
+
+    Call on all ranks.
 
     Args:
         first: the layout that `initialize` made.
-        tensor_model_parallel_size: of the second one; it has no pipeline.
+        tensor_model_parallel_size: of the second one.
+        pipeline_model_parallel_size: of the second one.
+        prefix: of the keys that give these sizes, for error texts.
 
     Raises:
-        ValueError: the world size is not a multiple of the size.
+        ValueError: the world size is not a multiple of the sizes.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    world, size = dist.get_world_size(), tensor_model_parallel_size
-    if world % size:
-        raise ValueError(
-            f"rollout_tensor_model_parallel_size={size} must divide the number of processes, "
-            f"which is {world}; use one of {[n for n in range(1, world + 1) if world % n == 0][:8]}"
-        )
-    rank = dist.get_rank()
-    tp_group = _own_group([range(i, i + size) for i in range(0, world, size)], rank, first.timeout)
-    dp_group = _own_group([range(i, world, size) for i in range(size)], rank, first.timeout)
-    alone = _own_group([[i] for i in range(world)], rank, first.timeout)
+    grid = RankGrid(
+        tp_size=tensor_model_parallel_size,
+        pp_size=pipeline_model_parallel_size,
+        world_size=dist.get_world_size(),
+    )
+    grid.check(prefix)
+    tps, dps, pps = range(grid.tp_size), range(grid.dp_size), range(grid.pp_size)
+    timeout = first.timeout
+    tp_group = _own_group([[grid.rank(t, d, p) for t in tps] for d in dps for p in pps], timeout)
+    dp_group = _own_group([[grid.rank(t, d, p) for d in dps] for t in tps for p in pps], timeout)
+    pipelines = [[grid.rank(t, d, p) for p in pps] for t in tps for d in dps]
+    pp_group = _own_group(pipelines, timeout)
+    mp_group = _own_group([[grid.rank(t, d, p) for p in pps for t in tps] for d in dps], timeout)
+    # First and last stage, which hold the tied embedding; None on the stages between them.
+    ends = [sorted({ranks[0], ranks[-1]}) for ranks in pipelines]
+    own_ends = _own_group(ends, timeout) if grid.pp_size > 1 else pp_group
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    groups.tp = groups.tp_cp = groups.mp = tp_group
+    groups.tp = groups.tp_cp = tp_group
+    groups.mp, groups.pp = mp_group, pp_group
     groups.dp = groups.dp_cp = dp_group
-    groups.pp = groups.embd = groups.pos_embd = alone
+    groups.embd = groups.pos_embd = own_ends
+    assert tp_group is not None and dp_group is not None, "the groups cover all ranks"
+    assert pp_group is not None and mp_group is not None, "the groups cover all ranks"
     return ParallelState(
         tp_group=tp_group,
-        pp_group=alone,
+        pp_group=pp_group,
         dp_group=dp_group,
-        mp_group=tp_group,
-        host_group=_on_hosts(tp_group, first.timeout.total_seconds() / 60),
+        mp_group=mp_group,
+        host_group=_on_hosts(mp_group, timeout),
         store=first.store,
         timeout=first.timeout,
         pg_collection=groups,
     )
 
 
-def _on_hosts(group: ProcessGroup, timeout_minutes: float) -> ProcessGroup:
+def _on_hosts(group: ProcessGroup, timeout: datetime.timedelta) -> ProcessGroup:
     """The same ranks over gloo, whose messages no device waits for. Call on all ranks."""
     if not torch.cuda.is_available():
         return group  # gloo itself
     mine = dist.get_process_group_ranks(group)
     everyone: list[list[int]] = [[]] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    distinct = sorted({tuple(ranks) for ranks in everyone})
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    return _own_group(distinct, dist.get_rank(), timeout, backend="gloo")
+    own = _own_group(sorted(map(list, set(map(tuple, everyone)))), timeout, backend="gloo")
+    assert own is not None, "the groups cover all ranks"
+    return own
 
 
 def _own_group(
-    groups: Sequence[Sequence[int]],
-    rank: int,
-    timeout: datetime.timedelta,
-    backend: str | None = None,
-) -> ProcessGroup:
+    groups: Sequence[Sequence[int]], timeout: datetime.timedelta, *, backend: str | None = None
+) -> ProcessGroup | None:
     """Makes all groups, as every rank must, and returns the one that this rank is in."""
     own: ProcessGroup | None = None
     for ranks in groups:
         group = dist.new_group(list(ranks), timeout=timeout, backend=backend)
-        if rank in ranks:
+        if dist.get_rank() in ranks:
             own = group
-    assert own is not None, "the groups cover all ranks"
     return own
 
 

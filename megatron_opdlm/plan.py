@@ -9,41 +9,30 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_opdlm.blocks import round_up
+from megatron_opdlm.cache_plan import (
+    DTYPE_BYTES,
+    CachePlan,
+    decoder,
+    longest,
+    num_replicas,
+    plan_cache,
+    rollout_layout,
+    student_layout,
+)
 from megatron_opdlm.config import Config
-from megatron_opdlm.convert.families import FAMILIES
 from megatron_opdlm.convert.files import read_json_object
 from megatron_opdlm.convert.hf import HFConfig, parse_config
 from megatron_opdlm.convert.importer import imported_config
 from megatron_opdlm.convert.layout import read_description, resolve_iteration
-from megatron_opdlm.convert.names import EMBEDDING, Plain, VocabRows
 from megatron_opdlm.convert.path_kind import describe, is_checkpoint, is_hf_directory
 from megatron_opdlm.convert.tokenizer import MASK_TOKEN
 from megatron_opdlm.fp8 import check_fp8_fit
 from megatron_opdlm.model import check_parallel_fit, padded_vocab_size
-from megatron_opdlm.rollout.cache import CUDA_PAGE
+from megatron_opdlm.parallel import RankGrid
+from megatron_opdlm.parameter_count import count_parameters, vocab_rows
 from megatron_opdlm.schedules import response_limit
 
-_BYTES = {"float32": 4, "bfloat16": 2}
 _GIB = 2**30
-
-
-@dataclass(frozen=True, kw_only=True)
-class CachePlan:
-    """A rank's key/value cache at the longest prompts and responses that the limits allow."""
-
-    num_sequences: int
-    """That its replica decodes at once."""
-    has_spare: bool
-    """Whether there is room for one more, which CUDA graphs write to and nobody reads."""
-    capacity: int
-    """Tokens per sequence."""
-    bytes_per_token: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all sequences; only during a rollout."""
-        return (self.num_sequences + self.has_spare) * self.capacity * self.bytes_per_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +50,10 @@ class RankPlan:
     student_parameters: int
     teacher_parameters: int
     weight_bytes: int
-    """Student, teacher and the student's copy for rollouts if there is one, in params_dtype."""
+    """Student, teacher and the student's copy for rollouts if there is one, in params_dtype; what
+    teacher_offload moves away is left out."""
+    offloaded_bytes: int
+    """The teacher's weights that are here in its own phase only, under teacher_offload."""
     gradient_bytes: int
     """The student's gradient buffer, float32."""
     optimizer_bytes: int
@@ -70,9 +62,9 @@ class RankPlan:
 
     @property
     def total_bytes(self) -> int:
-        """All of them; activations and work space come on top."""
+        """At the fullest phase, rollout or teacher; activations and work space come on top."""
         lasting = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
-        return lasting + self.kv_cache.num_bytes
+        return lasting + max(self.kv_cache.num_bytes, self.offloaded_bytes)
 
 
 def rank_table(
@@ -94,31 +86,26 @@ def rank_table(
         ValueError: the models do not fit the configuration, or the ranks do not.
     """
     check_models(config, student=student, teacher=teacher, cuda=cuda)
-    tp_size = config.parallel.tensor_model_parallel_size
-    pp_size = config.parallel.pipeline_model_parallel_size
+    tp_size, pp_size = student_layout(config)
     if world_size < 1 or world_size % (tp_size * pp_size):
         raise ValueError(
             f"number of GPUs {world_size} must be a multiple of tensor_model_parallel_size x "
             f"pipeline_model_parallel_size = {tp_size} x {pp_size}; use a multiple of "
             f"{tp_size * pp_size}"
         )
-    rollout_size, _ = _rollout_layout(config)
+    rollout_size, _ = rollout_layout(config)
     if world_size % rollout_size:
         raise ValueError(
             f"rollout_tensor_model_parallel_size={rollout_size} must divide the number of GPUs, "
             f"{world_size}"
         )
-    dp_size = world_size // (tp_size * pp_size)
-    decoder = _decoder(config, student, teacher)
-    cache = _plan_cache(config, decoder, _num_replicas(config, world_size), cuda)
-    plans = []
-    for rank in range(world_size):
-        tp_rank, dp_rank = rank % tp_size, rank // tp_size % dp_size
-        pp_rank = rank // (tp_size * dp_size)
-        plans.append(
-            _plan_rank(config, student, teacher, (tp_rank, dp_rank, pp_rank), dp_size, rank, cache)
-        )
-    return plans
+    if config.distill.responses != "data":
+        _grid(config.parallel.teacher_layout, world_size).check("teacher_")
+    writer = decoder(config, student, teacher)
+    cache = plan_cache(config, writer, num_replicas(config, world_size), cuda)
+    return [
+        _plan_rank(config, student, teacher, world_size, rank, cache) for rank in range(world_size)
+    ]
 
 
 def check_models(
@@ -141,18 +128,13 @@ def check_models(
             f"top_k_logits={top_k} must be below the teacher's vocabulary of {teacher.vocab_size} "
             "tokens; use 0 for all of them"
         )
+    tp_size, pp_size = config.parallel.teacher_layout
+    prefix = "teacher_" if config.parallel.has_teacher_layout else ""
+    check_parallel_fit(teacher, tp_size=tp_size, pp_size=pp_size, prefix=prefix)
+    tp_size, pp_size = student_layout(config)
+    check_parallel_fit(student, tp_size=tp_size, pp_size=pp_size)
+    _check_fp8(config, student, teacher)
     for hf in (student, teacher):
-        check_parallel_fit(
-            hf,
-            tp_size=config.parallel.tensor_model_parallel_size,
-            pp_size=config.parallel.pipeline_model_parallel_size,
-        )
-        if config.model.fp8 != "none":
-            check_fp8_fit(
-                hf,
-                recipe=config.model.fp8_recipe,
-                tp_size=config.parallel.tensor_model_parallel_size,
-            )
         _check_lengths(config, hf)
     if (size := config.parallel.rollout_tensor_model_parallel_size) is not None:
         check_parallel_fit(student, tp_size=size, pp_size=1)
@@ -161,7 +143,7 @@ def check_models(
             f"teacher has vocab_size={teacher.vocab_size}, which must equal the student's "
             f"{student.vocab_size}; use two models of one family, both imported with a mask token"
         )
-    _plan_cache(config, _decoder(config, student, teacher), 1, cuda)
+    plan_cache(config, decoder(config, student, teacher), 1, cuda)
 
 
 def find_model_config(
@@ -223,7 +205,7 @@ def format_totals(config: Config, plans: list[RankPlan]) -> str:
         f"{len(plans)} ranks = tp {config.parallel.tensor_model_parallel_size} x dp {dp_size} x pp "
         f"{config.parallel.pipeline_model_parallel_size}; largest rank {largest / _GIB:.2f} GiB "
         "before activations\n"
-        f"rollouts on {_num_replicas(config, len(plans))} replicas, {cache.num_sequences} "
+        f"rollouts on {num_replicas(config, len(plans))} replicas, {cache.num_sequences} "
         f"sequences at once on each{free}; key/value cache of a rank: "
         f"{cache.num_sequences}{' + 1' if cache.has_spare else ''} sequences x {cache.capacity} "
         f"tokens x {cache.bytes_per_token} bytes = {cache.num_bytes / _GIB:.2f} GiB\n"
@@ -237,27 +219,32 @@ def _plan_rank(
     config: Config,
     student: HFConfig,
     teacher: HFConfig,
-    place: tuple[int, int, int],
-    dp_size: int,
+    world_size: int,
     rank: int,
     cache: CachePlan,
 ) -> RankPlan:
-    tp_rank, dp_rank, pp_rank = place
-    parallel = config.parallel
-    tp_size, pp_size = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    student_parameters = _count_parameters(config, student, tp_size, pp_size, pp_rank)
-    teacher_parameters = 0
-    if config.distill.responses != "data":
-        teacher_parameters = _count_parameters(config, teacher, tp_size, pp_size, pp_rank)
-    rollout_tp_size, rollout_pp_size = _rollout_layout(config)
+    grid = _grid(student_layout(config), world_size)
+    tp_rank, dp_rank, pp_rank = grid.place(rank)
+    tp_size, pp_size, dp_size = grid.tp_size, grid.pp_size, grid.dp_size
+    parallel, divisor = config.parallel, config.parallel.make_vocab_size_divisible_by
+    student_parameters = count_parameters(
+        student, divisor=divisor, tp_size=tp_size, pp_size=pp_size, pp_rank=pp_rank
+    )
+    head, body = _teacher_parameters(config, teacher, grid, rank)
+    rollout_tp_size, rollout_pp_size = rollout_layout(config)
     copied = 0
     if (rollout_tp_size, rollout_pp_size) != (tp_size, pp_size):
-        copied = _count_parameters(config, student, rollout_tp_size, rollout_pp_size, 0)
-    dtype_bytes = _BYTES[config.model.params_dtype]
+        rows = divisor * tp_size // rollout_tp_size  # as many as in training
+        copied = count_parameters(
+            student, divisor=rows, tp_size=rollout_tp_size, pp_size=rollout_pp_size, pp_rank=0
+        )
+    dtype_bytes = DTYPE_BYTES[config.model.params_dtype]
     state_bytes = (8 if dtype_bytes == 4 else 12) * student_parameters
     if parallel.use_distributed_optimizer:
         state_bytes = math.ceil(state_bytes / dp_size)
-    layers_per_stage = student.num_layers // parallel.pipeline_model_parallel_size
+    layers_per_stage = student.num_layers // pp_size
+    offloaded = dtype_bytes * body if config.model.teacher_offload else 0
+    lasting = student_parameters + head + body + copied
     layers = range(pp_rank * layers_per_stage, (pp_rank + 1) * layers_per_stage)
     return RankPlan(
         rank=rank,
@@ -265,123 +252,73 @@ def _plan_rank(
         dp_rank=dp_rank,
         pp_rank=pp_rank,
         layers=layers,
-        vocab_rows=_vocab_rows(config, student, tp_rank, pp_rank),
+        vocab_rows=vocab_rows(
+            student,
+            divisor=divisor,
+            tp_size=tp_size,
+            pp_size=pp_size,
+            tp_rank=tp_rank,
+            pp_rank=pp_rank,
+        ),
         student_parameters=student_parameters,
-        teacher_parameters=teacher_parameters,
-        weight_bytes=dtype_bytes * (student_parameters + teacher_parameters + copied),
+        teacher_parameters=head + body,
+        weight_bytes=dtype_bytes * lasting - offloaded,
+        offloaded_bytes=offloaded,
         gradient_bytes=4 * student_parameters,
         optimizer_bytes=state_bytes,
         kv_cache=cache,
     )
 
 
-def _rollout_layout(config: Config) -> tuple[int, int]:
-    """Tensor and pipeline parallel size of rollouts."""
-    parallel = config.parallel
-    if parallel.rollout_tensor_model_parallel_size is not None:
-        return parallel.rollout_tensor_model_parallel_size, 1
-    return parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+def _teacher_parameters(
+    config: Config, teacher: HFConfig, student_grid: RankGrid, rank: int
+) -> tuple[int, int]:
+    """The LM head that stays on a rank, and all else of the teacher.
 
-
-def _decoder(config: Config, student: HFConfig, teacher: HFConfig) -> HFConfig:
-    """The model that writes the responses; the student, for evaluation, where the data do."""
-    return teacher if config.distill.responses == "teacher" else student
-
-
-def _decoding_layout(config: Config) -> tuple[int, int]:
-    """Tensor and pipeline parallel size of that model: a teacher decodes where it is."""
-    if config.distill.responses != "teacher":
-        return _rollout_layout(config)
-    parallel = config.parallel
-    return parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-
-
-def _count_parameters(
-    config: Config, hf: HFConfig, tp_size: int, pp_size: int, pp_rank: int
-) -> int:
-    """Parameters of one rank. Norms are whole on every tensor-parallel rank, all else is split."""
-    is_first, is_last = pp_rank == 0, pp_rank == pp_size - 1
-    total = 0
-    for entry in FAMILIES[hf.family].entries_for(hf):
-        shape = entry.transform.megatron_shape(hf)
-        if isinstance(entry.transform, VocabRows):
-            shape = (_padded_vocab(config, hf), *shape[1:])
-        whole = isinstance(entry.transform, Plain) and len(shape) == 1
-        share = math.prod(shape) // (1 if whole else tp_size)
-        if entry.per_layer:
-            total += share * (hf.num_layers // pp_size)
-        elif entry.hf == (EMBEDDING,):
-            # Tied embeddings have a second copy on the last stage, whose head they are.
-            total += share * (is_first or (is_last and hf.tie_word_embeddings))
-        else:
-            total += share * is_last
-    return total
-
-
-def _padded_vocab(config: Config, hf: HFConfig) -> int:
-    return padded_vocab_size(
-        hf.vocab_size,
-        divisor=config.parallel.make_vocab_size_divisible_by,
-        tp_size=config.parallel.tensor_model_parallel_size,
+    In a second layout the head is where the student's is, and nowhere else.
+    """
+    if config.distill.responses == "data":
+        return 0, 0
+    divisor = config.parallel.make_vocab_size_divisible_by
+    tp_size, pp_size = config.parallel.teacher_layout
+    second = config.parallel.has_teacher_layout
+    _, _, pp_rank = _grid((tp_size, pp_size), student_grid.world_size).place(rank)
+    body = count_parameters(
+        teacher,
+        divisor=divisor,
+        tp_size=tp_size,
+        pp_size=pp_size,
+        pp_rank=pp_rank,
+        with_head=not second or config.distill.responses == "teacher",
     )
+    tp_rank, _, pp_rank = student_grid.place(rank)
+    if pp_rank != student_grid.pp_size - 1:
+        return 0, body
+    columns = padded_vocab_size(teacher.vocab_size, divisor=divisor, tp_size=student_grid.tp_size)
+    head = columns // student_grid.tp_size * teacher.hidden_size
+    return head, body if second else body - head
 
 
-def _vocab_rows(config: Config, hf: HFConfig, tp_rank: int, pp_rank: int) -> range | None:
-    parallel = config.parallel
-    if pp_rank not in (0, parallel.pipeline_model_parallel_size - 1):
-        return None
-    share = _padded_vocab(config, hf) // parallel.tensor_model_parallel_size
-    return range(tp_rank * share, (tp_rank + 1) * share)
+def _grid(layout: tuple[int, int], world_size: int) -> RankGrid:
+    return RankGrid(tp_size=layout[0], pp_size=layout[1], world_size=world_size)
 
 
-def _plan_cache(config: Config, hf: HFConfig, num_replicas: int, cuda: bool) -> CachePlan:
-    """What `KVCache.for_model` allocates; it, too, refuses a limit below one sequence."""
-    rollout, (tp_size, pp_size) = config.rollout, _decoding_layout(config)
-    longest, has_spare, limit_gb = _longest(config), rollout.cuda_graphs, rollout.kv_cache_gb
-    capacity = round_up(longest, CUDA_PAGE) if cuda else longest
-    per_token = 2 * (hf.num_layers // pp_size) * (hf.num_query_groups // tp_size) * hf.kv_channels
-    per_token *= _BYTES[config.model.params_dtype]
-    num_sequences = min(
-        rollout.rollout_batch_size, math.ceil(config.rows_per_rollout / num_replicas)
-    )
-    if limit_gb is not None:
-        fitting = int(limit_gb * 1e9) // (per_token * capacity) - has_spare
-        num_sequences = min(num_sequences, fitting)
-    if num_sequences < 1:
-        spare = " and the spare one of cuda_graphs" if has_spare else ""
-        needed = per_token * capacity * (1 + has_spare)
-        raise ValueError(
-            f"kv_cache_gb={limit_gb} must hold at least one sequence{spare}: {longest} prompt and "
-            f"response tokens need {needed / 1e9:.10g} GB; raise it, or lower max_prompt_tokens "
-            "or max_response_tokens.end"
-        )
-    return CachePlan(
-        num_sequences=num_sequences,
-        has_spare=has_spare,
-        capacity=capacity,
-        bytes_per_token=per_token,
-    )
-
-
-def _num_replicas(config: Config, world_size: int) -> int:
-    """Copies of the model that decode, each on its share of the ranks."""
-    tp_size, pp_size = _decoding_layout(config)
-    return world_size // (tp_size * pp_size)
-
-
-def _longest(config: Config) -> int:
-    """Tokens that the longest prompt and response fill; the last block is decoded whole."""
-    rollout = config.rollout
-    longest = rollout.max_prompt_tokens + rollout.max_response_tokens.end
-    return round_up(longest, rollout.block_size)
+def _check_fp8(config: Config, student: HFConfig, teacher: HFConfig) -> None:
+    recipe, parallel = config.model.fp8_recipe, config.parallel
+    for hf, fp8, tp_size in (
+        (student, config.model.fp8, parallel.tensor_model_parallel_size),
+        (teacher, config.model.teacher_fp8, parallel.teacher_layout[0]),
+    ):
+        if fp8 not in ("none", "auto"):
+            check_fp8_fit(hf, recipe=recipe, tp_size=tp_size)
 
 
 def _check_lengths(config: Config, hf: HFConfig) -> None:
-    rollout, longest = config.rollout, _longest(config)
-    if longest > hf.max_position_embeddings:
+    rollout, length = config.rollout, longest(config)
+    if length > hf.max_position_embeddings:
         raise ValueError(
             f"max_prompt_tokens={rollout.max_prompt_tokens} and max_response_tokens.end="
-            f"{rollout.max_response_tokens.end} make {longest} tokens, which must be at most the "
+            f"{rollout.max_response_tokens.end} make {length} tokens, which must be at most the "
             f"model's max_position_embeddings={hf.max_position_embeddings}; lower one of them"
         )
 

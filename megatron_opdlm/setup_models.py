@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from megatron_opdlm.checkpoint import freeze, load_model
-from megatron_opdlm.config import ModelConfig, ParallelConfig
+from megatron_opdlm.checkpoint import freeze, load_head, load_model
+from megatron_opdlm.config import Config, ModelConfig, ParallelConfig
 from megatron_opdlm.config_sections import RolloutConfig
 from megatron_opdlm.convert.chat_template import has_chat_template
 from megatron_opdlm.convert.layout import (
@@ -21,12 +21,15 @@ from megatron_opdlm.convert.layout import (
 )
 from megatron_opdlm.convert.tokenizer import has_tokenizer
 from megatron_opdlm.data import NO_CHAT_TEMPLATE
+from megatron_opdlm.fingerprint import fingerprint
+from megatron_opdlm.host_weights import HostWeights
 from megatron_opdlm.import_cache import ImportCache
-from megatron_opdlm.model import BlockDiffusionModel, BuildOptions
-from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, training_stream_multiple
+from megatron_opdlm.parallel import ParallelState, second_layout
 from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.rollout.request import DecodingOptions
+from megatron_opdlm.teacher import Teacher
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -100,18 +103,83 @@ def load_student(
 
 
 def load_teacher(
-    path: str, cache: ImportCache, options: BuildOptions, parallel: ParallelState, student: Student
-) -> tuple[BlockDiffusionModel, ModelDescription]:
+    config: Config,
+    cache: ImportCache,
+    options: BuildOptions,
+    parallel: ParallelState,
+    student: Student,
+) -> Teacher:
     """Loads the frozen teacher, after checking that it speaks the student's language.
 
+    Args:
+        config: resolved configuration.
+        cache: where a Hugging Face directory is converted.
+        options: how the student is built.
+        parallel: the student's layout.
+        student: the student.
+
     Raises:
-        ValueError: another vocabulary or another tokenizer than the student's.
+        ValueError: another vocabulary or another tokenizer than the student's, or weights that are
+            not finite.
     """
+    path = config.model.teacher or config.model.student
     folder = cache.checkpoint(path, is_main=parallel.is_main)
     check_same_language(student.description, read_description(folder), path)
-    model, description = load_model(folder, options, parallel)
+    own = parallel
+    if config.parallel.has_teacher_layout:
+        tp_size, pp_size = config.parallel.teacher_layout
+        own = second_layout(
+            parallel,
+            tensor_model_parallel_size=tp_size,
+            pipeline_model_parallel_size=pp_size,
+            prefix="teacher_",
+        )
+    options = teacher_options(config.model, options, own.tp_size)
+    model, description = load_model(folder, options, own)
     freeze(model)
-    return model, description
+    weights = fingerprint(model, description.config)
+    weights.require_finite("teacher", path)
+    head = None
+    if own is not parallel:
+        columns = len(student.model.head_weight()) if parallel.is_last_stage else None
+        head = load_head(folder, columns, options.params_dtype, parallel)
+        if own.is_last_stage and config.distill.responses != "teacher":
+            del model.output_layer  # the head is where the student's is
+    elif parallel.is_last_stage:
+        head = model.head_weight()
+    host = None
+    if config.model.teacher_offload:
+        host = HostWeights(model, keep=head, device=torch.cuda.current_device())
+    return Teacher(
+        path=path,
+        model=model,
+        description=description,
+        fingerprint=weights,
+        parallel=own,
+        student_parallel=parallel,
+        head=head,
+        stream_multiple=training_stream_multiple(options, own.tp_size),
+        token_budget=config.parallel.micro_batch_tokens,
+        host=host,
+    )
+
+
+def teacher_options(model: ModelConfig, options: BuildOptions, tp_size: int) -> BuildOptions:
+    """How the teacher is built: as the student, without what only helps gradients.
+
+    Args:
+        model: resolved configuration.
+        options: the student's.
+        tp_size: tensor-parallel size of the teacher.
+    """
+    return dataclasses.replace(
+        options,
+        fp8=None if model.teacher_fp8 == "none" else model.teacher_fp8,
+        # It never trains, so it has no history of tensors to scale by.
+        fp8_recipe="tensorwise" if options.fp8_recipe == "delayed" else options.fp8_recipe,
+        recompute_granularity=None,
+        sequence_parallel=options.sequence_parallel and tp_size > 1,
+    )
 
 
 def build_engine(config: RolloutConfig, student: Student, layout: RolloutLayout) -> RolloutEngine:

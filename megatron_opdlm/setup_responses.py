@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from megatron_opdlm.config import Config
-from megatron_opdlm.convert.layout import read_description
 from megatron_opdlm.data import load_prompts, tokenize_prompts
 from megatron_opdlm.data_responses import DataResponses, tokenize_responses
-from megatron_opdlm.import_cache import ImportCache
-from megatron_opdlm.model import BlockDiffusionModel, stream_multiple
 from megatron_opdlm.optimizer import StudentOptimizer
-from megatron_opdlm.parallel import ParallelState, from_main
+from megatron_opdlm.parallel import ParallelState
 from megatron_opdlm.response_file import ResponseFile
 from megatron_opdlm.responses import ResponseSource, RolloutSchedule, StudentResponses
 from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.run_folder import RunFolder
-from megatron_opdlm.setup_models import Student, build_engine, build_options
+from megatron_opdlm.setup_models import Student, build_engine
+from megatron_opdlm.teacher import Teacher
 from megatron_opdlm.teacher_responses import TeacherResponses, response_settings, teacher_engine
 
 
@@ -23,11 +21,10 @@ def find_responses(
     parallel: ParallelState,
     *,
     folder: RunFolder,
-    cache: ImportCache,
     student: Student,
     layout: RolloutLayout,
     optimizer: StudentOptimizer,
-    teacher: BlockDiffusionModel | None,
+    teacher: Teacher | None,
 ) -> tuple[RolloutSchedule, ResponseSource]:
     """Reads the prompts, and binds the source that the method asks for. Call on all ranks.
 
@@ -35,11 +32,10 @@ def find_responses(
         config: resolved configuration.
         parallel: of training.
         folder: of the run.
-        cache: where the teacher's checkpoint is.
         student: in training.
         layout: the student as rollouts see it.
         optimizer: the student's.
-        teacher: frozen, in the training layout; None where the data give the responses.
+        teacher: frozen; None where the data give the responses.
 
     Raises:
         ValueError: bad prompts or responses; a file of responses of other settings.
@@ -72,25 +68,7 @@ def find_responses(
             mask_token_id=student.mask_token_id,
         )
         return schedule, DataResponses(schedule, responses)
-    options = build_options(config.model, config.parallel)
-    multiple = stream_multiple(options, parallel.tp_size)
-    engine = teacher_engine(config, teacher, parallel, student, stream_multiple=multiple)
-    file = _response_file(config, parallel, folder, cache, student)
-    return schedule, TeacherResponses(schedule, engine, parallel, file)
-
-
-def _response_file(
-    config: Config,
-    parallel: ParallelState,
-    folder: RunFolder,
-    cache: ImportCache,
-    student: Student,
-) -> ResponseFile:
-    checkpoint = cache.checkpoint(
-        config.model.teacher or config.model.student, is_main=parallel.is_main
-    )
-    settings = from_main(
-        lambda: response_settings(config, read_description(checkpoint), checkpoint, student),
-        is_main=parallel.is_main,
-    )
-    return ResponseFile(folder.teacher_responses(config), settings)
+    settings = response_settings(config, teacher, student)
+    file = ResponseFile(folder.teacher_responses(config), settings)
+    engine = teacher_engine(config, teacher, student)
+    return schedule, TeacherResponses(schedule, engine, teacher, file)

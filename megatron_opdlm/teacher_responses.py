@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from pathlib import Path
 from typing import Any
 
 from megatron_opdlm import randomness
 from megatron_opdlm.accounting import WorkCounters
 from megatron_opdlm.config import Config
-from megatron_opdlm.convert.layout import ModelDescription
-from megatron_opdlm.model import BlockDiffusionModel
-from megatron_opdlm.parallel import ParallelState, from_main
+from megatron_opdlm.parallel import from_main
 from megatron_opdlm.response_file import ResponseFile, ResponseKey
 from megatron_opdlm.responses import Collected, Response, RolloutSchedule, decode
 from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.setup_models import Student
+from megatron_opdlm.teacher import Teacher
 
 logger = logging.getLogger(__name__)
-
-_PROBES, _PROBE_BYTES = 16, 65536
 
 
 class TeacherResponses:
@@ -32,7 +26,7 @@ class TeacherResponses:
         self,
         schedule: RolloutSchedule,
         engine: RolloutEngine,
-        parallel: ParallelState,
+        teacher: Teacher,
         file: ResponseFile,
     ) -> None:
         """Binds a source to a teacher. Call on all ranks.
@@ -40,15 +34,15 @@ class TeacherResponses:
         Args:
             schedule: what rollouts ask for.
             engine: of the teacher.
-            parallel: the teacher's process groups.
+            teacher: who is asked.
             file: rank 0 reads and writes it.
 
         Raises:
             ValueError: the file holds something else, or responses of other settings.
         """
-        self._schedule, self._engine, self._parallel = schedule, engine, parallel
+        self._schedule, self._engine, self._teacher = schedule, engine, teacher
         self._file = file
-        from_main(file.check, is_main=parallel.is_main)
+        from_main(file.check, is_main=teacher.parallel.is_main)
 
     def collect(self, rollout_step: int) -> Collected:
         """See `ResponseSource`.
@@ -59,7 +53,8 @@ class TeacherResponses:
         """
         rows = self._schedule.rows(rollout_step)
         keys = [ResponseKey.of(prompt.id, sample, prompt.ids) for prompt, sample in rows]
-        is_main = self._parallel.is_main
+        parallel = self._teacher.parallel
+        is_main = parallel.is_main
         found = from_main(lambda: self._file.read(keys), is_main=is_main)
         missing = {
             key: self._request(*row)
@@ -67,9 +62,9 @@ class TeacherResponses:
             if key not in found
         }
         if missing:
-            decoded, _ = decode(
-                self._engine, list(missing.values()), self._parallel, "teacher's responses"
-            )
+            requests = list(missing.values())
+            with self._teacher.on_device():
+                decoded, _ = decode(self._engine, requests, parallel, "teacher's responses")
             new = {
                 key: Response(t.text_ids, t.ended) for key, t in zip(missing, decoded, strict=True)
             }
@@ -100,11 +95,8 @@ class TeacherResponses:
 
 def teacher_engine(
     config: Config,
-    teacher: BlockDiffusionModel,
-    parallel: ParallelState,
+    teacher: Teacher,
     student: Student,
-    *,
-    stream_multiple: int,
 ) -> RolloutEngine:
     """Makes the engine that decodes the teacher, token by token.
 
@@ -112,8 +104,8 @@ def teacher_engine(
     """
     rollout = config.rollout
     return RolloutEngine(
-        teacher,
-        parallel,
+        teacher.model,
+        teacher.parallel,
         DecodingOptions(
             block_size=1,
             denoising_steps=1,
@@ -125,31 +117,28 @@ def teacher_engine(
         eos_token_ids=student.description.config.eos_token_ids,
         max_rows=rollout.rollout_batch_size,
         kv_cache_gb=rollout.kv_cache_gb,
-        stream_multiple=stream_multiple,
+        stream_multiple=teacher.stream_multiple,
         cuda_graphs=rollout.cuda_graphs,
         causal=True,
     )
 
 
-def response_settings(
-    config: Config, teacher: ModelDescription, teacher_folder: Path, student: Student
-) -> dict[str, Any]:
+def response_settings(config: Config, teacher: Teacher, student: Student) -> dict[str, Any]:
     """What all responses of a file depend on, apart from prompt and sample.
 
     Parallel layout and batch are left out: they change rounding alone.
 
     Args:
         config: resolved configuration.
-        teacher: what its checkpoint says about it.
-        teacher_folder: its iteration folder.
+        teacher: whose responses they are.
         student: whose end and mask tokens hold.
     """
     rollout = config.rollout
     return {
-        "teacher": weights_fingerprint(teacher, teacher_folder),
-        "tokenizer": teacher.tokenizer_fingerprint,
+        "teacher": str(teacher.fingerprint),
+        "tokenizer": teacher.description.tokenizer_fingerprint,
         "params_dtype": config.model.params_dtype,
-        "fp8": config.model.fp8,
+        "fp8": config.model.teacher_fp8,
         "eos_token_ids": list(student.description.config.eos_token_ids),
         "mask_token_id": student.mask_token_id,
         "temperature": rollout.temperature,
@@ -158,24 +147,3 @@ def response_settings(
         "response_limit": rollout.max_response_tokens.end,
         "seed": config.train.seed,
     }
-
-
-def weights_fingerprint(description: ModelDescription, folder: Path) -> str:
-    """Tells a checkpoint's weights from others without reading all of them.
-
-    Args:
-        description: its hyperparameters count.
-        folder: iteration folder; of every file of weights count its size and 16 pieces of it.
-
-    Returns:
-        32 hexadecimal digits, the same for a copy of the folder.
-    """
-    digest = hashlib.sha256(json.dumps(description.config.to_json_dict()).encode())
-    for path in sorted(folder.glob("*.distcp")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with open(path, "rb") as file:
-            for probe in range(_PROBES):
-                file.seek(max(0, size - _PROBE_BYTES) * probe // (_PROBES - 1))
-                digest.update(file.read(_PROBE_BYTES))
-    return digest.hexdigest()[:32]

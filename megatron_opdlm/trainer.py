@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_opdlm import parallel as process_groups
 from megatron_opdlm import randomness
@@ -23,16 +22,18 @@ from megatron_opdlm.accounting import (
     WorkCounters,
     model_flops_per_token,
 )
-from megatron_opdlm.batching import Microbatch, make_microbatches
+from megatron_opdlm.batching import Microbatch, make_microbatches, plan_runs
 from megatron_opdlm.checkpoint import CheckpointFolder
 from megatron_opdlm.config import Config, DistillConfig
 from megatron_opdlm.convert.layout import ModelDescription, read_description
-from megatron_opdlm.distill import StepRows, forward_backward, teacher_rows
+from megatron_opdlm.distill import StepRows, forward_backward
 from megatron_opdlm.divergence import Divergence
 from megatron_opdlm.evaluation.online import OnlineEvaluation
+from megatron_opdlm.fingerprint import fingerprint
+from megatron_opdlm.fused_loss import Target, TokenTarget
 from megatron_opdlm.import_cache import ImportCache
 from megatron_opdlm.metrics import MaskedFractionHistogram, MetricsLogger, PhaseTimer
-from megatron_opdlm.model import BlockDiffusionModel, training_stream_multiple
+from megatron_opdlm.model import training_stream_multiple
 from megatron_opdlm.optimizer import StudentOptimizer
 from megatron_opdlm.parallel import ParallelState, from_main
 from megatron_opdlm.progress import progress_bar
@@ -43,6 +44,7 @@ from megatron_opdlm.run_folder import RunFolder
 from megatron_opdlm.setup_models import build_options, load_student, load_teacher
 from megatron_opdlm.setup_responses import find_responses
 from megatron_opdlm.state_selection import select_states
+from megatron_opdlm.teacher import Teacher
 from megatron_opdlm.training_state import TrainingState, training_state
 from megatron_opdlm.trajectory import Trajectory
 
@@ -80,6 +82,7 @@ class Trainer:
         from_main(lambda: self.folder.check(config), is_main=self.parallel.is_main)
         from_main(self.folder.lock, is_main=self.parallel.is_main)
         self.is_supervised = config.distill.method == "sft"
+        self.has_equal_counts = config.model.fp8_recipe == "delayed"
         cache = ImportCache(
             folder=self.folder.imported(config),
             mask_token=config.model.mask_token,
@@ -98,7 +101,6 @@ class Trainer:
             config,
             self.parallel,
             folder=self.folder,
-            cache=cache,
             student=self.student,
             layout=self.layout,
             optimizer=self.optimizer,
@@ -120,12 +122,15 @@ class Trainer:
         self._uncounted = WorkCounters()
         self.work = WorkCounters()
         self._resume()
+        self._teacher_figures = self._check_teacher()
         from_main(lambda: self.folder.claim(config), is_main=self.parallel.is_main)
 
     def train(self) -> None:
         """Runs the job to its last rollout."""
         total = self.config.train.train_rollouts
         self.metrics.open_at(self.rollout_step)
+        if self.rollout_step == 0:
+            self._log(self._teacher_figures)
         is_main = self.parallel.is_main
         bar = progress_bar(total, "rollouts", is_main=is_main, initial=self.rollout_step)
         with self.metrics, bar:
@@ -135,7 +140,7 @@ class Trainer:
                 states = self.select_states(trajectories)
                 for batch in filter(has_loss, self._batches(states)):
                     microbatches = self.make_batch(batch)
-                    targets = self.run_teacher(microbatches)
+                    targets = self.run_teacher(batch, microbatches)
                     rows = self.run_student(microbatches, targets)
                     self.log_step(rows, *self.update(rows))
                     bar.set_postfix(loss=f"{rows.loss:.4f}")
@@ -190,26 +195,35 @@ class Trainer:
             token_budget=self.config.parallel.micro_batch_tokens,
             multiple=self.training_multiple,
             loss_reduction=self.config.distill.loss_reduction,
-            equal_counts=self.config.model.fp8_recipe == "delayed",
+            equal_counts=self.has_equal_counts,
         )
 
-    def run_teacher(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
-        """Teacher: hidden states whose logits are the targets; none where the tokens are."""
+    def run_teacher(
+        self, states: Sequence[TrainingState], microbatches: Sequence[Microbatch]
+    ) -> list[Target]:
+        """Teacher: targets of this rank's microbatches; the responses' tokens with `sft`."""
         if self.is_supervised:
-            return []
+            device = torch.cuda.current_device()
+            return [TokenTarget(batch.target_ids.to(device)) for batch in microbatches]
         assert self.teacher is not None, "only data given for sft need none"
+        runs = plan_runs(
+            [len(state.student) for state in states],
+            dp_size=self.parallel.dp_size,
+            token_budget=self.config.parallel.micro_batch_tokens,
+            equal_counts=self.has_equal_counts,
+        )
         with self.timer.phase("teacher"):
-            return teacher_rows(self.teacher, microbatches, self.parallel)
+            hidden = self.teacher.hidden_rows([state.teacher for state in states], runs)
+            return self.teacher.targets(hidden)
 
     def run_student(
-        self, microbatches: Sequence[Microbatch], targets: Sequence[Tensor]
+        self, microbatches: Sequence[Microbatch], targets: Sequence[Target]
     ) -> StepRows:
         """Student and loss: forward, divergence, backward."""
         with self.timer.phase("student"):
             self.optimizer.zero_grad()
             rows = forward_backward(
                 self.optimizer.ddp,
-                None if self.is_supervised else self.teacher,
                 microbatches,
                 targets,
                 self.parallel,
@@ -317,14 +331,11 @@ class Trainer:
             self.parallel,
             tensor_model_parallel_size=self.config.parallel.rollout_tensor_model_parallel_size,
         )
-        self.teacher: BlockDiffusionModel | None = None
-        self.teacher_path = config.teacher or config.student
+        self.teacher: Teacher | None = None
         teacher_flops = NO_MODEL
         if self.config.distill.responses != "data":
-            self.teacher, description = load_teacher(
-                self.teacher_path, cache, options, self.parallel, self.student
-            )
-            teacher_flops = model_flops_per_token(description.config)
+            self.teacher = load_teacher(self.config, cache, options, self.parallel, self.student)
+            teacher_flops = model_flops_per_token(self.teacher.description.config)
         self.flops = FlopsReport(
             student=model_flops_per_token(self.student.description.config),
             teacher=teacher_flops,
@@ -345,6 +356,19 @@ class Trainer:
         self.work = WorkCounters.from_json(values["work"])
         logger.info("resumed from %s after %d rollouts", latest, self.rollout_step)
 
+    def _check_teacher(self) -> dict[str, float]:
+        """Says whose weights these are, and refuses those that cannot be right."""
+        weights = fingerprint(self.student.model, self.student.description.config)
+        weights.require_finite("student", self.config.model.student)
+        if self.teacher is None:
+            return {}
+        return self.teacher.self_check(
+            weights,
+            [prompt.ids for prompt in self.schedule.prompts],
+            mask_token_id=self.student.mask_token_id,
+            max_nll=self.config.model.max_teacher_nll,
+        )
+
     def _batches(self, states: Sequence[TrainingState]) -> list[Sequence[TrainingState]]:
         """Cuts a rollout into optimizer steps."""
         size = self.config.train.rows_per_optimizer_step
@@ -356,7 +380,7 @@ class Trainer:
             before,
             block_size=self.config.rollout.block_size,
             lineage=before.lineage
-            | ({} if self.teacher is None else {"teacher": self.teacher_path})
+            | ({} if self.teacher is None else {"teacher": self.teacher.path})
             | {
                 "data": self.config.train.data,
                 "method": self.config.distill.method,

@@ -60,7 +60,9 @@ class RolloutLayout:
         size = tensor_model_parallel_size
         if size is not None and (size, 1) != (parallel.tp_size, parallel.pp_size):
             options = _options(options, parallel.tp_size, size)
-            self.parallel = second_layout(parallel, tensor_model_parallel_size=size)
+            self.parallel = second_layout(
+                parallel, tensor_model_parallel_size=size, prefix="rollout_"
+            )
             self.model = build_model(hf, options, self.parallel)
             self.model.requires_grad_(False)
             self._one_host = on_one_host()

@@ -105,7 +105,7 @@ def test_what_a_run_leaves_behind(uninterrupted):
     assert sorted(path.name for path in (save / "rollouts").iterdir()) == [
         f"rollout_00000{step}.jsonl" for step in range(3)
     ]
-    assert len(records(save)) == 3 * (3 + 1)
+    assert len(records(save)) == 1 + 3 * (3 + 1)  # the first is about the teacher
 
 
 def test_killed_in_a_step(make_config, uninterrupted, tmp_path):
@@ -161,7 +161,7 @@ class ForgetsTheStep(Trainer):
 def test_control_a_lost_optimizer_state_is_seen(cls, make_config, uninterrupted, tmp_path):
     save = rewound(uninterrupted, tmp_path, 2)
     run_ranks(train, 1, make_config, save, {"save_interval": 0}, cls)
-    got, expected = records(save)[8:], records(uninterrupted[0])[8:]
+    got, expected = records(save)[9:], records(uninterrupted[0])[9:]
     assert got[0]["train/loss"] == expected[0]["train/loss"]  # before the first update
     assert abs(got[1]["train/loss"] - expected[1]["train/loss"]) > 1e-5
 

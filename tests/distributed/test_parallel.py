@@ -76,7 +76,7 @@ def minutes_of(group):
 
 def wait_in_both_layouts(rank, minutes):
     first = process_groups.initialize(tensor_model_parallel_size=2, timeout_minutes=minutes)
-    second = process_groups.second_layout(first, tensor_model_parallel_size=1)
+    second = process_groups.second_layout(first, tensor_model_parallel_size=1, prefix="rollout_")
     return waiting_times(first), waiting_times(second), minutes_of(dist.new_group([0, 1]))
 
 

@@ -5,9 +5,9 @@ import functools
 import pytest
 import torch
 
-from megatron_opdlm.batching import make_microbatches
+from megatron_opdlm.batching import make_microbatches, plan_runs
 from megatron_opdlm.convert.hf import read_config
-from megatron_opdlm.distill import forward_backward, teacher_rows
+from megatron_opdlm.distill import forward_backward
 from megatron_opdlm.optimizer import NonFiniteError
 from megatron_opdlm.state_selection import select_states
 from megatron_opdlm.trainer import Trainer
@@ -269,11 +269,17 @@ def losses_of_splits(rank, make_config, save, splits):
             multiple=trainer.training_multiple,
             loss_reduction="sequence_mean",
         )
-        targets = teacher_rows(trainer.teacher, batches, trainer.parallel)
+        ordered = [states[i] for i in order]
+        runs = plan_runs(
+            [len(state.student) for state in ordered],
+            dp_size=trainer.parallel.dp_size,
+            token_budget=budget,
+        )
+        hidden = trainer.teacher.hidden_rows([state.teacher for state in ordered], runs)
+        targets = trainer.teacher.targets(hidden)
         trainer.optimizer.zero_grad()
         rows = forward_backward(
             trainer.optimizer.ddp,
-            trainer.teacher,
             batches,
             targets,
             trainer.parallel,
@@ -318,7 +324,7 @@ def few_states(rank, make_config, save):
     states = trainer.select_states(trainer.collect())
     states = [state for state in states if state.num_rows][:2]
     batches = trainer.make_batch(states)
-    rows = trainer.run_student(batches, trainer.run_teacher(batches))
+    rows = trainer.run_student(batches, trainer.run_teacher(states))
     grad_norm, _ = trainer.update(rows)
     return len(batches[0].row_weight), rows.loss, grad_norm, trainer.pieces("data")
 

@@ -78,8 +78,17 @@ def test_transformer_engine_equals_the_local_spec(parallel: object, imported: Pa
     torch.testing.assert_close(logits[0], logits[1], atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("fp8", ["none", "hybrid"])
-def test_training_step_in_bf16_and_fp8(tmp_path: Path, fp8: str) -> None:
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["fp8=none"],
+        ["fp8=hybrid"],
+        ["teacher_offload=true"],
+        ["teacher_offload=true", "teacher_fp8=hybrid"],
+    ],
+    ids=" ".join,
+)
+def test_training_step_in_bf16_and_fp8(tmp_path: Path, overrides: list[str]) -> None:
     pytest.importorskip("transformer_engine")
     from megatron_opdlm.config import load_config
     from megatron_opdlm.metrics import read_metrics
@@ -100,7 +109,7 @@ def test_training_step_in_bf16_and_fp8(tmp_path: Path, fp8: str) -> None:
             "max_response_tokens.start=12",
             "max_response_tokens.end=24",
             "lr_warmup_steps=1",
-            f"fp8={fp8}",
+            *overrides,
         ],
     ).resolved(cuda=True)
     Trainer(config).train()

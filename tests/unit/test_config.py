@@ -153,6 +153,29 @@ def test_fp8_needs_transformer_engine_and_bfloat16():
         config.resolved(cuda=False)
 
 
+def test_the_teacher_has_keys_of_its_own():
+    assert "teacher_fp8=e4m3 needs" in error_of("teacher_fp8=e4m3", "layer_spec=local")
+    assert "teacher_fp8=none" in error_of("teacher_fp8=e4m3", "params_dtype=float32")
+    with pytest.raises(ValueError, match="teacher_fp8=hybrid needs Transformer Engine"):
+        load("teacher_fp8=hybrid").resolved(cuda=False)
+    assert load("fp8=hybrid").resolved(cuda=True).model.teacher_fp8 == "hybrid"
+    model = load("fp8=hybrid", "teacher_fp8=none").resolved(cuda=True).model
+    assert (model.fp8, model.teacher_fp8) == ("hybrid", "none")
+
+    assert load("teacher_offload=true").resolved(cuda=True).model.teacher_offload
+    with pytest.raises(ValueError, match="teacher_offload=true is about weights on a GPU"):
+        load("teacher_offload=true").resolved(cuda=False)
+    assert "must be positive" in error_of("max_teacher_nll=0")
+
+    parallel = load("tensor_model_parallel_size=2", "pipeline_model_parallel_size=4").parallel
+    assert parallel.teacher_layout == (2, 4) and not parallel.has_teacher_layout
+    parallel = load(
+        "tensor_model_parallel_size=2", "teacher_pipeline_model_parallel_size=3"
+    ).parallel
+    assert parallel.teacher_layout == (2, 3) and parallel.has_teacher_layout
+    assert "must be at least 1" in error_of("teacher_tensor_model_parallel_size=0")
+
+
 def test_dataclasses_check_themselves_without_the_loader():
     with pytest.raises(ValueError, match="block_size=3.0 must have type int"):
         RolloutConfig(block_size=3.0)

@@ -225,3 +225,45 @@ def test_top_k_above_the_vocabulary():
     check_models(config(f"top_k_logits={vocabulary - 1}"), student=HF["0.6B"], teacher=HF["0.6B"])
     with pytest.raises(ValueError, match=f"top_k_logits={vocabulary} must be below the teacher's"):
         check_models(config(f"top_k_logits={vocabulary}"), student=HF["0.6B"], teacher=HF["0.6B"])
+
+
+def teacher_sizes(tp_size, pp_size):
+    return tuple(f"teacher_{override}" for override in sizes(tp_size, pp_size))
+
+
+def test_a_teacher_in_a_layout_of_its_own_has_its_head_where_the_students_is():
+    """8B has an untied head; 4 stages of 9 layers on 2 ranks each."""
+    student, teacher = HF["0.6B"], HF["8B"]
+    plans = table(student, 8, *sizes(2), *teacher_sizes(2, 4), teacher=teacher)
+    columns = 152064 // 2 * teacher.hidden_size
+    layer = (8_190_735_360 - 2 * 151936 * 4096 - 4096) // 36
+    vectors = 2 * 4096 + 2 * 128
+    layers = 9 * ((layer - vectors) // 2 + vectors)
+    assert [plan.teacher_parameters for plan in plans] == (
+        [2 * columns + layers] * 2 + [columns + layers] * 4 + [columns + layers + 4096] * 2
+    )
+    last_stage_only = table(student, 8, *sizes(1, 2), *teacher_sizes(8, 1), teacher=teacher)
+    head = last_stage_only[4].teacher_parameters - last_stage_only[0].teacher_parameters
+    assert head == 151936 * 4096
+
+
+def test_an_offloaded_teacher_shares_its_room_with_the_cache():
+    number = 596_049_920
+    head = 151936 * 1024  # stays; it is the embedding, too
+    few = "rollout_batch_size=1"
+    plan = table(HF["0.6B"], 1, "teacher_offload=true", few)[0]
+    assert plan.offloaded_bytes == 2 * (number - head)
+    assert plan.weight_bytes == 2 * (number + head)
+    assert plan.kv_cache.num_bytes < plan.offloaded_bytes
+    assert plan.total_bytes == 20 * number
+    stays = table(HF["0.6B"], 1, few)[0]
+    assert stays.total_bytes == 20 * number + stays.kv_cache.num_bytes
+
+
+def test_a_teacher_that_cannot_be_cut_that_way():
+    with pytest.raises(ValueError, match="teacher_tensor_model_parallel_size=3 must divide the mo"):
+        table(HF["8B"], 3, *teacher_sizes(3, 1))
+    with pytest.raises(ValueError, match="teacher_pipeline_model_parallel_size=5 must divide the"):
+        table(HF["8B"], 5, *teacher_sizes(1, 5))
+    with pytest.raises(ValueError, match="teacher_tensor_model_parallel_size=4 must divide the nu"):
+        table(HF["8B"], 2, *teacher_sizes(4, 1))

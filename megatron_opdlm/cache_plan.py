@@ -1,0 +1,99 @@
+"""What rollouts would hold of keys and values, from the configuration alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_opdlm.blocks import round_up
+from megatron_opdlm.config import Config
+from megatron_opdlm.convert.hf import HFConfig
+from megatron_opdlm.rollout.cache import CUDA_PAGE
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """A rank's key/value cache at the longest prompts and responses that the limits allow."""
+
+    num_sequences: int
+    """That its replica decodes at once."""
+    has_spare: bool
+    """Whether there is room for one more, which CUDA graphs write to and nobody reads."""
+    capacity: int
+    """Tokens per sequence."""
+    bytes_per_token: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all sequences; only during a rollout."""
+        return (self.num_sequences + self.has_spare) * self.capacity * self.bytes_per_token
+
+
+def student_layout(config: Config) -> tuple[int, int]:
+    """Tensor and pipeline parallel size of training."""
+    parallel = config.parallel
+    return parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+
+
+def rollout_layout(config: Config) -> tuple[int, int]:
+    """Tensor and pipeline parallel size of rollouts."""
+    parallel = config.parallel
+    if parallel.rollout_tensor_model_parallel_size is not None:
+        return parallel.rollout_tensor_model_parallel_size, 1
+    return student_layout(config)
+
+
+def decoder(config: Config, student: HFConfig, teacher: HFConfig) -> HFConfig:
+    """The model that writes the responses; the student, for evaluation, where the data do."""
+    return teacher if config.distill.responses == "teacher" else student
+
+
+def decoding_layout(config: Config) -> tuple[int, int]:
+    """Tensor and pipeline parallel size of that model: a teacher decodes where it is."""
+    if config.distill.responses == "teacher":
+        return config.parallel.teacher_layout
+    return rollout_layout(config)
+
+
+def plan_cache(config: Config, hf: HFConfig, num_replicas: int, cuda: bool) -> CachePlan:
+    """What `KVCache.for_model` allocates; it, too, refuses a limit below one sequence."""
+    rollout, (tp_size, pp_size) = config.rollout, decoding_layout(config)
+    length, has_spare, limit_gb = longest(config), rollout.cuda_graphs, rollout.kv_cache_gb
+    capacity = round_up(length, CUDA_PAGE) if cuda else length
+    per_token = 2 * (hf.num_layers // pp_size) * (hf.num_query_groups // tp_size) * hf.kv_channels
+    per_token *= DTYPE_BYTES[config.model.params_dtype]
+    num_sequences = min(
+        rollout.rollout_batch_size, math.ceil(config.rows_per_rollout / num_replicas)
+    )
+    if limit_gb is not None:
+        fitting = int(limit_gb * 1e9) // (per_token * capacity) - has_spare
+        num_sequences = min(num_sequences, fitting)
+    if num_sequences < 1:
+        spare = " and the spare one of cuda_graphs" if has_spare else ""
+        needed = per_token * capacity * (1 + has_spare)
+        raise ValueError(
+            f"kv_cache_gb={limit_gb} must hold at least one sequence{spare}: {length} prompt and "
+            f"response tokens need {needed / 1e9:.10g} GB; raise it, or lower max_prompt_tokens "
+            "or max_response_tokens.end"
+        )
+    return CachePlan(
+        num_sequences=num_sequences,
+        has_spare=has_spare,
+        capacity=capacity,
+        bytes_per_token=per_token,
+    )
+
+
+def num_replicas(config: Config, world_size: int) -> int:
+    """Copies of the model that decode, each on its share of the ranks."""
+    tp_size, pp_size = decoding_layout(config)
+    return world_size // (tp_size * pp_size)
+
+
+def longest(config: Config) -> int:
+    """Tokens that the longest prompt and response fill; the last block is decoded whole."""
+    rollout = config.rollout
+    tokens = rollout.max_prompt_tokens + rollout.max_response_tokens.end
+    return round_up(tokens, rollout.block_size)

@@ -1,0 +1,244 @@
+"""The frozen teacher: of any size, in a layout of its own if need be.
+
+Its body runs where it lies; its hidden states at the loss rows go to the student's last stage, and
+meet there the columns of its LM head that the student's rank holds of its own. So teacher and
+student need not be cut alike, and no logits travel.
+
+Shape letters: T rows, D the teacher's hidden size, V_local columns of a student's rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_opdlm.attention import AttentionPlan
+from megatron_opdlm.batching import plan_runs
+from megatron_opdlm.convert.layout import ModelDescription
+from megatron_opdlm.divergence import Divergence
+from megatron_opdlm.fingerprint import Fingerprint
+from megatron_opdlm.fused_loss import Target, TeacherTarget, TokenTarget, fused_divergence
+from megatron_opdlm.host_weights import HostWeights
+from megatron_opdlm.model import BlockDiffusionModel
+from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.pipeline import forward_only
+from megatron_opdlm.row_exchange import RowExchange, Runs
+from megatron_opdlm.stream import Document, make_tags, pack
+from megatron_opdlm.training_state import teacher_row
+
+logger = logging.getLogger(__name__)
+
+PROBE_PROMPTS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A teacher that is loaded and frozen.
+
+    Attributes:
+        path: where it comes from, for people.
+        model: this rank's stage in the teacher's layout.
+        description: what its checkpoint says.
+        fingerprint: of its weights.
+        parallel: the teacher's layout; the student's own if it is the same.
+        student_parallel: the student's.
+        head: [V_local, D], the columns that this rank of the student holds of its own head; None
+            where the student has no head.
+        stream_multiple: what the length of its streams must be a multiple of.
+        token_budget: most tokens of one pass.
+        host: where its weights are between its phases; None = they stay.
+    """
+
+    path: str
+    model: BlockDiffusionModel
+    description: ModelDescription
+    fingerprint: Fingerprint
+    parallel: ParallelState
+    student_parallel: ParallelState
+    head: Tensor | None
+    stream_multiple: int
+    token_budget: int
+    host: HostWeights | None = None
+
+    @property
+    def is_second_layout(self) -> bool:
+        """Whether it is cut in another way than the student."""
+        return self.parallel is not self.student_parallel
+
+    def head_weight(self) -> Tensor:
+        """The LM head of this rank, [V_local, D]. On the student's last stage only."""
+        assert self.head is not None, "only the student's last stage has a head"
+        return self.head
+
+    @torch.no_grad()
+    def hidden_rows(self, documents: Sequence[Document], runs: Runs) -> list[Tensor]:
+        """Runs the teacher, causally, over the documents of an optimizer step. On all ranks.
+
+        Args:
+            documents: of the step, the same on every rank; rows are wanted at their loss rows.
+            runs: from `plan_runs`: which of them every replica of the student wants, in order.
+
+        Returns:
+            On the student's last stage, for every microbatch of this rank the hidden states [T, D]
+            whose logits are the targets; elsewhere nothing. Hidden states instead of logits: V / D
+            times smaller. Collectives: the layers', and in a second layout one all-to-all.
+        """
+        if not self.is_second_layout:
+            return self._forward(documents, runs[self.parallel.dp_rank])
+        shares = plan_runs(
+            [len(document) for document in documents],
+            dp_size=self.parallel.dp_size,
+            token_budget=self.token_budget,
+        )
+        exchange = RowExchange(
+            teacher=self.parallel.grid,
+            student=self.student_parallel.grid,
+            shares=shares,
+            runs=runs,
+            num_rows=[len(document.loss_rows) for document in documents],
+        )
+        config = self.model.config
+        empty = torch.empty(
+            0, config.hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()
+        )
+        return exchange.run(self._forward(documents, shares[self.parallel.dp_rank]), empty)
+
+    def targets(self, hidden: Sequence[Tensor]) -> list[Target]:
+        """Makes the target of every microbatch from `hidden_rows`."""
+        return [TeacherTarget(rows, self.head_weight()) for rows in hidden]
+
+    def on_device(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the weights are where the model runs."""
+        return contextlib.nullcontext() if self.host is None else self.host.on_device()
+
+    def _forward(
+        self, documents: Sequence[Document], runs: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        device = torch.cuda.current_device()
+        multiple = self.stream_multiple
+        streams = [
+            pack([documents[i] for i in run], block_size=1, multiple=multiple).to(device)
+            for run in runs
+        ]
+        inputs = [(s.token_ids, s.tags, AttentionPlan(tags=s.tags)) for s in streams]
+        with self.on_device():
+            hidden = forward_only(self.model, inputs, self.parallel)
+            pairs = zip(hidden, streams, strict=False)  # no hidden states before the last stage
+            return [self.model.select_rows(h, stream.loss_rows) for h, stream in pairs]
+
+    @torch.no_grad()
+    def mean_loss(self, texts: Sequence[Tensor], mask_token_id: int | None) -> float:
+        """Mean cross-entropy of texts under the teacher, by the way that its targets take.
+
+        Args:
+            texts: [S] int64 token ids each, the same on every rank; all but the first token count.
+            mask_token_id: in no softmax, as in training.
+
+        Returns:
+            Nats per token, the same on every rank. Call on all ranks.
+        """
+        student, texts = self.student_parallel, [text for text in texts if len(text) > 1]
+        assert texts, "a text has two tokens at least"
+        documents = [
+            Document(
+                token_ids=text,
+                tags=make_tags(0, torch.arange(len(text)), noisy=0, block_size=1),
+                loss_rows=teacher_row(torch.arange(1, len(text))),
+            )
+            for text in texts
+        ]
+        runs = plan_runs(
+            [len(text) for text in texts], dp_size=student.dp_size, token_budget=self.token_budget
+        )
+        device = torch.cuda.current_device()
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        hidden = self.hidden_rows(documents, runs)
+        for rows, run in zip(hidden, runs[student.dp_rank], strict=False):
+            ids = torch.cat([torch.empty(0, dtype=torch.int64), *(texts[i][1:] for i in run)])
+            _, losses = fused_divergence(
+                rows,
+                self.head_weight(),
+                TokenTarget(ids.to(device)),
+                torch.ones(len(rows), device=device),
+                Divergence(),
+                vocab_size=self.description.config.vocab_size,
+                mask_token_id=mask_token_id,
+                tp_group=student.tp_group,
+            )
+            if student.tp_rank == 0:
+                total += losses.double().sum()
+        dist.all_reduce(total)
+        return float(total) / sum(len(text) - 1 for text in texts)
+
+    def self_check(
+        self,
+        student: Fingerprint,
+        prompts: Sequence[Tensor],
+        *,
+        mask_token_id: int,
+        max_nll: float | None,
+    ) -> dict[str, float]:
+        """Says which weights these are, and how well the teacher predicts the first prompts.
+
+        Args:
+            student: of the student's weights.
+            prompts: [S] int64 token ids each, the template included; the first few are read.
+            mask_token_id: in no softmax.
+            max_nll: a loss above which the teacher is refused; None: worse than a uniform guess is
+                a warning.
+
+        Returns:
+            The figures, as metrics. Call on all ranks; rank 0 logs.
+
+        Raises:
+            ValueError: the loss is not finite or above `max_nll`.
+        """
+        probe = prompts[:PROBE_PROMPTS]
+        loss = self.mean_loss(probe, mask_token_id)
+        uniform = math.log(self.description.config.vocab_size)
+        of_them = f"teacher={self.path} has a loss of {loss:.4g} nats per token on the first"
+        of_them += f" {len(probe)} prompts"
+        if not math.isfinite(loss):
+            raise ValueError(f"{of_them}; its weights or their number format are broken")
+        if max_nll is not None and loss > max_nll:
+            raise ValueError(
+                f"{of_them}, above max_teacher_nll={max_nll}; check that it is the right model, "
+                "or raise max_teacher_nll"
+            )
+        is_same = student.digest == self.fingerprint.digest
+        if self.student_parallel.is_main:
+            logger.info(
+                "student: %s parameters, fingerprint %s; teacher %s: %s parameters, fingerprint "
+                "%s, %s weights",
+                f"{student.num_parameters:,}", student, self.path,
+                f"{self.fingerprint.num_parameters:,}", self.fingerprint,
+                "the same" if is_same else "other",
+            )  # fmt: skip
+            logger.info(
+                "%s (perplexity %.4g); a uniform guess has %.4g", of_them, _exp(loss), uniform
+            )
+            if loss >= uniform:
+                logger.warning(
+                    "THE TEACHER IS WORSE THAN A UNIFORM GUESS: %s, log V = %.4g; check that it is "
+                    "the right model and that its tokenizer and chat template are its own",
+                    of_them, uniform,
+                )  # fmt: skip
+        return {
+            "train/teacher_nll": loss,
+            "train/teacher_uniform_nll": uniform,
+            "train/teacher_parameters": self.fingerprint.num_parameters,
+            "train/teacher_fingerprint": self.fingerprint.digest,
+            "train/student_parameters": student.num_parameters,
+            "train/student_fingerprint": student.digest,
+        }
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
