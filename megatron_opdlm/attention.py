@@ -24,7 +24,9 @@ from torch import Tensor
 
 from megatron_opdlm.stream import BLOCK, DOCUMENT, NOISY, visible
 
-QUERY_TILE = 256
+QUERY_TILE = 64
+"""Larger tiles compute more pairs that the mask then hides: half a tile of earlier keys per query,
+and nearly a whole one of noisy keys."""
 FLEX_BLOCK = 128
 
 
@@ -125,13 +127,13 @@ def make_tiles(tags: Tensor, *, query_tile: int = QUERY_TILE) -> list[Tile]:
 def _like_sized(
     pieces: list[tuple[Tensor, Tensor, Tensor]],
 ) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
-    """Groups pieces, sorted by number of keys, so that padding stays below about a quarter of a
+    """Groups pieces, sorted by number of keys, so that padding stays below about a tenth of a
     tile's work.
     """
     groups: list[list[tuple[Tensor, Tensor, Tensor]]] = []
     for piece in pieces:
         shortest = groups[-1][0] if groups else None
-        if shortest is not None and len(piece[1]) <= 1.25 * len(shortest[1]) + 8:
+        if shortest is not None and len(piece[1]) <= 1.1 * len(shortest[1]) + 8:
             groups[-1].append(piece)
         else:
             groups.append([piece])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_opdlm import randomness
 from megatron_opdlm.stream import PackedStream, pack
 from megatron_opdlm.training_state import TrainingState
 
@@ -67,6 +68,26 @@ def row_weights(states: Sequence[TrainingState], loss_reduction: str) -> list[fl
     if loss_reduction == "token_sum":
         return [1.0 / len(states) if s.num_rows else 0.0 for s in states]
     raise ValueError(f"loss_reduction={loss_reduction!r}: use one of {', '.join(LOSS_REDUCTION)}")
+
+
+def group(lengths: Sequence[int], rows_per_step: int, key: int) -> list[list[int]]:
+    """Cuts the rows of a rollout into optimizer steps of rows of like length.
+
+    Ranks wait for the one with the longest row, and where a step has about one row per rank nothing
+    else can be balanced. The steps come in random order, so that length does not go with time.
+
+    Args:
+        lengths: cost of each row; of rows that cost the same the first come together.
+        rows_per_step: rows of an optimizer step; the last group may have fewer.
+        key: random key of the order, `randomness.key(...)`.
+
+    Returns:
+        For each optimizer step, the indices of its rows. Every row is in one. The same on every
+        rank.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    groups = [order[i : i + rows_per_step] for i in range(0, len(order), rows_per_step)]
+    return [groups[place] for place in randomness.permutation(key, len(groups))]
 
 
 def balance(lengths: Sequence[int], num_parts: int) -> list[list[int]]:

@@ -130,6 +130,9 @@ class TrainConfig(Section):
     """Rollouts of the run; each is followed by its optimizer steps."""
     rows_per_optimizer_step: int = 8
     """Responses per optimizer step, over all ranks; must divide the responses of a rollout."""
+    group_by_length: bool = True
+    """Puts rows of like length into the same optimizer step, so that no data-parallel rank waits
+    long for another, and takes the steps in random order; false = rows in the rollout's order."""
     seed: int = 1234
     """Every random choice is a function of it, the step, the prompt, the sample and the block."""
     save_interval: int = 10

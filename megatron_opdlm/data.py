@@ -198,24 +198,23 @@ class PromptSampler:
         """
         epoch, place = divmod(rollout_step, self.rollouts_per_epoch)
         first = place * self.prompts_per_rollout
-        return self._order(epoch)[first : first + self.prompts_per_rollout].tolist()
+        return self._order(epoch)[first : first + self.prompts_per_rollout]
 
     def places_before(self, rollout_step: int) -> set[int]:
         """Returns the places of all prompts that earlier rollouts took."""
         epoch, place = divmod(rollout_step, self.rollouts_per_epoch)
-        taken = set(self._order(epoch)[: place * self.prompts_per_rollout].tolist())
+        taken = set(self._order(epoch)[: place * self.prompts_per_rollout])
         whole = self.rollouts_per_epoch * self.prompts_per_rollout
         for earlier in range(epoch):
             if len(taken) == self.num_prompts:
                 break
-            taken.update(self._order(earlier)[:whole].tolist())
+            taken.update(self._order(earlier)[:whole])
         return taken
 
-    def _order(self, epoch: int) -> Tensor:
-        key = torch.tensor([randomness.key(self.seed, "prompt order", epoch)])
-        # An argsort of counter-based noise is the same permutation in every version of torch.
-        noise = randomness.uniform(key, torch.arange(self.num_prompts))[0]
-        return torch.argsort(noise, stable=True)
+    def _order(self, epoch: int) -> list[int]:
+        return randomness.permutation(
+            randomness.key(self.seed, "prompt order", epoch), self.num_prompts
+        )
 
 
 def _read_list(path: Path, text: str) -> Iterator[tuple[str, int, Any]]:

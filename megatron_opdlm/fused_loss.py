@@ -24,8 +24,9 @@ from megatron_opdlm.divergence import RENORMALIZED, TAIL, Divergence
 from megatron_opdlm.ranking import LAST, pack
 from megatron_opdlm.vocab_shard import VocabShard
 
-CHUNK_CELLS = {"cpu": 2**24, "cuda": 2**26}
-"""Logits of a chunk, of one model and rank."""
+CHUNK_CELLS = {"cpu": 2**24, "cuda": 2**27}
+"""Logits of a chunk, of one model, over all ranks that share the vocabulary: a rank has its share
+of them as of everything else."""
 TILE_CELLS = {"cpu": 2**19, "cuda": 2**24}
 """Logits that are worked on at once: on a CPU what its caches hold, on a GPU what bounds memory."""
 
@@ -167,7 +168,7 @@ class _FusedDivergence(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
         values = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
         # The same on all ranks: by the padded columns, of which each has as many.
-        chunk = max(1, CHUNK_CELLS[hidden.device.type] // len(weight))
+        chunk = max(1, CHUNK_CELLS[hidden.device.type] // (len(weight) * shard.num_ranks))
         shape = (2, min(chunk, len(hidden)), shard.num_valid)
         buffers = torch.empty(shape, dtype=dtype, device=hidden.device)
         for start in range(0, len(hidden), chunk):

@@ -83,6 +83,15 @@ def gumbel(keys: Tensor, columns: Tensor) -> Tensor:
     return uniform(keys, columns).neg_().log1p_().neg_().log_().neg_()
 
 
+def permutation(key: int, count: int) -> list[int]:
+    """Returns the numbers below `count` in an order that is a function of the key.
+
+    An argsort of counter-based noise: the same in every version of torch.
+    """
+    noise = uniform(torch.tensor([key]), torch.arange(count))[0]
+    return torch.argsort(noise, stable=True).tolist()
+
+
 def _bits(keys: Tensor, columns: Tensor) -> Tensor:
     """[T, C] int64 in [0, 2**32): finaliser of multiplier_t * column_c + offset_t."""
     shape = columns.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,7 @@ from typing import Any
 import torch
 
 from megatron_opdlm.checkpoint import freeze, load_head, load_model
-from megatron_opdlm.config import Config, ModelConfig, ParallelConfig
-from megatron_opdlm.config_sections import RolloutConfig
+from megatron_opdlm.config import Config, DistillConfig, ModelConfig, ParallelConfig, RolloutConfig
 from megatron_opdlm.convert.chat_template import has_chat_template
 from megatron_opdlm.convert.layout import (
     TOKENIZER_DIR,
@@ -20,13 +20,15 @@ from megatron_opdlm.convert.layout import (
     resolve_iteration,
 )
 from megatron_opdlm.convert.tokenizer import has_tokenizer
-from megatron_opdlm.data import NO_CHAT_TEMPLATE
+from megatron_opdlm.data import NO_CHAT_TEMPLATE, PromptTokens
+from megatron_opdlm.divergence import Divergence
 from megatron_opdlm.fingerprint import fingerprint
 from megatron_opdlm.host_weights import HostWeights
 from megatron_opdlm.import_cache import ImportCache
 from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, training_stream_multiple
 from megatron_opdlm.parallel import ParallelState, second_layout
 from megatron_opdlm.rollout.engine import RolloutEngine
+from megatron_opdlm.rollout.graph_support import require_graphs
 from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.rollout.request import DecodingOptions
 from megatron_opdlm.teacher import Teacher
@@ -275,3 +277,45 @@ def require_same_fingerprint(student: str | None, teacher: str | None, teacher_p
             f"teacher={teacher_path} has another tokenizer than the student (fingerprints "
             f"{str(teacher)[:12]} and {str(student)[:12]}); use two models of one family"
         )
+
+
+def build_divergence(config: DistillConfig) -> Divergence:
+    """Reads from the configuration what the student is pulled by."""
+    return Divergence(
+        kind=config.divergence,
+        reverse_kl_weight=config.reverse_kl_weight,
+        jsd_alpha=config.jsd_alpha,
+        top_k=config.top_k_logits,
+        top_k_mode=config.top_k_mode,
+    )
+
+
+def check_graphs(config: Config, options: BuildOptions) -> None:
+    """Refuses CUDA graphs where rollouts cannot have them, before models are loaded."""
+    if config.rollout.cuda_graphs:
+        is_second = config.parallel.rollout_tensor_model_parallel_size is not None
+        shares = options.sequence_parallel and not is_second
+        require_graphs(options.params_dtype, sequence_parallel=shares, fp8=options.fp8)
+
+
+def check_weights(
+    student: Student, teacher: Teacher | None, prompts: Sequence[PromptTokens], config: ModelConfig
+) -> dict[str, float]:
+    """Says whose weights these are, and refuses those that cannot be right. Call on all ranks.
+
+    Returns:
+        What `Teacher.self_check` found; nothing without a teacher.
+
+    Raises:
+        ValueError: naming the model.
+    """
+    weights = fingerprint(student.model, student.description.config)
+    weights.require_finite("student", config.student)
+    if teacher is None:
+        return {}
+    return teacher.self_check(
+        weights,
+        [prompt.ids for prompt in prompts],
+        mask_token_id=student.mask_token_id,
+        max_nll=config.max_teacher_nll,
+    )

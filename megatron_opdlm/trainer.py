@@ -16,20 +16,13 @@ import torch.distributed as dist
 
 from megatron_opdlm import parallel as process_groups
 from megatron_opdlm import randomness
-from megatron_opdlm.accounting import (
-    NO_MODEL,
-    FlopsReport,
-    WorkCounters,
-    model_flops_per_token,
-)
-from megatron_opdlm.batching import Microbatch, make_microbatches, plan_runs
+from megatron_opdlm.accounting import NO_MODEL, FlopsReport, WorkCounters, model_flops_per_token
+from megatron_opdlm.batching import Microbatch, group, make_microbatches, plan_runs
 from megatron_opdlm.checkpoint import CheckpointFolder
-from megatron_opdlm.config import Config, DistillConfig
+from megatron_opdlm.config import Config
 from megatron_opdlm.convert.layout import ModelDescription, read_description
 from megatron_opdlm.distill import StepRows, forward_backward
-from megatron_opdlm.divergence import Divergence
 from megatron_opdlm.evaluation.online import OnlineEvaluation
-from megatron_opdlm.fingerprint import fingerprint
 from megatron_opdlm.fused_loss import Target, TokenTarget
 from megatron_opdlm.import_cache import ImportCache
 from megatron_opdlm.metrics import MaskedFractionHistogram, MetricsLogger, PhaseTimer
@@ -38,10 +31,16 @@ from megatron_opdlm.optimizer import StudentOptimizer
 from megatron_opdlm.parallel import ParallelState, from_main
 from megatron_opdlm.progress import progress_bar
 from megatron_opdlm.responses import response_metrics
-from megatron_opdlm.rollout.graph_support import require_graphs
 from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.run_folder import RunFolder
-from megatron_opdlm.setup_models import build_options, load_student, load_teacher
+from megatron_opdlm.setup_models import (
+    build_divergence,
+    build_options,
+    check_graphs,
+    check_weights,
+    load_student,
+    load_teacher,
+)
 from megatron_opdlm.setup_responses import find_responses
 from megatron_opdlm.state_selection import select_states
 from megatron_opdlm.teacher import Teacher
@@ -109,7 +108,7 @@ class Trainer:
         self.checkpoints = CheckpointFolder(
             self.folder.checkpoints, keep=config.train.keep_checkpoints, parallel=self.parallel
         )
-        self.divergence = _divergence(config.distill)
+        self.divergence = build_divergence(config.distill)
         self.timer = PhaseTimer(torch.cuda.synchronize)
         self.histogram = MaskedFractionHistogram(config.rollout.block_size)
         self.metrics = MetricsLogger(
@@ -122,7 +121,9 @@ class Trainer:
         self._uncounted = WorkCounters()
         self.work = WorkCounters()
         self._resume()
-        self._teacher_figures = self._check_teacher()
+        self._first_figures = check_weights(
+            self.student, self.teacher, self.schedule.prompts, config.model
+        )
         from_main(lambda: self.folder.claim(config), is_main=self.parallel.is_main)
 
     def train(self) -> None:
@@ -130,7 +131,7 @@ class Trainer:
         total = self.config.train.train_rollouts
         self.metrics.open_at(self.rollout_step)
         if self.rollout_step == 0:
-            self._log(self._teacher_figures)
+            self._log(self._first_figures)
         is_main = self.parallel.is_main
         bar = progress_bar(total, "rollouts", is_main=is_main, initial=self.rollout_step)
         with self.metrics, bar:
@@ -314,12 +315,7 @@ class Trainer:
     def _load_models(self, cache: ImportCache) -> None:
         config = self.config.model
         options = build_options(config, self.config.parallel)
-        if self.config.rollout.cuda_graphs:
-            shares = (
-                options.sequence_parallel
-                and self.config.parallel.rollout_tensor_model_parallel_size is None
-            )
-            require_graphs(options.params_dtype, sequence_parallel=shares, fp8=options.fp8)
+        check_graphs(self.config, options)
         self.training_multiple = training_stream_multiple(options, self.parallel.tp_size)
         self.student = load_student(
             config.student, cache, options, self.parallel, config.mask_token
@@ -356,23 +352,14 @@ class Trainer:
         self.work = WorkCounters.from_json(values["work"])
         logger.info("resumed from %s after %d rollouts", latest, self.rollout_step)
 
-    def _check_teacher(self) -> dict[str, float]:
-        """Says whose weights these are, and refuses those that cannot be right."""
-        weights = fingerprint(self.student.model, self.student.description.config)
-        weights.require_finite("student", self.config.model.student)
-        if self.teacher is None:
-            return {}
-        return self.teacher.self_check(
-            weights,
-            [prompt.ids for prompt in self.schedule.prompts],
-            mask_token_id=self.student.mask_token_id,
-            max_nll=self.config.model.max_teacher_nll,
-        )
-
     def _batches(self, states: Sequence[TrainingState]) -> list[Sequence[TrainingState]]:
         """Cuts a rollout into optimizer steps."""
-        size = self.config.train.rows_per_optimizer_step
-        return [states[start : start + size] for start in range(0, len(states), size)]
+        train, size = self.config.train, self.config.train.rows_per_optimizer_step
+        if not train.group_by_length:
+            return [states[start : start + size] for start in range(0, len(states), size)]
+        key = randomness.key(train.seed, "optimizer steps", self.rollout_step)
+        groups = group([len(state.student) for state in states], size, key)
+        return [[states[i] for i in rows] for rows in groups]
 
     def _description(self) -> ModelDescription:
         before = self.student.description
@@ -410,13 +397,3 @@ class Trainer:
 def has_loss(batch: Sequence[TrainingState]) -> bool:
     """Whether an optimizer step has any loss position; one without is left out, and counted."""
     return any(state.num_rows for state in batch)
-
-
-def _divergence(config: DistillConfig) -> Divergence:
-    return Divergence(
-        kind=config.divergence,
-        reverse_kl_weight=config.reverse_kl_weight,
-        jsd_alpha=config.jsd_alpha,
-        top_k=config.top_k_logits,
-        top_k_mode=config.top_k_mode,
-    )

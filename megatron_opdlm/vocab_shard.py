@@ -44,6 +44,11 @@ class VocabShard:
             column = None  # another rank's
         return cls(first, valid, column, tp_group)
 
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that share the vocabulary."""
+        return 1 if self.tp_group is None else self.tp_group.size()
+
     def hide_mask(self, logits_CV: Tensor) -> None:
         """Takes the mask token out of a softmax."""
         if self.mask_column is not None:
@@ -51,14 +56,14 @@ class VocabShard:
 
     def reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
         """All-reduce over the tensor-parallel group, in place."""
-        if self.tp_group is not None and self.tp_group.size() > 1:
+        if self.num_ranks > 1:
             dist.all_reduce(tensor, op=op, group=self.tp_group)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """[TP, ...]: the tensor of every rank of the group."""
-        if self.tp_group is None or self.tp_group.size() == 1:
+        size = self.num_ranks
+        if size == 1:
             return tensor.unsqueeze(0)
-        size = self.tp_group.size()
         gathered = tensor.new_empty(size * len(tensor), *tensor.shape[1:])
         dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=self.tp_group)
         return gathered.view(size, *tensor.shape)

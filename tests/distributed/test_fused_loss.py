@@ -83,7 +83,7 @@ def fused(rank, checkpoint, target, tp, sequence_parallel, forget=None):
         checkpoint, tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel
     )
     shard = len(model.head_weight())
-    fused_loss.CHUNK_CELLS["cpu"], fused_loss.TILE_CELLS["cpu"] = 4 * shard, 2 * shard
+    fused_loss.CHUNK_CELLS["cpu"], fused_loss.TILE_CELLS["cpu"] = 4 * shard * tp, 2 * shard
     hidden, weight = make_teacher(shard * tp)
     columns = slice(parallel.tp_rank * shard, (parallel.tp_rank + 1) * shard)
     teacher = TeacherTarget(hidden, weight[columns])

@@ -67,7 +67,7 @@ class Recorder(Trainer):
     def __init__(self, config):
         super().__init__(config)
         self.losses, self.grad_norms, self.rollouts = [], [], []
-        self.first = None
+        self.first, self.most_microbatches = None, 0
 
     def collect(self):
         self.rollouts.append(super().collect())
@@ -76,7 +76,8 @@ class Recorder(Trainer):
     def run_student(self, microbatches, targets):
         rows = super().run_student(microbatches, targets)
         if self.first is None:
-            self.first = self.pieces("main_grad"), len(microbatches)
+            self.first = self.pieces("main_grad")
+        self.most_microbatches = max(self.most_microbatches, len(microbatches))
         return rows
 
     def log_step(self, rows, grad_norm, lr):
@@ -100,8 +101,8 @@ def run(rank, make_config, layout):
         "losses": trainer.losses,
         "grad_norms": trainer.grad_norms,
         "rollouts": trainer.rollouts,
-        "gradient": trainer.first[0],
-        "microbatches": trainer.first[1],
+        "gradient": trainer.first,
+        "microbatches": trainer.most_microbatches,
         "weights": trainer.pieces("data"),
         "work": trainer.work.to_json(),
     }
@@ -224,8 +225,11 @@ def states_of_first_step(rank, make_config, save):
 
     module.select_states = remember
     trajectories = trainer.collect()
-    trainer.select_states(trajectories)
-    return trajectories[:4], [states.masked[0] for states in drawn[:4]]
+    states = trainer.select_states(trajectories)
+    rows = [
+        next(i for i, s in enumerate(states) if s is state) for state in trainer._batches(states)[0]
+    ]
+    return [trajectories[i] for i in rows], [drawn[i].masked[0] for i in rows]
 
 
 @pytest.mark.parametrize("model_name", MODELS)
@@ -235,7 +239,7 @@ def test_gradient_equals_plain_autograd(model_name, runs, tmp_path_factory):
     data = write_prompts(folder / "prompts.jsonl")
     make_config = functools.partial(tiny_config, model.checkpoint, data)
     ((trajectories, masks),) = run_ranks(states_of_first_step, 1, make_config, folder / "run")
-    assert sum(int(mask.sum()) for mask in masks) > 20
+    assert sum(int(mask.sum()) for mask in masks) > 10
     hf, teacher = (load_hf(model.hf, torch.float64) for _ in range(2))
     loss, gradients = reference(hf, teacher, trajectories, masks)
     (result,) = runs("1", model_name)

@@ -1,6 +1,7 @@
 """Weights of the loss, and the split of rows over ranks and microbatches."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from megatron_opdlm.batching import (
     LOSS_REDUCTION,
     balance,
     fill,
+    group,
     make_microbatches,
     row_weights,
 )
 from megatron_opdlm.state_selection import NoisyStates
+from megatron_opdlm.trainer import Trainer, has_loss
 from megatron_opdlm.training_state import training_state
 from tests.unit.test_trajectory import MASK, make_trajectory
 
@@ -73,6 +76,74 @@ def test_reductions_differ():
 def test_unknown_reduction():
     with pytest.raises(ValueError, match="loss_reduction='mean': use one of sequence_mean"):
         row_weights([make_state(1)], "mean")
+
+
+# --- groups of like length ---
+
+
+@given(lengths, st.integers(1, 6), st.integers(0, 2**63 - 1))
+def test_groups_hold_every_row_once_and_are_runs_of_the_sorted_rows(lengths, size, key):
+    groups = group(lengths, size, key)
+    assert sorted(sum(groups, [])) == list(range(len(lengths)))
+    assert sorted(map(len, groups))[1:] == [size] * (len(groups) - 1)  # one may have fewer
+    expected = sorted(lengths)
+    assert sorted([lengths[row] for row in rows] for rows in groups) == sorted(
+        expected[start : start + size] for start in range(0, len(expected), size)
+    )
+    assert group(list(lengths), size, key) == groups, "the same on every rank"
+
+
+def test_groups_come_in_random_order():
+    """A step's place says nothing about the length of its rows."""
+    places = torch.zeros(4, 4)
+    for key in range(4000):
+        for place, rows in enumerate(group([10, 10, 2, 2, 7, 7, 5, 5], 2, key * 7919)):
+            places[place, rows[0] // 2] += 1
+    expected = 1000
+    chi_square = float(((places - expected) ** 2 / expected).sum())
+    assert chi_square < 35, chi_square  # 9 degrees of freedom, 3 of 4 of each: p = 6e-5
+    in_order = torch.eye(4) * 4000
+    assert float(((in_order - expected) ** 2 / expected).sum()) > 10_000  # control: sorted steps
+
+
+def straggler_factor(lengths, batches, num_ranks):
+    """Longest rank's tokens over the mean rank's, averaged over optimizer steps by their tokens."""
+    slowest = 0
+    for rows in batches:
+        parts = balance([lengths[row] for row in rows], num_ranks)
+        slowest += max(sum(lengths[rows[item]] for item in part) for part in parts)
+    return slowest * num_ranks / sum(lengths)
+
+
+def test_groups_keep_ranks_equally_long():
+    """128 rows, log-normal, a mean near 1,000; 8 rows per optimizer step, one per rank."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(128, generator=generator).exp()
+    lengths = (noise / noise.mean() * 1000).clamp(1, 4000).long().tolist()
+    in_order = [list(range(start, start + 8)) for start in range(0, 128, 8)]
+    assert straggler_factor(lengths, group(lengths, 8, 5), 8) < 1.2
+    assert straggler_factor(lengths, in_order, 8) > 2  # control
+    assert straggler_factor(lengths, group([0] * 128, 8, 5), 8) > 2  # control
+
+
+@pytest.mark.parametrize("by_length", [True, False])
+def test_the_trainer_groups_a_rollout(by_length):
+    states = [make_state(1, num_blocks=n) for n in (3, 1, 2, 1, 3, 2)] + [make_state(0)] * 2
+    config = SimpleNamespace(
+        train=SimpleNamespace(rows_per_optimizer_step=2, group_by_length=by_length, seed=1)
+    )
+    splits = [
+        Trainer._batches(SimpleNamespace(config=config, rollout_step=step), states)
+        for step in (0, 0, *range(1, 9))
+    ]
+    for batches in splits:
+        assert len(batches) == 4 and sum(map(has_loss, batches)) == 3  # two have no loss position
+        rows = sorted(id(state) for batch in batches for state in batch)
+        assert rows == sorted(map(id, states))
+        assert by_length == all(len(a.student) == len(b.student) for a, b in batches)
+    orders = [[len(batch[0].student) for batch in batches] for batches in splits]
+    assert orders[0] == orders[1]
+    assert (len({tuple(order) for order in orders}) > 1) == by_length
 
 
 # --- balance and fill ---
