@@ -328,7 +328,7 @@ def few_states(rank, make_config, save):
     states = trainer.select_states(trainer.collect())
     states = [state for state in states if state.num_rows][:2]
     batches = trainer.make_batch(states)
-    rows = trainer.run_student(batches, trainer.run_teacher(states))
+    rows = trainer.run_student(batches, trainer.run_teacher(states, batches))
     grad_norm, _ = trainer.update(rows)
     return len(batches[0].row_weight), rows.loss, grad_norm, trainer.pieces("data")
 

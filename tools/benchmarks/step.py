@@ -47,15 +47,18 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from megatron_opdlm import parallel as process_groups
 from megatron_opdlm import randomness
 from megatron_opdlm.accounting import model_flops_per_token
-from megatron_opdlm.attention import make_tiles
+from megatron_opdlm.attention import AttentionPlan, make_tiles
 from megatron_opdlm.batching import make_microbatches
 from megatron_opdlm.config import OptimizerConfig
 from megatron_opdlm.convert.hf import parse_config
-from megatron_opdlm.distill import forward_backward, teacher_rows
+from megatron_opdlm.distill import forward_backward
 from megatron_opdlm.divergence import Divergence
+from megatron_opdlm.fused_loss import TeacherTarget
 from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, build_model
 from megatron_opdlm.optimizer import StudentOptimizer
+from megatron_opdlm.pipeline import forward_only
 from megatron_opdlm.state_selection import NoisyStates, select_states
+from megatron_opdlm.stream import PackedStream
 from megatron_opdlm.training_state import training_state
 from megatron_opdlm.trajectory import Trajectory
 from tests.training import assemble, parameter_pieces, to_hf
@@ -193,10 +196,10 @@ class Ours:
             states, dp_rank=0, dp_size=1, token_budget=16384, multiple=1,
             loss_reduction="sequence_mean",
         )  # fmt: skip
-        targets = teacher_rows(self.teacher, microbatches, self.parallel)
+        targets = [self.target(microbatch.teacher) for microbatch in microbatches]
         self.optimizer.zero_grad()
         rows = forward_backward(
-            self.optimizer.ddp, self.teacher, microbatches, targets, self.parallel,
+            self.optimizer.ddp, microbatches, targets, self.parallel,
             divergence=Divergence(), mask_token_id=MASK,
         )  # fmt: skip
         self.work = Work()
@@ -207,6 +210,14 @@ class Ours:
                 (tile_pairs(m.student.tags), tile_pairs(m.teacher.tags)),
             )
         return {"loss": rows.loss}
+
+    def target(self, stream: PackedStream) -> TeacherTarget:
+        """The teacher's, as `Teacher.hidden_rows` has them on one process."""
+        inputs = (stream.token_ids, stream.tags, AttentionPlan(tags=stream.tags))
+        (hidden,) = forward_only(self.teacher, [inputs], self.parallel)
+        with torch.no_grad():
+            rows = self.teacher.select_rows(hidden, stream.loss_rows)
+        return TeacherTarget(rows, self.teacher.head_weight())
 
     def gradient_norm(self) -> float:
         return norm(p.main_grad for p in self.student.parameters())
