@@ -162,7 +162,7 @@ class TrainConfig(Section):
         fix = "name a file, or null"
         given = self.teacher_responses
         require(given != "", "teacher_responses", "''", "must be a path or null", fix)
-        fix = "set both eval_data and eval_interval, or neither"
+        fix = "set both eval_data and eval_interval, or eval_data=null and eval_interval=0"
         has_data, has_interval = self.eval_data is not None, self.eval_interval > 0
         rule = f"goes with eval_interval > 0, got {self.eval_interval}"
         require(has_data == has_interval, "eval_data", self.eval_data, rule, fix)

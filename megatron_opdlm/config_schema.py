@@ -298,7 +298,9 @@ def _raise_type(key: str, value: Any, annotation: Any, guess: str | None) -> typ
         rule = f"must be one of {expected}"
     else:
         rule = f"must have type {expected}"
-    hint = f"did you mean {guess}?" if guess else f"got {type(value).__name__}"
+    is_choice = typing.get_origin(_split_optional(annotation)[0]) is Literal
+    got = "use one of them" if is_choice else f"got {type(value).__name__}"
+    hint = f"did you mean {guess}?" if guess else got
     raise ValueError(f"{key}={format_value(value)} {rule}; {hint}")
 
 

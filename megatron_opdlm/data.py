@@ -353,7 +353,8 @@ def _report_dropped(dropped: list[tuple[str, int]], total: int, limit: int) -> N
     if len(dropped) == total:
         raise ValueError(
             f"max_prompt_tokens={limit} leaves none of {total} prompts; the shortest has "
-            f"{min(length for _, length in dropped)} tokens; raise the limit"
+            f"{min(length for _, length in dropped)} tokens; shorten them, raise the limit, or "
+            "ask for fewer new tokens"
         )
     logger.warning(
         "%d of %d prompts have more than max_prompt_tokens=%d tokens and are left out: %s",

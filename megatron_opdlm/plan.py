@@ -137,7 +137,7 @@ def check_models(
     for hf in (student, teacher):
         _check_lengths(config, hf)
     if (size := config.parallel.rollout_tensor_model_parallel_size) is not None:
-        check_parallel_fit(student, tp_size=size, pp_size=1)
+        check_parallel_fit(student, tp_size=size, pp_size=1, prefix="rollout_")
     if student.vocab_size != teacher.vocab_size:
         raise ValueError(
             f"teacher has vocab_size={teacher.vocab_size}, which must equal the student's "

@@ -20,11 +20,12 @@ def require_graphs(dtype: torch.dtype, *, sequence_parallel: bool, fp8: str | No
     """
     if not has_flash(torch.cuda.current_device(), dtype):
         raise ValueError(
-            "cuda_graphs=true needs a CUDA device, torch 2.13 and 16-bit weights, not "
-            f"{dtype}; set it to false"
+            "cuda_graphs=true needs a CUDA device, torch 2.13 and 16-bit weights; here are "
+            f"{'a CUDA device' if torch.cuda.is_available() else 'no CUDA device'}, torch "
+            f"{torch.__version__} and {dtype}; leave it out"
         )
     if sequence_parallel or fp8:
         raise ValueError(
             "cuda_graphs=true goes neither with sequence_parallel nor with fp8: their buffers "
-            "and scales do not survive a capture; set it to false"
+            "and scales do not survive a capture; leave it out"
         )
