@@ -25,7 +25,12 @@ from megatron_opdlm.divergence import Divergence
 from megatron_opdlm.fingerprint import fingerprint
 from megatron_opdlm.host_weights import HostWeights
 from megatron_opdlm.import_cache import ImportCache
-from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, training_stream_multiple
+from megatron_opdlm.model import (
+    BlockDiffusionModel,
+    BuildOptions,
+    stream_multiple,
+    training_stream_multiple,
+)
 from megatron_opdlm.parallel import ParallelState, second_layout
 from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.graph_support import require_graphs
@@ -161,6 +166,7 @@ def load_teacher(
         student_parallel=parallel,
         head=head,
         stream_multiple=training_stream_multiple(options, own.tp_size),
+        pass_multiple=stream_multiple(options, own.tp_size),
         token_budget=config.parallel.micro_batch_tokens,
         host=host,
     )

@@ -52,6 +52,7 @@ class Teacher:
         head: [V_local, D], the columns that this rank of the student holds of its own head; None
             where the student has no head.
         stream_multiple: what the length of its streams must be a multiple of.
+        pass_multiple: the same of its decoding passes.
         token_budget: most tokens of one pass.
         host: where its weights are between its phases; None = they stay.
     """
@@ -64,6 +65,7 @@ class Teacher:
     student_parallel: ParallelState
     head: Tensor | None
     stream_multiple: int
+    pass_multiple: int
     token_budget: int
     host: HostWeights | None = None
 

@@ -117,7 +117,7 @@ def teacher_engine(
         eos_token_ids=student.description.config.eos_token_ids,
         max_rows=rollout.rollout_batch_size,
         kv_cache_gb=rollout.kv_cache_gb,
-        stream_multiple=teacher.stream_multiple,
+        stream_multiple=teacher.pass_multiple,
         cuda_graphs=rollout.cuda_graphs,
         causal=True,
     )

@@ -174,20 +174,19 @@ def test_sampled_responses_depend_on_their_request_alone(model, on_one_rank):
 # --- captured passes ---
 
 
-def captured(rank, checkpoint, multiple):
+def captured(rank, checkpoint):
     model, parallel, _ = load(checkpoint)
     engine = make_engine(model, parallel, SAMPLED, max_rows=9, causal=True)
     expected = engine.generate(REQUESTS)
     cached_attention.has_flash = lambda device, dtype: True
     flash._kernel = lambda: plain_kernel
-    engine.cuda_graphs, engine.stream_multiple = True, multiple
+    engine.cuda_graphs = True
     return expected, engine.generate(REQUESTS), engine.counts, Repeat.captured
 
 
-@pytest.mark.parametrize("multiple", [1, 16])
-def test_captured_passes_decode_the_same(multiple, model, monkeypatch):
+def test_captured_passes_decode_the_same(model, monkeypatch):
     monkeypatch.setattr(graphs, "CudaCapture", Repeat)
-    ((expected, got, counts, number),) = run_ranks(captured, 1, model.checkpoint, multiple)
+    ((expected, got, counts, number),) = run_ranks(captured, 1, model.checkpoint)
     assert all(map(same, got, expected)) and len(got) == len(REQUESTS)
     assert 0 < number < counts.passes / 2
 

@@ -27,8 +27,9 @@ def matches(trainer):
 
 
 def take_a_step(trainer, trajectories):
-    batch = trainer.make_batch(trainer.select_states(trajectories)[:4])
-    trainer.update(trainer.run_student(batch, trainer.run_teacher(batch)))
+    states = trainer.select_states(trajectories)[:4]
+    batch = trainer.make_batch(states)
+    trainer.update(trainer.run_student(batch, trainer.run_teacher(states, batch)))
 
 
 def hand_over(rank, make_config):

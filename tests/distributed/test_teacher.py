@@ -302,7 +302,7 @@ def test_ranks_that_disagree_are_found(models):
 def teacher_losses(rank, make_config, save, values):
     trainer = Recorder(make_config(save=save, **values))
     prompts = [prompt.ids for prompt in trainer.schedule.prompts][:PROBE_PROMPTS]
-    teacher, figures = trainer.teacher, trainer._teacher_figures
+    teacher, figures = trainer.teacher, trainer._first_figures
     count = sum(p.numel() for p in teacher.model.parameters())
     if teacher.is_second_layout and teacher.head is not None:
         count += teacher.head.numel()
@@ -356,7 +356,7 @@ def start(rank, make_config, save, values):
     except ValueError as error:
         return str(error)
     trainer.train()
-    return trainer._teacher_figures, [(r.levelname, r.getMessage()) for r in records]
+    return trainer._first_figures, [(r.levelname, r.getMessage()) for r in records]
 
 
 def test_figures_are_logged_once(folder, config_of, models):
