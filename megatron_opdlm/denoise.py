@@ -82,23 +82,21 @@ def choose_commits(
     prompt tokens (n above the masked count) and leave masks behind (steps used up).
 
     Args:
-        confidence_BK: [B, K] float, finite confidence of the sampled token; ignored where not
-            masked.
+        confidence_BK: [B, K] float, finite, of the sampled token; ignored where not masked.
         masked_BK: [B, K] bool, True where the position is still masked.
-        step_B: [B] int64, denoising step of each block from 0; blocks need not be at the same step.
+        step_B: [B] int64, denoising step of each block from 0.
         remasking: one of REMASKING.
         denoising_steps: steps per block.
-        confidence_threshold: used by `low_confidence_dynamic`, a probability; strictly above it is
-            committed.
+        confidence_threshold: a probability; `low_confidence_dynamic` commits what is above it.
         entropy_BK: [B, K] float, nats; needed by `entropy_bounded`, ignored where not masked.
-        entropy_bound: used by `entropy_bounded`, nats.
+        entropy_bound: nats.
 
     Returns:
         [B, K] bool, a subset of masked_BK; at least one position in every row that has a masked
         one, if denoising_steps <= K.
 
     Raises:
-        ValueError: on an unknown rule, denoising_steps below 1, or shapes that do not match.
+        ValueError: an unknown rule, denoising_steps below 1, or shapes that do not match.
     """
     check_remasking(remasking)
     _check_shapes(confidence_BK, masked_BK, step_B)

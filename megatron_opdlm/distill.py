@@ -56,9 +56,8 @@ def forward_backward(
         mask_token_id: in no softmax.
 
     Returns:
-        The divergence of every row. Gradients are summed over microbatches and data-parallel ranks
-        when this returns. Collectives: the layers', the pipeline's point-to-point, the gradient
-        reduction, and one gather of the rows' divergences.
+        The divergence of every row; gradients are summed over microbatches and data-parallel ranks.
+        Collectives: the layers', the pipeline's, the gradient reduction, one gather of rows.
     """
     device = torch.cuda.current_device()
     no_targets: list[Target | None] = [None] * len(microbatches)
@@ -81,11 +80,7 @@ def forward_backward(
                 mask_token_id=mask_token_id,
                 tp_group=parallel.tp_group,
             )
-            result = {
-                "loss": loss.detach(),
-                "kl": kl,
-                "num_masked": microbatch.num_masked,
-            }
+            result = {"loss": loss.detach(), "kl": kl, "num_masked": microbatch.num_masked}
             return loss, torch.ones((), dtype=torch.int, device=device), result
 
         return hidden, loss_of

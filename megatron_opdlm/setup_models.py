@@ -119,15 +119,14 @@ def load_teacher(
     """Loads the frozen teacher, after checking that it speaks the student's language.
 
     Args:
-        config: resolved configuration.
+        config: resolved.
         cache: where a Hugging Face directory is converted.
         options: how the student is built.
         parallel: the student's layout.
         student: the student.
 
     Raises:
-        ValueError: another vocabulary or another tokenizer than the student's, or weights that are
-            not finite.
+        ValueError: another vocabulary or tokenizer than the student's, or weights not finite.
     """
     path = config.model.teacher or config.model.student
     folder = cache.checkpoint(path, is_main=parallel.is_main)

@@ -193,8 +193,8 @@ class Teacher:
             student: of the student's weights.
             prompts: [S] int64 token ids each, the template included; the first few are read.
             mask_token_id: in no softmax.
-            max_nll: a loss above which the teacher is refused; None: worse than a uniform guess is
-                a warning.
+            max_nll: a loss above which the teacher is refused; None: only warn if it is no better
+                than a uniform guess.
 
         Returns:
             The figures, as metrics. Call on all ranks; rank 0 logs.
@@ -205,8 +205,8 @@ class Teacher:
         probe = prompts[:PROBE_PROMPTS]
         loss = self.mean_loss(probe, mask_token_id)
         uniform = math.log(self.description.config.vocab_size)
-        of_them = f"teacher={self.path} has a loss of {loss:.4g} nats per token on the first"
-        of_them += f" {len(probe)} prompts"
+        on_them = f"nats per token on the first {len(probe)} prompts"
+        of_them = f"teacher={self.path} has a loss of {loss:.4g} {on_them}"
         if not math.isfinite(loss):
             raise ValueError(f"{of_them}; its weights or their number format are broken")
         if max_nll is not None and loss > max_nll:

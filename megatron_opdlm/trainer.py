@@ -64,8 +64,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config) -> None:
-        """Joins the job, loads models and data, and resumes. Every input error shows here, before
-        work starts.
+        """Joins the job, loads models and data, and resumes; input errors show here, before work.
 
         Args:
             config: resolved configuration.

@@ -94,8 +94,8 @@ def training_state(
     shown = x_0[block].masked_fill(masked[state, block], mask_token_id)
 
     clean_length = int(positions[block.max(), 0]) if len(block) else 0
-    clean_positions, noisy_positions = torch.arange(clean_length), positions[block].flatten()
-    clean_tags = make_tags(0, clean_positions, noisy=0, block_size=block_size)
+    noisy_positions = positions[block].flatten()
+    clean_tags = make_tags(0, torch.arange(clean_length), noisy=0, block_size=block_size)
     noisy_tags = make_tags(0, noisy_positions, noisy=0, block_size=block_size)
     noisy_tags[:, NOISY] = (state + 1).repeat_interleave(block_size)
     loss_rows = clean_length + has_loss[state, block].flatten().nonzero().squeeze(1)
@@ -105,16 +105,9 @@ def training_state(
         loss_rows=loss_rows,
     )
     loss_positions = noisy_positions[loss_rows - clean_length]
-    targets = teacher_row(loss_positions)
-    teacher_length = int(targets.max()) + 1 if len(targets) else 0
-    teacher = Document(
-        token_ids=trajectory.token_ids[:teacher_length],
-        tags=make_tags(0, torch.arange(teacher_length), noisy=0, block_size=1),
-        loss_rows=targets,
-    )
+    teacher = _teacher_document(trajectory, teacher_row(loss_positions))
     row_state, row_block, _ = has_loss.nonzero(as_tuple=True)
-    row_scale = torch.ones(len(targets))
-    denominator = len(targets)
+    row_scale, denominator = torch.ones(len(loss_rows)), len(loss_rows)
     if nelbo:
         assert states.time is not None, "the NELBO is about random masks"
         row_scale = 1 / (len(masked) * states.time[row_state, row_block])
@@ -127,4 +120,14 @@ def training_state(
         num_masked=masked.sum(-1)[row_state, row_block],
         row_scale=row_scale,
         denominator=denominator,
+    )
+
+
+def _teacher_document(trajectory: Trajectory, rows: Tensor) -> Document:
+    """The clean tokens through the last of the wanted rows."""
+    length = int(rows.max()) + 1 if len(rows) else 0
+    return Document(
+        token_ids=trajectory.token_ids[:length],
+        tags=make_tags(0, torch.arange(length), noisy=0, block_size=1),
+        loss_rows=rows,
     )

@@ -108,18 +108,13 @@ class KVCache:
                 f"{_size(needed)} of key/value cache, more than the {_size(limit)} there are; "
                 "shorten prompts or responses, raise kv_cache_gb, or cut the model over more GPUs"
             )
+        sizes = {"num_slots": num_slots, "capacity": capacity, "has_spare": has_spare}
         cache: KVCache | None = None
         with contextlib.suppress(torch.OutOfMemoryError):
             cache = cls(
-                layer_numbers=layer_numbers,
-                num_slots=num_slots,
-                capacity=capacity,
-                num_heads=num_heads,
-                head_size=config.kv_channels,
-                dtype=config.params_dtype,
-                device=weight.device,
-                has_spare=has_spare,
-            )
+                **sizes, layer_numbers=layer_numbers, num_heads=num_heads,
+                head_size=config.kv_channels, dtype=config.params_dtype, device=weight.device,
+            )  # fmt: skip
         if not _smallest(cache is not None, parallel) or cache is None:
             raise ValueError(
                 f"a key/value cache of {_size(per_slot * (num_slots + has_spare))} does not fit "
