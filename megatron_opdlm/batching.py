@@ -47,8 +47,8 @@ def row_weights(states: Sequence[TrainingState], loss_reduction: str) -> list[fl
 
     - `sequence_mean`: sum over a response's rows / n, mean over responses (the released code);
     - `token_mean`: sum over all rows / sum of n;
-    - `token_sum`: sum over a response's rows, mean over all responses, where one without a loss
-      row adds zero (the paper's Eq. 5 with w(t) = 1).
+    - `token_sum`: sum over a response's rows, mean over its noisy states and over all responses,
+      where one without a loss row adds zero (the paper's Eq. 5 with w(t) = 1).
 
     In the first two, responses with n = 0 count in no denominator.
 
@@ -66,7 +66,7 @@ def row_weights(states: Sequence[TrainingState], loss_reduction: str) -> list[fl
     if loss_reduction == "token_mean":
         return [1.0 / total if s.num_rows else 0.0 for s in states]
     if loss_reduction == "token_sum":
-        return [1.0 / len(states) if s.num_rows else 0.0 for s in states]
+        return [1.0 / (len(states) * s.num_states) if s.num_rows else 0.0 for s in states]
     raise ValueError(f"loss_reduction={loss_reduction!r}: use one of {', '.join(LOSS_REDUCTION)}")
 
 

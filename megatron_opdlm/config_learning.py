@@ -61,6 +61,9 @@ class DistillConfig(Section):
             0 < self.jsd_alpha < 1,
             "jsd_alpha", self.jsd_alpha, "must lie in (0, 1)", "use e.g. 0.5",
         )  # fmt: skip
+        has_choice = self.top_k_mode != "renormalized" or self.top_k_logits != 1
+        rule = "must be at least 2 with top_k_mode=renormalized: one token has all the probability"
+        require(has_choice, "top_k_logits", self.top_k_logits, rule, "use 2 or more, or tail")
         is_random = self.state_selection == "random"
         require(
             is_random == (self.method != "opdlm"),

@@ -96,7 +96,10 @@ class Divergence:
                 _reverse(log_p, log_q, q),
             )
             w = self.reverse_kl_weight
-            return forward.lerp_(reverse, w), forward_qg.lerp_(reverse_qg, w)
+            if w in (0, 1):  # 0 times infinity is no number
+                return (forward, forward_qg) if w == 0 else (reverse, reverse_qg)
+            forward_qg.mul_(1 - w).add_(reverse_qg, alpha=w)
+            return forward.mul_(1 - w).add_(reverse, alpha=w), forward_qg
         return self._jensen_shannon(log_p, log_q, q)
 
     def _jensen_shannon(self, log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:

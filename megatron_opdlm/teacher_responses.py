@@ -139,6 +139,7 @@ def response_settings(config: Config, teacher: Teacher, student: Student) -> dic
         "tokenizer": teacher.description.tokenizer_fingerprint,
         "params_dtype": config.model.params_dtype,
         "fp8": config.model.teacher_fp8,
+        "fp8_recipe": config.model.fp8_recipe,
         "eos_token_ids": list(student.description.config.eos_token_ids),
         "mask_token_id": student.mask_token_id,
         "temperature": rollout.temperature,

@@ -30,6 +30,8 @@ class TrainingState:
         row_scale: [T] float32, factor of each row's loss: 1, or 1/t for the NELBO.
         denominator: what a mean over the sequence divides by: its loss rows, or for the NELBO its
             response tokens.
+        num_states: what a sum over the sequence divides by, so that more states are no larger
+            loss: M; 1 for the NELBO, whose rows are divided already.
     """
 
     trajectory: Trajectory
@@ -39,6 +41,7 @@ class TrainingState:
     num_masked: Tensor
     row_scale: Tensor
     denominator: int
+    num_states: int
 
     @property
     def num_rows(self) -> int:
@@ -120,6 +123,7 @@ def training_state(
         num_masked=masked.sum(-1)[row_state, row_block],
         row_scale=row_scale,
         denominator=denominator,
+        num_states=1 if nelbo else len(masked),
     )
 
 

@@ -134,6 +134,7 @@ def worst_difference(results, expected):
             assert (got[name][rows:] == 0).all()
             pairs.append((got[name][:rows], gradient[:rows]))
         for mine, theirs in pairs:
+            assert mine.isfinite().all() and theirs.abs().max() > 0
             difference = (mine.double() - theirs.double()).abs().max() / theirs.abs().max()
             worst = max(worst, float(difference))
     return worst
@@ -152,8 +153,8 @@ def test_value_and_gradients(tp, sequence_parallel, target, expected):
 def test_control_ranks_that_do_not_tell_each_other(expected):
     checkpoint, by_target = expected
     results = run_ranks(fused, 2, checkpoint, "teacher", 2, False, "reduce")
-    with pytest.raises(AssertionError):
-        assert worst_difference(results, by_target["teacher"]) < 2e-5
+    alone, expected_values = results[0][0][0], by_target["teacher"][0][0]
+    assert (alone - expected_values).abs().max() > 0.01
 
 
 def sharded(rank, vocab_size, padded):

@@ -128,6 +128,7 @@ def runs(tmp_path_factory):
 def largest_relative_difference(got, expected):
     """Over tensors: the largest difference, as a part of the tensor's largest entry."""
     assert got.keys() == expected.keys()
+    assert all(bool(tensor.isfinite().all()) for tensor in got.values())  # max() would pass NaN by
     worst = {
         name: float((got[name] - expected[name]).abs().max() / expected[name].abs().max())
         for name in expected

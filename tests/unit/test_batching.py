@@ -281,3 +281,20 @@ def test_equal_counts_add_padding_alone(states, dp_size, budget):
         for batch, same in zip(without, padded, strict=False):
             assert torch.equal(batch.student.token_ids, same.student.token_ids)
         assert all(len(batch.row_weight) == 0 for batch in padded[len(without) :])
+
+
+def test_more_states_are_no_larger_sum():
+    """With every state twice, `token_sum` gives the same loss; the means do anyway."""
+    trajectory = make_trajectory(3, [0] * 13, 8)
+    masked = torch.zeros(1, 2, 8, dtype=torch.bool)
+    masked[:, 1, 5:] = True
+    one, two = (
+        training_state(
+            trajectory, NoisyStates(masked.repeat(m, 1, 1)), mask_token_id=MASK, include_eos=True
+        )
+        for m in (1, 2)
+    )
+    assert two.num_rows == 2 * one.num_rows == 6
+    for reduction in LOSS_REDUCTION:
+        (alone,), (doubled,) = (row_weights([state], reduction) for state in (one, two))
+        assert alone * one.num_rows == pytest.approx(doubled * two.num_rows)
