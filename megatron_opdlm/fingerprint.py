@@ -1,8 +1,9 @@
 """A short number that tells weights apart, whatever the layout that they are spread over.
 
 Every element's bits are multiplied by a factor of its place in the whole tensor, and the products
-summed modulo a prime. Integer sums have no order, so shards of any layout add up to the same; and
-one changed element, or two that changed places, always change the sum of their tensor.
+summed modulo a prime. Integer sums have no order, so shards of any layout add up to the same. One
+changed element always changes the sum of its tensor; two that change places almost always do, for
+the factors of two places may coincide.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from megatron_opdlm.convert.names import VocabRows
 from megatron_opdlm.model import BlockDiffusionModel
 
 _PRIME = 2**32 + 15
-_COLUMN_PRIME, _COLUMN_STEP = 32749, 20011  # below 2**15: a row's sum stays below 2**63
+_COLUMN_PRIME, _COLUMN_STEP = 32749, 20011  # below 2**15: up to 2**16 columns sum below 2**63
 _ROW_PRIME, _ROW_STEP = 2**30 - 35, 2654435761
 _ROWS_PER_LAYER = 2**20
 _BITS = {2: torch.int16, 4: torch.int32}

@@ -43,6 +43,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from measuring import CONFIG
 
 from megatron_opdlm import parallel as process_groups
 from megatron_opdlm.convert.hf import parse_config
@@ -61,26 +62,6 @@ from tests.decoding_references import (
 )
 from tests.helpers import run_ranks
 
-CONFIG: dict[str, Any] = {
-    "model_type": "qwen3",
-    "vocab_size": 2752,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.06,
-    "torch_dtype": "float32",
-    "eos_token_id": 1,
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_act": "silu",
-    "attention_bias": False,
-}
 MASK = 0
 PROMPT_TOKENS = 200
 OPTIONS = DecodingOptions(block_size=4, denoising_steps=2)

@@ -40,7 +40,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from measuring import in_turn, medians, must_agree, parser, write
+from measuring import CONFIG, in_turn, medians, must_agree, parser, write
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -63,26 +63,6 @@ from megatron_opdlm.training_state import training_state
 from megatron_opdlm.trajectory import Trajectory
 from tests.training import assemble, parameter_pieces, to_hf
 
-CONFIG: dict[str, Any] = {
-    "model_type": "qwen3",
-    "vocab_size": 2752,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.06,
-    "torch_dtype": "float32",
-    "eos_token_id": 1,
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_act": "silu",
-    "attention_bias": False,
-}
 MASK, BLOCK = 0, 4
 PROMPTS = (184, 240, 96, 312, 200, 160, 264, 148)
 RESPONSES = (472, 100, 220, 1024, 120, 312, 160, 104)
