@@ -8,15 +8,13 @@ on the rows that need it, attention. Both are kept side by side; neither is deri
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, astuple, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 
-import torch
-from torch import Tensor
-
+from megatron_opdlm.batching import Runs
 from megatron_opdlm.convert.families import FAMILIES
 from megatron_opdlm.convert.hf import HFConfig
-from megatron_opdlm.stream import PackedStream
+from megatron_opdlm.stream import Document, aligned
 from megatron_opdlm.trajectory import Trajectory
 
 
@@ -78,7 +76,7 @@ def rollout_attention_pairs(trajectory: Trajectory) -> int:
 
 @dataclass(kw_only=True)
 class WorkCounters:
-    """Work done so far. Integers only: exact, summable over ranks, saved with the checkpoint.
+    """Work done so far by all replicas: the same integers on every rank, saved with the checkpoint.
 
     Attention pairs are per layer, as the mask allows them, not as tiles execute them.
     """
@@ -128,33 +126,38 @@ class WorkCounters:
         self.teacher_head_rows += response_tokens
         self.teacher_attention_pairs += num_tokens * (num_tokens + 1) // 2
 
-    def add_streams(self, teacher: PackedStream | None, student: PackedStream) -> None:
-        """Adds a microbatch: a forward pass of the teacher if there is one, forward and backward of
-        the student.
+    def add_teacher_step(self, documents: Sequence[Document], runs: Runs, *, multiple: int) -> None:
+        """Adds the teacher's forward passes of an optimizer step, on all its replicas.
+
+        Args:
+            documents: of the step.
+            runs: which of them are packed together.
+            multiple: streams are padded to a multiple of this.
         """
-        if teacher is not None:
-            self.teacher_tokens += len(teacher)
-            self.teacher_head_rows += len(teacher.loss_rows)
-            self.teacher_attention_pairs += teacher.attention_pairs()
-        self.student_tokens += len(student)
-        self.student_head_rows += len(student.loss_rows)
-        self.student_attention_pairs += student.attention_pairs()
+        self.teacher_tokens += _stream_tokens(documents, runs, multiple)
+        self.teacher_head_rows += sum(len(document.loss_rows) for document in documents)
+        self.teacher_attention_pairs += sum(d.attention_pairs(1) for d in documents)
+
+    def add_student_step(
+        self, documents: Sequence[Document], runs: Runs, *, multiple: int, block_size: int
+    ) -> None:
+        """Adds the student's passes, forward and backward, of an optimizer step, on all replicas.
+
+        Args:
+            documents: of the step.
+            runs: which of them are packed together.
+            multiple: streams are padded to a multiple of this.
+            block_size: tokens per block.
+        """
+        self.student_tokens += _stream_tokens(documents, runs, multiple)
+        self.student_head_rows += sum(len(document.loss_rows) for document in documents)
+        self.student_attention_pairs += sum(d.attention_pairs(block_size) for d in documents)
 
     def add(self, other: WorkCounters) -> None:
-        """Adds the work of other ranks or steps."""
+        """Adds the work of other steps."""
         for field in fields(self):
             total = getattr(self, field.name) + getattr(other, field.name)
             setattr(self, field.name, total)
-
-    def to_tensor(self) -> Tensor:
-        """Returns [12] int64 on the CPU, to be summed over data-parallel ranks."""
-        return torch.tensor(astuple(self), dtype=torch.int64)
-
-    @classmethod
-    def from_tensor(cls, values: Tensor) -> WorkCounters:
-        """Inverse of `to_tensor`."""
-        names = [field.name for field in fields(cls)]
-        return cls(**dict(zip(names, values.tolist(), strict=True)))
 
     def to_json(self) -> dict[str, int]:
         """Returns the counters by name, for the checkpoint."""
@@ -174,6 +177,13 @@ class WorkCounters:
                 f"work counters of the checkpoint differ in {different}; start a new run"
             )
         return cls(**values)
+
+
+def _stream_tokens(documents: Sequence[Document], runs: Runs, multiple: int) -> int:
+    """Tokens of the streams of all ranks, alignment included."""
+    lengths = [len(document) for document in documents]
+    packed = (sum(lengths[i] for i in run) for of_rank in runs for run in of_rank)
+    return sum(aligned(num_tokens, multiple) for num_tokens in packed)
 
 
 @dataclass(frozen=True, kw_only=True)

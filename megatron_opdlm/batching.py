@@ -16,6 +16,8 @@ from megatron_opdlm import randomness
 from megatron_opdlm.stream import PackedStream, pack
 from megatron_opdlm.training_state import TrainingState
 
+Runs = Sequence[Sequence[Sequence[int]]]
+"""For every data-parallel rank, for every microbatch, the indices of its documents."""
 LOSS_REDUCTION = ("sequence_mean", "token_mean", "token_sum")
 
 
@@ -25,16 +27,12 @@ class Microbatch:
 
     Attributes:
         student: packed [clean | noisy] documents.
-        teacher: packed causal documents; its loss rows are aligned one to one with the student's.
-        target_ids: [T] int64, tokens of the response at the loss rows.
         row_weight: [T] float32; the loss of an optimizer step is the sum of weight x divergence
             over all its microbatches and data-parallel ranks.
         num_masked: [T] int64, masked positions in each row's block.
     """
 
     student: PackedStream
-    teacher: PackedStream
-    target_ids: Tensor
     row_weight: Tensor
     num_masked: Tensor
 
@@ -70,8 +68,8 @@ def row_weights(states: Sequence[TrainingState], loss_reduction: str) -> list[fl
     raise ValueError(f"loss_reduction={loss_reduction!r}: use one of {', '.join(LOSS_REDUCTION)}")
 
 
-def group(lengths: Sequence[int], rows_per_step: int, key: int) -> list[list[int]]:
-    """Cuts the rows of a rollout into optimizer steps of rows of like length.
+def group(lengths: Sequence[int], rows_per_step: int, key: int | None) -> list[list[int]]:
+    """Cuts the rows of a rollout into optimizer steps, of rows of like length if there is a key.
 
     Ranks wait for the one with the longest row, and where a step has about one row per rank nothing
     else can be balanced. The steps come in random order, so that length does not go with time.
@@ -79,14 +77,18 @@ def group(lengths: Sequence[int], rows_per_step: int, key: int) -> list[list[int
     Args:
         lengths: cost of each row; of rows that cost the same the first come together.
         rows_per_step: rows of an optimizer step; the last group may have fewer.
-        key: random key of the order, `randomness.key(...)`.
+        key: random key of the order, `randomness.key(...)`; None leaves the rows as they come.
 
     Returns:
         For each optimizer step, the indices of its rows. Every row is in one. The same on every
         rank.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    order = list(range(len(lengths)))
+    if key is not None:
+        order.sort(key=lambda i: lengths[i])
     groups = [order[i : i + rows_per_step] for i in range(0, len(order), rows_per_step)]
+    if key is None:
+        return groups
     return [groups[place] for place in randomness.permutation(key, len(groups))]
 
 
@@ -130,7 +132,7 @@ def fill(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 def plan_runs(
     lengths: Sequence[int], *, dp_size: int, token_budget: int, equal_counts: bool = False
-) -> list[list[list[int]]]:
+) -> Runs:
     """Which documents go into which microbatch, on every data-parallel rank.
 
     Args:
@@ -156,53 +158,34 @@ def plan_runs(
 
 def make_microbatches(
     states: Sequence[TrainingState],
+    runs: Runs,
     *,
     dp_rank: int,
-    dp_size: int,
-    token_budget: int,
     multiple: int,
     loss_reduction: str,
-    equal_counts: bool = False,
 ) -> list[Microbatch]:
     """Builds the microbatches of one data-parallel rank for one optimizer step.
 
     Args:
         states: all states of the optimizer step, the same list on every rank.
+        runs: from `plan_runs`, by the lengths of the student's documents.
         dp_rank: this rank on the data-parallel axis.
-        dp_size: size of that axis.
-        token_budget: most student tokens per microbatch.
         multiple: streams are padded to a multiple of this.
         loss_reduction: one of LOSS_REDUCTION.
-        equal_counts: see `plan_runs`.
 
     Returns:
         At least one microbatch; a rank without rows gets one of padding, whose loss is zero.
     """
     weights = row_weights(states, loss_reduction)
-    lengths = [len(state.student) for state in states]  # 0 without loss rows
-    ranks = plan_runs(
-        lengths, dp_size=dp_size, token_budget=token_budget, equal_counts=equal_counts
-    )
-    return [
-        _microbatch(
-            [states[index] for index in run],
-            [weights[index] for index in run],
-            states[0].trajectory.block_size,
-            multiple,
-        )
-        for run in ranks[dp_rank]
-    ]
-
-
-def _microbatch(
-    states: list[TrainingState], weights: list[float], block_size: int, multiple: int
-) -> Microbatch:
     no_floats, no_ids = torch.empty(0), torch.empty(0, dtype=torch.int64)
-    scaled = [s.row_scale * weight for s, weight in zip(states, weights, strict=True)]
-    return Microbatch(
-        student=pack([state.student for state in states], block_size=block_size, multiple=multiple),
-        teacher=pack([state.teacher for state in states], block_size=1, multiple=multiple),
-        target_ids=torch.cat([no_ids, *(state.target_ids for state in states)]),
-        row_weight=torch.cat([no_floats, *scaled]),
-        num_masked=torch.cat([no_ids, *(state.num_masked for state in states)]),
-    )
+    block_size = states[0].trajectory.block_size
+    return [
+        Microbatch(
+            student=pack(
+                [states[i].student for i in run], block_size=block_size, multiple=multiple
+            ),
+            row_weight=torch.cat([no_floats, *(states[i].row_scale * weights[i] for i in run)]),
+            num_masked=torch.cat([no_ids, *(states[i].num_masked for i in run)]),
+        )
+        for run in runs[dp_rank]
+    ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_opdlm.config_schema import Section, require
+from megatron_opdlm.divergence_rules import FORWARD_KL, JSD, MIXED, TAIL, check_divergence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +52,8 @@ class DistillConfig(Section):
         return "data" if self.sft_responses == "data" else "teacher"
 
     def _check(self) -> None:
-        self._at_least(0, "top_k_logits")
         self._at_least(1, "states_per_response")
-        require(
-            0 <= self.reverse_kl_weight <= 1,
-            "reverse_kl_weight", self.reverse_kl_weight, "must lie in [0, 1]", "use e.g. 0.5",
-        )  # fmt: skip
-        require(
-            0 < self.jsd_alpha < 1,
-            "jsd_alpha", self.jsd_alpha, "must lie in (0, 1)", "use e.g. 0.5",
-        )  # fmt: skip
-        has_choice = self.top_k_mode != "renormalized" or self.top_k_logits != 1
-        rule = "must be at least 2 with top_k_mode=renormalized: one token has all the probability"
-        require(has_choice, "top_k_logits", self.top_k_logits, rule, "use 2 or more, or tail")
+        self._check_loss()
         is_random = self.state_selection == "random"
         require(
             is_random == (self.method != "opdlm"),
@@ -71,16 +61,32 @@ class DistillConfig(Section):
             "must be random with the methods opdlm_off, off_policy and sft, and only there",
             f"leave it out with method={self.method}, or use another method",
         )  # fmt: skip
-        is_plain = self.divergence == "forward_kl" and self.top_k_logits == 0
-        rule = "must be forward_kl with all tokens: against one token it is the cross-entropy"
-        fix = "leave divergence and top_k_logits out with method=sft"
-        require(self.method != "sft" or is_plain, "divergence", self.divergence, rule, fix)
         rule, fix = "is about method=sft", f"leave it out with method={self.method}"
         is_used = self.method == "sft" or self.sft_responses == "teacher"
         require(is_used, "sft_responses", self.sft_responses, rule, fix)
         rule = "goes not with state_selection=all, which takes every denoising step"
         is_free = self.states_per_response == 1 or self.state_selection != "all"
         require(is_free, "states_per_response", self.states_per_response, rule, "use 1")
+
+    def _check_loss(self) -> None:
+        check_divergence(
+            kind=self.divergence,
+            reverse_kl_weight=self.reverse_kl_weight,
+            jsd_alpha=self.jsd_alpha,
+            top_k=self.top_k_logits,
+            top_k_mode=self.top_k_mode,
+        )
+        for name, default, is_used, where in (
+            ("reverse_kl_weight", 0.5, self.divergence == MIXED, f"divergence={MIXED}"),
+            ("jsd_alpha", 0.5, self.divergence == JSD, f"divergence={JSD}"),
+            ("top_k_mode", TAIL, self.top_k_logits > 0, "top_k_logits above 0"),
+        ):
+            value, rule = getattr(self, name), f"is about {where}"
+            require(is_used or value == default, name, value, rule, f"leave it out, or set {where}")
+        is_plain = self.divergence == FORWARD_KL and self.top_k_logits == 0
+        rule = "must be forward_kl with all tokens: against one token it is the cross-entropy"
+        fix = "leave divergence and top_k_logits out with method=sft"
+        require(self.method != "sft" or is_plain, "divergence", self.divergence, rule, fix)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,20 +13,12 @@ so an outcome's value and its q_v g_v are all that a divergence is. Outcomes are
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-FORWARD_KL = "forward_kl"
-REVERSE_KL = "reverse_kl"
-MIXED = "mixed"
-JSD = "jsd"
-DIVERGENCES = (FORWARD_KL, REVERSE_KL, MIXED, JSD)
-TAIL = "tail"
-RAW = "raw"
-RENORMALIZED = "renormalized"
-TOP_K_MODES = (TAIL, RAW, RENORMALIZED)
+from megatron_opdlm.divergence_rules import FORWARD_KL, MIXED, REVERSE_KL, TAIL, check_divergence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,26 +46,7 @@ class Divergence:
     top_k_mode: str = TAIL
 
     def __post_init__(self) -> None:
-        rules = (
-            ("divergence", self.kind, self.kind in DIVERGENCES, f"one of {', '.join(DIVERGENCES)}"),
-            (
-                "reverse_kl_weight",
-                self.reverse_kl_weight,
-                0 <= self.reverse_kl_weight <= 1,
-                "between 0 and 1",
-            ),
-            ("jsd_alpha", self.jsd_alpha, 0 < self.jsd_alpha < 1, "above 0 and below 1"),
-            ("top_k_logits", self.top_k, self.top_k >= 0, "0 (all tokens) or more"),
-            (
-                "top_k_mode",
-                self.top_k_mode,
-                self.top_k_mode in TOP_K_MODES,
-                f"one of {', '.join(TOP_K_MODES)}",
-            ),
-        )
-        for name, value, holds, rule in rules:
-            if not holds:
-                raise ValueError(f"{name}={value} must be {rule}")
+        check_divergence(**asdict(self))
 
     def terms(self, log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """Value of every outcome, and q times its derivative by q.

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_opdlm.divergence import RENORMALIZED, TAIL, Divergence
+from megatron_opdlm.divergence import Divergence
+from megatron_opdlm.divergence_rules import RENORMALIZED, TAIL
 from megatron_opdlm.ranking import LAST, pack
 from megatron_opdlm.vocab_shard import VocabShard
 

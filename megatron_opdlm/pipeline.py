@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_opdlm.attention import AttentionPlan
 from megatron_opdlm.model import BlockDiffusionModel
 from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.stream import PackedStream
 
 
 class Stream(Protocol):
@@ -34,10 +35,11 @@ class Stream(Protocol):
 
 
 @dataclass(frozen=True)
-class _Microbatch:
+class _Pass:
     token_ids: Tensor
     tags: Tensor
     plan: AttentionPlan
+    rows: Tensor
 
 
 def run_stage(model: BlockDiffusionModel, stream: Stream, received: Tensor | None) -> Tensor:
@@ -127,33 +129,33 @@ class DecodePipeline(Generic[P]):
 
 @torch.no_grad()
 def forward_only(
-    model: BlockDiffusionModel,
-    microbatches: Sequence[tuple[Tensor, Tensor, AttentionPlan]],
-    parallel: ParallelState,
+    model: BlockDiffusionModel, streams: Sequence[PackedStream], parallel: ParallelState
 ) -> list[Tensor]:
-    """Runs microbatches through all pipeline stages, several in flight.
+    """Runs streams through all pipeline stages, several in flight.
 
     Args:
         model: this rank's stage; its training mode is left as it is found.
-        microbatches: (token_ids [S], tags [S, 4], plan) each, the same number on all stages.
+        streams: on the model's device, the same number on all stages.
         parallel: process groups of the model's layout.
 
     Returns:
-        On the last stage, the hidden states of every microbatch ([S, 1, D], or [S / TP, 1, D] under
-        sequence parallel); elsewhere an empty list. Collectives: point-to-point over the pipeline
-        group.
+        On the last stage, for every stream the hidden states [T, D] of its loss rows, replicated
+        over the tensor-parallel group; elsewhere an empty list. Collectives: point-to-point over
+        the pipeline group, and what `BlockDiffusionModel.select_rows` needs.
     """
     was_training = model.training
     model.eval()
-    pipeline: DecodePipeline[_Microbatch] = DecodePipeline(model, parallel)
-    gaps = [None] * (parallel.pp_size - 1)  # until the last microbatch has left
-    outputs = []
+    pipeline: DecodePipeline[_Pass] = DecodePipeline(model, parallel)
+    passes = (_Pass(s.token_ids, s.tags, AttentionPlan(tags=s.tags), s.loss_rows) for s in streams)
+    gaps = [None] * (parallel.pp_size - 1)  # until the last one has left
+    selected = []
     try:
-        for new in (*(_Microbatch(*microbatch) for microbatch in microbatches), *gaps):
+        for new in (*passes, *gaps):
             leaving = pipeline.push(new)
             if leaving is not None and parallel.is_last_stage:
-                assert leaving[1] is not None, "the last stage has the output"
-                outputs.append(leaving[1])
+                done, output = leaving
+                assert output is not None, "the last stage has the output"
+                selected.append(model.select_rows(output, done.rows))
     finally:
         model.train(was_training)
-    return outputs
+    return selected

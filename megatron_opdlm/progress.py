@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+
 from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 
 def progress_bar(
@@ -19,3 +24,9 @@ def progress_bar(
     """
     hidden = None if is_main else True  # None: tqdm looks whether it writes to a terminal
     return tqdm(total=total, desc=name, initial=initial, leave=leave, disable=hidden)
+
+
+def report_progress(text: str) -> None:
+    """Logs how far a job is where no bar is drawn: in its log file."""
+    if not sys.stderr.isatty():
+        logger.info("%s", text)

@@ -16,10 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_opdlm.batching import Runs
 from megatron_opdlm.parallel import RankGrid
-
-Runs = Sequence[Sequence[Sequence[int]]]
-"""For every data-parallel rank, for every microbatch, the indices of its documents."""
 
 
 @dataclass(frozen=True, kw_only=True)

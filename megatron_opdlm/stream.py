@@ -92,6 +92,13 @@ class Document:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def attention_pairs(self, block_size: int) -> int:
+        """Returns the (query, key) pairs that the predicate allows, per layer.
+
+        Clean or noisy, a token of block b sees the same number of keys: b blocks and its own.
+        """
+        return int(block_size * (self.tags[:, BLOCK] + 1).sum())
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackedStream:
@@ -115,15 +122,6 @@ class PackedStream:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def attention_pairs(self) -> int:
-        """Returns the (query, key) pairs that the predicate allows, per layer, alignment padding
-        left out.
-
-        Clean or noisy, a token of block b sees the same number of keys: b blocks and its own.
-        """
-        real = self.tags[: len(self) - self.num_padding]
-        return int(self.block_size * (real[:, BLOCK] + 1).sum())
-
     def to(self, device: torch.device | str | int) -> PackedStream:
         """Returns the stream with its tensors on `device`."""
         return PackedStream(
@@ -133,6 +131,11 @@ class PackedStream:
             num_padding=self.num_padding,
             block_size=self.block_size,
         )
+
+
+def aligned(num_tokens: int, multiple: int) -> int:
+    """Returns the length of the stream that `pack` makes of so many tokens."""
+    return max(1, -(-num_tokens // multiple)) * multiple
 
 
 def pack(documents: Sequence[Document], *, block_size: int, multiple: int = 1) -> PackedStream:
@@ -149,7 +152,7 @@ def pack(documents: Sequence[Document], *, block_size: int, multiple: int = 1) -
         The packed stream.
     """
     length = sum(len(document) for document in documents)
-    num_padding = -length % multiple if length else multiple
+    num_padding = aligned(length, multiple) - length
     tags = [document.tags.clone() for document in documents]
     for index, part in enumerate(tags):
         part[:, DOCUMENT] = index

@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opdlm.attention import AttentionPlan
-from megatron_opdlm.batching import plan_runs
+from megatron_opdlm.batching import Runs, plan_runs
 from megatron_opdlm.convert.layout import ModelDescription
 from megatron_opdlm.divergence import Divergence
 from megatron_opdlm.fingerprint import Fingerprint
@@ -29,7 +28,7 @@ from megatron_opdlm.host_weights import HostWeights
 from megatron_opdlm.model import BlockDiffusionModel
 from megatron_opdlm.parallel import ParallelState
 from megatron_opdlm.pipeline import forward_only
-from megatron_opdlm.row_exchange import RowExchange, Runs
+from megatron_opdlm.row_exchange import RowExchange
 from megatron_opdlm.stream import Document, make_tags, pack
 from megatron_opdlm.training_state import teacher_row
 
@@ -79,6 +78,18 @@ class Teacher:
         assert self.head is not None, "only the student's last stage has a head"
         return self.head
 
+    def shares(self, documents: Sequence[Document], runs: Runs) -> Runs:
+        """Which documents every replica of the teacher reads, in which passes.
+
+        Args:
+            documents: of an optimizer step.
+            runs: from `plan_runs`: which of them every replica of the student wants.
+        """
+        if not self.is_second_layout:
+            return runs
+        lengths = [len(document) for document in documents]
+        return plan_runs(lengths, dp_size=self.parallel.dp_size, token_budget=self.token_budget)
+
     @torch.no_grad()
     def hidden_rows(self, documents: Sequence[Document], runs: Runs) -> list[Tensor]:
         """Runs the teacher, causally, over the documents of an optimizer step. On all ranks.
@@ -92,13 +103,10 @@ class Teacher:
             whose logits are the targets; elsewhere nothing. Hidden states instead of logits: V / D
             times smaller. Collectives: the layers', and in a second layout one all-to-all.
         """
+        shares = self.shares(documents, runs)
+        rows = self._forward(documents, shares[self.parallel.dp_rank])
         if not self.is_second_layout:
-            return self._forward(documents, runs[self.parallel.dp_rank])
-        shares = plan_runs(
-            [len(document) for document in documents],
-            dp_size=self.parallel.dp_size,
-            token_budget=self.token_budget,
-        )
+            return rows
         exchange = RowExchange(
             teacher=self.parallel.grid,
             student=self.student_parallel.grid,
@@ -110,7 +118,7 @@ class Teacher:
         empty = torch.empty(
             0, config.hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()
         )
-        return exchange.run(self._forward(documents, shares[self.parallel.dp_rank]), empty)
+        return exchange.run(rows, empty)
 
     def targets(self, hidden: Sequence[Tensor]) -> list[Target]:
         """Makes the target of every microbatch from `hidden_rows`."""
@@ -129,11 +137,8 @@ class Teacher:
             pack([documents[i] for i in run], block_size=1, multiple=multiple).to(device)
             for run in runs
         ]
-        inputs = [(s.token_ids, s.tags, AttentionPlan(tags=s.tags)) for s in streams]
         with self.on_device():
-            hidden = forward_only(self.model, inputs, self.parallel)
-            pairs = zip(hidden, streams, strict=False)  # no hidden states before the last stage
-            return [self.model.select_rows(h, stream.loss_rows) for h, stream in pairs]
+            return forward_only(self.model, streams, self.parallel)
 
     @torch.no_grad()
     def mean_loss(self, texts: Sequence[Tensor], mask_token_id: int | None) -> float:

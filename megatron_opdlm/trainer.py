@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_opdlm import parallel as process_groups
 from megatron_opdlm import randomness
 from megatron_opdlm.accounting import NO_MODEL, FlopsReport, WorkCounters, model_flops_per_token
-from megatron_opdlm.batching import Microbatch, group, make_microbatches, plan_runs
+from megatron_opdlm.batching import Microbatch, Runs, group, make_microbatches, plan_runs
 from megatron_opdlm.checkpoint import CheckpointFolder
 from megatron_opdlm.config import Config
 from megatron_opdlm.convert.layout import ModelDescription, read_description
@@ -29,7 +27,7 @@ from megatron_opdlm.metrics import MaskedFractionHistogram, MetricsLogger, Phase
 from megatron_opdlm.model import training_stream_multiple
 from megatron_opdlm.optimizer import StudentOptimizer
 from megatron_opdlm.parallel import ParallelState, from_main
-from megatron_opdlm.progress import progress_bar
+from megatron_opdlm.progress import progress_bar, report_progress
 from megatron_opdlm.responses import response_metrics
 from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.run_folder import RunFolder
@@ -117,7 +115,6 @@ class Trainer:
             config=config.to_flat_dict(),
         )
         self.rollout_step = 0
-        self._uncounted = WorkCounters()
         self.work = WorkCounters()
         self._resume()
         self._first_figures = check_weights(
@@ -137,14 +134,15 @@ class Trainer:
             while self.rollout_step < total:
                 self.evaluate_if_due()
                 trajectories = self.collect()
-                states = self.select_states(trajectories)
-                for batch in filter(has_loss, self._batches(states)):
-                    microbatches = self.make_batch(batch)
-                    targets = self.run_teacher(batch, microbatches)
-                    rows = self.run_student(microbatches, targets)
+                batches = self.cut(self.select_states(trajectories))
+                for batch in filter(has_loss, batches):
+                    runs = self.plan(batch)
+                    targets = self.run_teacher(batch, runs)
+                    rows = self.run_student(self.make_batch(batch, runs), targets)
+                    self.count(batch, runs)
                     self.log_step(rows, *self.update(rows))
                     bar.set_postfix(loss=f"{rows.loss:.4f}")
-                self.log_rollout(trajectories, states)
+                self.log_rollout(trajectories, batches)
                 self.rollout_step += 1
                 self.save_if_due()
                 bar.update()
@@ -186,32 +184,43 @@ class Trainer:
             )
         return states
 
-    def make_batch(self, states: Sequence[TrainingState]) -> list[Microbatch]:
-        """Stream: this data-parallel rank's share of an optimizer step, packed."""
-        return make_microbatches(
-            states,
-            dp_rank=self.parallel.dp_rank,
-            dp_size=self.parallel.dp_size,
-            token_budget=self.config.parallel.micro_batch_tokens,
-            multiple=self.training_multiple,
-            loss_reduction=self.config.distill.loss_reduction,
-            equal_counts=self.has_equal_counts,
+    def cut(self, states: Sequence[TrainingState]) -> list[list[TrainingState]]:
+        """Cut: the rows of every optimizer step of a rollout."""
+        train = self.config.train
+        lengths = [len(state.student) for state in states]
+        key = randomness.key(train.seed, "optimizer steps", self.rollout_step)
+        groups = group(
+            lengths, train.rows_per_optimizer_step, key if train.group_by_length else None
         )
+        return [[states[i] for i in rows] for rows in groups]
 
-    def run_teacher(
-        self, states: Sequence[TrainingState], microbatches: Sequence[Microbatch]
-    ) -> list[Target]:
-        """Teacher: targets of this rank's microbatches; the responses' tokens with `sft`."""
-        if self.is_supervised:
-            device = torch.cuda.current_device()
-            return [TokenTarget(batch.target_ids.to(device)) for batch in microbatches]
-        assert self.teacher is not None, "only data given for sft need none"
-        runs = plan_runs(
+    def plan(self, states: Sequence[TrainingState]) -> Runs:
+        """Plan: which rows of an optimizer step go into which microbatch of which rank."""
+        return plan_runs(
             [len(state.student) for state in states],
             dp_size=self.parallel.dp_size,
             token_budget=self.config.parallel.micro_batch_tokens,
             equal_counts=self.has_equal_counts,
         )
+
+    def make_batch(self, states: Sequence[TrainingState], runs: Runs) -> list[Microbatch]:
+        """Stream: this data-parallel rank's share of an optimizer step, packed."""
+        return make_microbatches(
+            states,
+            runs,
+            dp_rank=self.parallel.dp_rank,
+            multiple=self.training_multiple,
+            loss_reduction=self.config.distill.loss_reduction,
+        )
+
+    def run_teacher(self, states: Sequence[TrainingState], runs: Runs) -> list[Target]:
+        """Teacher: targets of this rank's microbatches; the responses' tokens with `sft`."""
+        if self.is_supervised:
+            none, device = torch.empty(0, dtype=torch.int64), torch.cuda.current_device()
+            mine = runs[self.parallel.dp_rank]
+            ids = (torch.cat([none, *(states[i].target_ids for i in run)]) for run in mine)
+            return [TokenTarget(of_run.to(device)) for of_run in ids]
+        assert self.teacher is not None, "only data given for sft need none"
         with self.timer.phase("teacher"):
             hidden = self.teacher.hidden_rows([state.teacher for state in states], runs)
             return self.teacher.targets(hidden)
@@ -222,7 +231,7 @@ class Trainer:
         """Student and loss: forward, divergence, backward."""
         with self.timer.phase("student"):
             self.optimizer.zero_grad()
-            rows = forward_backward(
+            return forward_backward(
                 self.optimizer.ddp,
                 microbatches,
                 targets,
@@ -230,10 +239,22 @@ class Trainer:
                 divergence=self.divergence,
                 mask_token_id=self.student.mask_token_id,
             )
-        for microbatch in microbatches:
-            teacher = None if self.is_supervised else microbatch.teacher
-            self._uncounted.add_streams(teacher, microbatch.student)
-        return rows
+
+    def count(self, states: Sequence[TrainingState], runs: Runs) -> None:
+        """Account: the passes of an optimizer step, of all ranks; the plan says them all."""
+        self.work.add_student_step(
+            [state.student for state in states],
+            runs,
+            multiple=self.training_multiple,
+            block_size=self.config.rollout.block_size,
+        )
+        if self.teacher is not None and not self.is_supervised:
+            documents = [state.teacher for state in states]
+            self.work.add_teacher_step(
+                documents,
+                self.teacher.shares(documents, runs),
+                multiple=self.teacher.stream_multiple,
+            )
 
     def update(self, rows: StepRows) -> tuple[float, float]:
         """Optimizer.
@@ -258,30 +279,29 @@ class Trainer:
         )
 
     def log_rollout(
-        self, trajectories: Sequence[Trajectory], states: Sequence[TrainingState]
+        self, trajectories: Sequence[Trajectory], batches: Sequence[Sequence[TrainingState]]
     ) -> None:
         """Log: one record per rollout, and a few responses to look at."""
-        counted = self._uncounted.to_tensor().to(torch.cuda.current_device())
-        dist.all_reduce(counted, group=self.parallel.dp_group)
-        self.work.add(WorkCounters.from_tensor(counted.cpu()))
-        self._uncounted = WorkCounters()
         by_student = self.config.distill.responses == "student"
         of_responses = response_metrics(trajectories, by_student=by_student)
         self._log(
             {
                 **of_responses,
                 "rollout/response_limit": self.schedule.response_limit(self.rollout_step),
-                "rollout/states_without_loss": sum(state.num_rows == 0 for state in states),
-                "rollout/batches_without_loss": sum(
-                    not has_loss(batch) for batch in self._batches(states)
-                ),
+                "rollout/states_without_loss": sum(s.num_rows == 0 for b in batches for s in b),
+                "rollout/batches_without_loss": sum(not has_loss(batch) for batch in batches),
                 **self.histogram.drain(),
                 **self.flops.metrics(self.work),
                 **self.timer.drain(),
             }
         )
         if self.parallel.is_main:
-            self._report_progress(of_responses.get("rollout/tokens_per_forward"))
+            speed = of_responses.get("rollout/tokens_per_forward")
+            report_progress(
+                f"rollout {self.rollout_step + 1} of {self.config.train.train_rollouts}, "
+                f"optimizer step {self.optimizer.num_steps}"
+                + ("" if speed is None else f": {speed:.2f} tokens per forward")
+            )
             samples = trajectories[: self.config.train.log_samples]
             self.folder.write_samples(self.rollout_step, samples, self.student.tokenizer)
 
@@ -351,15 +371,6 @@ class Trainer:
         self.work = WorkCounters.from_json(values["work"])
         logger.info("resumed from %s after %d rollouts", latest, self.rollout_step)
 
-    def _batches(self, states: Sequence[TrainingState]) -> list[Sequence[TrainingState]]:
-        """Cuts a rollout into optimizer steps."""
-        train, size = self.config.train, self.config.train.rows_per_optimizer_step
-        if not train.group_by_length:
-            return [states[start : start + size] for start in range(0, len(states), size)]
-        key = randomness.key(train.seed, "optimizer steps", self.rollout_step)
-        groups = group([len(state.student) for state in states], size, key)
-        return [[states[i] for i in rows] for rows in groups]
-
     def _description(self) -> ModelDescription:
         before = self.student.description
         return dataclasses.replace(
@@ -375,17 +386,6 @@ class Trainer:
                 "response_tokens": self.work.response_tokens,
             },
         )
-
-    def _report_progress(self, speed: float | None) -> None:
-        """One line per rollout where no progress bar is drawn: in the log file of a job."""
-        if not sys.stderr.isatty():
-            logger.info(
-                "rollout %d of %d, optimizer step %d%s",
-                self.rollout_step + 1,
-                self.config.train.train_rollouts,
-                self.optimizer.num_steps,
-                "" if speed is None else f": {speed:.2f} tokens per forward",
-            )
 
     def _log(self, numbers: dict[str, Any]) -> None:
         self.metrics.log(

@@ -1,12 +1,16 @@
 """Process-wide set-up: one compute thread, and heavy imports before any rank is forked."""
 
 import importlib.util
+import signal
 import warnings
 
 import torch
 
 # Before any fork: the parent's OpenMP pool does not survive into a forked child, which then hangs.
 torch.set_num_threads(1)
+
+# Under nohup a hang-up is ignored, by children too; tests of signals start from the default.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 if importlib.util.find_spec("megatron") is not None:
     with warnings.catch_warnings():

@@ -2,7 +2,8 @@
 
 import torch
 
-from megatron_opdlm.divergence import DIVERGENCES, TOP_K_MODES, Divergence
+from megatron_opdlm.divergence import Divergence
+from megatron_opdlm.divergence_rules import DIVERGENCES, TOP_K_MODES
 
 
 def every_divergence(top_k):

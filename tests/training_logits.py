@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_opdlm.attention import AttentionPlan
 from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, training_stream_multiple
 from megatron_opdlm.parallel import ParallelState
 from megatron_opdlm.pipeline import forward_only
@@ -37,10 +36,9 @@ def training_logits(
     multiple = training_stream_multiple(BuildOptions(), parallel.tp_size)
     stream = pack(documents, block_size=block_size, multiple=multiple)
     stream = stream.to(torch.cuda.current_device())
-    plan = AttentionPlan(tags=stream.tags)
-    (hidden,) = forward_only(model, [(stream.token_ids, stream.tags, plan)], parallel)
+    (rows,) = forward_only(model, [stream], parallel)
     with torch.no_grad():
-        logits = model.logits(model.select_rows(hidden, stream.loss_rows))
+        logits = model.logits(rows)
     return logits[:, : model.vocab_size_unpadded]
 
 

@@ -28,8 +28,9 @@ def matches(trainer):
 
 def take_a_step(trainer, trajectories):
     states = trainer.select_states(trajectories)[:4]
-    batch = trainer.make_batch(states)
-    trainer.update(trainer.run_student(batch, trainer.run_teacher(states, batch)))
+    runs = trainer.plan(states)
+    batch = trainer.make_batch(states, runs)
+    trainer.update(trainer.run_student(batch, trainer.run_teacher(states, runs)))
 
 
 def hand_over(rank, make_config):

@@ -266,19 +266,18 @@ def losses_of_splits(rank, make_config, save, splits):
     states = trainer.select_states(trainer.collect())[:6]
     result = []
     for budget, order in splits:
-        batches = make_microbatches(
-            [states[i] for i in order],
-            dp_rank=trainer.parallel.dp_rank,
-            dp_size=trainer.parallel.dp_size,
-            token_budget=budget,
-            multiple=trainer.training_multiple,
-            loss_reduction="sequence_mean",
-        )
         ordered = [states[i] for i in order]
         runs = plan_runs(
             [len(state.student) for state in ordered],
             dp_size=trainer.parallel.dp_size,
             token_budget=budget,
+        )
+        batches = make_microbatches(
+            ordered,
+            runs,
+            dp_rank=trainer.parallel.dp_rank,
+            multiple=trainer.training_multiple,
+            loss_reduction="sequence_mean",
         )
         hidden = trainer.teacher.hidden_rows([state.teacher for state in ordered], runs)
         targets = trainer.teacher.targets(hidden)
@@ -328,8 +327,9 @@ def few_states(rank, make_config, save):
     trainer = Recorder(make_config(save=save, overlap_grad_reduce=True))
     states = trainer.select_states(trainer.collect())
     states = [state for state in states if state.num_rows][:2]
-    batches = trainer.make_batch(states)
-    rows = trainer.run_student(batches, trainer.run_teacher(states, batches))
+    runs = trainer.plan(states)
+    batches = trainer.make_batch(states, runs)
+    rows = trainer.run_student(batches, trainer.run_teacher(states, runs))
     grad_norm, _ = trainer.update(rows)
     return len(batches[0].row_weight), rows.loss, grad_norm, trainer.pieces("data")
 

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from megatron_opdlm import parallel as process_groups
-from megatron_opdlm.attention import AttentionPlan
 from megatron_opdlm.checkpoint import load_model
 from megatron_opdlm.convert.importer import import_hf
 from megatron_opdlm.convert.layout import resolve_iteration
 from megatron_opdlm.model import BuildOptions
 from megatron_opdlm.pipeline import forward_only
-from megatron_opdlm.stream import make_tags
+from megatron_opdlm.stream import Document, make_tags, pack
 from tests.helpers import run_ranks
 from tests.oracle import load_hf
 
@@ -32,10 +31,10 @@ def continue_greedily(rank, checkpoint, prompts, layout, vocab_size):
         ids = list(prompt)
         for _ in range(NUM_TOKENS):
             tags = make_tags(0, torch.arange(len(ids)), noisy=False, block_size=1)
-            stream = (torch.tensor(ids), tags, AttentionPlan(tags=tags))
+            last = torch.tensor([len(ids) - 1])
+            document = Document(token_ids=torch.tensor(ids), tags=tags, loss_rows=last)
             with torch.no_grad():
-                (hidden,) = forward_only(model, [stream], parallel)
-                rows = model.select_rows(hidden, torch.tensor([len(ids) - 1]))
+                (rows,) = forward_only(model, [pack([document], block_size=1)], parallel)
                 shard = model.logits(rows)[0]
             shards = [torch.empty_like(shard) for _ in range(parallel.tp_size)]
             torch.distributed.all_gather(shards, shard, group=parallel.tp_group)

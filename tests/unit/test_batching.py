@@ -14,9 +14,11 @@ from megatron_opdlm.batching import (
     fill,
     group,
     make_microbatches,
+    plan_runs,
     row_weights,
 )
 from megatron_opdlm.state_selection import NoisyStates
+from megatron_opdlm.stream import pack
 from megatron_opdlm.trainer import Trainer, has_loss
 from megatron_opdlm.training_state import training_state
 from tests.unit.test_trajectory import MASK, make_trajectory
@@ -133,7 +135,7 @@ def test_the_trainer_groups_a_rollout(by_length):
         train=SimpleNamespace(rows_per_optimizer_step=2, group_by_length=by_length, seed=1)
     )
     splits = [
-        Trainer._batches(SimpleNamespace(config=config, rollout_step=step), states)
+        Trainer.cut(SimpleNamespace(config=config, rollout_step=step), states)
         for step in (0, 0, *range(1, 9))
     ]
     for batches in splits:
@@ -207,18 +209,19 @@ def test_fill(lengths, budget):
 )
 def test_every_state_is_in_one_microbatch(states, dp_size, budget, multiple, reduction):
     weights = row_weights(states, reduction)
+    runs = plan_runs([len(s.student) for s in states], dp_size=dp_size, token_budget=budget)
     expected = sorted(
         (len(s.student), s.num_rows, w) for s, w in zip(states, weights, strict=True) if s.num_rows
     )
     found, total = [], 0.0
     for rank in range(dp_size):
         batches = make_microbatches(
-            states, dp_rank=rank, dp_size=dp_size, token_budget=budget, multiple=multiple,
-            loss_reduction=reduction,
-        )  # fmt: skip
+            states, runs, dp_rank=rank, multiple=multiple, loss_reduction=reduction
+        )
         assert batches
-        for batch in batches:
-            student, teacher = batch.student, batch.teacher
+        for batch, run in zip(batches, runs[rank], strict=True):
+            student = batch.student
+            teacher = pack([states[i].teacher for i in run], block_size=1, multiple=multiple)
             assert len(student) % multiple == 0 and len(teacher) % multiple == 0
             documents = student.tags[:, 0].unique()
             documents = documents[documents >= 0].tolist()
@@ -245,19 +248,17 @@ def test_every_state_is_in_one_microbatch(states, dp_size, budget, multiple, red
 
 
 def test_a_rank_without_rows_gets_padding():
+    states = [make_state(2), make_state(0)]
+    runs = plan_runs([len(s.student) for s in states], dp_size=3, token_budget=100)
     batches = [
-        make_microbatches(
-            [make_state(2), make_state(0)], dp_rank=rank, dp_size=3, token_budget=100, multiple=4,
-            loss_reduction="token_mean",
-        )
+        make_microbatches(states, runs, dp_rank=rank, multiple=4, loss_reduction="token_mean")
         for rank in range(3)
-    ]  # fmt: skip
+    ]
     assert [len(batch) for batch in batches] == [1, 1, 1]
     assert sorted(len(batch[0].row_weight) for batch in batches) == [0, 0, 2]
     for (batch,) in batches:
         if not len(batch.row_weight):
             assert len(batch.student) == batch.student.num_padding == 4
-            assert len(batch.teacher) == batch.teacher.num_padding == 4
 
 
 @settings(max_examples=40, deadline=None)
@@ -266,13 +267,14 @@ def test_equal_counts_add_padding_alone(states, dp_size, budget):
     """As many microbatches on every rank; what is added has no rows."""
 
     def batches(equal_counts):
+        runs = plan_runs(
+            [len(s.student) for s in states],
+            dp_size=dp_size, token_budget=budget, equal_counts=equal_counts,
+        )  # fmt: skip
         return [
-            make_microbatches(
-                states, dp_rank=rank, dp_size=dp_size, token_budget=budget, multiple=1,
-                loss_reduction="token_mean", equal_counts=equal_counts,
-            )
+            make_microbatches(states, runs, dp_rank=rank, multiple=1, loss_reduction="token_mean")
             for rank in range(dp_size)
-        ]  # fmt: skip
+        ]
 
     plain, equal = batches(False), batches(True)
     assert len({len(of_rank) for of_rank in equal}) == 1

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from megatron_opdlm import parallel as process_groups
-from megatron_opdlm.attention import AttentionPlan
 from megatron_opdlm.checkpoint import load_model
 from megatron_opdlm.convert.errors import ConversionError
 from megatron_opdlm.convert.hf import read_config
@@ -90,12 +89,10 @@ def megatron_logits(rank, folders, layout):
     for name, folder in folders.items():
         model, _ = load_model(resolve_iteration(folder), options, parallel)
         for kind, stream in make_streams().items():
-            plan = AttentionPlan(tags=stream.tags)
-            hidden = forward_only(model, [(stream.token_ids, stream.tags, plan)], parallel)
+            rows = forward_only(model, [stream], parallel)
             if parallel.is_last_stage:
                 with torch.no_grad():
-                    rows = model.select_rows(hidden[0], stream.loss_rows)
-                    result[name, kind] = model.logits(rows)
+                    result[name, kind] = model.logits(rows[0])
     return result
 
 

@@ -202,14 +202,11 @@ def test_nothing_to_pack_gives_padding():
 def test_attention_pairs(block_size, num_blocks, noisy):
     """Counted one by one; blocks are whole, as rollouts leave them."""
     document = make_document(num_blocks * block_size, noisy, block_size)
-    stream = pack([document, document], block_size=block_size, multiple=16)
-    real = stream.tags[: len(stream) - stream.num_padding]
-    assert stream.attention_pairs() == int(dense_mask(real).sum())
+    assert document.attention_pairs(block_size) == int(dense_mask(document.tags).sum())
 
 
 def test_attention_pairs_of_a_causal_stream():
-    documents = [make_document(length, set(), 1) for length in (7, 1)]
-    assert pack(documents, block_size=1, multiple=8).attention_pairs() == 28 + 1
+    assert [make_document(length, set(), 1).attention_pairs(1) for length in (7, 1)] == [28, 1]
 
 
 def test_tags_must_match_the_tokens():

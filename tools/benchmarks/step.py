@@ -47,8 +47,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from megatron_opdlm import parallel as process_groups
 from megatron_opdlm import randomness
 from megatron_opdlm.accounting import model_flops_per_token
-from megatron_opdlm.attention import AttentionPlan, make_tiles
-from megatron_opdlm.batching import make_microbatches
+from megatron_opdlm.attention import make_tiles
+from megatron_opdlm.batching import make_microbatches, plan_runs
 from megatron_opdlm.config import OptimizerConfig
 from megatron_opdlm.convert.hf import parse_config
 from megatron_opdlm.distill import forward_backward
@@ -58,7 +58,7 @@ from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, build_model
 from megatron_opdlm.optimizer import StudentOptimizer
 from megatron_opdlm.pipeline import forward_only
 from megatron_opdlm.state_selection import NoisyStates, select_states
-from megatron_opdlm.stream import PackedStream
+from megatron_opdlm.stream import pack
 from megatron_opdlm.training_state import training_state
 from megatron_opdlm.trajectory import Trajectory
 from tests.training import assemble, parameter_pieces, to_hf
@@ -172,32 +172,26 @@ class Ours:
             training_state(row.trajectory, row.states, mask_token_id=MASK, include_eos=True)
             for row in self.rows
         ]
+        runs = plan_runs([len(s.student) for s in states], dp_size=1, token_budget=16384)
         microbatches = make_microbatches(
-            states, dp_rank=0, dp_size=1, token_budget=16384, multiple=1,
-            loss_reduction="sequence_mean",
-        )  # fmt: skip
-        targets = [self.target(microbatch.teacher) for microbatch in microbatches]
+            states, runs, dp_rank=0, multiple=1, loss_reduction="sequence_mean"
+        )
+        causal = [pack([states[i].teacher for i in run], block_size=1) for run in runs[0]]
+        head, hidden = self.teacher.head_weight(), forward_only(self.teacher, causal, self.parallel)
+        targets = [TeacherTarget(rows, head) for rows in hidden]
         self.optimizer.zero_grad()
         rows = forward_backward(
             self.optimizer.ddp, microbatches, targets, self.parallel,
             divergence=Divergence(), mask_token_id=MASK,
         )  # fmt: skip
         self.work = Work()
-        for m in microbatches:
+        for student, teacher in zip((m.student for m in microbatches), causal, strict=True):
             self.work.add(
-                (len(m.student), len(m.teacher)),
-                (len(m.student.loss_rows), len(m.teacher.loss_rows)),
-                (tile_pairs(m.student.tags), tile_pairs(m.teacher.tags)),
+                (len(student), len(teacher)),
+                (len(student.loss_rows), len(teacher.loss_rows)),
+                (tile_pairs(student.tags), tile_pairs(teacher.tags)),
             )
         return {"loss": rows.loss}
-
-    def target(self, stream: PackedStream) -> TeacherTarget:
-        """The teacher's, as `Teacher.hidden_rows` has them on one process."""
-        inputs = (stream.token_ids, stream.tags, AttentionPlan(tags=stream.tags))
-        (hidden,) = forward_only(self.teacher, [inputs], self.parallel)
-        with torch.no_grad():
-            rows = self.teacher.select_rows(hidden, stream.loss_rows)
-        return TeacherTarget(rows, self.teacher.head_weight())
 
     def gradient_norm(self) -> float:
         return norm(p.main_grad for p in self.student.parameters())
