@@ -4,15 +4,21 @@ import importlib.util
 import signal
 import warnings
 
+import pytest
 import torch
 
 # Before any fork: the parent's OpenMP pool does not survive into a forked child, which then hangs.
 torch.set_num_threads(1)
 
-# Under nohup a hang-up is ignored, by children too; tests of signals start from the default.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
 if importlib.util.find_spec("megatron") is not None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core warns about absent GPU packages
         import megatron.core  # noqa: F401  (imported here so that forked ranks inherit it)
+
+
+@pytest.fixture
+def hang_up():
+    """SIGHUP has its default, which it has not under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)

@@ -228,7 +228,7 @@ def states_of_first_step(rank, make_config, save):
     trajectories = trainer.collect()
     states = trainer.select_states(trajectories)
     rows = [
-        next(i for i, s in enumerate(states) if s is state) for state in trainer._batches(states)[0]
+        next(i for i, s in enumerate(states) if s is state) for state in trainer.cut(states)[0]
     ]
     return [trajectories[i] for i in rows], [drawn[i].masked[0] for i in rows]
 

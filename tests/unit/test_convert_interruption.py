@@ -181,6 +181,7 @@ def test_stopped_at_every_change(root: Path, tmp_path: Path, command: Command, n
         assert problem(place, finished) is None
 
 
+@pytest.mark.usefixtures("hang_up")
 def test_hang_up(root: Path, tmp_path: Path) -> None:
     outcome = end_at(9, signal.SIGHUP, import_model, root, tmp_path / "out")
     assert outcome.status == 128 + signal.SIGHUP and os.listdir(tmp_path) == []

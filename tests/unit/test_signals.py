@@ -20,6 +20,7 @@ from megatron_opdlm.signals import raise_if_stopped, stopped_by_signals
 from tests.unit.convert_commands import Outcome, forked, listing
 from tests.unit.convert_models import write_hf
 
+pytestmark = pytest.mark.usefixtures("hang_up")
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
