@@ -100,11 +100,9 @@ def choose_commits(
     """
     check_remasking(remasking)
     _check_shapes(confidence_BK, masked_BK, step_B)
-    if remasking == ENTROPY_BOUNDED:
-        _check_entropy(entropy_BK, confidence_BK)
     quota_B = _quota(confidence_BK.shape[1], denoising_steps, step_B)
     if remasking == ENTROPY_BOUNDED:
-        assert entropy_BK is not None
+        entropy_BK = _required(entropy_BK, confidence_BK)
         chosen_BK = _first(-entropy_BK, masked_BK, quota_B)
         chosen_BK |= _within_bound(entropy_BK, masked_BK, entropy_bound)
     elif remasking == SEQUENTIAL:
@@ -125,9 +123,10 @@ def _check_shapes(confidence_BK: Tensor, masked_BK: Tensor, step_B: Tensor) -> N
         )
 
 
-def _check_entropy(entropy_BK: Tensor | None, confidence_BK: Tensor) -> None:
+def _required(entropy_BK: Tensor | None, confidence_BK: Tensor) -> Tensor:
     if entropy_BK is None or entropy_BK.shape != confidence_BK.shape:
         raise ValueError("entropy_bounded needs entropy_BK, shaped like confidence_BK")
+    return entropy_BK
 
 
 def _quota(block_size: int, denoising_steps: int, step_B: Tensor) -> Tensor:

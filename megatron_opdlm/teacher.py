@@ -219,24 +219,8 @@ class Teacher:
                 f"{of_them}, above max_teacher_nll={max_nll}; check that it is the right model, "
                 "or raise max_teacher_nll"
             )
-        is_same = student.digest == self.fingerprint.digest
         if self.student_parallel.is_main:
-            logger.info(
-                "student: %s parameters, fingerprint %s; teacher %s: %s parameters, fingerprint "
-                "%s, %s weights",
-                f"{student.num_parameters:,}", student, self.path,
-                f"{self.fingerprint.num_parameters:,}", self.fingerprint,
-                "the same" if is_same else "other",
-            )  # fmt: skip
-            logger.info(
-                "%s (perplexity %.4g); a uniform guess has %.4g", of_them, _exp(loss), uniform
-            )
-            if loss >= uniform:
-                logger.warning(
-                    "THE TEACHER IS WORSE THAN A UNIFORM GUESS: %s, log V = %.4g; check that it is "
-                    "the right model and that its tokenizer and chat template are its own",
-                    of_them, uniform,
-                )  # fmt: skip
+            self._log_check(student, loss, uniform, of_them)
         return {
             "train/teacher_nll": loss,
             "train/teacher_uniform_nll": uniform,
@@ -245,6 +229,23 @@ class Teacher:
             "train/student_parameters": student.num_parameters,
             "train/student_fingerprint": student.digest,
         }
+
+    def _log_check(self, student: Fingerprint, loss: float, uniform: float, of_them: str) -> None:
+        is_same = student.digest == self.fingerprint.digest
+        logger.info(
+            "student: %s parameters, fingerprint %s; teacher %s: %s parameters, fingerprint %s, "
+            "%s weights",
+            f"{student.num_parameters:,}", student, self.path,
+            f"{self.fingerprint.num_parameters:,}", self.fingerprint,
+            "the same" if is_same else "other",
+        )  # fmt: skip
+        logger.info("%s (perplexity %.4g); a uniform guess has %.4g", of_them, _exp(loss), uniform)
+        if loss >= uniform:
+            logger.warning(
+                "THE TEACHER IS WORSE THAN A UNIFORM GUESS: %s, log V = %.4g; check that it is "
+                "the right model and that its tokenizer and chat template are its own",
+                of_them, uniform,
+            )  # fmt: skip
 
 
 def _exp(value: float) -> float:

@@ -84,46 +84,52 @@ def training_state(
     Returns:
         The documents of student and teacher. Both are empty if there is no loss position.
     """
-    block_size, masked = trajectory.block_size, states.masked
+    masked = states.masked
     num_prompt_tokens = len(trajectory.prompt_ids)
-    grid_start = trajectory.first_block * block_size
+    grid_start = trajectory.first_block * trajectory.block_size
     last_loss = num_prompt_tokens + trajectory.num_response_tokens
     if trajectory.ended and not include_eos:
         last_loss -= 1
     positions = torch.arange(grid_start, grid_start + masked[0].numel()).view_as(masked[0])
     has_loss = masked & (positions < last_loss)
-    state, block = has_loss.any(-1).nonzero(as_tuple=True)
-    x_0 = trajectory.token_ids[grid_start:].view_as(positions)
-    shown = x_0[block].masked_fill(masked[state, block], mask_token_id)
-
-    clean_length = int(positions[block.max(), 0]) if len(block) else 0
-    noisy_positions = positions[block].flatten()
-    clean_tags = make_tags(0, torch.arange(clean_length), noisy=0, block_size=block_size)
-    noisy_tags = make_tags(0, noisy_positions, noisy=0, block_size=block_size)
-    noisy_tags[:, NOISY] = (state + 1).repeat_interleave(block_size)
-    loss_rows = clean_length + has_loss[state, block].flatten().nonzero().squeeze(1)
-    student = Document(
-        token_ids=torch.cat([trajectory.token_ids[:clean_length], shown.flatten()]),
-        tags=torch.cat([clean_tags, noisy_tags]),
-        loss_rows=loss_rows,
-    )
-    loss_positions = noisy_positions[loss_rows - clean_length]
-    teacher = _teacher_document(trajectory, teacher_row(loss_positions))
-    row_state, row_block, _ = has_loss.nonzero(as_tuple=True)
-    row_scale, denominator = torch.ones(len(loss_rows)), len(loss_rows)
+    row_state, row_block, row_place = has_loss.nonzero(as_tuple=True)
+    loss_positions = positions[row_block, row_place]
+    row_scale, denominator = torch.ones(len(row_state)), len(row_state)
     if nelbo:
         assert states.time is not None, "the NELBO is about random masks"
         row_scale = 1 / (len(masked) * states.time[row_state, row_block])
         denominator = last_loss - num_prompt_tokens
     return TrainingState(
         trajectory=trajectory,
-        student=student,
-        teacher=teacher,
+        student=_student_document(trajectory, masked, has_loss, mask_token_id),
+        teacher=_teacher_document(trajectory, teacher_row(loss_positions)),
         target_ids=trajectory.token_ids[loss_positions],
         num_masked=masked.sum(-1)[row_state, row_block],
         row_scale=row_scale,
         denominator=denominator,
         num_states=1 if nelbo else len(masked),
+    )
+
+
+def _student_document(
+    trajectory: Trajectory, masked: Tensor, has_loss: Tensor, mask_token_id: int
+) -> Document:
+    """The clean tokens that a noisy block sees, then every noisy block [M, N, K] with a loss."""
+    size, first = trajectory.block_size, trajectory.first_block
+    state, block = has_loss.any(-1).nonzero(as_tuple=True)
+    clean_length = (first + int(block.max())) * size if len(block) else 0
+    x_0 = trajectory.token_ids[first * size :].view_as(masked[0])
+    shown = x_0[block].masked_fill(masked[state, block], mask_token_id)
+    positions = (first + block).repeat_interleave(size) * size + torch.arange(size).repeat(
+        len(block)
+    )
+    noisy_tags = make_tags(0, positions, noisy=0, block_size=size)
+    noisy_tags[:, NOISY] = (state + 1).repeat_interleave(size)
+    clean_tags = make_tags(0, torch.arange(clean_length), noisy=0, block_size=size)
+    return Document(
+        token_ids=torch.cat([trajectory.token_ids[:clean_length], shown.flatten()]),
+        tags=torch.cat([clean_tags, noisy_tags]),
+        loss_rows=clean_length + has_loss[state, block].flatten().nonzero().squeeze(1),
     )
 
 

@@ -227,9 +227,7 @@ def states_of_first_step(rank, make_config, save):
     module.select_states = remember
     trajectories = trainer.collect()
     states = trainer.select_states(trajectories)
-    rows = [
-        next(i for i, s in enumerate(states) if s is state) for state in trainer.cut(states)[0]
-    ]
+    rows = [next(i for i, s in enumerate(states) if s is state) for state in trainer.cut(states)[0]]
     return [trajectories[i] for i in rows], [drawn[i].masked[0] for i in rows]
 
 
