@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+from megatron_opdlm import fused_loss
 from megatron_opdlm.batching import make_microbatches, plan_runs
 from megatron_opdlm.convert.hf import read_config
 from megatron_opdlm.distill import forward_backward
@@ -136,6 +137,13 @@ def largest_relative_difference(got, expected):
     return max(worst.items(), key=lambda item: item[1])
 
 
+def relative_difference(got, expected):
+    """Of all tensors as one vector."""
+    apart = sum(float((got[name] - expected[name]).double().square().sum()) for name in expected)
+    length = sum(float(tensor.double().square().sum()) for tensor in expected.values())
+    return (apart / length) ** 0.5
+
+
 def whole(results, name, config):
     return to_hf(assemble([result[name] for result in results]), config)
 
@@ -162,7 +170,8 @@ def test_layouts_agree_with_one_process(layout, model_name, runs, tmp_path_facto
     if layout != "DP2 distributed optimizer":  # there, a rank's gradient holds its own part only
         gradients = whole(results, "gradient", config), whole([expected], "gradient", config)
         name, worst = largest_relative_difference(*gradients)
-        assert worst < 2e-5, name
+        assert worst < 4e-6, name
+        assert relative_difference(*gradients) < 1e-6
     weights = whole(results, "weights", config), whole([expected], "weights", config)
     name, worst = largest_relative_difference(*weights)
     assert worst < 2e-5, name
@@ -259,11 +268,12 @@ def test_gradient_equals_plain_autograd(model_name, runs, tmp_path_factory):
 
 
 def losses_of_splits(rank, make_config, save, splits):
-    """Loss and whole gradient of the same states under several budgets and orders."""
+    """Loss and whole gradient of the same states, packed, padded and cut into chunks differently."""
     trainer = Recorder(make_config(save=save, use_distributed_optimizer=False))
     states = trainer.select_states(trainer.collect())[:6]
     result = []
-    for budget, order in splits:
+    for budget, order, multiple, chunk_cells in splits:
+        fused_loss.CHUNK_CELLS["cpu"] = chunk_cells  # in a process of its own
         ordered = [states[i] for i in order]
         runs = plan_runs(
             [len(state.student) for state in ordered],
@@ -274,9 +284,10 @@ def losses_of_splits(rank, make_config, save, splits):
             ordered,
             runs,
             dp_rank=trainer.parallel.dp_rank,
-            multiple=trainer.training_multiple,
+            multiple=multiple,
             loss_reduction="sequence_mean",
         )
+        assert all(len(batch.student) % multiple == 0 for batch in batches)
         hidden = trainer.teacher.hidden_rows([state.teacher for state in ordered], runs)
         targets = trainer.teacher.targets(hidden)
         trainer.optimizer.zero_grad()
@@ -294,30 +305,37 @@ def losses_of_splits(rank, make_config, save, splits):
 
 
 ORDERS = ([0, 1, 2, 3, 4, 5], [5, 2, 0, 4, 1, 3])
-SPLITS = [(10_000, ORDERS[0]), (10_000, ORDERS[1]), (60, ORDERS[0]), (120, ORDERS[1])]
+ALL_ROWS, FEW_ROWS = 2**24, 5 * 384  # cells of a chunk of logits
+SPLITS = [
+    (10_000, ORDERS[0], 1, ALL_ROWS),
+    (10_000, ORDERS[1], 1, FEW_ROWS),
+    (10_000, ORDERS[0], 128, ALL_ROWS),
+    (60, ORDERS[0], 16, ALL_ROWS),
+    (120, ORDERS[1], 1, FEW_ROWS),
+]
 
 
 def test_loss_is_invariant_to_the_split(tmp_path_factory):
-    """Data-parallel ranks 1, 2 and 4, and one without rows; packing; microbatches."""
+    """Data-parallel ranks 1, 2 and 4; microbatches; packing order; alignment rows; chunks."""
     model = tiny_model(tmp_path_factory.getbasetemp())
     folder = tmp_path_factory.mktemp("split")
     data = write_prompts(folder / "prompts.jsonl")
     make_config = functools.partial(tiny_config, model.checkpoint, data)
     loss = kl = gradient = None
     for world_size in (1, 2, 4):
-        splits = SPLITS if world_size < 4 else SPLITS[2:]
+        splits = SPLITS if world_size < 4 else SPLITS[3:]
         results = run_ranks(
             losses_of_splits, world_size, make_config, folder / str(world_size), splits
         )
         if world_size == 1:
             loss, kl, gradient, _ = results[0][0]
-            assert [split[3] for split in results[0]][:2] == [1, 1]
-            assert min(split[3] for split in results[0][2:]) > 1
+            assert [split[3] for split in results[0]][:3] == [1, 1, 1]
+            assert min(split[3] for split in results[0][3:]) > 1
         for split in (split for result in results for split in result):
             assert split[0] == pytest.approx(loss, rel=1e-6)
             assert split[1] == pytest.approx(kl, rel=1e-4, abs=1e-6)
             name, worst = largest_relative_difference(split[2], gradient)
-            assert worst < 1e-5, name
+            assert worst < 1e-6, name
 
 
 def few_states(rank, make_config, save):
