@@ -268,7 +268,7 @@ def test_gradient_equals_plain_autograd(model_name, runs, tmp_path_factory):
 
 
 def losses_of_splits(rank, make_config, save, splits):
-    """Loss and whole gradient of the same states, packed, padded and cut into chunks differently."""
+    """Loss and whole gradient of the same states, packed, padded and chunked in several ways."""
     trainer = Recorder(make_config(save=save, use_distributed_optimizer=False))
     states = trainer.select_states(trainer.collect())[:6]
     result = []
