@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from megatron_opdlm.blocks import round_up
 from megatron_opdlm.config import Config
+from megatron_opdlm.config_schema import format_value
 from megatron_opdlm.convert.hf import HFConfig
-from megatron_opdlm.rollout.cache import CUDA_PAGE
+from megatron_opdlm.rollout.cache import CPU_LIMIT_BYTES, CUDA_PAGE
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -58,7 +59,10 @@ def decoding_layout(config: Config) -> tuple[int, int]:
 
 
 def plan_cache(config: Config, hf: HFConfig, num_replicas: int, cuda: bool) -> CachePlan:
-    """What `KVCache.for_model` allocates; it, too, refuses a limit below one sequence."""
+    """What `KVCache.for_model` allocates; it, too, refuses a limit below one sequence.
+
+    Without a limit of the user's a GPU has what is free, which nobody knows beforehand.
+    """
     rollout, (tp_size, pp_size) = config.rollout, decoding_layout(config)
     length, has_spare, limit_gb = longest(config), rollout.cuda_graphs, rollout.kv_cache_gb
     capacity = round_up(length, CUDA_PAGE) if cuda else length
@@ -67,16 +71,17 @@ def plan_cache(config: Config, hf: HFConfig, num_replicas: int, cuda: bool) -> C
     num_sequences = min(
         rollout.rollout_batch_size, math.ceil(config.rows_per_rollout / num_replicas)
     )
-    if limit_gb is not None:
-        fitting = int(limit_gb * 1e9) // (per_token * capacity) - has_spare
-        num_sequences = min(num_sequences, fitting)
+    if limit_gb is not None or not cuda:
+        limit = CPU_LIMIT_BYTES if limit_gb is None else int(limit_gb * 1e9)
+        num_sequences = min(num_sequences, limit // (per_token * capacity) - has_spare)
     if num_sequences < 1:
         spare = " and the spare one of cuda_graphs" if has_spare else ""
         needed = per_token * capacity * (1 + has_spare)
+        usual = f", {CPU_LIMIT_BYTES / 1e9:.2f} on a CPU," if limit_gb is None else ""
         raise ValueError(
-            f"kv_cache_gb={limit_gb} must hold at least one sequence{spare}: {length} prompt and "
-            f"response tokens need {needed / 1e9:.10g} GB; raise it, or lower max_prompt_tokens "
-            "or max_response_tokens.end"
+            f"kv_cache_gb={format_value(limit_gb)}{usual} must hold at least one sequence{spare}: "
+            f"{length} prompt and response tokens need {needed / 1e9:.10g} GB; raise it, or lower "
+            "max_prompt_tokens or max_response_tokens.end"
         )
     return CachePlan(
         num_sequences=num_sequences,

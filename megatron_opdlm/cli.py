@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_opdlm import __version__
+from megatron_opdlm.config_schema import require_at_least
 
 if TYPE_CHECKING:
     from megatron_opdlm.config import Config
@@ -138,7 +139,11 @@ def _add_plan_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
         description="Print what every rank would hold and what the run amounts to. No GPU needed.",
     )
     _add_config_arguments(parser)
-    parser.add_argument("--gpus", type=int, metavar="N", required=True, help="ranks to plan for")
+    ranks = parser.add_mutually_exclusive_group(required=True)
+    ranks.add_argument("--gpus", type=int, metavar="N", help="plan for N GPUs, wherever they are")
+    ranks.add_argument(
+        "--nproc", type=int, metavar="N", help="plan for N processes on this machine as it is"
+    )
     parser.set_defaults(run=_plan)
 
 
@@ -203,7 +208,10 @@ def _plan(args: argparse.Namespace) -> int:
     from megatron_opdlm.config import load_config
 
     config = load_config(args.config, args.overrides)
-    sys.stdout.write(_report(args.config, config, args.gpus, on_gpus=True)[1])
+    on_gpus = args.gpus is not None
+    name, world_size = ("gpus", args.gpus) if on_gpus else ("nproc", args.nproc)
+    require_at_least(1, name, world_size)
+    sys.stdout.write(_report(args.config, config, world_size, on_gpus=on_gpus)[1])
     return 0
 
 
@@ -235,7 +243,7 @@ def _report(
     plans = rank_table(
         config, student=student, teacher=teacher, world_size=world_size or fewest, cuda=cuda
     )
-    return config, format_table(plans) + "\n" + format_totals(config, plans)
+    return config, format_table(plans) + "\n" + format_totals(config, plans, cuda=cuda)
 
 
 def _describe_keys() -> str:

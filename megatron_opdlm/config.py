@@ -219,7 +219,7 @@ class Config:
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file and `key=value` overrides into a checked configuration.
 
-    A key takes its value from the first of: override, file, preset, field default.
+    A key takes its value from the first of: override, file, method, preset, field default.
 
     Args:
         path: YAML file, or None for overrides only.

@@ -42,7 +42,8 @@ class DistillConfig(Section):
     eos_loss: Literal["include", "exclude"] = "include"
     """Whether the end-of-sequence position carries loss."""
     loss_reduction: Literal["sequence_mean", "token_mean", "token_sum"] = "sequence_mean"
-    """Mean over rows of the mean per row, mean over all loss tokens, or sum per row, averaged."""
+    """Mean over responses of each one's mean; mean over all loss tokens; or the sum over a
+    response's loss tokens, averaged over its noisy states and over all responses."""
 
     @property
     def responses(self) -> Literal["student", "teacher", "data"]:

@@ -54,6 +54,15 @@ def require(condition: bool, key: str, value: object, rule: str, fix: str) -> No
         raise ValueError(f"{key}={format_value(value)} {rule}; {fix}")
 
 
+def require_at_least(minimum: float, key: str, value: float) -> None:
+    """Raises the error of a number below its range; NaN is in no range.
+
+    Raises:
+        ValueError: see `require`.
+    """
+    require(value >= minimum, key, value, f"must be at least {minimum}", f"use {minimum} or more")
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Returns the known name that looks most like `name`, or None if none does.
 
@@ -325,15 +334,7 @@ class Section:
 
     def _at_least(self, minimum: float, *names: str) -> None:
         for name in names:
-            value = getattr(self, name)
-            key = ".".join((*self._path[1:], name))
-            require(
-                value >= minimum,
-                key,
-                value,
-                f"must be at least {minimum}",
-                f"use {minimum} or more",
-            )
+            require_at_least(minimum, ".".join((*self._path[1:], name)), getattr(self, name))
 
     def _positive(self, *names: str) -> None:
         for name in names:

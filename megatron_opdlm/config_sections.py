@@ -192,8 +192,9 @@ class RolloutConfig(Section):
     rollout_batch_size: int = 128
     """Most rows decoded at once on one data-parallel rank."""
     kv_cache_gb: float | None = None
-    """Most memory for keys and values on one rank, in GB; fewer rows are decoded at once if need
-    be. null = 80 % of a GPU's free memory at the start of a rollout; 4.3 on a CPU."""
+    """Most memory for keys and values on one rank, in GB of 10^9 bytes; fewer rows are decoded at
+    once if need be. null = 80 % of a GPU's free memory at the start of a rollout; 4 GiB, which is
+    4.3 GB, on a CPU."""
     cuda_graphs: bool = False
     """Captures decoding passes as CUDA graphs, one per size; needs CUDA and bfloat16. Tested on a
     CPU with a stand-in only."""

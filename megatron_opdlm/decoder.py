@@ -16,7 +16,8 @@ import torch.distributed as dist
 from megatron_opdlm import parallel as process_groups
 from megatron_opdlm import randomness
 from megatron_opdlm.convert.files import read_json_object
-from megatron_opdlm.convert.layout import LATEST_FILE
+from megatron_opdlm.convert.layout import read_description, resolve_iteration
+from megatron_opdlm.convert.path_kind import CONFIG_FILE, LATEST_FILE, is_hf_directory
 from megatron_opdlm.convert.tokenizer import MASK_TOKEN
 from megatron_opdlm.data import Prompt, PromptTokens, TokenizedPrompts, tokenize_prompts
 from megatron_opdlm.import_cache import ImportCache
@@ -42,7 +43,6 @@ class Decoder:
     Attributes:
         student: model, tokenizer and description.
         parallel: process groups.
-        trained_block_size: tokens per block the weights were trained for; None before training.
         max_rows: sequences decoded at once on a data-parallel rank.
         multiple: the length of a pass is padded to a multiple of this.
         kv_cache_gb: most memory for keys and values on a rank; None: see `rollout.cache`.
@@ -51,7 +51,6 @@ class Decoder:
 
     student: Student
     parallel: ParallelState
-    trained_block_size: int | None
     max_rows: int
     multiple: int = 1
     kv_cache_gb: float | None = None
@@ -109,17 +108,11 @@ class Decoder:
         return cls(
             student=student,
             parallel=parallel,
-            trained_block_size=student.description.block_size or _block_size_of_export(source),
             max_rows=max_rows,
             multiple=stream_multiple(options, parallel.tp_size),
             kv_cache_gb=kv_cache_gb,
             cuda_graphs=cuda_graphs,
         )
-
-    @property
-    def block_size(self) -> int:
-        """Block size to decode with, unless someone asks for another."""
-        return self.trained_block_size or DEFAULT_BLOCK_SIZE
 
     def tokenize(
         self,
@@ -225,7 +218,19 @@ def find_checkpoint(path: str) -> Path:
     return checkpoints if (checkpoints / LATEST_FILE).is_file() else Path(path)
 
 
-def _block_size_of_export(source: Path) -> int | None:
-    """Returns the block size that an exported Hugging Face directory names."""
-    config = source / "config.json"
-    return read_json_object(config).get("block_size") if config.is_file() else None
+def default_block_size(path: str) -> int:
+    """Returns the block size to decode a student with unless someone asks for another: the one that
+    its weights were trained for. Only files of a few kilobytes are read.
+
+    Args:
+        path: run folder, checkpoint root, iteration folder, or Hugging Face directory.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    source = find_checkpoint(path)
+    if is_hf_directory(source):  # an export names it
+        trained = read_json_object(source / CONFIG_FILE).get("block_size")
+    else:
+        trained = read_description(resolve_iteration(source)).block_size
+    return trained or DEFAULT_BLOCK_SIZE

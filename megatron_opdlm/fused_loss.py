@@ -100,8 +100,9 @@ def fused_divergence(
     Softmaxes are in float32 (float64 if the weights are), over all columns but padding and the mask
     token: no response holds it, and a teacher whose vocabulary grew by it never learnt it.
 
-    Memory: two chunks of logits, a few tiles, and where gradients are wanted [T, D] and a float32
-    [V_local, D]. Nothing of size [T, V].
+    Memory: two chunks of logits (one more in the weights' type where that is 16-bit), a few tiles,
+    with top_k a bool or two per logit of a chunk, and where gradients are wanted [T, D] and a
+    float32 [V_local, D], in the backward one more in the weights' type. Nothing of size [T, V].
 
     Collectives on tp_group, for every chunk of C rows in the forward pass: all-reduces of [2, C]
     maxima, [2, C] sums and [2, C] values (24 bytes per row); with top_k also an all-gather of

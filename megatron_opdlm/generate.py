@@ -9,23 +9,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_opdlm.decoding_arguments import (
+    MAX_ROWS,
+    REMASKING,
+    Parsers,
+    add_model_arguments,
+    check_arguments,
+    decoding_options,
+    open_decoder,
+    require_folder,
+    require_used,
+)
+
 if TYPE_CHECKING:
     from megatron_opdlm.data import Prompt, PromptTokens
     from megatron_opdlm.decoder import Decoder
     from megatron_opdlm.rollout.request import DecodingOptions
     from megatron_opdlm.trajectory import Trajectory
 
-# Of denoise.REMASKING, which imports torch; the parser must not.
-REMASKING = (
-    "low_confidence_static",
-    "low_confidence_dynamic",
-    "entropy_bounded",
-    "sequential",
-)
 STEP_SECONDS = 0.06
 """Least time that a step of --show-steps stays in a terminal: small models outrun the eye."""
-
-Parsers = argparse._SubParsersAction  # the type of argparse's `subparsers`
 
 
 def add_generate_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
@@ -45,18 +48,16 @@ def add_generate_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--confidence-threshold",
         type=float,
-        default=0.9,
         metavar="P",
         help="low_confidence_dynamic keeps every token more probable than this; default: 0.9",
     )
     parser.add_argument(
         "--entropy-bound",
         type=float,
-        default=0.35,
         metavar="E",
         help="entropy_bounded keeps tokens whose entropies sum to less, in nats; default: 0.35",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument("--seed", type=int, metavar="N", help="with a temperature; default: 0")
     parser.add_argument(
         "--show-steps", action="store_true", help="draw the denoising, one response at a time"
     )
@@ -64,130 +65,39 @@ def add_generate_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=run_generate)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that `generate` and `eval` share: which student, and how it decodes."""
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="DIR_OR_CKPT",
-        help="run folder, checkpoint, or Hugging Face directory",
-    )
-    parser.add_argument(
-        "--import-cache",
-        metavar="DIR",
-        help="where a Hugging Face directory is converted, once for all that name the same DIR "
-        "(training: import_cache); default: a temporary folder, removed once it is loaded",
-    )
-    parser.add_argument(
-        "--block-size", type=int, metavar="K", help="default: what the student was trained for"
-    )
-    parser.add_argument(
-        "--denoising-steps", type=int, metavar="N", help="most steps per block; default: block size"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="default: 0, greedy"
-    )
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="default: 0, all tokens")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1, all")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
-    parser.add_argument(
-        "--enable-thinking", action="store_true", help="let the chat template ask for thoughts"
-    )
-    parser.add_argument(
-        "--max-rows",
-        type=int,
-        default=256,
-        metavar="N",
-        help="most responses decoded at once on a data-parallel rank; default: 256",
-    )
-    parser.add_argument(
-        "--kv-cache-gb",
-        type=float,
-        metavar="GB",
-        help="most memory for keys and values on a rank; default: 80%% of a GPU's free memory, 4.3 "
-        "on a CPU",
-    )
-    parser.add_argument(
-        "--cuda-graphs",
-        action="store_true",
-        help="capture decoding passes as CUDA graphs, once per size: for small models or few rows, "
-        "whose kernels run faster than a host starts them; needs CUDA and bfloat16",
-    )
-    parser.add_argument(
-        "--params-dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="default: bfloat16 on CUDA, else float32",
-    )
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N")
-    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
-
-
-def open_decoder(args: argparse.Namespace, *, max_rows: int) -> Decoder:
-    """Loads the student that the arguments name. Call on all ranks."""
-    from megatron_opdlm.decoder import Decoder
-
-    for name in ("max_new_tokens", "max_rows"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name}={getattr(args, name)} must be at least 1")
-    if args.kv_cache_gb is not None and not args.kv_cache_gb > 0:
-        raise ValueError(f"kv_cache_gb={args.kv_cache_gb} must be above 0")
-    return Decoder.open(
-        args.model,
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        params_dtype=args.params_dtype,
-        max_rows=max_rows,
-        kv_cache_gb=args.kv_cache_gb,
-        cuda_graphs=args.cuda_graphs,
-        import_cache=args.import_cache,
-    )
-
-
-def decoding_options(
-    args: argparse.Namespace, decoder: Decoder, *, remasking: str, **limits: float
-) -> DecodingOptions:
-    """Reads decoding options from arguments, with defaults of the student's.
-
-    Args:
-        args: those of `add_model_arguments`.
-        decoder: the student.
-        remasking: rule.
-        limits: confidence_threshold, entropy_bound.
-    """
-    from megatron_opdlm.rollout.request import DecodingOptions
-
-    block_size = decoder.block_size if args.block_size is None else args.block_size
-    steps = block_size if args.denoising_steps is None else args.denoising_steps
-    return DecodingOptions(
-        block_size=block_size,
-        denoising_steps=steps,
-        remasking=remasking,
-        **limits,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-    )
-
-
 def run_generate(args: argparse.Namespace) -> int:
     """Runs `opdlm generate`."""
     from megatron_opdlm import parallel
 
+    _check(args)
     prompts = _read_prompts(args)
-    if args.out is not None:
-        require_folder(args.out, "--out")
-    decoder = open_decoder(args, max_rows=1 if args.show_steps else args.max_rows)
-    _generate(args, decoder, prompts)
+    options = decoding_options(
+        args,
+        remasking=args.remasking,
+        confidence_threshold=args.confidence_threshold,
+        entropy_bound=args.entropy_bound,
+    )
+    decoder = open_decoder(args, max_rows=1 if args.show_steps else args.max_rows or MAX_ROWS)
+    _generate(args, decoder, options, prompts)
     # Only after success: leaving the groups is collective, and would wait for ranks that failed.
     parallel.shutdown()
     return 0
 
 
-def require_folder(path: str, name: str) -> None:
-    """Refuses an output file whose folder is missing, before any work."""
-    if not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"{name}={path}: there is no folder {Path(path).parent}; make it first")
+def _check(args: argparse.Namespace) -> None:
+    """Refuses arguments that are out of range or change nothing, before any work."""
+    check_arguments(args, "seed")
+    of_rule = {
+        "confidence_threshold": "low_confidence_dynamic",
+        "entropy_bound": "entropy_bounded",
+    }
+    for name, rule in of_rule.items():
+        is_used, here = args.remasking == rule, f"remasking={args.remasking}"
+        require_used(is_used, name, getattr(args, name), f"remasking={rule}", here)
+    several, here = "many responses at once", "one after the other (--show-steps)"
+    require_used(not args.show_steps, "max_rows", args.max_rows, several, here)
+    if args.out is not None:
+        require_folder(args.out, "--out")
 
 
 def _read_prompts(args: argparse.Namespace) -> list[Prompt]:
@@ -200,16 +110,14 @@ def _read_prompts(args: argparse.Namespace) -> list[Prompt]:
     return [Prompt(id="1", messages=[{"role": "user", "content": args.prompt}], line=1)]
 
 
-def _generate(args: argparse.Namespace, decoder: Decoder, prompts: Sequence[Prompt]) -> None:
+def _generate(
+    args: argparse.Namespace,
+    decoder: Decoder,
+    options: DecodingOptions,
+    prompts: Sequence[Prompt],
+) -> None:
     import time
 
-    options = decoding_options(
-        args,
-        decoder,
-        remasking=args.remasking,
-        confidence_threshold=args.confidence_threshold,
-        entropy_bound=args.entropy_bound,
-    )
     kept = decoder.tokenize(
         prompts,
         options,
@@ -241,7 +149,7 @@ def _decode(
 
     from megatron_opdlm.display import DenoisingDisplay
 
-    limit, seed = args.max_new_tokens, args.seed
+    limit, seed = args.max_new_tokens, args.seed or 0
     if not args.show_steps:
         total = len(prompts)
         hide = not decoder.parallel.is_main or total == 1

@@ -183,8 +183,14 @@ def format_table(plans: list[RankPlan]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def format_totals(config: Config, plans: list[RankPlan]) -> str:
-    """Writes what the run amounts to: sizes, steps, and the most tokens it can train on."""
+def format_totals(config: Config, plans: list[RankPlan], *, cuda: bool = True) -> str:
+    """Writes what the run amounts to: sizes, steps, and the most tokens it can train on.
+
+    Args:
+        config: resolved configuration.
+        plans: one per rank, made with the same `cuda`.
+        cuda: whether the ranks are GPUs.
+    """
     curriculum = config.rollout.max_response_tokens
     limits = [
         response_limit(
@@ -200,15 +206,18 @@ def format_totals(config: Config, plans: list[RankPlan]) -> str:
     dp_size = 1 + max(plan.dp_rank for plan in plans)
     largest = max(plan.total_bytes for plan in plans)
     cache = plans[0].kv_cache
-    free = " if free memory holds them" if config.rollout.kv_cache_gb is None else ""
+    is_known = config.rollout.kv_cache_gb is not None or not cuda
+    free = "" if is_known else " if free memory holds them"
+    weights = f"{config.model.params_dtype} on {'GPUs' if cuda else 'CPUs'}"
     return (
         f"{len(plans)} ranks = tp {config.parallel.tensor_model_parallel_size} x dp {dp_size} x pp "
-        f"{config.parallel.pipeline_model_parallel_size}; largest rank {largest / _GIB:.2f} GiB "
-        "before activations\n"
+        f"{config.parallel.pipeline_model_parallel_size}, {weights}; largest rank "
+        f"{largest / _GIB:.2f} GiB before activations\n"
         f"rollouts on {num_replicas(config, len(plans))} replicas, {cache.num_sequences} "
         f"sequences at once on each{free}; key/value cache of a rank: "
         f"{cache.num_sequences}{' + 1' if cache.has_spare else ''} sequences x {cache.capacity} "
-        f"tokens x {cache.bytes_per_token} bytes = {cache.num_bytes / _GIB:.2f} GiB\n"
+        f"tokens x {cache.bytes_per_token} bytes = {cache.num_bytes / _GIB:.2f} GiB "
+        f"({cache.num_bytes / 1e9:.2f} GB in the unit of kv_cache_gb)\n"
         f"{config.train.train_rollouts} rollouts of {config.rows_per_rollout} responses, "
         f"{config.total_optimizer_steps} optimizer steps of {config.train.rows_per_optimizer_step} "
         f"rows, at most {tokens:,} response tokens\n"

@@ -56,7 +56,9 @@ class ResponseFile:
         self._end = 0
 
     def check(self) -> None:
-        """Reads what is there; writes nothing new.
+        """Reads what is there, and makes no file where there is none.
+
+        A torn last line is dropped, and an empty file gets its first line.
 
         Raises:
             ValueError: the file is of other settings, or no such file.

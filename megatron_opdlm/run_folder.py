@@ -4,9 +4,11 @@ teacher_responses.jsonl if the teacher wrote responses.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ class RunFolder:
         """Names the folder; nothing is written yet."""
         self.root = Path(root)
         self.checkpoints = self.root / CHECKPOINTS
+        self._undo: weakref.finalize[..., RunFolder] | None = None
 
     def imported(self, config: Config) -> Path:
         """The folder of imports: beside this one, so that the runs of a series share it."""
@@ -69,10 +72,8 @@ class RunFolder:
             self._require_same_run(load_config(previous), config)
             return
         found = sorted(path.name for path in self.root.iterdir()) if self.root.exists() else []
-        if set(found) - {
-            IMPORTED,
-            LOCK_FILE,
-        }:  # conversions alone are left by a start that went no further
+        # Conversions alone are left by a start that went no further.
+        if set(found) - {IMPORTED, LOCK_FILE}:
             raise ValueError(
                 f"save={self.root} is not empty and holds no {CONFIG_FILE} "
                 f"(found {', '.join(found[:4])}); choose another folder"
@@ -81,21 +82,34 @@ class RunFolder:
     def lock(self) -> None:
         """Keeps other jobs out of the folder until this process ends. Main process only.
 
+        What this makes goes again with this object, at the latest with the process, unless `claim`
+        comes first: a start that is refused leaves nothing behind.
+
         Raises:
             ValueError: another job is running there.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.root / LOCK_FILE, "w")  # noqa: SIM115  held until the process ends
+        root = self.root.absolute()
+        path = root / LOCK_FILE
+        made = [p for p in (path, root, *root.parents) if not p.exists()]
+        root.mkdir(parents=True, exist_ok=True)
+        self._lock = open(path, "w")  # noqa: SIM115  held until the process ends
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            opened = os.fstat(self._lock.fileno())
+            is_there = path.exists() and os.path.samestat(path.stat(), opened)
         except BlockingIOError:
+            is_there = False
+        if not is_there:  # held, or removed by the job that held it
             raise ValueError(
                 f"save={self.root} is in use by another job that is still running; "
                 "wait for it, stop it, or choose another folder"
-            ) from None
+            )
+        self._undo = weakref.finalize(self, _remove, made, os.getpid())
 
     def claim(self, config: Config) -> None:
         """Makes the folder this run's: writes its resolved configuration. Main process only."""
+        if self._undo is not None:
+            self._undo.detach()
         (self.root / ROLLOUTS).mkdir(parents=True, exist_ok=True)
         path = self.root / CONFIG_FILE
         partial = path.with_suffix(".partial")
@@ -139,3 +153,12 @@ class RunFolder:
                     "commit_step": trajectory.commit_step.tolist(),
                 }
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _remove(made: Sequence[Path], process_id: int) -> None:
+    """Removes the lock file and the folders that are empty without it; no child process does."""
+    if os.getpid() != process_id:
+        return
+    for path in made:
+        with contextlib.suppress(OSError):  # somebody else has put something there
+            path.rmdir() if path.is_dir() else path.unlink()

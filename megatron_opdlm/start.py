@@ -88,6 +88,6 @@ def _require_mask_token(student: str, mask_token: str) -> None:
     named = mask_token_text(tokenizer_folder(student))
     if named not in (None, mask_token):
         raise ValueError(
-            f"model.mask_token={mask_token!r} must be the one that the tokenizer of {student} "
-            f"names, {named!r}; set model.mask_token={named!r}"
+            f"mask_token={mask_token!r} must be the one that the tokenizer of {student} "
+            f"names, {named!r}; set mask_token={named!r}"
         )

@@ -52,9 +52,9 @@ def select_states(
     - `trajectory`: one index for the whole trajectory; blocks before it are finished, the block at
       it is partly masked, blocks after it are fully masked (paper, Algorithm 1, lines 5-6).
     - `all`: every denoising step of every block, once.
-    - `random`: in every block, each position is masked with probability t, t uniform in (0, 1) (the
-      forward process of a masked diffusion model; OPDLM_off draws t for each block, too, in the
-      released code).
+    - `random`: in every block, each position is masked with probability t, t uniform between
+      LEAST_TIME = 0.001 and 1 (the forward process of a masked diffusion model; OPDLM_off draws t
+      for each block, too, in the released code).
 
     Args:
         trajectory: the response.

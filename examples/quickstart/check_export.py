@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm.data import load_prompts
-from megatron_opdlm.decoder import Decoder
+from megatron_opdlm.decoder import Decoder, default_block_size
 from megatron_opdlm.rollout.request import DecodingOptions
 from megatron_opdlm.stream import make_tags
 from megatron_opdlm.trajectory import Trajectory
@@ -51,7 +51,8 @@ def check_export(
         response_limit: most response tokens.
     """
     decoder = Decoder.open(str(checkpoint), params_dtype="float32")
-    options = DecodingOptions(block_size=decoder.block_size, denoising_steps=decoder.block_size)
+    block_size = default_block_size(str(checkpoint))
+    options = DecodingOptions(block_size=block_size, denoising_steps=block_size)
     prompts = decoder.tokenize(
         load_prompts(questions)[:num_questions], options, response_limit=response_limit
     ).kept
@@ -63,7 +64,7 @@ def check_export(
         )
 
     return ExportCheck(
-        max_delta=largest(decoder.block_size),
+        max_delta=largest(block_size),
         control=largest(1),
         num_equal=count_equal(exported, trajectories, response_limit),
         num_questions=len(prompts),

@@ -73,7 +73,7 @@ class Run:
         trained = time.monotonic()
         self._opdlm(
             "eval", "--model", str(self.folder / "run"), "--task", f"heldout={HELDOUT}",
-            "--num-questions", str(self.num_questions), "--seeds", str(self.seed),
+            "--num-questions", str(self.num_questions),
             "--max-new-tokens", str(limit), "--static", "--dynamic",
             "--confidence-threshold", str(THRESHOLD), "--json", str(self.folder / "eval.json"),
         )  # fmt: skip

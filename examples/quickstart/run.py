@@ -163,7 +163,7 @@ class Steps:
             launcher += ("--nproc-per-node", str(self.args.nproc))
         self.opdlm(
             "eval", "--model", model, "--task", f"heldout={HELDOUT}",
-            "--num-questions", str(self.args.num_questions), "--seeds", str(self.args.seed),
+            "--num-questions", str(self.args.num_questions),
             "--max-new-tokens", str(self.config.rollout.max_response_tokens.end), *settings,
             "--tensor-model-parallel-size", str(parallel.tensor_model_parallel_size),
             "--pipeline-model-parallel-size", str(parallel.pipeline_model_parallel_size),
@@ -212,7 +212,7 @@ class Steps:
             f"student, {dynamic}": after[dynamic],
         }
         rows = [ReportRow.from_result(name, result, seed) for name, result in named.items()]
-        shown = {dynamic: after[dynamic], "before training": before["static"]}
+        shown = {dynamic: after[dynamic], "before training, static": before["static"]}
         examples = [
             {"setting": setting} | example
             for setting, result in shown.items()

@@ -9,13 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_opdlm.generate import (
+from megatron_opdlm.config_schema import require, require_at_least
+from megatron_opdlm.decoding_arguments import (
+    MAX_ROWS,
     REMASKING,
     Parsers,
     add_model_arguments,
+    check_arguments,
     decoding_options,
     open_decoder,
     require_folder,
+    require_used,
 )
 
 if TYPE_CHECKING:
@@ -54,9 +58,8 @@ def add_eval_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
         "--seeds",
         type=int,
         nargs="+",
-        default=[0],
         metavar="N",
-        help="one run each; greedy decoding takes the first alone; default: 0",
+        help="with a temperature: one run each; default: 0",
     )
     parser.add_argument("--json", metavar="OUT", help="write all figures to this file")
     parser.add_argument(
@@ -83,17 +86,15 @@ def _add_setting_arguments(parser: argparse.ArgumentParser) -> None:
         "--confidence-threshold",
         type=float,
         nargs="+",
-        default=[0.9],
         metavar="P",
-        help="of dynamic decoding; several make several settings; default: 0.9",
+        help="of --dynamic; several make several settings; default: 0.9",
     )
     parser.add_argument(
         "--entropy-bound",
         type=float,
         nargs="+",
-        default=[0.35],
         metavar="E",
-        help="of entropy-bounded decoding, in nats; several make several settings; default: 0.35",
+        help="of --entropy-bounded, in nats; several make several settings; default: 0.35",
     )
 
 
@@ -103,17 +104,43 @@ def run_eval(args: argparse.Namespace) -> int:
     from megatron_opdlm.evaluation.task import load_task
     from megatron_opdlm.evaluation.teacher import load_reference
 
+    _check(args)
     tasks = [load_task(*_split_task(text), args.num_questions) for text in args.task]
-    if args.json is not None:
-        require_folder(args.json, "--json")
+    settings = _settings(args)
     teacher = None if args.teacher is None else load_reference(args.teacher)
-    decoder = open_decoder(args, max_rows=args.max_rows)
-    results = _run_settings(args, decoder, teacher, tasks)
+    decoder = open_decoder(args, max_rows=args.max_rows or MAX_ROWS)
+    results = _run_settings(args, decoder, teacher, tasks, settings)
     if decoder.parallel.is_main:
         _report(args, decoder, results)
     # Only after success: leaving the groups is collective, and would wait for ranks that failed.
     parallel.shutdown()
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses arguments that are out of range or change nothing, before any work."""
+    check_arguments(args, "seeds")
+    require_at_least(0, "examples", args.examples)
+    require_used(_has_dynamic(args), "confidence_threshold", args.confidence_threshold,
+                 "--dynamic", "the decoding asked for")  # fmt: skip
+    require_used(args.entropy_bounded, "entropy_bound", args.entropy_bound,
+                 "--entropy-bounded", "the decoding asked for")  # fmt: skip
+    names = [_split_task(text)[0] for text in args.task]
+    for name, values in (
+        ("seeds", args.seeds),
+        ("confidence_threshold", args.confidence_threshold),
+        ("entropy_bound", args.entropy_bound),
+        ("task", names),
+    ):
+        for value in values or ():
+            require(values.count(value) == 1, name, value, "is given twice", "give it once")
+    if args.json is not None:
+        require_folder(args.json, "--json")
+
+
+def _has_dynamic(args: argparse.Namespace) -> bool:
+    """Whether dynamic decoding is asked for; static and dynamic are where nothing is."""
+    return args.dynamic or not (args.static or args.entropy_bounded or args.sequential)
 
 
 def _split_task(text: str) -> tuple[str, str]:
@@ -123,33 +150,36 @@ def _split_task(text: str) -> tuple[str, str]:
     return name, path
 
 
-def _settings(args: argparse.Namespace, decoder: Decoder) -> list[DecodingOptions]:
-    named = args.static or args.dynamic or args.entropy_bounded or args.sequential
+def _settings(args: argparse.Namespace) -> list[DecodingOptions]:
     chosen: list[dict[str, Any]] = []
-    if args.static or not named:
+    if args.static or not (args.dynamic or args.entropy_bounded or args.sequential):
         chosen.append({"remasking": STATIC})
-    if args.dynamic or not named:
+    if _has_dynamic(args):
         chosen += [
             {"remasking": DYNAMIC, "confidence_threshold": threshold}
-            for threshold in args.confidence_threshold
+            for threshold in args.confidence_threshold or [None]
         ]
     if args.entropy_bounded:
         chosen += [
-            {"remasking": ENTROPY_BOUNDED, "entropy_bound": bound} for bound in args.entropy_bound
+            {"remasking": ENTROPY_BOUNDED, "entropy_bound": bound}
+            for bound in args.entropy_bound or [None]
         ]
     if args.sequential:
         chosen.append({"remasking": SEQUENTIAL})
-    return [decoding_options(args, decoder, **setting) for setting in chosen]
+    return [decoding_options(args, **setting) for setting in chosen]
 
 
 def _run_settings(
-    args: argparse.Namespace, decoder: Decoder, teacher: Teacher | None, tasks: Sequence[Task]
+    args: argparse.Namespace,
+    decoder: Decoder,
+    teacher: Teacher | None,
+    tasks: Sequence[Task],
+    settings: Sequence[DecodingOptions],
 ) -> list[EvalResult]:
     from megatron_opdlm.evaluation.runner import evaluate
     from megatron_opdlm.evaluation.teacher import evaluate_teacher
 
-    settings = _settings(args, decoder)
-    seeds = args.seeds if args.temperature > 0 else args.seeds[:1]
+    seeds = args.seeds or [0]
     results = []
     for task in tasks:
         if teacher is not None:
@@ -182,15 +212,16 @@ def _report(args: argparse.Namespace, decoder: Decoder, results: Sequence[EvalRe
     from rich.console import Console
 
     from megatron_opdlm.evaluation.examples import choose
+    from megatron_opdlm.evaluation.labels import labels
     from megatron_opdlm.evaluation.table import example_text, result_table
 
     # Piped output is read by programs and logs, which do not wrap.
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=120)
-    for result in results:
+        console = Console(highlight=False, markup=False, width=200)
+    for result, label in zip(results, labels(results), strict=True):
         for answer in choose(result.answers, args.examples):
-            console.print(example_text(result, answer))
+            console.print(example_text(label, answer))
     console.print(result_table(results))
     if args.json is not None:
         write_results(args.json, args.model, results, decoder.student.tokenizer, args.examples)
@@ -209,16 +240,13 @@ def write_results(
         num_examples: responses per setting to include.
     """
     from megatron_opdlm.evaluation.examples import choose, example_record
+    from megatron_opdlm.evaluation.labels import labels
 
-    records = [
-        result.to_json()
-        | {
-            "examples": [
-                example_record(answer, tokenizer) for answer in choose(result.answers, num_examples)
-            ]
-        }
-        for result in results
-    ]
+    records = []
+    for result, label in zip(results, labels(results), strict=True):
+        answers = choose(result.answers, num_examples)
+        examples = [example_record(answer, tokenizer) for answer in answers]
+        records.append({"label": label} | result.to_json() | {"examples": examples})
     partial = Path(f"{path}.partial")
     text = json.dumps({"model": model, "results": records}, indent=1, ensure_ascii=False)
     partial.write_text(text + "\n", encoding="utf-8")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 
 from megatron_opdlm.config import Config
 from megatron_opdlm.decoder import Decoder
 from megatron_opdlm.denoise import LOW_CONFIDENCE_DYNAMIC, LOW_CONFIDENCE_STATIC
+from megatron_opdlm.evaluation.labels import setting_name
 from megatron_opdlm.evaluation.runner import evaluate
 from megatron_opdlm.evaluation.task import Task, load_task
 from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.rollout.request import DecodingOptions
 from megatron_opdlm.setup_models import Student
+
+logger = logging.getLogger(__name__)
 
 
 class OnlineEvaluation:
@@ -50,7 +54,6 @@ class OnlineEvaluation:
         self.decoder = Decoder(
             student=dataclasses.replace(student, model=layout.model),
             parallel=layout.parallel,
-            trained_block_size=config.rollout.block_size,
             max_rows=config.rollout.rollout_batch_size,
             multiple=layout.stream_multiple,
             kv_cache_gb=config.rollout.kv_cache_gb,
@@ -69,23 +72,33 @@ class OnlineEvaluation:
     def run(self) -> dict[str, float]:
         """Answers the questions with the weights that the layout holds. Call on all ranks.
 
+        Rank 0 logs one line.
+
         Returns:
             Metrics by name; the same on every rank.
         """
         assert self.task is not None, "is_due() says whether there is anything to run"
         start = time.perf_counter()
         metrics: dict[str, float] = {"eval/questions": len(self.task.questions)}
+        said = []
         for name, remasking in (
             ("static", LOW_CONFIDENCE_STATIC),
             ("dynamic", LOW_CONFIDENCE_DYNAMIC),
         ):
+            options = dataclasses.replace(self.options, remasking=remasking)
             result = evaluate(
                 self.decoder,
                 self.task,
-                dataclasses.replace(self.options, remasking=remasking),
+                options,
                 response_limit=self.response_limit,
                 enable_thinking=self.enable_thinking,
             )
             metrics[f"eval/accuracy_{name}"] = result.accuracy
             metrics[f"eval/tokens_per_forward_{name}"] = result.tokens_per_forward
+            said.append(
+                f"{setting_name(options)} {100 * result.accuracy:.1f} % correct, "
+                f"{result.tokens_per_forward:.2f} tokens per forward"
+            )
+        if self.decoder.parallel.is_main:
+            logger.info("evaluation, %d questions: %s", result.num_questions, "; ".join(said))
         return metrics | {"eval/seconds": time.perf_counter() - start}

@@ -10,24 +10,10 @@ from tqdm import tqdm
 
 from megatron_opdlm.data import PromptTokens
 from megatron_opdlm.decoder import Decoder
-from megatron_opdlm.denoise import (
-    ENTROPY_BOUNDED,
-    LOW_CONFIDENCE_DYNAMIC,
-    LOW_CONFIDENCE_STATIC,
-    SEQUENTIAL,
-)
+from megatron_opdlm.evaluation.labels import setting_name
 from megatron_opdlm.evaluation.task import Answer, EvalResult, Task, grade
 from megatron_opdlm.rollout.request import DecodingOptions
 from megatron_opdlm.trajectory import Trajectory
-
-
-def setting_name(options: DecodingOptions) -> str:
-    """Returns how reports call a decoding setting: static, dynamic(0.9), entropy(0.35) ..."""
-    if options.remasking == LOW_CONFIDENCE_DYNAMIC:
-        return f"dynamic({options.confidence_threshold:g})"
-    if options.remasking == ENTROPY_BOUNDED:
-        return f"entropy({options.entropy_bound:g})"
-    return {LOW_CONFIDENCE_STATIC: "static", SEQUENTIAL: "sequential"}[options.remasking]
 
 
 def evaluate(
@@ -74,9 +60,10 @@ def evaluate(
     seconds = time.perf_counter() - start
     return EvalResult(
         task=task.name,
-        setting=name,
+        options=options,
+        response_limit=response_limit,
+        enable_thinking=enable_thinking,
         seed=seed,
-        temperature=options.temperature,
         answers=_grade_all(task, prompts, trajectories, decoder.student.tokenizer),
         num_passes=sum(trajectory.num_passes for trajectory in trajectories),
         seconds=seconds,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
+from megatron_opdlm.evaluation.labels import labels
 from megatron_opdlm.evaluation.task import Answer, EvalResult
 
 HEADER = (
@@ -17,11 +18,11 @@ HEADER = (
 
 
 def result_rows(results: Sequence[EvalResult]) -> list[tuple[str, ...]]:
-    """Returns one row of HEADER per task and setting; runs that differ in the seed share one."""
-    groups: dict[tuple[str, str], list[EvalResult]] = {}
-    for result in results:
-        groups.setdefault((result.task, result.setting), []).append(result)
-    return [_row(group) for group in groups.values()]
+    """Returns one row of HEADER per task and label; runs that differ in the seed share one."""
+    groups: dict[tuple[str, str, int], list[EvalResult]] = {}
+    for result, label in zip(results, labels(results), strict=True):
+        groups.setdefault((result.task, label, result.num_questions), []).append(result)
+    return [_row(label, group) for (_, label, _), group in groups.items()]
 
 
 def result_table(results: Sequence[EvalResult]) -> Table:
@@ -34,10 +35,10 @@ def result_table(results: Sequence[EvalResult]) -> Table:
     return table
 
 
-def example_text(result: EvalResult, answer: Answer) -> Text:
+def example_text(label: str, answer: Answer) -> Text:
     """Returns a question, the response to it and the verdict."""
     verdict = "correct" if answer.correct else f"wrong, the answer is {answer.question.answer}"
-    text = Text(f"[{result.setting}] {answer.question.messages[-1]['content']}\n", style="dim")
+    text = Text(f"[{label}] {answer.question.messages[-1]['content']}\n", style="dim")
     text.append(f"    {answer.response}\n", style="default")
     text.append(f"    {verdict}", style="green" if answer.correct else "red")
     return text
@@ -55,12 +56,11 @@ def accuracy_text(results: Sequence[EvalResult]) -> str:
     return f"{statistics.mean(percents):.1f} \u00b1 {statistics.stdev(percents):.1f} (std of seeds)"
 
 
-def _row(group: Sequence[EvalResult]) -> tuple[str, ...]:
+def _row(label: str, group: Sequence[EvalResult]) -> tuple[str, ...]:
     first = group[0]
-    sampling = f", T={first.temperature:g}" if first.temperature > 0 else ""
     return (
         first.task,
-        first.setting + sampling,
+        label,
         accuracy_text(group),
         f"{statistics.mean(result.tokens_per_forward for result in group):.2f}",
         f"{statistics.mean(result.tokens_per_second for result in group):.0f}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 
 from megatron_opdlm.data import Prompt, load_prompts
 from megatron_opdlm.evaluation.graders import is_correct, parse_number
+from megatron_opdlm.evaluation.labels import setting_name
+from megatron_opdlm.rollout.request import DecodingOptions
 from megatron_opdlm.trajectory import Trajectory
 
 
@@ -103,18 +106,20 @@ class EvalResult:
 
     Attributes:
         task: name of the task.
-        setting: name of the setting: teacher, static, dynamic(0.9).
+        options: how blocks were denoised; None for an autoregressive teacher, which is greedy.
+        response_limit: most response tokens.
+        enable_thinking: what the chat template was told.
         seed: of the decoding; it matters with temperature > 0 only.
-        temperature: 0 for greedy.
         answers: one per question, in order.
         num_passes: denoising passes, summed over responses; a teacher's are its tokens.
         seconds: wall time of the decoding.
     """
 
     task: str
-    setting: str
+    options: DecodingOptions | None
+    response_limit: int
+    enable_thinking: bool
     seed: int
-    temperature: float
     answers: Sequence[Answer]
     num_passes: int
     seconds: float
@@ -160,12 +165,14 @@ class EvalResult:
         return sum(answer.ended for answer in self.answers) / self.num_questions
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the numbers, without the responses."""
+        """Returns the numbers and how they came about, without the responses."""
         return {
             "task": self.task,
-            "setting": self.setting,
+            "setting": setting_name(self.options),
+            "options": None if self.options is None else dataclasses.asdict(self.options),
+            "max_new_tokens": self.response_limit,
+            "enable_thinking": self.enable_thinking,
             "seed": self.seed,
-            "temperature": self.temperature,
             "accuracy": self.accuracy,
             "standard_error": self.standard_error,
             "num_questions": self.num_questions,

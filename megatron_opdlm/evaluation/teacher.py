@@ -99,9 +99,10 @@ def evaluate_teacher(
     ordered = [everyone[index] for index in range(task_size)]
     return EvalResult(
         task=task.name,
-        setting="teacher",
+        options=None,
+        response_limit=response_limit,
+        enable_thinking=enable_thinking,
         seed=0,
-        temperature=0.0,
         answers=ordered,
         num_passes=sum(answer.num_tokens for answer in ordered),
         seconds=time.perf_counter() - start,

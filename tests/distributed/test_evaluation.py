@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import logging
 import warnings
 
 import pytest
@@ -205,6 +206,32 @@ def test_evaluation_does_not_change_the_training(model, questions, tmp_path):
     # Control: the weights that are evaluated are the live ones.
     speeds = {record["eval/tokens_per_forward_dynamic"] for record in with_eval}
     assert len(speeds) > 1
+
+
+def said_while_training(rank, model, questions, run_dir, overrides):
+    """Lines of evaluations, and their records."""
+    lines, logger = [], logging.getLogger("megatron_opdlm.evaluation.online")
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    records = train(rank, model, questions, run_dir, overrides)
+    return lines, [record for record in records if "eval/questions" in record]
+
+
+def test_an_evaluation_in_training_is_one_line_on_one_rank(model, questions, tmp_path):
+    evaluating = [f"eval_data={questions}", "eval_interval=2", "eval_questions=6"]
+    ranks = run_ranks(said_while_training, 2, model, questions, tmp_path / "run", evaluating)
+    (lines, records), (silent, _) = ranks
+    assert silent == []
+    assert lines == [
+        f"evaluation, 6 questions: static {100 * record['eval/accuracy_static']:.1f} % correct, "
+        f"{record['eval/tokens_per_forward_static']:.2f} tokens per forward; dynamic(0.03) "
+        f"{100 * record['eval/accuracy_dynamic']:.1f} % correct, "
+        f"{record['eval/tokens_per_forward_dynamic']:.2f} tokens per forward"
+        for record in records
+    ]
+    assert len(records) == 3
 
 
 def test_too_few_questions_show_before_the_training(model, questions, tmp_path):

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from megatron_opdlm import decoder, import_cache
 from megatron_opdlm import parallel as process_groups
 from megatron_opdlm.convert.importer import import_hf
+from megatron_opdlm.decoding_arguments import open_decoder
 from megatron_opdlm.evaluation.cli import add_eval_parser
-from megatron_opdlm.generate import add_generate_parser, open_decoder
+from megatron_opdlm.generate import add_generate_parser
 from megatron_opdlm.import_cache import ImportCache
 from megatron_opdlm.trainer import Trainer
 from tests.helpers import run_ranks

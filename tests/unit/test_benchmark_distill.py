@@ -120,3 +120,19 @@ def test_help(name):
     command = [sys.executable, "-W", "ignore", str(FOLDER / f"{name}.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--repeats" in done.stdout and "Nothing is judged" in done.stdout.replace("\n", " ")
+
+
+def test_ranks_that_disagree_are_never_timed(tools, monkeypatch):
+    timed = []
+
+    def ranks(fn, size, name, repeats, timeout):
+        if repeats:
+            timed.append((name, size))
+        loss = 1.0 if name == "fused" else 2.0
+        one = {"loss": loss, "hidden_gradient": 1.0, "head_gradient": 1.0}
+        return [one | {"peak_bytes": 1, "bytes_per_row": 0.0, "cpu_seconds": [0.0]}] * size
+
+    monkeypatch.setattr(tools.kl, "run_ranks", ranks)
+    with pytest.raises(SystemExit, match="gathered, 2 ranks: loss of"):
+        tools.kl.parallel(3)
+    assert timed == [("fused", 1), ("fused", 2), ("fused", 4)]

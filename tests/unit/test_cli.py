@@ -186,6 +186,25 @@ def test_plan_prints_the_table_without_the_configuration(capsys):
     assert "128 sequences at once on each if free memory holds them; key/value cache" in out
 
 
+def test_plan_counts_in_the_number_format_of_the_machine(capsys):
+    """quickstart.yaml leaves it open: bfloat16 in pages on GPUs, float32 on this machine's CPU."""
+    quickstart = str(CONFIGS / "quickstart.yaml")
+    gpus = run(capsys, "plan", quickstart, "--gpus", "1")[1]
+    assert "bfloat16 on GPUs" in gpus and "x 256 tokens x 1024 bytes" in gpus
+    cpus = run(capsys, "plan", quickstart, "--nproc", "1")[1]
+    assert "float32 on CPUs" in cpus and "x 104 tokens x 2048 bytes" in cpus
+    assert "if free memory" not in cpus
+    assert cpus == run(capsys, "train", quickstart, "--dry-run")[1].split("\n\n", 1)[1]
+    given = run(capsys, "plan", quickstart, "--gpus", "1", "params_dtype=float32")[1]
+    assert "float32 on GPUs" in given and "x 256 tokens x 2048 bytes" in given
+
+
+@pytest.mark.parametrize("option", ["--gpus", "--nproc"])
+def test_plan_wants_at_least_one_rank(capsys, option):
+    err = run(capsys, "plan", CONFIG, option, "0")[2]
+    assert err == f"error: {option[2:]}=0 must be at least 1; use 1 or more\n"
+
+
 @pytest.mark.parametrize(
     ("override", "rule"),
     [

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_opdlm.cache_plan import plan_cache
 from megatron_opdlm.config import load_config
 from megatron_opdlm.plan import (
     check_models,
@@ -137,6 +138,18 @@ def test_a_cache_below_one_sequence_is_refused(graphs):
     check_models(config(*flags), student=HF["0.6B"], teacher=HF["0.6B"], cuda=False)
 
 
+def test_a_cpu_has_a_limit_without_being_told():
+    """`KVCache.for_model` takes 4 GiB there, whatever is free."""
+    per_sequence = 6000 * 2 * 28 * 8 * 128 * 2
+    on_cpu = plan_cache(config(), HF["0.6B"], 1, cuda=False)
+    assert on_cpu.num_sequences == 4 * 2**30 // per_sequence == 6
+    assert plan_cache(config(), HF["0.6B"], 1, cuda=True).num_sequences == 128  # control
+    longer = config("max_prompt_tokens=40000", "micro_batch_tokens=99999")
+    rule = r"kv_cache_gb=null, 4.29 on a CPU, must hold at least one sequence: 44000 prompt and"
+    with pytest.raises(ValueError, match=rule):
+        plan_cache(longer, HF["0.6B"], 1, cuda=False)
+
+
 def test_the_totals_say_how_many_sequences_are_decoded_at_once():
     def line(*overrides):
         plans = table(HF["0.6B"], 2, *overrides)
@@ -144,7 +157,8 @@ def test_the_totals_say_how_many_sequences_are_decoded_at_once():
 
     assert line("kv_cache_gb=8", "cuda_graphs=true") == (
         "rollouts on 2 replicas, 10 sequences at once on each; key/value cache of a rank: "
-        "10 + 1 sequences x 6144 tokens x 114688 bytes = 7.22 GiB"
+        "10 + 1 sequences x 6144 tokens x 114688 bytes = 7.22 GiB "
+        "(7.75 GB in the unit of kv_cache_gb)"
     )
     assert "64 sequences at once on each if free memory holds them; " in line()
 

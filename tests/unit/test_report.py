@@ -1,5 +1,6 @@
 """Tables, plots and the page of a report."""
 
+import dataclasses
 import json
 import re
 
@@ -7,10 +8,12 @@ import pytest
 
 from megatron_opdlm.data import Prompt
 from megatron_opdlm.evaluation.html import render_page, script_json
+from megatron_opdlm.evaluation.labels import labels
 from megatron_opdlm.evaluation.plots import smooth
 from megatron_opdlm.evaluation.report import SUMMARY_KEYS, ReportRow, write_report
-from megatron_opdlm.evaluation.table import accuracy_text, result_rows
+from megatron_opdlm.evaluation.table import HEADER, accuracy_text, result_rows
 from megatron_opdlm.evaluation.task import Answer, EvalResult, load_task
+from megatron_opdlm.rollout.request import DecodingOptions
 
 EVIL = "</script><img src=x onerror=alert(1)> & @DATA@ @TABLE@ \u2028"
 EXAMPLE = {
@@ -104,7 +107,7 @@ def test_smooth():
     assert smooth([4.0, 2.0, 0.0], 2) == [4.0, 3.0, 1.0]
 
 
-def result(correct, seed=0, temperature=0.0):
+def result(correct, seed=0, limit=64, thinking=False, **options):
     """A result with one answer per entry of `correct`, of 10 tokens each in 5 passes."""
     answers = [
         Answer(
@@ -114,8 +117,9 @@ def result(correct, seed=0, temperature=0.0):
         for i, good in enumerate(correct)
     ]  # fmt: skip
     return EvalResult(
-        task="t", setting="static", seed=seed, temperature=temperature, answers=answers,
-        num_passes=5 * len(answers), seconds=1.0,
+        task="t", options=DecodingOptions(**options), response_limit=limit,
+        enable_thinking=thinking, seed=seed, answers=answers, num_passes=5 * len(answers),
+        seconds=1.0,
     )  # fmt: skip
 
 
@@ -134,6 +138,59 @@ def test_seeds_share_a_row():
         "1, 2",
     )  # fmt: skip
     assert accuracy_text(runs[1:]) == "50.0 \u00b1 35.4"
+
+
+DYNAMIC = {"remasking": "low_confidence_dynamic"}
+
+
+def test_plain_settings_have_short_labels():
+    runs = [result([1]), result([1], **DYNAMIC), result([1], remasking="sequential")]
+    runs.append(dataclasses.replace(runs[0], options=None))
+    assert labels(runs) == ["static", "dynamic(0.9)", "sequential", "teacher"]
+
+
+@pytest.mark.parametrize(
+    ("change", "first", "second"),
+    [
+        ({"temperature": 0.5}, "static, T=0", "static, T=0.5"),
+        ({"temperature": 1.0, "top_p": 0.9}, "static, T=0, top-p 1", "static, T=1, top-p 0.9"),
+        ({"temperature": 1.0, "top_k": 5}, "static, T=0, all tokens", "static, T=1, top-k 5"),
+        ({"denoising_steps": 2}, "static, 4 steps", "static, 2 steps"),
+        ({"block_size": 8, "denoising_steps": 8}, "static, block 4, 4 steps",
+         "static, block 8, 8 steps"),
+        ({"limit": 32}, "static, 64 tokens", "static, 32 tokens"),
+        ({"thinking": True}, "static, no thinking", "static, thinking"),
+        (DYNAMIC | {"confidence_threshold": 0.8}, "static", "dynamic(0.8)"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_whatever_differs_between_two_arms_is_in_their_labels(change, first, second):
+    arms = [result([1, 1]), result([1, 0], **change)]
+    assert labels(arms) == [first, second]
+    rows = result_rows(arms)
+    assert [row[1] for row in rows] == [first, second]
+    assert [row[2] for row in rows] == ["100.0 \u00b1 0.0", "50.0 \u00b1 35.4"]
+    # control: without the change they are two runs of one setting
+    assert len(result_rows([arms[0], result([1, 0], seed=1)])) == 1
+
+
+def test_an_unusual_option_is_said_also_where_all_arms_have_it():
+    both = {"temperature": 1.0, "top_p": 0.9, "denoising_steps": 2}
+    assert labels([result([1], **both), result([1], **both, **DYNAMIC)]) == [
+        f"{name}, 2 steps, T=1, top-p 0.9" for name in ("static", "dynamic(0.9)")
+    ]
+
+
+def test_arms_with_other_questions_do_not_share_a_row():
+    rows = result_rows([result([1]), result([1, 0])])
+    assert [row[HEADER.index("questions")] for row in rows] == ["1", "2"]
+
+
+def test_the_figures_hold_every_option():
+    """Two files of figures can be told apart."""
+    record = result([1], limit=32, temperature=1.0, top_p=0.9).to_json()
+    assert record["options"]["top_p"] == 0.9 and record["options"]["denoising_steps"] == 4
+    assert (record["setting"], record["max_new_tokens"]) == ("static", 32)
 
 
 @pytest.mark.parametrize(

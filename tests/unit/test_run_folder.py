@@ -1,14 +1,22 @@
 """Who may use a run folder, and the samples in it."""
 
 import dataclasses
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_opdlm.config import load_config
-from megatron_opdlm.run_folder import CONFIG_FILE, IMPORTED, ROLLOUTS, RunFolder
+from megatron_opdlm.run_folder import (
+    CONFIG_FILE,
+    IMPORTED,
+    LOCK_FILE,
+    ROLLOUTS,
+    RunFolder,
+)
 from tests.training import tiny_config
 from tests.unit.test_trajectory import make_trajectory
 
@@ -151,6 +159,64 @@ def test_samples(save):
     )
     assert torch.equal(again.commit_grid, trajectory.commit_grid)
     assert config.train.log_samples == 1
+
+
+def test_a_start_that_goes_no_further_leaves_nothing(tmp_path):
+    folder = RunFolder(tmp_path / "series" / "run")
+    folder.lock()
+    assert (tmp_path / "series" / "run" / LOCK_FILE).exists()
+    del folder
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_there_before_a_refused_start_stays(tmp_path):
+    save = tmp_path / "run"
+    (tmp_path / IMPORTED).mkdir()
+    save.mkdir()
+    folder = RunFolder(save)
+    folder.lock()
+    del folder
+    assert list(save.iterdir()) == []  # an empty folder that somebody made
+    (save / LOCK_FILE).touch()
+    folder = RunFolder(save)
+    folder.lock()
+    del folder
+    assert [path.name for path in save.iterdir()] == [LOCK_FILE]
+    assert (tmp_path / IMPORTED).is_dir()
+
+
+def test_the_folder_of_a_run_that_started_stays(tmp_path):
+    save = tmp_path / "run"
+    folder = RunFolder(save)
+    folder.lock()
+    folder.claim(make(save))
+    del folder
+    assert sorted(path.name for path in save.iterdir()) == [LOCK_FILE, CONFIG_FILE, ROLLOUTS]
+
+
+def test_a_child_process_removes_nothing(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.lock()
+    if (child := os.fork()) == 0:
+        del folder
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert (tmp_path / "run" / LOCK_FILE).exists()
+
+
+def test_a_lock_file_that_was_removed_meanwhile_keeps_nobody_out(tmp_path, monkeypatch):
+    """Its job was refused between our opening it and our lock: another job may have a new one."""
+    folder, plain = RunFolder(tmp_path / "run"), fcntl.flock
+
+    def flock(file, operation):
+        plain(file, operation)
+        (tmp_path / "run" / LOCK_FILE).unlink()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", flock)
+        with pytest.raises(ValueError, match="is in use by another job"):
+            folder.lock()
+    RunFolder(tmp_path / "run").lock()  # control
 
 
 def test_a_folder_in_use_is_refused(tmp_path):

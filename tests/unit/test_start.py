@@ -40,7 +40,7 @@ def test_the_mask_token_must_be_the_students(
     data = write_prompts(tmp_path / "prompts.jsonl")
     student = named_otherwise[kind]
     config = tiny_config(student, data, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"set model\.mask_token='<\|mask\|>'"):
+    with pytest.raises(ValueError, match=r"^mask_token='.*; set mask_token='<\|mask\|>'$"):
         start.check(config)
     start.check(tiny_config(student, data, tmp_path / "run", mask_token="<|mask|>"))
     assert not (tmp_path / "imported").exists()
@@ -179,6 +179,26 @@ def test_a_cache_too_small_for_one_sequence_is_no_start(
     assert not save.exists()
     # control: with one byte more it starts, in the same folder
     assert [status for status, _ in start_with(needed)] == [0] * num_ranks
+    assert (save / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_refused_start_leaves_no_folder(
+    num_ranks: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A teacher is judged when models are loaded and the folder is locked."""
+    student = tiny_model(tmp_path_factory.getbasetemp()).checkpoint
+    save, path = tmp_path / "runs" / "new", tmp_path / "config.yaml"
+    tiny_config(student, write_prompts(tmp_path / "prompts.jsonl"), save).save_yaml(path)
+    monkeypatch.setattr(Trainer, "train", lambda trainer: None)
+    monkeypatch.setattr(process_groups, "shutdown", lambda: None)  # the ranks of a test stay
+    refused = run_ranks(train, num_ranks, [str(path), "max_teacher_nll=0.001"])
+    for status, said in refused:
+        assert status == 2 and "max_teacher_nll" in said.splitlines()[-1]
+    assert not (tmp_path / "runs").exists()
+    # control: without the limit it starts, and stays
+    assert [status for status, _ in run_ranks(train, num_ranks, [str(path)])] == [0] * num_ranks
     assert (save / "config.yaml").is_file()
 
 
