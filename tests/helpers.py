@@ -1,5 +1,6 @@
 """Run a function on several gloo ranks of this machine, for tests of parallel code."""
 
+import gc
 import multiprocessing
 import pickle
 import tempfile
@@ -77,6 +78,7 @@ def _rank_main(
     args: tuple[Any, ...],
 ) -> None:
     """Body of one rank: join the group, run, report ``(ok, result or traceback text)``."""
+    gc.freeze()  # a collection would write to, and so copy, every page that the parent has shared
     try:
         dist.init_process_group(
             "gloo",

@@ -150,6 +150,12 @@ def plain(trajectory: Trajectory) -> Answer:
     )
 
 
+def all_same(some: Sequence[Trajectory], others: Sequence[Trajectory]) -> bool:
+    """Whether as many trajectories, one at least, are token-identical one by one."""
+    assert len(some) == len(others) > 0, "nothing to compare, or not the same requests"
+    return all(map(same, some, others))
+
+
 def same(one: Trajectory, other: Trajectory) -> bool:
     """Whether two trajectories are token-identical, commit steps and end included."""
     return (

@@ -10,8 +10,9 @@ from typing import Any
 # MKL reads this at its first call.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
+import megatron.core.dist_checkpointing.strategies.torch as storage
+import omegaconf
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
@@ -26,7 +27,7 @@ from megatron_opdlm.convert.hf import HFConfig
 from megatron_opdlm.convert.names import VocabRows
 from megatron_opdlm.model import BlockDiffusionModel
 
-assert dist_checkpointing  # imported here so that forked ranks inherit it
+assert storage and omegaconf  # imported here so that forked ranks inherit them
 
 Pieces = dict[tuple[str, tuple[int, ...]], tuple[tuple[int, ...], Tensor]]
 """(key, offset in the whole tensor) -> (shape of the whole tensor, this part of it)."""

@@ -81,8 +81,9 @@ def differences(
                 document.tags[:, BLOCK] = (document.tags[:, POSITION] - remainder + size) // size
             documents.append(document)
         got = training_logits(model, engine.parallel, documents, size)
-        delta = (got.float() - torch.stack(expected).float()).abs().amax(1).tolist()
+        delta = (got.float() - torch.stack(expected).float()).abs().amax(1)
+        assert bool(delta.isfinite().all())  # max() below would pass NaN by
         compared += len(delta)
-        for remainder, value in zip(remainders, delta, strict=True):
+        for remainder, value in zip(remainders, delta.tolist(), strict=True):
             worst[remainder] = max(value, worst.get(remainder, 0.0))
     return worst, compared

@@ -14,11 +14,11 @@ from tests.oracle import load_hf
 from tests.rollouts import (
     MASK,
     RecordingEngine,
+    all_same,
     draw_key,
     load,
     make_engine,
     make_request,
-    same,
 )
 from tests.tiny import tiny_model
 from tests.unit.test_cached_attention import plain_kernel
@@ -59,7 +59,7 @@ def roll_out(rank, checkpoint, layout, max_rows=5):
 def generated(hf):
     """What transformers makes of the requests: [(response ids, ended)], and the smallest gap
     between the two likeliest tokens."""
-    model, result, gap = load_hf(hf), [], float("inf")
+    model, result, gaps = load_hf(hf), [], list[torch.Tensor]()
     for request in REQUESTS:
         output = model.generate(
             request.prompt_ids.unsqueeze(0),
@@ -74,9 +74,9 @@ def generated(hf):
         )
         ids = output.sequences[0, len(request.prompt_ids) :].tolist()
         best = torch.cat(output.scores).topk(2).values
-        gap = min(gap, float((best[:, 0] - best[:, 1]).min()))
+        gaps.append(best[:, 0] - best[:, 1])
         result.append((ids, ids[-1] in EOS))
-    return result, gap
+    return result, float(torch.cat(gaps).min())
 
 
 def plain(trajectory):
@@ -155,7 +155,7 @@ def test_layouts_give_the_same_tokens(layout, model, on_one_rank):
     world_size, sizes = LAYOUTS[layout]
     for result in run_ranks(roll_out, world_size, model.checkpoint, sizes):
         for (got, counts), (expected, alone) in zip(result, on_one_rank, strict=True):
-            assert all(map(same, got, expected)) and len(got) == len(REQUESTS)
+            assert all_same(got, expected) and len(got) == len(REQUESTS)
             assert counts.head_rows == alone.head_rows
             if "PP2" in layout:  # half of the rows in every pass, and both stages at work
                 assert counts.passes <= 2 * alone.passes + 2
@@ -166,9 +166,9 @@ def test_sampled_responses_depend_on_their_request_alone(model, on_one_rank):
     _, (expected, _) = on_one_rank
     for max_rows in (1, len(REQUESTS)):
         ((_, (got, _)),) = run_ranks(roll_out, 1, model.checkpoint, {}, max_rows)
-        assert all(map(same, got, expected))
+        assert all_same(got, expected)
     greedy = on_one_rank[0][0]
-    assert not all(map(same, greedy, expected))  # control: they are sampled
+    assert not all_same(greedy, expected)  # control: they are sampled
 
 
 # --- captured passes ---
@@ -187,7 +187,7 @@ def captured(rank, checkpoint):
 def test_captured_passes_decode_the_same(model, monkeypatch):
     monkeypatch.setattr(graphs, "CudaCapture", Repeat)
     ((expected, got, counts, number),) = run_ranks(captured, 1, model.checkpoint)
-    assert all(map(same, got, expected)) and len(got) == len(REQUESTS)
+    assert all_same(got, expected) and len(got) == len(REQUESTS)
     assert 0 < number < counts.passes / 2
 
 

@@ -7,11 +7,11 @@ from megatron_opdlm.rollout.request import DecodingOptions
 from tests.helpers import run_ranks
 from tests.rollouts import (
     RecordingEngine,
+    all_same,
     load,
     make_engine,
     make_request,
     make_requests,
-    same,
 )
 from tests.tiny import tiny_model
 from tests.training_logits import differences
@@ -114,8 +114,7 @@ def test_layouts_give_token_identical_trajectories(layout, model, on_one_rank):
     for name, (expected, counts) in on_one_rank.items():
         for rank, result in enumerate(results):
             trajectories, rank_counts = result[name]
-            assert all(map(same, trajectories, expected)), f"{name} on rank {rank}"
-            assert len(trajectories) == len(expected)
+            assert all_same(trajectories, expected), f"{name} on rank {rank}"
             assert rank_counts.head_rows == counts.head_rows
             if "PP2" in layout:  # half of the rows in every pass, and both stages at work
                 assert rank_counts.passes <= 2 * counts.passes + 2

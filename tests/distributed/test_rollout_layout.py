@@ -12,7 +12,7 @@ from megatron_opdlm.rollout import layout as layout_module
 from megatron_opdlm.rollout.collector import collect
 from megatron_opdlm.rollout.layout import RolloutLayout
 from tests.helpers import run_ranks
-from tests.rollouts import SAMPLED, load, make_engine, make_requests, same
+from tests.rollouts import SAMPLED, all_same, load, make_engine, make_requests
 from tests.tiny import tiny_model
 
 
@@ -74,10 +74,10 @@ def require_equal(ranks, expected, size):
         assert not is_student
         for (state, trajectories), (_, want) in zip(results, expected, strict=True):
             assert num_bytes == sum(tensor.nbytes for tensor in state.values())
-            assert all(map(same, trajectories, want)) and len(trajectories) == len(want)
+            assert all_same(trajectories, want)
         # control: a rollout without the hand-over decodes with the weights of before
-        assert all(map(same, stale, expected[0][1]))
-        assert not all(map(same, stale, expected[1][1]))
+        assert all_same(stale, expected[0][1])
+        assert not all_same(stale, expected[1][1])
     for change in (0, 1):
         shards = [ranks[rank][0][change][0] for rank in range(size)]
         for name, whole in expected[change][0].items():
@@ -103,7 +103,7 @@ def test_machines_exchange_weights_through_megatrons_service(model_and_result, m
     training = {"pipeline_model_parallel_size": 2}
     for results, *_ in run_ranks(change_layout, 2, model.checkpoint, training, 2):
         for (_, trajectories), (_, want) in zip(results, expected, strict=True):
-            assert all(map(same, trajectories, want)) and len(trajectories) == len(want)
+            assert all_same(trajectories, want)
 
 
 def test_weights_pass_through_files_where_memory_has_no_room(

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_opdlm.batching import (
@@ -263,6 +263,7 @@ def test_a_rank_without_rows_gets_padding():
 
 @settings(max_examples=40, deadline=None)
 @given(states=states_of, dp_size=st.integers(1, 5), budget=st.integers(20, 120))
+@example(states=[make_state(2, 1), make_state(3), make_state(3)], dp_size=2, budget=20)
 def test_equal_counts_add_padding_alone(states, dp_size, budget):
     """As many microbatches on every rank; what is added has no rows."""
 

@@ -9,7 +9,7 @@ import torch
 from megatron_opdlm.rollout import cache as cache_module
 from megatron_opdlm.rollout.request import DecodingOptions
 from tests.helpers import run_ranks
-from tests.rollouts import MASK, REQUESTS, SAMPLED, load, make_engine, make_request, same
+from tests.rollouts import MASK, REQUESTS, SAMPLED, all_same, load, make_engine, make_request
 from tests.tiny import tiny_model
 
 
@@ -92,7 +92,7 @@ def test_the_cache_stays_within_its_limit(model):
     ((results, row_bytes, message),) = run_ranks(decode_in_little_memory, 1, model)
     expected, passes, _ = results[0]
     for (decoded, more_passes, lines), rows in zip(results, (9, 3, 1), strict=True):
-        assert all(map(same, decoded, expected)) and len(decoded) == len(REQUESTS)
+        assert all_same(decoded, expected) and len(decoded) == len(REQUESTS)
         assert (more_passes > passes) == (rows < 9)
         (line,) = lines
         assert f": {rows} sequences x" in line

@@ -8,7 +8,7 @@ from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.request import DecodingOptions
 from megatron_opdlm.rollout.staged import Staged
 from tests.helpers import run_ranks
-from tests.rollouts import MASK, load, make_engine, make_request, same
+from tests.rollouts import MASK, all_same, load, make_engine, make_request
 from tests.tiny import tiny_model
 from tests.unit.test_cached_attention import plain_kernel
 
@@ -65,7 +65,7 @@ def test_captured_passes_decode_the_same(world_size, layout, model, monkeypatch)
     for captured in (False, True):
         for result in run_ranks(decode, world_size, *arguments, captured):
             expected, got, counts, number = result
-            assert all(map(same, got, expected)) and len(got) == len(REQUESTS)
+            assert all_same(got, expected) and len(got) == len(REQUESTS)
             assert (0 < number < counts.passes / 2) if captured else number == 0
 
 
@@ -73,7 +73,7 @@ def test_control_buffers_that_keep_the_first_pass(model, monkeypatch):
     monkeypatch.setattr(graphs, "CudaCapture", Repeat)
     monkeypatch.setattr(Staged, "copy_from", lambda *passes: None)
     ((expected, got, _, _),) = run_ranks(decode, 1, model.checkpoint, {}, True)
-    assert not all(map(same, got, expected))
+    assert not all_same(got, expected)
 
 
 def ask_for_graphs(rank, checkpoint):
