@@ -32,10 +32,11 @@ from megatron.core.transformer.transformer_block import (
 )
 from torch import Tensor
 
-from megatron_opdlm.attention import FLEX_BLOCK, AttentionPlan, TagAttention
+from megatron_opdlm.attention import AttentionPlan, TagAttention
 from megatron_opdlm.blocks import round_up
 from megatron_opdlm.convert.families import FAMILIES
 from megatron_opdlm.convert.hf import HFConfig
+from megatron_opdlm.flex import FLEX_BLOCK
 from megatron_opdlm.fp8 import ALIGNMENT
 from megatron_opdlm.parallel import ParallelState
 from megatron_opdlm.rope import inverse_frequencies

@@ -19,11 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_opdlm.attention import FLEX_BLOCK, AttentionPlan, stream_attention
+from megatron_opdlm.attention import AttentionPlan, stream_attention
+from megatron_opdlm.flex import FLEX_BLOCK
 from megatron_opdlm.rollout.cache import KVCache
 from megatron_opdlm.rollout.flash import flash_attend, flash_inputs, has_flash
 from megatron_opdlm.rollout.staged import Staged
 from megatron_opdlm.stream import BLOCK, DOCUMENT, PADDING_DOCUMENT, POSITION
+from megatron_opdlm.tiles import by_key_head, by_query
 
 MASK_CELLS = 2**24
 """Most (query, key) pairs of one call; a single row may exceed it. The mask holds each as often as
@@ -161,23 +163,22 @@ class CachedAttention:
         self, query: Tensor, keys: Tensor, values: Tensor, scale: float, output: Tensor
     ) -> None:
         """Attends against `keys` and `values` [slots, M, C, D], row by row of the layout."""
-        num_groups, size = keys.shape[1], query.shape[2]
+        num_groups = keys.shape[1]
         shared = query.shape[1] // num_groups
         if not self._masks:
             self._masks = [_mask(rows.num_keys, shared, query) for rows in self.layout.rows]
         for rows, mask in zip(self.layout.rows, self._masks, strict=True):
             num_rows, num_queries = rows.kept.shape
-            by_row = query[rows.queries].view(num_rows, num_queries, num_groups, shared, size)
+            by_row = query[rows.queries].view(num_rows, num_queries, *query.shape[1:])
             most = mask.shape[-1]
-            # Query heads that share a key head are further queries of it: no key is copied.
             attended = F.scaled_dot_product_attention(
-                by_row.permute(0, 2, 3, 1, 4).flatten(2, 3),
+                by_key_head(by_row, num_groups),
                 keys[rows.slots, :, :most],
                 values[rows.slots, :, :most],
                 attn_mask=mask,
                 scale=scale,
-            ).view(num_rows, num_groups, shared, num_queries, size)
-            attended = attended.permute(0, 3, 1, 2, 4).flatten(2, 3)
+            )
+            attended = by_query(attended, num_queries)
             if isinstance(rows.queries, slice):
                 output[rows.queries] = attended.flatten(0, 1)
             else:

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_opdlm.attention import AttentionPlan, make_block_mask, make_tiles, tiled_attention
+from megatron_opdlm.attention import AttentionPlan
+from megatron_opdlm.flex import make_block_mask
 from megatron_opdlm.stream import BLOCK, POSITION, pack
+from megatron_opdlm.tiles import make_tiles, tiled_attention
 from tests.oracle import dense_mask
 from tests.unit.test_stream import make_document
 
@@ -66,18 +70,128 @@ def test_tiles_equal_dense_softmax(heads, kv_heads, query_tile, block_size):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 30), st.sets(st.integers(0, 7))), min_size=1, max_size=8),
+    st.lists(
+        st.tuples(st.integers(1, 30), st.sets(st.integers(0, 7)), st.integers(1, 3)),
+        min_size=1,
+        max_size=8,
+    ),
     st.integers(1, 8),
     st.integers(1, 20),
+    st.sampled_from(HEADS),
 )
-def test_any_stream_equals_dense_softmax(parts, block_size, query_tile):
-    documents = [make_document(length, blocks, block_size) for length, blocks in parts]
+def test_any_stream_equals_dense_softmax(parts, block_size, query_tile, heads):
+    documents = [
+        make_document(length, blocks, block_size, num_states=states)
+        for length, blocks, states in parts
+    ]
     stream = pack(documents, block_size=block_size, multiple=2)
-    inputs = make_inputs(len(stream), 2, 1, width=4)
+    inputs = make_inputs(len(stream), *heads, width=4)
     tiles = make_tiles(stream.tags, query_tile=query_tile)
-    got = tiled_attention(*inputs, tiles, 0.5)
-    expected = dense_attention(*inputs, dense_mask(stream.tags), 0.5)
+    got = value_and_gradients(tiled_attention, inputs, tiles, 0.5)
+    expected = value_and_gradients(dense_attention, inputs, dense_mask(stream.tags), 0.5)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_narrow_numbers_are_near_float64(heads, kv_heads, dtype, tolerance):
+    document = make_document(150, set(range(10, 37)), 4, num_states=2)
+    stream = pack([document, make_document(40, {3, 4}, 4)], block_size=4)
+    inputs = make_inputs(len(stream), heads, kv_heads, dtype)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    output, gradients = value_and_gradients(tiled_attention, inputs, make_tiles(stream.tags), 0.3)
+    assert {x.dtype for x in (output, *gradients)} == {dtype}
+    expected = value_and_gradients(dense_attention, wide, dense_mask(stream.tags), 0.3)
+    for got, want in zip((output, *gradients), (expected[0], *expected[1]), strict=True):
+        assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
+
+
+def test_large_scores_of_hidden_keys_stay_out():
+    """What stands in for a missing query must not see a key that the query itself does not."""
+    stream = make_stream()
+    inputs = [
+        (10 * x.detach()).requires_grad_()
+        for x in make_inputs(len(stream), 4, 2, torch.float32, width=32)
+    ]
+    got = value_and_gradients(tiled_attention, inputs, make_tiles(stream.tags), 1.0)
+    expected = value_and_gradients(dense_attention, inputs, dense_mask(stream.tags), 1.0)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-2)
+
+
+def test_recomputed_in_the_backward_pass():
+    stream = make_stream()
+    inputs, tiles = make_inputs(len(stream), 4, 2), make_tiles(stream.tags)
+
+    def recomputed(*args):
+        return torch.utils.checkpoint.checkpoint(tiled_attention, *args, use_reentrant=False)
+
+    got = value_and_gradients(recomputed, inputs, tiles, 0.3)
+    expected = value_and_gradients(tiled_attention, inputs, tiles, 0.3)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation returns."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.found = max(self.found, tensor.numel() * tensor.element_size())
+        return result
+
+
+def memory(length, attention_of):
+    """Bytes kept for the backward pass, masks among them, and of the largest tensor made."""
+    tags = pack([make_document(length, set(range(20, length)), 4)], block_size=4).tags
+    inputs = make_inputs(len(tags), 4, 2, torch.float32)
+    kept = {}
+
+    def pack_tensor(tensor):
+        kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with Largest() as largest:
+        attention, masks = attention_of(tags)
+        with torch.autograd.graph.saved_tensors_hooks(pack_tensor, lambda tensor: tensor):
+            value_and_gradients(attention, inputs)
+    # A mask that the graph keeps as well is counted once.
+    kept |= {mask.data_ptr(): mask.untyped_storage().nbytes() for mask in masks}
+    return sum(kept.values()), largest.found
+
+
+def in_tiles(tags):
+    tiles = make_tiles(tags)
+    held = [x for tile in tiles for x in vars(tile).values() if isinstance(x, torch.Tensor)]
+    return lambda *inputs: tiled_attention(*inputs, tiles, 0.3), held
+
+
+def in_one_mask(tags):
+    mask = dense_mask(tags)
+    return lambda *inputs: dense_attention(*inputs, mask, 0.3), [mask]
+
+
+def test_memory_grows_with_the_length():
+    (few, few_largest), (many, many_largest) = memory(400, in_tiles), memory(1600, in_tiles)
+    assert 3.5 < many / few < 4.5
+    assert many_largest / few_largest < 5
+
+
+def test_control_memory_of_a_dense_mask_grows_with_its_square():
+    (few, few_largest), (many, many_largest) = memory(100, in_one_mask), memory(400, in_one_mask)
+    assert many / few > 10
+    assert many_largest / few_largest > 12
+
+
+def test_second_derivatives_are_refused():
+    stream = make_stream()
+    inputs = make_inputs(len(stream), 4, 2)
+    output = tiled_attention(*inputs, make_tiles(stream.tags), 0.3)
+    (gradient,) = torch.autograd.grad(output.square().sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_every_query_is_in_one_tile_and_tiles_are_small():

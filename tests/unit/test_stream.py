@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_opdlm.attention import make_block_mask
+from megatron_opdlm.flex import make_block_mask
 from megatron_opdlm.stream import (
     BLOCK,
     DOCUMENT,

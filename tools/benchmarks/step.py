@@ -47,7 +47,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from megatron_opdlm import parallel as process_groups
 from megatron_opdlm import randomness
 from megatron_opdlm.accounting import model_flops_per_token
-from megatron_opdlm.attention import make_tiles
 from megatron_opdlm.batching import make_microbatches, plan_runs
 from megatron_opdlm.config import OptimizerConfig
 from megatron_opdlm.convert.hf import parse_config
@@ -59,6 +58,7 @@ from megatron_opdlm.optimizer import StudentOptimizer
 from megatron_opdlm.pipeline import forward_only
 from megatron_opdlm.state_selection import NoisyStates, select_states
 from megatron_opdlm.stream import pack
+from megatron_opdlm.tiles import make_tiles
 from megatron_opdlm.training_state import training_state
 from megatron_opdlm.trajectory import Trajectory
 from tests.training import assemble, parameter_pieces, to_hf
@@ -199,7 +199,7 @@ class Ours:
 
 def tile_pairs(tags: Tensor) -> int:
     """Pairs that attention computes, those it masks among them."""
-    return sum(tile.queries.shape[1] * tile.keys.numel() for tile in make_tiles(tags))
+    return sum(tile.num_pairs for tile in make_tiles(tags))
 
 
 def norm(gradients: Any) -> float:
