@@ -178,12 +178,9 @@ def make_microbatches(
     """
     weights = row_weights(states, loss_reduction)
     no_floats, no_ids = torch.empty(0), torch.empty(0, dtype=torch.int64)
-    block_size = states[0].trajectory.block_size
     return [
         Microbatch(
-            student=pack(
-                [states[i].student for i in run], block_size=block_size, multiple=multiple
-            ),
+            student=pack([states[i].student for i in run], multiple=multiple),
             row_weight=torch.cat([no_floats, *(states[i].row_scale * weights[i] for i in run)]),
             num_masked=torch.cat([no_ids, *(states[i].num_masked for i in run)]),
         )

@@ -20,6 +20,7 @@ from megatron_opdlm.config_schema import (
     flatten,
     parse_text,
     require,
+    require_default_unless,
     unknown_key_error,
 )
 from megatron_opdlm.config_sections import (
@@ -62,6 +63,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "sft": {"state_selection": "random"},
 }
 """Values that a method brings, over the preset's."""
+
+
+TEACHER_KEYS = ("teacher", "teacher_fp8", "teacher_offload", "max_teacher_nll")
+TEACHER_LAYOUT = ("teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,11 +150,14 @@ class Config:
             layer_spec = "transformer_engine"
         if cuda:
             dtype = "bfloat16"
-        auto_fp8 = self.model.teacher_fp8 == "auto"
+        has_teacher = self.distill.responses != "data"
+        auto_fp8, teacher = self.model.teacher_fp8 == "auto", self.model.teacher
+        if teacher is None and has_teacher:
+            teacher = self.model.student
         model = dataclasses.replace(
             self.model,
-            teacher=self.model.student if self.model.teacher is None else self.model.teacher,
-            teacher_fp8=self.model.fp8 if auto_fp8 else self.model.teacher_fp8,
+            teacher=teacher,
+            teacher_fp8=self.model.fp8 if auto_fp8 and has_teacher else self.model.teacher_fp8,
             layer_spec=layer_spec if self.model.layer_spec == "auto" else self.model.layer_spec,
             params_dtype=dtype if self.model.params_dtype == "auto" else self.model.params_dtype,
         )
@@ -214,6 +222,11 @@ class Config:
         rule = f"is about responses of the teacher; here they come from the {writer}"
         is_used = given is None or writer == "teacher"
         require(is_used, "teacher_responses", given, rule, "leave it out")
+        if writer == "data":
+            rule = "is about the teacher, and sft_responses=data has none"
+            for section, names in ((self.model, TEACHER_KEYS), (self.parallel, TEACHER_LAYOUT)):
+                for name in names:
+                    require_default_unless(False, section, name, rule, "leave it out")
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

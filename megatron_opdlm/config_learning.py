@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_opdlm.config_schema import Section, require
-from megatron_opdlm.divergence_rules import FORWARD_KL, JSD, MIXED, TAIL, check_divergence
+from megatron_opdlm.config_schema import Section, require, require_default_unless
+from megatron_opdlm.divergence_rules import JSD, MIXED, check_divergence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +77,24 @@ class DistillConfig(Section):
             top_k=self.top_k_logits,
             top_k_mode=self.top_k_mode,
         )
-        for name, default, is_used, where in (
-            ("reverse_kl_weight", 0.5, self.divergence == MIXED, f"divergence={MIXED}"),
-            ("jsd_alpha", 0.5, self.divergence == JSD, f"divergence={JSD}"),
-            ("top_k_mode", TAIL, self.top_k_logits > 0, "top_k_logits above 0"),
+        if self.method == "sft":
+            rule = "is not for method=sft, whose loss is the cross-entropy"
+            for name in (
+                "divergence",
+                "top_k_logits",
+                "reverse_kl_weight",
+                "jsd_alpha",
+                "top_k_mode",
+            ):
+                require_default_unless(False, self, name, rule, "leave it out")
+        for name, is_used, where in (
+            ("reverse_kl_weight", self.divergence == MIXED, f"divergence={MIXED}"),
+            ("jsd_alpha", self.divergence == JSD, f"divergence={JSD}"),
+            ("top_k_mode", self.top_k_logits > 0, "top_k_logits above 0"),
         ):
-            value, rule = getattr(self, name), f"is about {where}"
-            require(is_used or value == default, name, value, rule, f"leave it out, or set {where}")
-        is_plain = self.divergence == FORWARD_KL and self.top_k_logits == 0
-        rule = "must be forward_kl with all tokens: against one token it is the cross-entropy"
-        fix = "leave divergence and top_k_logits out with method=sft"
-        require(self.method != "sft" or is_plain, "divergence", self.divergence, rule, fix)
+            require_default_unless(
+                is_used, self, name, f"is about {where}", f"leave it out, or set {where}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,3 +183,6 @@ class TrainConfig(Section):
         has_data, has_interval = self.eval_data is not None, self.eval_interval > 0
         rule = f"goes with eval_interval > 0, got {self.eval_interval}"
         require(has_data == has_interval, "eval_data", self.eval_data, rule, fix)
+        require_default_unless(
+            has_data, self, "eval_questions", "is about eval_data", "leave it out"
+        )

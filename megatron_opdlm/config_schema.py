@@ -345,3 +345,14 @@ class Section:
         for name in names:
             value = getattr(self, name)
             require(0 < value <= 1, name, value, "must lie in (0, 1]", "use e.g. 0.9")
+
+
+def require_default_unless(is_used: bool, section: Section, name: str, rule: str, fix: str) -> None:
+    """Refuses another value than the default where nothing reads it.
+
+    Raises:
+        ValueError: "name=value rule; fix".
+    """
+    value = getattr(section, name)
+    default = next(field.default for field in dataclasses.fields(section) if field.name == name)
+    require(is_used or value == default, name, value, rule, fix)

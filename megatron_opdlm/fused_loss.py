@@ -106,7 +106,7 @@ def fused_divergence(
 
     Collectives on tp_group, for every chunk of C rows in the forward pass: all-reduces of [2, C]
     maxima, [2, C] sums and [2, C] values (24 bytes per row); with top_k also an all-gather of
-    [C, k] integers, and the last is [4, C]. None in the backward.
+    [C, k] integers, and with `tail` and `raw` the last is [4, C]. None in the backward.
 
     Args:
         student_hidden: [T, D], replicated on tp_group; float32, bfloat16 or float64.
@@ -206,7 +206,7 @@ def _linear(hidden: Tensor, head: Tensor, out: Tensor) -> None:
     if hidden.dtype == out.dtype:
         torch.mm(hidden, head.t(), out=out)
     elif hidden.is_cuda:
-        out.copy_(torch.mm(hidden, head.t(), out_dtype=out.dtype))
+        torch.mm(hidden, head.t(), out_dtype=out.dtype, out=out)
     else:
         wide = hidden.to(out.dtype)
         for start in range(0, len(head), 2**14):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ def forward_only(
     gaps = [None] * (parallel.pp_size - 1)  # until the last one has left
     selected = []
     try:
-        for new in (*passes, *gaps):
+        for new in itertools.chain(passes, gaps):
             leaving = pipeline.push(new)
             if leaving is not None and parallel.is_last_stage:
                 done, output = leaving

@@ -82,29 +82,37 @@ class RunFolder:
     def lock(self) -> None:
         """Keeps other jobs out of the folder until this process ends. Main process only.
 
-        What this makes goes again with this object, at the latest with the process, unless `claim`
-        comes first: a start that is refused leaves nothing behind.
+        What this makes goes again with this object, or when the process exits, unless `claim` comes
+        first: a start that is refused leaves nothing behind.
 
         Raises:
-            ValueError: another job is running there.
+            ValueError: another job is running there, or the file system has no locks.
         """
         root = self.root.absolute()
         path = root / LOCK_FILE
         made = [p for p in (path, root, *root.parents) if not p.exists()]
         root.mkdir(parents=True, exist_ok=True)
         self._lock = open(path, "w")  # noqa: SIM115  held until the process ends
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            opened = os.fstat(self._lock.fileno())
-            is_there = path.exists() and os.path.samestat(path.stat(), opened)
-        except BlockingIOError:
-            is_there = False
-        if not is_there:  # held, or removed by the job that held it
+        self._undo = weakref.finalize(self, _remove, made, os.getpid())
+        if not self._try_lock(path):
+            self._undo.detach()  # all of it is the other job's
             raise ValueError(
                 f"save={self.root} is in use by another job that is still running; "
                 "wait for it, stop it, or choose another folder"
             )
-        self._undo = weakref.finalize(self, _remove, made, os.getpid())
+
+    def _try_lock(self, path: Path) -> bool:
+        """Whether the lock is ours: not held, nor removed by the job that held it."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise ValueError(
+                f"save={self.root}: no locks on this file system ({error.strerror}); choose a "
+                "folder where flock works"
+            ) from error
+        return path.exists() and os.path.samestat(path.stat(), os.fstat(self._lock.fileno()))
 
     def claim(self, config: Config) -> None:
         """Makes the folder this run's: writes its resolved configuration. Main process only."""

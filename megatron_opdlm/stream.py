@@ -110,14 +110,12 @@ class PackedStream:
             sees it.
         loss_rows: [T] int64, indices into the stream, in the order of the documents.
         num_padding: alignment tokens at the end of the stream.
-        block_size: tokens per block; 1 for a causal stream.
     """
 
     token_ids: Tensor
     tags: Tensor
     loss_rows: Tensor
     num_padding: int
-    block_size: int
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -129,7 +127,6 @@ class PackedStream:
             tags=self.tags.to(device),
             loss_rows=self.loss_rows.to(device),
             num_padding=self.num_padding,
-            block_size=self.block_size,
         )
 
 
@@ -138,13 +135,12 @@ def aligned(num_tokens: int, multiple: int) -> int:
     return max(1, -(-num_tokens // multiple)) * multiple
 
 
-def pack(documents: Sequence[Document], *, block_size: int, multiple: int = 1) -> PackedStream:
+def pack(documents: Sequence[Document], *, multiple: int = 1) -> PackedStream:
     """Lays documents one after the other and pads the end to a multiple that the layers ask for.
 
     Args:
-        documents: any number of documents, all of the same block size; none gives a stream of
-            padding alone (a data-parallel rank without rows).
-        block_size: the block size of their tags.
+        documents: any number of documents; none gives a stream of padding alone (a data-parallel
+            rank without rows).
         multiple: the stream's length becomes a multiple of this (sequence parallel: the
             tensor-parallel size; FP8: 16).
 
@@ -167,5 +163,4 @@ def pack(documents: Sequence[Document], *, block_size: int, multiple: int = 1) -
         tags=torch.cat([*tags, padding]),
         loss_rows=torch.cat(rows),
         num_padding=num_padding,
-        block_size=block_size,
     )

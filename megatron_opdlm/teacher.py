@@ -133,10 +133,7 @@ class Teacher:
     ) -> list[Tensor]:
         device = torch.cuda.current_device()
         multiple = self.stream_multiple
-        streams = [
-            pack([documents[i] for i in run], block_size=1, multiple=multiple).to(device)
-            for run in runs
-        ]
+        streams = [pack([documents[i] for i in run], multiple=multiple).to(device) for run in runs]
         with self.on_device():
             return forward_only(self.model, streams, self.parallel)
 

@@ -174,8 +174,8 @@ def _like_sized(pieces: list[_Piece]) -> list[list[_Piece]]:
 def _join(pieces: list[_Piece], device: torch.device) -> Tile:
     """Pads pieces to one shape.
 
-    A padded query is the piece's first one again, mask and all: with a mask of its own, the
-    logsumexp that the backward pass gathers for it would be another query's.
+    A padded query is the piece's first one again, mask and all: what the backward pass gathers for
+    it, its logsumexp above all, is then its own.
     """
     num_queries = max(len(piece.queries) for piece in pieces)
     num_common = min(piece.num_common for piece in pieces)

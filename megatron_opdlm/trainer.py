@@ -75,8 +75,8 @@ class Trainer:
             timeout_minutes=config.parallel.distributed_timeout_minutes,
         )
         self.folder = RunFolder(config.train.save)
-        from_main(lambda: self.folder.check(config), is_main=self.parallel.is_main)
         from_main(self.folder.lock, is_main=self.parallel.is_main)
+        from_main(lambda: self.folder.check(config), is_main=self.parallel.is_main)
         self.is_supervised = config.distill.method == "sft"
         self.has_equal_counts = config.model.fp8_recipe == "delayed"
         cache = ImportCache(

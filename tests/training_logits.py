@@ -34,7 +34,7 @@ def training_logits(
 ) -> Tensor:
     """[T, V] logits of the rows of all documents, packed into one stream; without TP."""
     multiple = training_stream_multiple(BuildOptions(), parallel.tp_size)
-    stream = pack(documents, block_size=block_size, multiple=multiple)
+    stream = pack(documents, multiple=multiple)
     stream = stream.to(torch.cuda.current_device())
     (rows,) = forward_only(model, [stream], parallel)
     with torch.no_grad():

@@ -23,7 +23,7 @@ DIVERGENCES = [*every_divergence(4), *(d for d in every_divergence(200) if d.top
 STREAM = pack(
     [make_document(n, blocks, 4, rows) for n, blocks, rows in (
         (13, {1, 3}, [13, 14, 16]), (8, {0}, [8, 9, 11]), (5, set(), []),
-    )], block_size=4, multiple=8,
+    )], multiple=8,
 )  # fmt: skip
 ROWS = len(STREAM.loss_rows)
 WEIGHT = torch.linspace(-0.5, 1.0, ROWS)

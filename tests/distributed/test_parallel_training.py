@@ -166,7 +166,7 @@ def test_layouts_agree_with_one_process(layout, model_name, runs, tmp_path_facto
         torch.testing.assert_close(result["losses"], expected["losses"], rtol=0, atol=2e-6)
         torch.testing.assert_close(result["grad_norms"], expected["grad_norms"], rtol=1e-4, atol=0)
         for counter in ("response_tokens", "teacher_head_rows", "student_attention_pairs"):
-            assert result["work"][counter] == expected["work"][counter]
+            assert result["work"][counter] == expected["work"][counter] > 0
     if "PP2" in layout:
         assert results[0]["microbatches"] > 1  # several in flight
     if layout != "DP2 distributed optimizer":  # there, a rank's gradient holds its own part only

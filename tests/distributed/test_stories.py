@@ -34,7 +34,7 @@ def continue_greedily(rank, checkpoint, prompts, layout, vocab_size):
             last = torch.tensor([len(ids) - 1])
             document = Document(token_ids=torch.tensor(ids), tags=tags, loss_rows=last)
             with torch.no_grad():
-                (rows,) = forward_only(model, [pack([document], block_size=1)], parallel)
+                (rows,) = forward_only(model, [pack([document])], parallel)
                 shard = model.logits(rows)[0]
             shards = [torch.empty_like(shard) for _ in range(parallel.tp_size)]
             torch.distributed.all_gather(shards, shard, group=parallel.tp_group)

@@ -138,7 +138,7 @@ def test_a_step_adds_what_the_streams_of_all_ranks_hold(multiple):
     for block_size, lengths in ((1, (3, 5, 9, 1)), (4, (4, 8, 20, 12))):
         documents = [make_document(length, block_size) for length in lengths]
         streams = [
-            pack([documents[i] for i in run], block_size=block_size, multiple=multiple)
+            pack([documents[i] for i in run], multiple=multiple)
             for of_rank in runs
             for run in of_rank
         ]

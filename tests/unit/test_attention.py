@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_opdlm import tiles as tiles_module
 from megatron_opdlm.attention import AttentionPlan
 from megatron_opdlm.flex import make_block_mask
-from megatron_opdlm.stream import BLOCK, POSITION, pack
+from megatron_opdlm.stream import BLOCK, POSITION, make_tags, pack
 from megatron_opdlm.tiles import make_tiles, tiled_attention
 from tests.oracle import dense_mask
 from tests.unit.test_stream import make_document
@@ -52,7 +53,7 @@ def make_stream(block_size=4, multiple=1):
         make_document(1, {0}, block_size),
         make_document(33, {0, 3}, block_size),
     ]
-    return pack(documents, block_size=block_size, multiple=multiple)
+    return pack(documents, multiple=multiple)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
@@ -84,7 +85,7 @@ def test_any_stream_equals_dense_softmax(parts, block_size, query_tile, heads):
         make_document(length, blocks, block_size, num_states=states)
         for length, blocks, states in parts
     ]
-    stream = pack(documents, block_size=block_size, multiple=2)
+    stream = pack(documents, multiple=2)
     inputs = make_inputs(len(stream), *heads, width=4)
     tiles = make_tiles(stream.tags, query_tile=query_tile)
     got = value_and_gradients(tiled_attention, inputs, tiles, 0.5)
@@ -96,7 +97,7 @@ def test_any_stream_equals_dense_softmax(parts, block_size, query_tile, heads):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_narrow_numbers_are_near_float64(heads, kv_heads, dtype, tolerance):
     document = make_document(150, set(range(10, 37)), 4, num_states=2)
-    stream = pack([document, make_document(40, {3, 4}, 4)], block_size=4)
+    stream = pack([document, make_document(40, {3, 4}, 4)])
     inputs = make_inputs(len(stream), heads, kv_heads, dtype)
     wide = [x.detach().double().requires_grad_() for x in inputs]
     output, gradients = value_and_gradients(tiled_attention, inputs, make_tiles(stream.tags), 0.3)
@@ -104,6 +105,25 @@ def test_narrow_numbers_are_near_float64(heads, kv_heads, dtype, tolerance):
     expected = value_and_gradients(dense_attention, wide, dense_mask(stream.tags), 0.3)
     for got, want in zip((output, *gradients), (expected[0], *expected[1]), strict=True):
         assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
+
+
+def test_gradients_of_keys_in_many_tiles_are_summed_in_float32(monkeypatch):
+    tags = make_tags(0, torch.arange(1800), noisy=0, block_size=1)
+    inputs = make_inputs(len(tags), 2, 1, torch.bfloat16)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    tiles = make_tiles(tags)
+    _, expected = value_and_gradients(tiled_attention, wide, tiles, 0.3)
+
+    output = tiled_attention(*inputs, tiles, 0.3)
+    direction = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+
+    def error():
+        (got,) = torch.autograd.grad(output, inputs[2], direction, retain_graph=True)
+        return float((got.double() - expected[2]).norm() / expected[2].norm())
+
+    in_float32 = error()
+    monkeypatch.setattr(tiles_module, "_sum_dtype", lambda tensor: tensor.dtype)
+    assert in_float32 < 0.75 * error()  # control: sums in bfloat16
 
 
 def test_large_scores_of_hidden_keys_stay_out():
@@ -145,7 +165,7 @@ class Largest(TorchDispatchMode):
 
 def memory(length, attention_of):
     """Bytes kept for the backward pass, masks among them, and of the largest tensor made."""
-    tags = pack([make_document(length, set(range(20, length)), 4)], block_size=4).tags
+    tags = pack([make_document(length, set(range(20, length)), 4)]).tags
     inputs = make_inputs(len(tags), 4, 2, torch.float32)
     kept = {}
 
@@ -232,7 +252,7 @@ def test_control_another_mask_gives_another_value():
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 def test_flex_attention_equals_tiles(heads, kv_heads):
     """Eager FlexAttention with our block mask; CUDA compiles the same call."""
-    stream = pack([make_document(180, set(range(20, 45)), 4)] * 2, block_size=4)
+    stream = pack([make_document(180, set(range(20, 45)), 4)] * 2)
     inputs = make_inputs(len(stream), heads, kv_heads, torch.float32, width=16)
     query, key, value = (x.detach().transpose(0, 1).unsqueeze(0) for x in inputs)
     output = flex_attention(

@@ -221,7 +221,7 @@ def test_every_state_is_in_one_microbatch(states, dp_size, budget, multiple, red
         assert batches
         for batch, run in zip(batches, runs[rank], strict=True):
             student = batch.student
-            teacher = pack([states[i].teacher for i in run], block_size=1, multiple=multiple)
+            teacher = pack([states[i].teacher for i in run], multiple=multiple)
             assert len(student) % multiple == 0 and len(teacher) % multiple == 0
             documents = student.tags[:, 0].unique()
             documents = documents[documents >= 0].tolist()
@@ -232,7 +232,6 @@ def test_every_state_is_in_one_microbatch(states, dp_size, budget, multiple, red
             assert torch.equal(positions[0] - 1, positions[1]), "rows are aligned one to one"
             of_student = student.tags[student.loss_rows, 0]
             assert torch.equal(of_student, teacher.tags[teacher.loss_rows, 0])
-            assert student.block_size == 8 and teacher.block_size == 1
             for document in documents:
                 rows = student.tags[student.loss_rows, 0] == document
                 weight = batch.row_weight[rows].unique()

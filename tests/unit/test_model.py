@@ -73,8 +73,8 @@ def make_streams():
     causal = [make_document(length, 0, 1, seed) for seed, length in enumerate((9, 1, 14))]
     doubled = [make_document(12, 2, 4, 3), make_document(8, 2, 4, 4)]
     return {
-        "causal": pack(causal, block_size=1, multiple=4),
-        "block-causal": pack(doubled, block_size=4, multiple=4),
+        "causal": pack(causal, multiple=4),
+        "block-causal": pack(doubled, multiple=4),
     }
 
 

@@ -1,7 +1,9 @@
 """Who may use a run folder, and the samples in it."""
 
 import dataclasses
+import errno
 import fcntl
+import gc
 import json
 import os
 from pathlib import Path
@@ -217,6 +219,19 @@ def test_a_lock_file_that_was_removed_meanwhile_keeps_nobody_out(tmp_path, monke
         with pytest.raises(ValueError, match="is in use by another job"):
             folder.lock()
     RunFolder(tmp_path / "run").lock()  # control
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    folder = RunFolder(tmp_path / "a" / "run")
+    with pytest.raises(ValueError, match=r"a/run: no locks on this file system \(Function not"):
+        folder.lock()
+    del folder
+    gc.collect()  # the exception's frames
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_folder_in_use_is_refused(tmp_path):

@@ -55,7 +55,7 @@ def streams(draw):
 @given(streams())
 def test_visible_equals_brute_force(drawn):
     documents, block_size, multiple = drawn
-    tags = pack(documents, block_size=block_size, multiple=multiple).tags
+    tags = pack(documents, multiple=multiple).tags
     assert torch.equal(visible(tags, tags), dense_mask(tags).view(len(tags), len(tags)))
 
 
@@ -70,7 +70,7 @@ def mask_of(block_mask, length):
 @given(streams())
 def test_flex_attention_mask_equals_visible(drawn):
     documents, block_size, multiple = drawn
-    tags = pack(documents, block_size=block_size, multiple=multiple).tags
+    tags = pack(documents, multiple=multiple).tags
     if len(tags):
         assert torch.equal(mask_of(make_block_mask(tags), len(tags)), visible(tags, tags))
 
@@ -122,39 +122,39 @@ def test_flex_attention_squares(parts, block_size, multiple):
         )
         for length, blocks, num_states in parts
     ]
-    check_squares(pack(documents, block_size=block_size, multiple=multiple).tags)
+    check_squares(pack(documents, multiple=multiple).tags)
 
 
 def test_flex_attention_squares_of_a_block_as_wide_as_a_square():
     """A square of noisy queries does not see the square of clean keys of its own block."""
-    check_squares(pack([make_document(256, {1}, 128)], block_size=128).tags)
+    check_squares(pack([make_document(256, {1}, 128)]).tags)
 
 
 def test_flex_attention_skips_most_of_what_nobody_sees():
     documents = [make_document(512, set(range(64, 128)), 4) for _ in range(6)]
-    computed, needed, full = check_squares(pack(documents, block_size=4).tags)
+    computed, needed, full = check_squares(pack(documents).tags)
     assert needed <= computed < 1.3 * needed and full > needed / 4
 
 
 def test_block_size_one_is_causal():
-    tags = pack([make_document(9, set(), 1)], block_size=1).tags
+    tags = pack([make_document(9, set(), 1)]).tags
     assert torch.equal(visible(tags, tags), torch.ones(9, 9).tril().bool())
     # control: block size 2 is not
-    tags = pack([make_document(9, set(), 2)], block_size=2).tags
+    tags = pack([make_document(9, set(), 2)]).tags
     assert not torch.equal(visible(tags, tags), torch.ones(9, 9).tril().bool())
 
 
 @pytest.mark.parametrize("part", ["document", "noisy", "block"])
 def test_control_every_tag_matters(part):
     """Brute force and predicate part as soon as a tag is lost."""
-    stream = pack([make_document(8, {1}, 4), make_document(6, {0}, 4)], block_size=4)
+    stream = pack([make_document(8, {1}, 4), make_document(6, {0}, 4)])
     broken = stream.tags.clone()
     broken[:, {"document": DOCUMENT, "noisy": NOISY, "block": BLOCK}[part]] = 0
     assert not torch.equal(visible(broken, broken), dense_mask(stream.tags))
 
 
 def test_visible_broadcasts():
-    tags = pack([make_document(8, {1}, 4)], block_size=4).tags
+    tags = pack([make_document(8, {1}, 4)]).tags
     whole = visible(tags, tags)
     batch = visible(tags.view(3, 4, 4), tags.expand(3, -1, -1))
     assert torch.equal(batch.flatten(0, 1), whole)
@@ -164,9 +164,9 @@ def test_visible_broadcasts():
 @given(streams())
 def test_pack(drawn):
     documents, block_size, multiple = drawn
-    stream = pack(documents, block_size=block_size, multiple=multiple)
+    stream = pack(documents, multiple=multiple)
     length = sum(map(len, documents))
-    assert len(stream) % multiple == 0 and len(stream) > 0 or multiple == 1
+    assert len(stream) % multiple == 0 and len(stream) > 0
     assert len(stream) - stream.num_padding == length
     assert stream.num_padding < multiple or length == 0
     assert bool((stream.tags[length:, DOCUMENT] == -1).all())
@@ -185,16 +185,16 @@ def test_pack(drawn):
 
 
 def test_padding_sees_itself_and_is_seen_by_nobody():
-    tags = pack([make_document(5, set(), 4)], block_size=4, multiple=8).tags
+    tags = pack([make_document(5, set(), 4)], multiple=8).tags
     seen = visible(tags, tags)
     assert not bool(seen[:5, 5:].any()) and not bool(seen[5:, :5].any())
     assert bool(seen[5:].any(1).all())  # a softmax over nothing would be NaN
 
 
 def test_nothing_to_pack_gives_padding():
-    stream = pack([], block_size=4, multiple=2)
+    stream = pack([], multiple=2)
     assert len(stream) == stream.num_padding == 2 and len(stream.loss_rows) == 0
-    assert len(pack([], block_size=4)) == 1
+    assert len(pack([])) == 1
 
 
 @settings(max_examples=60, deadline=None)

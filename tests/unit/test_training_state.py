@@ -143,7 +143,7 @@ def test_nelbo_weights():
         state = training_state(
             trajectory, states, mask_token_id=MASK, include_eos=include_eos, nelbo=True
         )
-        assert state.denominator == 8 if include_eos else 7
+        assert state.denominator == (8 if include_eos else 7)
         row = 0
         for number, block, column in states.masked.nonzero().tolist():
             if 4 + 4 * block + column < 6 + state.denominator:

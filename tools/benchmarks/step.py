@@ -176,7 +176,7 @@ class Ours:
         microbatches = make_microbatches(
             states, runs, dp_rank=0, multiple=1, loss_reduction="sequence_mean"
         )
-        causal = [pack([states[i].teacher for i in run], block_size=1) for run in runs[0]]
+        causal = [pack([states[i].teacher for i in run]) for run in runs[0]]
         head, hidden = self.teacher.head_weight(), forward_only(self.teacher, causal, self.parallel)
         targets = [TeacherTarget(rows, head) for rows in hidden]
         self.optimizer.zero_grad()
