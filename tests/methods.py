@@ -21,7 +21,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "opdlm_off": {"method": "opdlm_off"},
     "off_policy": {"method": "off_policy"},
     "sft": {"method": "sft", "eos_loss": "exclude"},
-    "sft from data": {"method": "sft", "sft_responses": "data", "loss_reduction": "token_mean"},
+    "sft from data": {
+        "method": "sft",
+        "sft_responses": "data",
+        "loss_reduction": "token_mean",
+        "teacher": None,
+    },
 }
 
 
