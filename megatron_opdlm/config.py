@@ -65,7 +65,7 @@ METHODS: dict[str, dict[str, Any]] = {
 """Values that a method brings, over the preset's."""
 
 
-TEACHER_KEYS = ("teacher", "teacher_fp8", "teacher_offload", "max_teacher_nll")
+TEACHER_KEYS = ("teacher", "teacher_fp8", "teacher_offload")
 TEACHER_LAYOUT = ("teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size")
 
 

@@ -195,8 +195,8 @@ class Teacher:
             student: of the student's weights.
             prompts: [S] int64 token ids each, the template included; the first few are read.
             mask_token_id: in no softmax.
-            max_nll: a loss above which the teacher is refused; None: only warn if it is no better
-                than a uniform guess.
+            max_nll: a loss above which the teacher is refused; None: warn if it is no better than a
+                uniform guess.
 
         Returns:
             The figures, as metrics. Call on all ranks; rank 0 logs.
@@ -218,6 +218,13 @@ class Teacher:
             )
         if self.student_parallel.is_main:
             self._log_check(student, loss, uniform, of_them)
+            if max_nll is None and loss >= uniform:
+                logger.warning(
+                    "THE TEACHER IS WORSE THAN A UNIFORM GUESS: %s, log V = %.4g; check that it is "
+                    "the right model and that its tokenizer and chat template are its own; if so, "
+                    "say with max_teacher_nll what is to be expected",
+                    of_them, uniform,
+                )  # fmt: skip
         return {
             "train/teacher_nll": loss,
             "train/teacher_uniform_nll": uniform,
@@ -237,12 +244,6 @@ class Teacher:
             "the same" if is_same else "other",
         )  # fmt: skip
         logger.info("%s (perplexity %.4g); a uniform guess has %.4g", of_them, _exp(loss), uniform)
-        if loss >= uniform:
-            logger.warning(
-                "THE TEACHER IS WORSE THAN A UNIFORM GUESS: %s, log V = %.4g; check that it is "
-                "the right model and that its tokenizer and chat template are its own",
-                of_them, uniform,
-            )  # fmt: skip
 
 
 def _exp(value: float) -> float:

@@ -125,7 +125,6 @@ def test_an_unknown_key_that_resembles_nothing_points_to_the_list():
         ("method=sft top_k_logits=4", "top_k_logits=4 is not for method=sft"),
         ("method=sft reverse_kl_weight=0.3", "weight=0.3 is not for method=sft.*; leave it out$"),
         ("method=sft sft_responses=data teacher=a", "teacher=a is about the teacher, and sft_resp"),
-        ("method=sft sft_responses=data max_teacher_nll=3", "is about the teacher"),
         ("method=sft sft_responses=data teacher_fp8=hybrid", "is about the teacher"),
         (
             "method=sft sft_responses=data teacher_tensor_model_parallel_size=2",
