@@ -32,8 +32,8 @@ class DistillConfig(Section):
     top_k_logits: int = 0
     """Likeliest tokens of the teacher that the divergence tells apart; 0 = the full vocabulary."""
     top_k_mode: Literal["tail", "raw", "renormalized"] = "tail"
-    """The other tokens: one outcome together; left out (as released; no divergence); or left out of
-    both distributions."""
+    """The other tokens: one outcome together; left out of the sum (as released; no divergence, and
+    with reverse_kl it is least where the student is elsewhere); or of both distributions."""
     state_selection: Literal["per_block", "trajectory", "all", "random"] = "per_block"
     """Noisy states: a denoising step drawn per block; one drawn for the whole trajectory; every
     step; or random masks, which all methods but opdlm have."""
@@ -55,13 +55,12 @@ class DistillConfig(Section):
     def _check(self) -> None:
         self._at_least(1, "states_per_response")
         self._check_loss()
-        is_random = self.state_selection == "random"
-        require(
-            is_random == (self.method != "opdlm"),
-            "state_selection", self.state_selection,
-            "must be random with the methods opdlm_off, off_policy and sft, and only there",
-            f"leave it out with method={self.method}, or use another method",
-        )  # fmt: skip
+        is_random, of_method = self.state_selection == "random", self.method != "opdlm"
+        rule = f"must be random with method={self.method}"
+        if is_random:
+            rule = "is for the methods opdlm_off, off_policy and sft"
+        fix = f"leave it out with method={self.method}, or use another method"
+        require(is_random == of_method, "state_selection", self.state_selection, rule, fix)
         rule, fix = "is about method=sft", f"leave it out with method={self.method}"
         is_used = self.method == "sft" or self.sft_responses == "teacher"
         require(is_used, "sft_responses", self.sft_responses, rule, fix)

@@ -23,8 +23,6 @@ from torch import Tensor
 
 from megatron_opdlm.responses import Response
 
-_NUMBER_FIELDS = {"response_ids": list, "ended": bool}
-
 
 class ResponseKey(NamedTuple):
     """What names a response in a file."""
@@ -44,14 +42,15 @@ class ResponseKey(NamedTuple):
 class ResponseFile:
     """One file. Every method is for one process of a job, its main one."""
 
-    def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
-        """Names a file, which need not exist.
+    def __init__(self, path: str | Path, settings: Mapping[str, Any], *, vocab_size: int) -> None:
+        """Names a file, which need not exist; its folder must.
 
         Args:
             path: where it is.
             settings: JSON values that all its responses depend on.
+            vocab_size: token ids are below it.
         """
-        self.path, self.settings = Path(path), dict(settings)
+        self.path, self.settings, self.vocab_size = Path(path), dict(settings), vocab_size
         self._places: dict[ResponseKey, int] = {}
         self._end = 0
 
@@ -63,6 +62,11 @@ class ResponseFile:
         Raises:
             ValueError: the file is of other settings, or no such file.
         """
+        if not self.path.parent.is_dir():
+            raise ValueError(
+                f"teacher_responses={self.path}: there is no folder {self.path.parent}; make it "
+                "first"
+            )
         if self.path.exists():
             with self._opened():
                 pass
@@ -91,7 +95,6 @@ class ResponseFile:
             ValueError: see `check`.
             OSError: the file cannot be written.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._opened() as file:
             new = [_to_line(key, r) for key, r in responses.items() if key not in self._places]
             file.seek(self._end)
@@ -116,7 +119,13 @@ class ResponseFile:
         """The file, which no other process has meanwhile, with a first line and without torn ones;
         `_places` knows all of its lines.
         """
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise ValueError(
+                f"teacher_responses={self.path} cannot be opened ({error.strerror}); name a file "
+                "that can be written"
+            ) from error
         with open(descriptor, "r+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
@@ -133,15 +142,18 @@ class ResponseFile:
         if file.seek(0, os.SEEK_END) < self._end:  # another file in its place
             self._places, self._end = {}, 0
         file.seek(self._end)
+        header = json.dumps(self.settings).encode() + b"\n"
         for line in file:
             if not line.endswith(b"\n"):  # whoever wrote it is dead: it would hold the lock
+                if self._end == 0 and not header.startswith(line):  # somebody's own file
+                    raise self._unreadable()
                 file.truncate(self._end)
                 break
             self._note(line)
             self._end += len(line)
         if self._end == 0:
             file.seek(0)
-            file.write(json.dumps(self.settings).encode() + b"\n")
+            file.write(header)
             file.flush()
             self._end = file.tell()
 
@@ -152,7 +164,10 @@ class ResponseFile:
             return
         try:
             key = ResponseKey(values["id"], values["sample"], values["prompt"])
-            valid = all(isinstance(values[n], kind) for n, kind in _NUMBER_FIELDS.items())
+            ids = values["response_ids"]
+            valid = isinstance(ids, list) and isinstance(values["ended"], bool)
+            valid = valid and set(map(type, ids)) <= {int}
+            valid = valid and (not ids or 0 <= min(ids) <= max(ids) < self.vocab_size)
         except KeyError:
             valid = False
         if not valid:
@@ -176,6 +191,8 @@ class ResponseFile:
         )
 
     def _require_settings(self, found: Mapping[str, Any]) -> None:
+        if not self.settings.keys() & found.keys():
+            raise self._unreadable()
         names = [*self.settings, *(name for name in found if name not in self.settings)]
         different = [n for n in names if found.get(n) != self.settings.get(n)]
         if different:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
+from torch import Tensor
+
 from megatron_opdlm.config import Config
 from megatron_opdlm.data import load_prompts, tokenize_prompts
 from megatron_opdlm.data_responses import DataResponses, tokenize_responses
@@ -14,6 +19,8 @@ from megatron_opdlm.run_folder import RunFolder
 from megatron_opdlm.setup_models import Student, build_engine
 from megatron_opdlm.teacher import Teacher
 from megatron_opdlm.teacher_responses import TeacherResponses, response_settings, teacher_engine
+
+logger = logging.getLogger(__name__)
 
 
 def find_responses(
@@ -67,8 +74,21 @@ def find_responses(
             eos_token_ids=student.description.config.eos_token_ids,
             mask_token_id=student.mask_token_id,
         )
+        if parallel.is_main:
+            _warn_of_cuts(responses, config.rollout.max_response_tokens.end)
         return schedule, DataResponses(schedule, responses)
     settings = response_settings(config, teacher, student)
-    file = ResponseFile(folder.teacher_responses(config), settings)
+    vocab_size = teacher.description.config.vocab_size
+    file = ResponseFile(folder.teacher_responses(config), settings, vocab_size=vocab_size)
     engine = teacher_engine(config, teacher, student)
     return schedule, TeacherResponses(schedule, engine, teacher, file)
+
+
+def _warn_of_cuts(responses: Sequence[Tensor], limit: int) -> None:
+    num_long = sum(len(response) > limit for response in responses)
+    if num_long:
+        logger.warning(
+            "%d of %d responses are longer than max_response_tokens.end=%d tokens and are cut "
+            "there: the student learns no end from them; raise it to keep them whole",
+            num_long, len(responses), limit,
+        )  # fmt: skip

@@ -2,9 +2,11 @@
 
 import functools
 import json
+import logging
 
 import pytest
 
+from megatron_opdlm.trainer import Trainer
 from tests.helpers import run_ranks
 from tests.methods import METHODS, run, start
 from tests.training import tiny_config
@@ -74,3 +76,26 @@ def test_bad_responses_name_file_and_line(entry, text, methods, tmp_path):
     of_bad = functools.partial(tiny_config, methods.model.checkpoint, bad)
     messages = run_ranks(start, 2, of_bad, tmp_path / "run", METHODS["sft from data"])
     assert all(f"{bad}{text}" in message and "\n" not in message for message in messages)
+
+
+def cut_warnings(rank, make_config, save, values):
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("megatron_opdlm").addHandler(handler)
+    Trainer(make_config(save=save, **values))
+    return [r.getMessage() for r in records if "are cut there" in r.getMessage()]
+
+
+def test_responses_beyond_the_limit_are_counted_at_the_start(methods, tmp_path):
+    """The longest of 16 has 31 letters and an end."""
+    of_data = METHODS["sft from data"]
+    cut, end = run_ranks(cut_warnings, 2, methods.make_config, tmp_path / "cut", of_data)
+    assert len(cut) == 1 and end == []
+    limit = methods.make_config(save=tmp_path, **of_data).rollout.max_response_tokens.end
+    num_long = sum(1 + 2 * i + 1 > limit for i in range(16))
+    assert 0 < num_long < 16
+    assert cut[0].startswith(f"{num_long} of 16 responses are longer than max_response_tokens.end")
+    longer = of_data | {"max_response_tokens__end": 32, "max_prompt_tokens": 30}
+    (none,) = run_ranks(cut_warnings, 1, methods.make_config, tmp_path / "whole", longer)
+    assert none == []

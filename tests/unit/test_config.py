@@ -119,8 +119,11 @@ def test_an_unknown_key_that_resembles_nothing_points_to_the_list():
         ("top_k_mode=raw", "is about top_k_logits above 0"),
         ("top_k_mode=renormalized top_k_logits=1", "must be at least 2 with top_k_mode=renorm"),
         ("states_per_response=0", "must be at least 1"),
-        ("state_selection=random", "must be random with the methods opdlm_off, off_policy and sft"),
-        ("method=sft state_selection=all", "must be random with the methods"),
+        (
+            "state_selection=random",
+            "is for the methods opdlm_off, off_policy and sft; leave it out",
+        ),
+        ("method=sft state_selection=all", "state_selection=all must be random with method=sft"),
         ("method=sft divergence=jsd", "divergence=jsd is not for method=sft"),
         ("method=sft top_k_logits=4", "top_k_logits=4 is not for method=sft"),
         ("method=sft reverse_kl_weight=0.3", "weight=0.3 is not for method=sft.*; leave it out$"),
