@@ -78,11 +78,11 @@ def _details(result: EvalResult) -> dict[str, _Detail]:
     if (options := result.options) is None:
         return details
     steps, size = options.denoising_steps, options.block_size
-    heat, top_k, top_p = options.temperature, options.top_k, options.top_p
+    temperature, top_k, top_p = options.temperature, options.top_k, options.top_p
     return {
         "block_size": _Detail(size, f"block {size}", True),
         "denoising_steps": _Detail(steps, f"{steps} steps", steps == size),
-        "temperature": _Detail(heat, f"T={heat:g}", heat == 0),
+        "temperature": _Detail(temperature, f"T={temperature:g}", temperature == 0),
         "top_k": _Detail(top_k, f"top-k {top_k}" if top_k else "all tokens", top_k == 0),
         "top_p": _Detail(top_p, f"top-p {top_p:g}", top_p == 1),
     } | details
