@@ -195,9 +195,13 @@ class RolloutConfig(Section):
     """Most memory for keys and values on one rank, in GB of 10^9 bytes; fewer rows are decoded at
     once if need be. null = 80 % of a GPU's free memory at the start of a rollout; 4 GiB, which is
     4.3 GB, on a CPU."""
-    cuda_graphs: bool = False
-    """Captures decoding passes as CUDA graphs, one per size; needs CUDA and bfloat16. Tested on a
-    CPU with a stand-in only."""
+    cuda_graphs: bool | None = None
+    """Captures decoding passes as CUDA graphs, one per size; null = where that is possible: on CUDA
+    with bfloat16, a decoding kernel, and neither fp8 nor sequence_parallel."""
+    keep_kv_cache: bool | None = None
+    """Keeps the key/value cache and the captured passes between rollouts, in memory that training
+    then lacks; making them anew takes seconds. null = where passes are captured, if the cache takes
+    at most a tenth of the GPU."""
     enable_thinking: bool = False
     """Passed to the chat template (Qwen3: whether the response begins with thoughts)."""
 
