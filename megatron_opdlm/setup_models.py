@@ -75,6 +75,9 @@ def build_options(model: ModelConfig, parallel: ParallelConfig) -> BuildOptions:
         recompute_granularity=(
             None if model.recompute_granularity == "none" else model.recompute_granularity
         ),
+        apply_rope_fusion=model.apply_rope_fusion,
+        bias_swiglu_fusion=model.bias_swiglu_fusion,
+        gradient_accumulation_fusion=model.gradient_accumulation_fusion,
         make_vocab_size_divisible_by=parallel.make_vocab_size_divisible_by,
     )
 
@@ -185,6 +188,7 @@ def teacher_options(model: ModelConfig, options: BuildOptions, tp_size: int) -> 
         # It never trains, so it has no history of tensors to scale by.
         fp8_recipe="tensorwise" if options.fp8_recipe == "delayed" else options.fp8_recipe,
         recompute_granularity=None,
+        gradient_accumulation_fusion=False,
         sequence_parallel=options.sequence_parallel and tp_size > 1,
     )
 

@@ -116,6 +116,7 @@ def _options(options: BuildOptions, training: int, rollout: int) -> BuildOptions
         options,
         sequence_parallel=False,
         recompute_granularity=None,
+        gradient_accumulation_fusion=False,
         make_vocab_size_divisible_by=rollout_divisor(
             options.make_vocab_size_divisible_by, training=training, rollout=rollout
         ),
