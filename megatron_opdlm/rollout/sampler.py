@@ -164,13 +164,19 @@ def _draw(shard: _Shard, keys: Tensor, sampling: Sampling, with_entropy: bool) -
         temperature=sampling.temperature,
         with_entropy=with_entropy,
     )
-    records = _all_gather(record[:4], shard.tp_group)
+    token, logit, log_sum = _best_of_ranks(_all_gather(record[:4], shard.tp_group))
+    log_confidence = logit - _finite(log_sum)
+    entropy = _entropy(record[3:], shard.tp_group) if with_entropy else None
+    return Draws(token.long(), log_confidence.exp().float(), entropy)
+
+
+def _best_of_ranks(records: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[T] id, logit and global normaliser of [TP, 4, T] records, float64."""
+    if len(records) == 1:  # the same bits with fewer launches, which decoding is bound by
+        return records[0, 1], records[0, 2], records[0, 3]
     winner = records[:, 0].argmax(0)  # the first maximum, hence the lowest rank and id
     rows = torch.arange(len(winner), device=winner.device)
-    token, logit = records[winner, 1, rows].long(), records[winner, 2, rows]
-    log_confidence = logit - _finite(records[:, 3].logsumexp(0))
-    entropy = _entropy(record[3:], shard.tp_group) if with_entropy else None
-    return Draws(token, log_confidence.exp().float(), entropy)
+    return records[winner, 1, rows], records[winner, 2, rows], records[:, 3].logsumexp(0)
 
 
 def _draw_filtered(
@@ -230,6 +236,8 @@ def _entropy(record: Tensor, tp_group: ProcessGroup | None) -> Tensor:
     this rank.
     """
     log_sums, means = _all_gather(record, tp_group).unbind(1)
+    if len(means) == 1:  # as in `_best_of_ranks`
+        return (_finite(log_sums[0]) - means[0]).clamp(min=0.0).float()
     log_sum = _finite(log_sums.logsumexp(0))
     share = (log_sums - log_sum).exp()
     mean = torch.where(share > 0, share * means, share).sum(0)

@@ -8,7 +8,9 @@ have a fixed order, so a row's result depends on nothing but the row.
 NaN: the maximum of a GPU skips it, so none may get into one. Before anything else a NaN is counted
 as +inf, and a row with +inf has the sum exp(inf - inf), which is NaN on every device.
 
-Compiled for compute capability 9.0 and tested in Triton's interpreter; not yet run on a device.
+Compiled for compute capability 9.0 (no registers spilled) and tested in Triton's interpreter; not
+yet run on a device. With noise, a logit takes some 110 instructions, half of them for two exact
+logarithms, so arithmetic is expected to bound it, not memory; without noise, some 30.
 
 Shape letters: T rows; in the kernels R rows and C columns of a tile, S tiles of a row.
 """
@@ -23,11 +25,13 @@ from torch import Tensor
 from megatron_opdlm import randomness
 
 TILE = 1024
-"""Logits of a program. 151,936 columns make 149 programs: one row occupies every processor of an
-H100 or H200. Half of it would double the work per tile, twice of it would leave processors idle."""
+"""Logits of a program. 151,936 columns make 149 programs, so that a single row occupies all 132
+processors of an H100 or H200. Larger tiles would leave some idle; smaller ones have more reductions
+per logit."""
 NUM_WARPS = 2
-"""Of a tile: 16 logits per thread, two loads of 16 bytes each in bfloat16, and reductions, which
-cost every thread the same, are a small share of its work."""
+"""Of a tile: 16 logits per thread, which are two loads of 16 bytes in bfloat16. A reduction costs a
+thread the same however many logits it has, and with 16 of them all reductions are a tenth of its
+work; with 32 it would need twice the registers."""
 COMBINED = 256
 """Tiles that a program of the second kernel puts together, of one row or several."""
 

@@ -279,6 +279,13 @@ def test_rows_and_columns_without_weight(temperature, with_kernel, tile_and_maxi
     torch.testing.assert_close(draws.entropy[5].double(), entropy[5], atol=1e-5, rtol=1e-5)
 
 
+def test_a_shard_of_padding_alone():
+    record = oracles.statistics(make_logits(3, 40), make_keys(3), num_valid=0, first=80)
+    assert record.t()[:, :4].tolist() == [[-torch.inf, 80, -torch.inf, -torch.inf]] * 3
+    seen = oracles.statistics(make_logits(3, 40), make_keys(3), num_valid=1, first=80)
+    assert seen.t()[:, :4].isfinite().all()  # control
+
+
 def test_huge_logits(with_kernel):
     """Nothing overflows but what overflows in the reference."""
     logits, keys = make_logits(4, 40), make_keys(4)
