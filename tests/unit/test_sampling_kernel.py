@@ -1,9 +1,6 @@
 """The sampling kernel in Triton's interpreter: float64 oracles, the reference's tokens, bits."""
 
-import logging
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,10 +12,10 @@ import torch.distributed as dist  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 from megatron_opdlm import randomness  # noqa: E402
-from megatron_opdlm.rollout import sampler, sampling_kernel, shard_statistics  # noqa: E402
+from megatron_opdlm.rollout import sampler, sampling_kernel  # noqa: E402
 from megatron_opdlm.rollout.sampler import Sampling, sample_tokens  # noqa: E402
 from megatron_opdlm.rollout.sampling_kernel import kernel_statistics  # noqa: E402
-from megatron_opdlm.rollout.shard_statistics import statistics_on, torch_statistics  # noqa: E402
+from megatron_opdlm.rollout.shard_statistics import torch_statistics  # noqa: E402
 from tests import sampling_oracle as oracles  # noqa: E402
 from tests.bytes_moved import kernel_bytes, torch_bytes  # noqa: E402
 from tests.helpers import run_ranks  # noqa: E402
@@ -394,50 +391,3 @@ def test_the_reference_moves_many_times_the_bytes(
     per_logit = moved.total / logits.numel()
     record_property("bytes per logit", per_logit)
     assert least < per_logit < most, moved
-
-
-# --- which implementation ---
-
-
-@pytest.fixture
-def fresh_choice():
-    statistics_on.cache_clear()
-    yield
-    statistics_on.cache_clear()
-
-
-def test_the_kernel_runs_on_cuda(fresh_choice, caplog):
-    with caplog.at_level(logging.INFO, logger=shard_statistics.__name__):
-        for _ in range(3):
-            assert statistics_on("cuda") is kernel_statistics
-            assert statistics_on("cpu") is torch_statistics
-    assert [record.getMessage() for record in caplog.records] == [
-        "sampling with the Triton kernel",
-        "sampling with PyTorch: the Triton kernel is for CUDA",
-    ]
-
-
-def test_without_triton_the_reference_runs(fresh_choice, caplog, monkeypatch):
-    monkeypatch.setitem(sys.modules, sampling_kernel.__name__, None)
-    for _ in range(3):
-        assert statistics_on("cuda") is torch_statistics
-    (record,) = caplog.records
-    assert record.levelname == "WARNING" and "install triton" in record.getMessage()
-
-
-def test_the_package_works_without_triton():
-    code = """
-import sys
-sys.modules["triton"] = None
-import torch
-from megatron_opdlm.rollout.sampler import Sampling, sample_tokens
-logits = torch.zeros(2, 9)
-logits[:, 4] = 30.0
-draws = sample_tokens(logits, Sampling(temperature=1.0), keys=torch.arange(2), mask_token_id=0,
-                      vocab_size=9)
-print(draws.tokens.tolist())
-"""
-    output = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    )
-    assert output.stdout.strip() == "[4, 4]"
