@@ -5,4 +5,5 @@ PREFILL_TOKENS = 16384
 SAMPLED_LOGITS = 2**25
 """Most logits of a rank that are made and sampled from at once."""
 SAMPLER_BYTES = 72
-"""Most work space for each of them: 20 bytes, 72 with top-p."""
+"""Most work space for each of them: 72 bytes with top-p; without it 20 with PyTorch, and next to
+none with the Triton kernel, 0.03 at 151,936 columns."""
