@@ -30,10 +30,9 @@ from megatron_opdlm.rollout.decoding_memory import DecodingMemory, Need
 from megatron_opdlm.rollout.flash import has_flash
 from megatron_opdlm.rollout.graph_support import choose_graphs
 from megatron_opdlm.rollout.graphs import PassGraphs
-from megatron_opdlm.rollout.limits import SAMPLED_LOGITS
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.rollout.request_queue import LocalQueue, RequestQueue
-from megatron_opdlm.rollout.sampler import Draws, sample_tokens
+from megatron_opdlm.rollout.sampler import Draws, most_logits, sample_tokens
 from megatron_opdlm.rollout.scheduler import Scheduler
 from megatron_opdlm.rollout.sequences import Sequences
 from megatron_opdlm.trajectory import Trajectory
@@ -340,7 +339,7 @@ class RolloutEngine:
     def _draw(self, hidden: Tensor, keys: Tensor, drawn: Tensor) -> None:
         """Samples at hidden states [T, D] into `drawn` [3, T], some rows at a time; last stage."""
         num_columns = self.model.vocab_size // self.parallel.tp_size
-        size = max(1, SAMPLED_LOGITS // num_columns)
+        size = max(1, most_logits(self.options.sampling, hidden.device.type) // num_columns)
         for start in range(0, len(keys), size):
             part = slice(start, start + size)
             draws = self._sample(self.model.logits(hidden[part]), keys[part])

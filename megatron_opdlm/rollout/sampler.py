@@ -11,7 +11,6 @@ Shape letters: T rows, V vocabulary, C candidates; `_TV` holds this rank's [T, V
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,15 +21,18 @@ from torch.distributed import ProcessGroup
 
 from megatron_opdlm import randomness
 from megatron_opdlm.ranking import pack, unpack
+from megatron_opdlm.rollout.limits import KERNEL_LOGITS, SAMPLED_LOGITS
 from megatron_opdlm.rollout.shard_statistics import (
     log_sum_and_mean,
     log_sum_exp,
     statistics_on,
+    torch_statistics,
     visible_logits,
 )
 from megatron_opdlm.vocab import local_columns
 
-SMALLEST_TEMPERATURE = 1e-6  # below it float32 logits / temperature carry no noise any more
+# float32 logits / temperature carry no noise any more below these, and nothing else above them
+SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-6, 1e6
 FIRST_NUCLEUS_CANDIDATES = 64
 MASS_UNIT = 2.0**-48  # probabilities of the nucleus are summed as integers of this unit
 
@@ -40,7 +42,7 @@ class Sampling:
     """How a token is drawn from its distribution.
 
     Attributes:
-        temperature: 0 is argmax and ignores the filters; else at least 1e-6.
+        temperature: 0 is argmax and ignores the filters; else from 1e-6 to 1e6.
         top_k: number of tokens to keep; 0 keeps all.
         top_p: mass to keep, in (0, 1]; 1 keeps all.
     """
@@ -51,9 +53,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         temperature = self.temperature
-        is_usable = temperature == 0 or SMALLEST_TEMPERATURE <= temperature < math.inf
+        is_usable = temperature == 0 or SMALLEST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE
         for name, holds, rule in (
-            ("temperature", is_usable, f"0 (argmax) or at least {SMALLEST_TEMPERATURE}"),
+            (
+                "temperature",
+                is_usable,
+                f"0 (argmax) or from {SMALLEST_TEMPERATURE} to {LARGEST_TEMPERATURE:.0f}",
+            ),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
         ):
@@ -97,6 +103,17 @@ class _Shard:
         return visible_logits(
             self.logits_TV, num_valid=self.num_valid, mask_column=self.mask_column
         )
+
+
+def most_logits(sampling: Sampling, device_type: str) -> int:
+    """Returns how many logits of a rank should be sampled from at once, for their work space.
+
+    Args:
+        sampling: how they are sampled.
+        device_type: of the logits, such as "cuda".
+    """
+    is_torch = sampling.has_filters or statistics_on(device_type) is torch_statistics
+    return SAMPLED_LOGITS if is_torch else KERNEL_LOGITS
 
 
 @torch.no_grad()

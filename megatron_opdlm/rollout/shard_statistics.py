@@ -57,7 +57,7 @@ class ShardStatistics(Protocol):
 
 @functools.cache
 def statistics_on(device_type: str) -> ShardStatistics:
-    """Returns the implementation for a kind of device, and says once which it is.
+    """Returns the implementation for a kind of device, and says once which it is on a GPU.
 
     Args:
         device_type: of the logits, such as "cuda".
@@ -73,8 +73,6 @@ def statistics_on(device_type: str) -> ShardStatistics:
         else:
             logger.info("sampling with the Triton kernel")
             return kernel_statistics
-    else:
-        logger.info("sampling with PyTorch: the Triton kernel is for CUDA")
     return torch_statistics
 
 

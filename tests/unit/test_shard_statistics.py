@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from megatron_opdlm.rollout import shard_statistics
+from megatron_opdlm.rollout.sampler import Sampling, most_logits
 from megatron_opdlm.rollout.shard_statistics import statistics_on, torch_statistics
 
 
@@ -25,10 +26,14 @@ def test_the_kernel_runs_on_cuda(fresh_choice, caplog):
         for _ in range(3):
             assert statistics_on("cuda") is kernel_statistics
             assert statistics_on("cpu") is torch_statistics
-    assert [record.getMessage() for record in caplog.records] == [
-        "sampling with the Triton kernel",
-        "sampling with PyTorch: the Triton kernel is for CUDA",
-    ]
+    assert [r.getMessage() for r in caplog.records] == ["sampling with the Triton kernel"]
+
+
+def test_the_kernel_takes_more_logits_at_once(fresh_choice):
+    pytest.importorskip("triton", reason="needs Triton")
+    filtered = Sampling(temperature=1.0, top_k=5)
+    assert most_logits(Sampling(), "cuda") > most_logits(Sampling(), "cpu")
+    assert most_logits(filtered, "cuda") == most_logits(filtered, "cpu")
 
 
 def test_without_triton_the_reference_runs(fresh_choice, caplog, monkeypatch):
