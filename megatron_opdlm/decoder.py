@@ -23,6 +23,7 @@ from megatron_opdlm.data import Prompt, PromptTokens, TokenizedPrompts, tokenize
 from megatron_opdlm.import_cache import ImportCache
 from megatron_opdlm.model import BuildOptions, has_transformer_engine, stream_multiple
 from megatron_opdlm.parallel import ParallelState, from_main
+from megatron_opdlm.plan import find_model_config
 from megatron_opdlm.rollout.collector import collect
 from megatron_opdlm.rollout.engine import Observer, RolloutEngine
 from megatron_opdlm.rollout.graph_support import require_graphs
@@ -100,7 +101,10 @@ class Decoder:
         )
         if cuda_graphs:
             require_graphs(
-                options.params_dtype, sequence_parallel=options.sequence_parallel, fp8=options.fp8
+                options.params_dtype,
+                find_model_config(str(source)).kv_channels,
+                sequence_parallel=options.sequence_parallel,
+                fp8=options.fp8,
             )
         with _import_folder(import_cache, parallel) as folder:
             cache = ImportCache(folder=folder, mask_token=MASK_TOKEN)

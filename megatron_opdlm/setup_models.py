@@ -32,6 +32,7 @@ from megatron_opdlm.model import (
     training_stream_multiple,
 )
 from megatron_opdlm.parallel import ParallelState, second_layout
+from megatron_opdlm.plan import find_model_config
 from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.graph_support import require_graphs
 from megatron_opdlm.rollout.layout import RolloutLayout
@@ -300,7 +301,10 @@ def check_graphs(config: Config, options: BuildOptions) -> None:
     if config.rollout.cuda_graphs:
         is_second = config.parallel.rollout_tensor_model_parallel_size is not None
         shares = options.sequence_parallel and not is_second
-        require_graphs(options.params_dtype, sequence_parallel=shares, fp8=options.fp8)
+        hf = find_model_config(config.model.student, mask_token=config.model.mask_token)
+        require_graphs(
+            options.params_dtype, hf.kv_channels, sequence_parallel=shares, fp8=options.fp8
+        )
 
 
 def check_weights(

@@ -27,7 +27,7 @@ from megatron_opdlm.parallel import ParallelState
 from megatron_opdlm.pipeline import DecodePipeline
 from megatron_opdlm.rollout.cache import KVCache
 from megatron_opdlm.rollout.decode_pass import DecodePass, lay_out
-from megatron_opdlm.rollout.flash import has_flash
+from megatron_opdlm.rollout.decoding_kernels import decoding_kernel, log_choice
 from megatron_opdlm.rollout.graph_support import require_graphs
 from megatron_opdlm.rollout.graphs import PassGraphs
 from megatron_opdlm.rollout.limits import PREFILL_TOKENS, SAMPLED_LOGITS
@@ -89,7 +89,7 @@ class RolloutEngine:
             max_rows: most sequences decoded at once on this replica.
             kv_cache_gb: most memory for keys and values on this rank, see `KVCache.for_model`.
             stream_multiple: the length of a pass is padded to a multiple of this.
-            cuda_graphs: whether to capture passes; only with the flash kernel.
+            cuda_graphs: whether to capture passes; only with a flash kernel.
             causal: whether the model is autoregressive: its output at a token predicts the next
                 one. Blocks then are of one token.
 
@@ -110,16 +110,14 @@ class RolloutEngine:
         self.max_rows = max_rows
         self.kv_cache_gb = kv_cache_gb
         self.stream_multiple = stream_multiple
-        dtype = model.config.params_dtype
-        self._has_flash = has_flash(torch.cuda.current_device(), dtype)
+        config, device = model.config, torch.cuda.current_device()
+        dtype, head_size = config.params_dtype, config.kv_channels
+        self._has_kernel = decoding_kernel(device, dtype, head_size) is not None
+        log_choice(device, dtype, head_size)
         if cuda_graphs:
-            config = model.config
-            require_graphs(dtype, sequence_parallel=config.sequence_parallel, fp8=config.fp8)
-        if torch.cuda.is_available() and not self._has_flash:
-            logger.warning(
-                "decoding without the flash kernel, which is slow: it needs torch 2.13 and 16-bit "
-                "weights, here are torch %s and %s", torch.__version__, dtype,
-            )  # fmt: skip
+            require_graphs(
+                dtype, head_size, sequence_parallel=config.sequence_parallel, fp8=config.fp8
+            )
         self.cuda_graphs = cuda_graphs
         self.counts = RolloutCounts()
         self._is_open = False
@@ -255,7 +253,7 @@ class RolloutEngine:
             num_active -= len(left)
             for slot, trajectory in finished:
                 yield sequences.index[slot], trajectory
-            if queue.is_empty and not self._has_flash:
+            if queue.is_empty and not self._has_kernel:
                 ready = _close_gaps(sequences, ready, free, cache)
 
     def _admit(self, queue: RequestQueue, sequences: Sequences, free: list[int]) -> list[int]:
