@@ -56,25 +56,27 @@ def mixed_pass(block_size, context):
     return torch.cat(tags), slots
 
 
-def dense(query, cache, tags, slots, block_size):
-    """Token by token and head by head, from the cache's memory."""
-    keys, values = (part.double().cpu() for part in cache.layer(1))
-    shared, output = query.shape[1] // keys.shape[1], torch.empty(query.shape, dtype=torch.float64)
+def dense(query, cache, tags, slots, block_size, *, scale=SCALE, absolute=False):
+    """Token by token and head by head, from the cache's memory; or the same of absolute values."""
+    keys, values = cache.layer(1)
+    values = values.abs() if absolute else values
+    shared = query.shape[1] // keys.shape[1]
+    output = torch.empty_like(query, dtype=torch.float64)
     for i, (row, _, block, _) in enumerate(tags.tolist()):
         seen = slice(0, (block + 1) * block_size)
         for head in range(query.shape[1]):
-            its_keys = keys[slots[row], head // shared, seen]
-            weights = (its_keys @ query[i, head].double() * SCALE).softmax(0)
-            output[i, head] = weights @ values[slots[row], head // shared, seen]
+            place = int(slots[row]), head // shared, seen
+            weights = (keys[place].double() @ query[i, head].double() * scale).softmax(0)
+            output[i, head] = weights @ values[place].double()
     return output
 
 
-def attend(kernel, query, cache, tags, slots, block_size, damage=lambda inputs: inputs):
+def attend(kernel, query, cache, tags, slots, block_size, damage=dict, *, scale=SCALE):
     runs = find_runs(tags, slots, shared=cache.shared, block_size=block_size)
     inputs = Staged(damage(kernel.inputs(runs, cache)), cache.device)
     output = query.new_full(query.shape, torch.nan)
     keys, values = cache.layer(1)
-    kernel.attend(query, keys, values, inputs, output, block_size=block_size, scale=SCALE)
+    kernel.attend(query, keys, values, inputs, output, block_size=block_size, scale=scale)
     return output
 
 
