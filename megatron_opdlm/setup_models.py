@@ -301,10 +301,14 @@ def check_graphs(config: Config, options: BuildOptions) -> None:
     if config.rollout.cuda_graphs:
         is_second = config.parallel.rollout_tensor_model_parallel_size is not None
         shares = options.sequence_parallel and not is_second
-        hf = find_model_config(config.model.student, mask_token=config.model.mask_token)
-        require_graphs(
-            options.params_dtype, hf.kv_channels, sequence_parallel=shares, fp8=options.fp8
-        )
+        models = {config.model.student}  # it decodes for evaluation at least
+        if config.distill.responses == "teacher":
+            models.add(config.model.teacher or config.model.student)
+        for model in models:
+            hf = find_model_config(model, mask_token=config.model.mask_token)
+            require_graphs(
+                options.params_dtype, hf.kv_channels, sequence_parallel=shares, fp8=options.fp8
+            )
 
 
 def check_weights(

@@ -1,6 +1,7 @@
 """The flash kernels that decode: their arguments against dense attention in float64, which one is
 chosen, and what is said where there is none."""
 
+import functools
 import inspect
 import logging
 import sys
@@ -85,17 +86,25 @@ def make_query(tags, num_heads, width=WIDTH):
     return torch.randn(len(tags), num_heads, width, generator=generator, dtype=torch.float64)
 
 
+def make_case(block_size, context, shared):
+    num_heads, num_groups = HEADS[shared]
+    tags, slots = mixed_pass(block_size, context)
+    cache = filled_cache(context, num_groups, shared)
+    return make_query(tags, num_heads), cache, tags, slots, block_size
+
+
+@functools.cache
+def dense_case(block_size, context, shared):
+    return dense(*make_case(block_size, context, shared))
+
+
 @kernels
 @pytest.mark.parametrize("shared", HEADS)
 @pytest.mark.parametrize("context", [512, 4096])
 @pytest.mark.parametrize("block_size", [1, 4, 32])
 def test_kernels_equal_dense_attention(kernel, block_size, context, shared):
-    num_heads, num_groups = HEADS[shared]
-    cache = filled_cache(context, num_groups, shared)
-    tags, slots = mixed_pass(block_size, context)
-    query = make_query(tags, num_heads)
-    expected = dense(query, cache, tags, slots, block_size)
-    output = attend(kernel, query, cache, tags, slots, block_size)
+    output = attend(kernel, *make_case(block_size, context, shared))
+    expected = dense_case(block_size, context, shared)
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -116,11 +125,8 @@ def one_key_less(inputs):
 @kernels
 @pytest.mark.parametrize("damage", [other_slot, one_key_less])
 def test_control_wrong_arguments(kernel, damage):
-    cache = filled_cache(512, 2, 2)
-    tags, slots = mixed_pass(4, 512)
-    query = make_query(tags, 4)
-    expected = dense(query, cache, tags, slots, 4)
-    off = (attend(kernel, query, cache, tags, slots, 4, damage) - expected).abs().amax(dim=(1, 2))
+    case = make_case(4, 512, 4)
+    off = (attend(kernel, *case, damage) - dense(*case)).abs().amax(dim=(1, 2))
     assert off[:4].min() > 1e-3
 
 
@@ -130,11 +136,8 @@ def test_control_heads_packed_in_another_order(kernel, monkeypatch):
     monkeypatch.setattr(
         decoding_kernels, "pack_heads", lambda query, groups: query.reshape(-1, groups, WIDTH)
     )
-    cache = filled_cache(512, 2, 2)
-    tags, slots = mixed_pass(4, 512)
-    query = make_query(tags, 4)
-    expected = dense(query, cache, tags, slots, 4)
-    off = (attend(kernel, query, cache, tags, slots, 4) - expected).abs().amax(dim=(0, 2))
+    case = make_case(4, 512, 2)
+    off = (attend(kernel, *case) - dense(*case)).abs().amax(dim=(0, 2))
     assert off[[1, 2]].min() > 1e-3  # 0 and 3 read the same key head either way
 
 
@@ -149,9 +152,7 @@ def test_packing_is_undone():
 
 def test_a_run_depends_on_nothing_else():
     """The same bits alone as among others."""
-    cache = filled_cache(512, 2, 2)
-    tags, slots = mixed_pass(4, 512)
-    query = make_query(tags, 4)
+    query, cache, tags, slots, _ = make_case(4, 512, 2)
     for kernel in PLAIN_KERNELS.values():
         among = attend(kernel, query, cache, tags, slots, 4)
         alone = attend(kernel, query[:4], cache, tags[:4], slots, 4)
