@@ -60,16 +60,19 @@ def find_runs(tags: Tensor, slots: Tensor, *, shared: int, block_size: int) -> R
     """Finds the runs of a pass.
 
     Args:
-        tags: [S, 4] int64 of the tokens that attend against the cache, by sequence and block.
+        tags: [S, 4] int64 of the tokens that attend against the cache, at least one, by sequence
+            and block.
         slots: slot of every sequence.
         shared: g.
         block_size: tokens per block.
     """
-    runs, counts = tags[:, [DOCUMENT, BLOCK]].unique_consecutive(dim=0, return_counts=True)
+    row, block = tags[:, DOCUMENT], tags[:, BLOCK]
+    begins = F.pad((row[1:] != row[:-1]) | (block[1:] != block[:-1]), (1, 0), value=True)
+    (first,) = begins.nonzero(as_tuple=True)
     return Runs(
-        starts=F.pad(counts.cumsum(0), (1, 0)) * shared,
-        num_keys=(runs[:, 1] + 1) * block_size,
-        slots=slots[runs[:, 0]],
+        starts=F.pad(first, (0, 1), value=len(tags)) * shared,
+        num_keys=(block[first] + 1) * block_size,
+        slots=slots[row[first]],
     )
 
 

@@ -300,7 +300,7 @@ def test_head_sizes_that_kernels_take(head_size, gpu):
     assert why_none("cuda", torch.bfloat16, None) is None
 
 
-def test_graphs_say_what_they_do_not_go_with(gpu):
+def test_graphs_say_what_they_do_not_go_with(gpu, monkeypatch):
     gpu()
     where = "cuda:0", torch.bfloat16, 128
     assert graph_obstacle_on(*where[:1], where, sequence_parallel=True) == (
@@ -309,6 +309,7 @@ def test_graphs_say_what_they_do_not_go_with(gpu):
     assert graph_obstacle_on(*where[:1], where, fp8="hybrid") == (
         "does not go with fp8=hybrid, whose scales do not survive a capture"
     )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     rule = r"^cuda_graphs=true needs a CUDA device, and there is none; leave cuda_graphs out$"
     with pytest.raises(ValueError, match=rule):
         require_graphs(torch.bfloat16, 128, sequence_parallel=False, fp8=None)
