@@ -24,7 +24,8 @@ from torch import Tensor
 from megatron_opdlm.attention import AttentionPlan, stream_attention
 from megatron_opdlm.flex import FLEX_BLOCK
 from megatron_opdlm.rollout.cache import KVCache
-from megatron_opdlm.rollout.decoding_kernels import decoding_kernel, find_runs
+from megatron_opdlm.rollout.decoding_kernels import find_runs
+from megatron_opdlm.rollout.kernel_choice import decoding_kernel
 from megatron_opdlm.rollout.staged import Staged
 from megatron_opdlm.stream import BLOCK, DOCUMENT, PADDING_DOCUMENT, POSITION
 from megatron_opdlm.tiles import by_key_head, by_query

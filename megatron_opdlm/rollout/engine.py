@@ -27,9 +27,9 @@ from megatron_opdlm.parallel import ParallelState
 from megatron_opdlm.pipeline import DecodePipeline
 from megatron_opdlm.rollout.cache import KVCache
 from megatron_opdlm.rollout.decode_pass import DecodePass, lay_out
-from megatron_opdlm.rollout.decoding_kernels import decoding_kernel, log_choice
 from megatron_opdlm.rollout.graph_support import require_graphs
 from megatron_opdlm.rollout.graphs import PassGraphs
+from megatron_opdlm.rollout.kernel_choice import decoding_kernel, log_choice
 from megatron_opdlm.rollout.limits import PREFILL_TOKENS, SAMPLED_LOGITS
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.rollout.request_queue import LocalQueue, RequestQueue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_opdlm.rollout.decoding_kernels import why_none
+from megatron_opdlm.rollout.kernel_choice import why_none
 
 
 def graph_obstacle(

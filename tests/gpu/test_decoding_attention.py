@@ -18,9 +18,9 @@ from megatron_opdlm.rollout.decoding_kernels import (
     KERNELS,
     DecodingKernel,
     PagedTorch,
-    decoding_kernel,
     find_runs,
 )
+from megatron_opdlm.rollout.kernel_choice import decoding_kernel
 from megatron_opdlm.rollout.staged import Staged
 from tests.unit.test_cached_attention import Sequence, make_cache, run_pass
 from tests.unit.test_decoding_kernels import (

@@ -11,19 +11,17 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from megatron_opdlm.rollout import decoding_kernels
+from megatron_opdlm.rollout import decoding_kernels, kernel_choice
 from megatron_opdlm.rollout.cache import KVCache
 from megatron_opdlm.rollout.decoding_kernels import (
     KERNELS,
     FlatTorch,
-    decoding_kernel,
     find_runs,
-    log_choice,
     pack_heads,
     unpack_heads,
-    why_none,
 )
 from megatron_opdlm.rollout.graph_support import graph_obstacle, require_graphs
+from megatron_opdlm.rollout.kernel_choice import decoding_kernel, log_choice, why_none
 from megatron_opdlm.rollout.staged import Staged
 from tests.plain_kernels import PLAIN_KERNELS
 
@@ -227,7 +225,7 @@ def gpu(monkeypatch):
             monkeypatch.setattr(
                 kernel, "find", lambda is_there=is_there: print if is_there else None
             )
-        decoding_kernels._log_once.cache_clear()
+        kernel_choice._log_once.cache_clear()
 
     return make
 
