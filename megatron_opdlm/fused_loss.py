@@ -5,12 +5,17 @@ The logits of neither model ever exist for more than a chunk, in the forward pas
 gradients are formed in the forward pass, while the chunk's logits are there, and wait for the
 backward as [T, D] and [V_local, D].
 
+What happens to a chunk's logits, from which all traffic comes, has two implementations: Triton's
+kernels for float32 logits on a GPU (`divergence_passes.py`), and PyTorch's operations, the
+reference, for everything else.
+
 Shape letters: T rows, C rows of a chunk, V vocabulary, D hidden size; a tensor named `_CV` holds
 this rank's valid columns of a chunk.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_opdlm.divergence import Divergence
+from megatron_opdlm.divergence_choice import kernels_for
 from megatron_opdlm.divergence_rules import RENORMALIZED, TAIL
 from megatron_opdlm.ranking import LAST, pack
 from megatron_opdlm.vocab_shard import VocabShard
@@ -29,7 +35,8 @@ CHUNK_CELLS = {"cpu": 2**24, "cuda": 2**27}
 """Logits of a chunk, of one model, over all ranks that share the vocabulary: a rank has its share
 of them as of everything else."""
 TILE_CELLS = {"cpu": 2**19, "cuda": 2**24}
-"""Logits that are worked on at once: on a CPU what its caches hold, on a GPU what bounds memory."""
+"""Logits that the reference works on at once: on a CPU what its caches hold, on a GPU what bounds
+memory."""
 
 
 class Target(Protocol):
@@ -79,9 +86,12 @@ class TokenTarget:
 
     def logits(self, rows: slice, shard: VocabShard, out: Tensor) -> None:
         """See `Target`."""
-        columns = (self.token_ids[rows] - shard.first).unsqueeze(1)
-        own = torch.arange(shard.num_valid, device=out.device)
-        out.fill_(-torch.inf).masked_fill_(columns == own, 0.0)
+        out.fill_(-torch.inf)
+        if shard.num_valid:
+            columns = (self.token_ids[rows] - shard.first).unsqueeze(1)
+            nearest = columns.clamp(0, shard.num_valid - 1)
+            logits = out.new_zeros(columns.shape).masked_fill_(columns != nearest, -torch.inf)
+            out.scatter_(1, nearest, logits)
 
 
 def fused_divergence(
@@ -164,30 +174,37 @@ class _FusedDivergence(torch.autograd.Function):
         shard: VocabShard,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(weight.dtype, torch.float32)
+        of_chunk = kernels_for(hidden.device.type, dtype, divergence) or reference
         head = weight[: shard.num_valid]
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
         values = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
+        weights = row_weight.to(dtype)
         # The same on all ranks: by the padded columns, of which each has as many.
         chunk = max(1, CHUNK_CELLS[hidden.device.type] // (len(weight) * shard.num_ranks))
-        shape = (2, min(chunk, len(hidden)), shard.num_valid)
-        buffers = torch.empty(shape, dtype=dtype, device=hidden.device)
+        # Kernels and cuBLAS read 16 bytes at once where rows begin at multiples of them, as those
+        # of padded columns do.
+        columns = shard.num_valid if of_chunk is reference else len(weight)
+        shape = (2, min(chunk, len(hidden)), columns)
+        buffers = torch.empty(shape, dtype=dtype, device=hidden.device)[:, :, : shard.num_valid]
         for start in range(0, len(hidden), chunk):
             rows = slice(start, min(start + chunk, len(hidden)))
             student_CV, teacher_CV = buffers[:, : rows.stop - start].unbind()
             _linear(hidden[rows], head, student_CV)
             target.logits(rows, shard, teacher_CV)
-            values[rows] = divergence_and_gradient(student_CV, teacher_CV, divergence, shard)
-            gradient = student_CV.mul_(row_weight[rows].to(dtype).unsqueeze(1)).to(weight.dtype)
+            values[rows], gradient = of_chunk(
+                student_CV, teacher_CV, weights[rows], divergence, shard, weight.dtype
+            )
             if grad_hidden is not None:
                 torch.mm(gradient, head, out=grad_hidden[rows])
             if grad_weight is not None:
                 _add_product(grad_weight[: shard.num_valid], gradient, hidden[rows])
+            del gradient  # before the next one is made
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(values)
-        return (values * row_weight.to(dtype)).sum(), values
+        return (values * weights).sum(), values
 
     @staticmethod
     @once_differentiable
@@ -215,13 +232,47 @@ def _linear(hidden: Tensor, head: Tensor, out: Tensor) -> None:
 
 
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """total += gradient^T @ hidden; some columns at a time where the types differ."""
+    """total += gradient^T @ hidden, in the total's type on a GPU: 16-bit products of many chunks
+    would each be rounded. Some columns at a time where there is a product to keep."""
     if gradient.dtype == total.dtype:
         total.addmm_(gradient.t(), hidden)
         return
+    if hidden.is_cuda and _addmm_widens(hidden.dtype):
+        torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, out=total)
+        return
     for start in range(0, len(total), 2**14):
         part = slice(start, start + 2**14)
-        total[part] += gradient[:, part].t() @ hidden
+        if hidden.is_cuda:
+            total[part] += torch.mm(gradient[:, part].t(), hidden, out_dtype=total.dtype)
+        else:
+            total[part] += gradient[:, part].t() @ hidden
+
+
+@functools.cache
+def _addmm_widens(dtype: torch.dtype) -> bool:
+    """Whether addmm adds a product of 16-bit matrices to float32: torch 2.8 and 2.9 refuse.
+
+    There the float32 product is kept for a moment and added: the same sums, but for the order.
+    """
+    total, one = torch.zeros(1, 1, device="cuda"), torch.zeros(1, 1, dtype=dtype, device="cuda")
+    try:
+        torch.addmm(total, one, one, out_dtype=total.dtype, out=total)
+    except RuntimeError:
+        return False
+    return True
+
+
+def reference(
+    student_CV: Tensor,
+    teacher_CV: Tensor,
+    row_weight: Tensor,
+    divergence: Divergence,
+    shard: VocabShard,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """A `ChunkDivergence` of PyTorch's operations, for any float type, device and divergence."""
+    values = divergence_and_gradient(student_CV, teacher_CV, divergence, shard)
+    return values, student_CV.mul_(row_weight.unsqueeze(1)).to(dtype)
 
 
 def divergence_and_gradient(
