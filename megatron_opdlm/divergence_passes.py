@@ -151,7 +151,7 @@ def _shift(largest: Tensor, shard: VocabShard) -> Tensor:
 
 def _scaled(largest: Tensor, sums: Tensor, shift: Tensor) -> Tensor:
     """[2, C, N] sums of exponentials, each shifted by its own largest logit, shifted by `shift`."""
-    return (sums * (largest - shift.unsqueeze(2)).exp()).masked_fill_(sums == 0, 0.0)
+    return sums * (largest - shift.unsqueeze(2)).exp()
 
 
 def _difference(records: launch.Records, shift: Tensor, model: int) -> Tensor:

@@ -5,9 +5,8 @@ The logits of neither model ever exist for more than a chunk, in the forward pas
 gradients are formed in the forward pass, while the chunk's logits are there, and wait for the
 backward as [T, D] and [V_local, D].
 
-What happens to a chunk's logits, from which all traffic comes, has two implementations: Triton's
-kernels for float32 logits on a GPU (`divergence_passes.py`), and PyTorch's operations, the
-reference, for everything else.
+What happens to the logits of a chunk has two implementations (`divergence_choice.py`): Triton's
+kernels for float32 logits on a GPU, and for everything else PyTorch's operations, the reference.
 
 Shape letters: T rows, C rows of a chunk, V vocabulary, D hidden size; a tensor named `_CV` holds
 this rank's valid columns of a chunk.
@@ -110,13 +109,15 @@ def fused_divergence(
     Softmaxes are in float32 (float64 if the weights are), over all columns but padding and the mask
     token: no response holds it, and a teacher whose vocabulary grew by it never learnt it.
 
-    Memory: two chunks of logits (one more in the weights' type where that is 16-bit), a few tiles,
-    with top_k a bool or two per logit of a chunk, and where gradients are wanted [T, D] and a
-    float32 [V_local, D], in the backward one more in the weights' type. Nothing of size [T, V].
+    Memory: two chunks of logits (one more in the weights' type where that is 16-bit), and where
+    gradients are wanted [T, D] and a float32 [V_local, D], in the backward one more in the weights'
+    type. Besides, the reference needs a few tiles, with top_k a bool or two per logit of a chunk;
+    the kernels need 12 bytes for each of k candidates of 4,096 logits. Nothing of size [T, V].
 
     Collectives on tp_group, for every chunk of C rows in the forward pass: all-reduces of [2, C]
     maxima, [2, C] sums and [2, C] values (24 bytes per row); with top_k also an all-gather of
-    [C, k] integers, and with `tail` and `raw` the last is [4, C]. None in the backward.
+    [C, k] integers, and with `tail` and `raw` the last is [4, C]. The kernels have theirs
+    (`divergence_passes.py`), of no more bytes. None in the backward.
 
     Args:
         student_hidden: [T, D], replicated on tp_group; float32, bfloat16 or float64.
@@ -232,27 +233,28 @@ def _linear(hidden: Tensor, head: Tensor, out: Tensor) -> None:
 
 
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """total += gradient^T @ hidden, in the total's type on a GPU: 16-bit products of many chunks
-    would each be rounded. Some columns at a time where there is a product to keep."""
+    """total += gradient^T @ hidden; some columns at a time where a product must be kept for it.
+
+    Where the types differ the product is float32 on a GPU: rounded to 16 bits, every chunk's would
+    add its error. On a CPU it has the type of the gradient.
+    """
     if gradient.dtype == total.dtype:
         total.addmm_(gradient.t(), hidden)
-        return
-    if hidden.is_cuda and _addmm_widens(hidden.dtype):
+    elif hidden.is_cuda and _addmm_widens(hidden.dtype):
         torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, out=total)
-        return
-    for start in range(0, len(total), 2**14):
-        part = slice(start, start + 2**14)
-        if hidden.is_cuda:
-            total[part] += torch.mm(gradient[:, part].t(), hidden, out_dtype=total.dtype)
-        else:
-            total[part] += gradient[:, part].t() @ hidden
+    else:
+        options: dict[str, Any] = {"out_dtype": total.dtype} if hidden.is_cuda else {}
+        for start in range(0, len(total), 2**14):
+            part = slice(start, start + 2**14)
+            total[part] += torch.mm(gradient[:, part].t(), hidden, **options)
 
 
 @functools.cache
 def _addmm_widens(dtype: torch.dtype) -> bool:
-    """Whether addmm adds a product of 16-bit matrices to float32: torch 2.8 and 2.9 refuse.
+    """Whether addmm adds a product of 16-bit matrices to a float32 one, which torch 2.8 refuses.
 
-    There the float32 product is kept for a moment and added: the same sums, but for the order.
+    Otherwise the float32 product is added by itself: sums of the same numbers, with one rounding to
+    float32 more. (pytorch/pytorch#167931 lifted the restriction, after 2.9.)
     """
     total, one = torch.zeros(1, 1, device="cuda"), torch.zeros(1, 1, dtype=dtype, device="cuda")
     try:

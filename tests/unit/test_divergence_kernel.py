@@ -430,17 +430,18 @@ def test_without_triton_the_reference_runs(monkeypatch, caplog):
 
 def bytes_per_logit(divergence, columns):
     """Of the reference and of the kernels with all that is around them, gradient in bfloat16."""
-    logits, weights, shard = draw(1, columns), torch.ones(1), shard_of(columns, mask_column=5)
-    student, teacher = (x.clone() for x in logits)
-    arguments = (weights, divergence, shard, torch.bfloat16)
+    shard = shard_of(columns, mask_column=5)
+    rows = 13  # of one tile, which shares what belongs to no row
+    logits, weights = draw(rows, columns), torch.ones(rows)
     with torch_bytes() as before:
-        fused_loss.reference(student, teacher, *arguments)
+        fused_loss.reference(*logits, weights, divergence, shard, torch.bfloat16)
+    logits, weights = draw(1, columns), torch.ones(1)
     with torch_bytes() as around, kernel_bytes() as inside:
-        passes.divergence_and_weighted_gradient(*logits, *arguments)
+        passes.divergence_and_weighted_gradient(*logits, weights, divergence, shard, torch.bfloat16)
     # The interpreter's own, which takes tensors to numpy and back.
     interpreter = sum(around.by_name[name] for name in ("set_", "copy_"))
     after = inside.total + around.total - interpreter
-    return before.total / columns, after / columns
+    return before.total / (rows * columns), after / columns
 
 
 @pytest.mark.parametrize(
