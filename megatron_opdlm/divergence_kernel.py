@@ -152,7 +152,7 @@ def candidate_kernel(
     mask: tl.tensor, records: tl.tensor, ranks: tl.tensor, logits: tl.tensor, first: tl.tensor,
     k: tl.tensor,
 ) -> None:  # fmt: skip
-    """The best k columns of every split into `ranks` and `logits` [C, S, K]; records of the rest."""
+    """The best k columns of a split into `ranks` and `logits` [C, S, K]; records of the others."""
     columns, exists, of_student, of_teacher = _logits(student, teacher, stride, num_columns, mask)
     key = _key(of_teacher)
     there = tl.minimum(k, tl.sum(exists.to(tl.int32), 0))
