@@ -58,22 +58,27 @@ def kernels_for(
     """
     if device_type != KERNEL_DEVICE:
         return None
-    reason = None
     if importlib.util.find_spec("triton") is None:
-        reason = "Triton is not installed"
-    elif dtype != torch.float32:
+        _say_once(
+            logging.WARNING,
+            "the loss runs PyTorch's operations, which move about 10 times the bytes of the "
+            "kernels: Triton is not installed; install triton",
+        )
+        return None
+    reason = None
+    if dtype != torch.float32:
         reason = f"there are no kernels for logits of {dtype}"
     else:
         from megatron_opdlm import divergence_passes  # imports Triton
 
         reason = divergence_passes.why_not(divergence)
     if reason is not None:
-        _say_once(f"the loss runs PyTorch's operations: {reason}")
+        _say_once(logging.INFO, f"the loss runs PyTorch's operations: {reason}")
         return None
-    _say_once("the loss runs Triton's kernels")
+    _say_once(logging.INFO, "the loss runs Triton's kernels")
     return divergence_passes.divergence_and_weighted_gradient
 
 
 @functools.cache
-def _say_once(text: str) -> None:
-    logger.info("%s", text)
+def _say_once(level: int, text: str) -> None:
+    logger.log(level, "%s", text)
