@@ -25,10 +25,12 @@ class CachePlan:
     capacity: int
     """Tokens per sequence."""
     bytes_per_token: int
+    is_kept: bool
+    """Whether it stays between rollouts for sure (`keep_kv_cache=true`)."""
 
     @property
     def num_bytes(self) -> int:
-        """Of all sequences; only during a rollout."""
+        """Of all sequences; only during a rollout, unless it is kept (`keep_kv_cache`)."""
         return (self.num_sequences + self.has_spare) * self.capacity * self.bytes_per_token
 
 
@@ -64,7 +66,7 @@ def plan_cache(config: Config, hf: HFConfig, num_replicas: int, cuda: bool) -> C
     Without a limit of the user's a GPU has what is free, which nobody knows beforehand.
     """
     rollout, (tp_size, pp_size) = config.rollout, decoding_layout(config)
-    length, has_spare, limit_gb = longest(config), rollout.cuda_graphs, rollout.kv_cache_gb
+    length, has_spare, limit_gb = longest(config), expects_graphs(config, cuda), rollout.kv_cache_gb
     capacity = round_up(length, CUDA_PAGE) if cuda else length
     per_token = 2 * (hf.num_layers // pp_size) * (hf.num_query_groups // tp_size) * hf.kv_channels
     per_token *= DTYPE_BYTES[config.model.params_dtype]
@@ -88,7 +90,20 @@ def plan_cache(config: Config, hf: HFConfig, num_replicas: int, cuda: bool) -> C
         has_spare=has_spare,
         capacity=capacity,
         bytes_per_token=per_token,
+        is_kept=bool(rollout.keep_kv_cache),
     )
+
+
+def expects_graphs(config: Config, cuda: bool) -> bool:
+    """Whether passes will be captured, as far as a configuration can tell: where nothing is said,
+    a GPU is taken to have a decoding kernel.
+    """
+    wanted, parallel = config.rollout.cuda_graphs, config.parallel
+    if wanted is not None:
+        return wanted
+    shares = parallel.sequence_parallel and parallel.rollout_tensor_model_parallel_size is None
+    is_16_bit = DTYPE_BYTES[config.model.params_dtype] == 2
+    return cuda and is_16_bit and config.model.fp8 == "none" and not shares
 
 
 def num_replicas(config: Config, world_size: int) -> int:

@@ -144,6 +144,8 @@ class Config:
         fix = "on a CPU they are in host memory already: use teacher_offload=false"
         rule = "is about weights on a GPU, and there is none"
         require(cuda or not self.model.teacher_offload, "teacher_offload", True, rule, fix)
+        fused, rule = self.model.bias_swiglu_fusion, "compiles kernels of a GPU, and there is none"
+        require(cuda or not fused, "bias_swiglu_fusion", True, rule, "use bias_swiglu_fusion=false")
         engine = cuda if transformer_engine is None else transformer_engine
         layer_spec, dtype = "local", "float32"
         if engine:

@@ -42,6 +42,13 @@ class ModelConfig(Section):
     start; null = a warning if it is no better than a uniform guess."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Activations to recompute in the backward pass: none, the core attention, or whole layers."""
+    apply_rope_fusion: bool = False
+    """Rotates queries and keys in one kernel of Transformer Engine, with angles in float32."""
+    bias_swiglu_fusion: bool = False
+    """Compiles Megatron's SwiGLU into one kernel; needs CUDA."""
+    gradient_accumulation_fusion: bool = False
+    """Has Transformer Engine's layers add a weight's gradient to its float32 sum in the matrix
+    product itself."""
     mask_token: str = "<|MASK|>"
     """Token that marks a masked position; import adds it to tokenizer and embeddings."""
     mask_init: Literal["keep", "mean"] | None = None
@@ -56,6 +63,10 @@ class ModelConfig(Section):
         require(self.import_cache != "", "import_cache", "''", "must be a path or null", fix)
         if self.max_teacher_nll is not None:
             self._positive("max_teacher_nll")
+        for name in ("apply_rope_fusion", "gradient_accumulation_fusion"):
+            rule = "needs Transformer Engine, layer_spec=local"
+            fix = f"set layer_spec=transformer_engine on a CUDA machine, or {name}=false"
+            require(not getattr(self, name) or self.layer_spec != "local", name, True, rule, fix)
         for name in ("fp8", "teacher_fp8"):
             value = getattr(self, name)
             if value in ("none", "auto"):
@@ -195,9 +206,13 @@ class RolloutConfig(Section):
     """Most memory for keys and values on one rank, in GB of 10^9 bytes; fewer rows are decoded at
     once if need be. null = 80 % of a GPU's free memory at the start of a rollout; 4 GiB, which is
     4.3 GB, on a CPU."""
-    cuda_graphs: bool = False
-    """Captures decoding passes as CUDA graphs, one per size; needs CUDA and bfloat16. Tested on a
-    CPU with a stand-in only."""
+    cuda_graphs: bool | None = None
+    """Captures decoding passes as CUDA graphs, one per size; null = where that is possible: on CUDA
+    with bfloat16, a decoding kernel, and neither fp8 nor sequence_parallel."""
+    keep_kv_cache: bool | None = None
+    """Keeps the key/value cache and the captured passes between rollouts, in memory that training
+    then lacks; making them anew takes seconds. null = where passes are captured, if the cache takes
+    at most a tenth of the GPU."""
     enable_thinking: bool = False
     """Passed to the chat template (Qwen3: whether the response begins with thoughts)."""
 

@@ -24,8 +24,9 @@ from megatron_opdlm.import_cache import ImportCache
 from megatron_opdlm.model import BuildOptions, has_transformer_engine, stream_multiple
 from megatron_opdlm.parallel import ParallelState, from_main
 from megatron_opdlm.rollout.collector import collect
+from megatron_opdlm.rollout.decoding_memory import DecodingMemory
 from megatron_opdlm.rollout.engine import Observer, RolloutEngine
-from megatron_opdlm.rollout.graph_support import require_graphs
+from megatron_opdlm.rollout.graph_support import choose_graphs
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.run_folder import CHECKPOINTS
 from megatron_opdlm.setup_models import DTYPES, Student, load_student, require_chat_template
@@ -46,15 +47,17 @@ class Decoder:
         max_rows: sequences decoded at once on a data-parallel rank.
         multiple: the length of a pass is padded to a multiple of this.
         kv_cache_gb: most memory for keys and values on a rank; None: see `rollout.cache`.
-        cuda_graphs: whether to capture passes as CUDA graphs.
+        memory: cache and captured passes.
+        cuda_graphs: whether to capture passes as CUDA graphs; None: where they can be.
     """
 
     student: Student
     parallel: ParallelState
     max_rows: int
+    memory: DecodingMemory
     multiple: int = 1
     kv_cache_gb: float | None = None
-    cuda_graphs: bool = False
+    cuda_graphs: bool | None = None
 
     @classmethod
     def open(
@@ -66,7 +69,7 @@ class Decoder:
         params_dtype: str = "auto",
         max_rows: int = 256,
         kv_cache_gb: float | None = None,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = None,
         import_cache: str | None = None,
     ) -> Decoder:
         """Joins the job and loads a student. Call on all ranks.
@@ -78,7 +81,7 @@ class Decoder:
             params_dtype: "float32", "bfloat16", or "auto": bfloat16 on CUDA, else float32.
             max_rows: most sequences decoded at once on a data-parallel rank.
             kv_cache_gb: most memory for keys and values on a rank.
-            cuda_graphs: whether to capture passes as CUDA graphs.
+            cuda_graphs: whether to capture passes as CUDA graphs; None: where they can be.
             import_cache: where a Hugging Face directory is converted, to be found again; None = a
                 temporary folder, which is gone when this returns.
 
@@ -98,10 +101,12 @@ class Decoder:
             layer_spec="transformer_engine" if has_transformer_engine() else "local",
             params_dtype=DTYPES[dtype],
         )
-        if cuda_graphs:
-            require_graphs(
-                options.params_dtype, sequence_parallel=options.sequence_parallel, fp8=options.fp8
-            )
+        choose_graphs(
+            cuda_graphs,
+            options.params_dtype,
+            sequence_parallel=options.sequence_parallel,
+            fp8=options.fp8,
+        )
         with _import_folder(import_cache, parallel) as folder:
             cache = ImportCache(folder=folder, mask_token=MASK_TOKEN)
             student = load_student(str(source), cache, options, parallel, mask_token=None)
@@ -109,6 +114,7 @@ class Decoder:
             student=student,
             parallel=parallel,
             max_rows=max_rows,
+            memory=DecodingMemory(keep=True),
             multiple=stream_multiple(options, parallel.tp_size),
             kv_cache_gb=kv_cache_gb,
             cuda_graphs=cuda_graphs,
@@ -177,6 +183,7 @@ class Decoder:
             kv_cache_gb=self.kv_cache_gb,
             stream_multiple=self.multiple,
             cuda_graphs=self.cuda_graphs,
+            memory=self.memory,
         )
         requests = [
             Request(

@@ -66,9 +66,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cuda-graphs",
-        action="store_true",
-        help="capture decoding passes as CUDA graphs, once per size: for small models or few rows, "
-        "whose kernels run faster than a host starts them; needs CUDA and bfloat16",
+        action=argparse.BooleanOptionalAction,
+        help="capture decoding passes as CUDA graphs, once per size: their kernels run faster than "
+        "a host starts them; default: where it is possible (CUDA, bfloat16, a decoding kernel)",
     )
     parser.add_argument(
         "--params-dtype",

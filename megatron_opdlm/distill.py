@@ -19,6 +19,7 @@ from megatron_opdlm.batching import Microbatch
 from megatron_opdlm.divergence import Divergence
 from megatron_opdlm.fused_loss import Target, fused_divergence
 from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.stream import to_device
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def forward_backward(
                 student.select_rows(output, stream.loss_rows),
                 student.head_weight(),
                 target,
-                microbatch.row_weight.to(device),
+                to_device(microbatch.row_weight, device),
                 divergence,
                 vocab_size=student.vocab_size_unpadded,
                 mask_token_id=mask_token_id,

@@ -54,6 +54,10 @@ class BuildOptions:
         fp8: None, "hybrid" or "e4m3"; needs Transformer Engine.
         fp8_recipe: Transformer Engine's scaling recipe.
         recompute_granularity: None, "selective" or "full".
+        apply_rope_fusion: rotate queries and keys in one kernel; needs Transformer Engine.
+        bias_swiglu_fusion: compile SwiGLU into one kernel.
+        gradient_accumulation_fusion: add weight gradients to `main_grad` in the matrix product;
+            needs Transformer Engine's layers.
         make_vocab_size_divisible_by: the embedding is padded to a multiple of this x TP.
     """
 
@@ -63,6 +67,9 @@ class BuildOptions:
     fp8: str | None = None
     fp8_recipe: str = "tensorwise"
     recompute_granularity: str | None = None
+    apply_rope_fusion: bool = False
+    bias_swiglu_fusion: bool = False
+    gradient_accumulation_fusion: bool = False
     make_vocab_size_divisible_by: int = 128
 
 
@@ -272,7 +279,8 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",  # unused; the default one refuses variable lengths
         # The loss carries its own global denominator; Megatron must not divide it again.
         calculate_per_token_loss=True,
-        bias_activation_fusion=False,
+        apply_rope_fusion=options.apply_rope_fusion,
+        bias_activation_fusion=options.bias_swiglu_fusion,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,

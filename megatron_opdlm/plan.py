@@ -64,7 +64,8 @@ class RankPlan:
     def total_bytes(self) -> int:
         """At the fullest phase, rollout or teacher; activations and work space come on top."""
         lasting = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
-        return lasting + max(self.kv_cache.num_bytes, self.offloaded_bytes)
+        cache, lent = self.kv_cache.num_bytes, self.offloaded_bytes
+        return lasting + (cache + lent if self.kv_cache.is_kept else max(cache, lent))
 
 
 def rank_table(

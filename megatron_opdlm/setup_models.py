@@ -33,7 +33,7 @@ from megatron_opdlm.model import (
 )
 from megatron_opdlm.parallel import ParallelState, second_layout
 from megatron_opdlm.rollout.engine import RolloutEngine
-from megatron_opdlm.rollout.graph_support import require_graphs
+from megatron_opdlm.rollout.graph_support import choose_graphs
 from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.rollout.request import DecodingOptions
 from megatron_opdlm.teacher import Teacher
@@ -75,6 +75,9 @@ def build_options(model: ModelConfig, parallel: ParallelConfig) -> BuildOptions:
         recompute_granularity=(
             None if model.recompute_granularity == "none" else model.recompute_granularity
         ),
+        apply_rope_fusion=model.apply_rope_fusion,
+        bias_swiglu_fusion=model.bias_swiglu_fusion,
+        gradient_accumulation_fusion=model.gradient_accumulation_fusion,
         make_vocab_size_divisible_by=parallel.make_vocab_size_divisible_by,
     )
 
@@ -185,6 +188,7 @@ def teacher_options(model: ModelConfig, options: BuildOptions, tp_size: int) -> 
         # It never trains, so it has no history of tensors to scale by.
         fp8_recipe="tensorwise" if options.fp8_recipe == "delayed" else options.fp8_recipe,
         recompute_granularity=None,
+        gradient_accumulation_fusion=False,
         sequence_parallel=options.sequence_parallel and tp_size > 1,
     )
 
@@ -202,6 +206,7 @@ def build_engine(config: RolloutConfig, student: Student, layout: RolloutLayout)
         kv_cache_gb=config.kv_cache_gb,
         stream_multiple=layout.stream_multiple,
         cuda_graphs=config.cuda_graphs,
+        memory=layout.memory,
     )
 
 
@@ -297,10 +302,10 @@ def build_divergence(config: DistillConfig) -> Divergence:
 
 def check_graphs(config: Config, options: BuildOptions) -> None:
     """Refuses CUDA graphs where rollouts cannot have them, before models are loaded."""
-    if config.rollout.cuda_graphs:
-        is_second = config.parallel.rollout_tensor_model_parallel_size is not None
-        shares = options.sequence_parallel and not is_second
-        require_graphs(options.params_dtype, sequence_parallel=shares, fp8=options.fp8)
+    is_second = config.parallel.rollout_tensor_model_parallel_size is not None
+    shares = options.sequence_parallel and not is_second
+    wanted = config.rollout.cuda_graphs
+    choose_graphs(wanted, options.params_dtype, sequence_parallel=shares, fp8=options.fp8)
 
 
 def check_weights(

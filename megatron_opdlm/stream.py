@@ -121,13 +121,24 @@ class PackedStream:
         return len(self.token_ids)
 
     def to(self, device: torch.device | str | int) -> PackedStream:
-        """Returns the stream with its tensors on `device`."""
+        """Returns the stream with its tensors on `device`; see `to_device`."""
         return PackedStream(
-            token_ids=self.token_ids.to(device),
-            tags=self.tags.to(device),
-            loss_rows=self.loss_rows.to(device),
+            token_ids=to_device(self.token_ids, device),
+            tags=to_device(self.tags, device),
+            loss_rows=to_device(self.loss_rows, device),
             num_padding=self.num_padding,
         )
+
+
+def to_device(tensor: Tensor, device: torch.device | str | int) -> Tensor:
+    """Copies a tensor of the host to a device without waiting for what the device is doing.
+
+    A copy from memory that may be swapped out would wait. Pinned memory is torch's to reuse once
+    the copy is done.
+    """
+    if torch.cuda.is_available() and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def aligned(num_tokens: int, multiple: int) -> int:

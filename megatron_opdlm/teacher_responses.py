@@ -11,6 +11,7 @@ from megatron_opdlm.config import Config
 from megatron_opdlm.parallel import from_main
 from megatron_opdlm.response_file import ResponseFile, ResponseKey
 from megatron_opdlm.responses import Collected, Response, RolloutSchedule, decode
+from megatron_opdlm.rollout.decoding_memory import DecodingMemory
 from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.setup_models import Student
@@ -120,6 +121,8 @@ def teacher_engine(
         stream_multiple=teacher.pass_multiple,
         cuda_graphs=rollout.cuda_graphs,
         causal=True,
+        # Weights that come from the host are at other addresses every time.
+        memory=DecodingMemory(rollout.keep_kv_cache if teacher.host is None else False),
     )
 
 

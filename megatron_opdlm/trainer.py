@@ -41,6 +41,7 @@ from megatron_opdlm.setup_models import (
 )
 from megatron_opdlm.setup_responses import find_responses
 from megatron_opdlm.state_selection import select_states
+from megatron_opdlm.stream import to_device
 from megatron_opdlm.teacher import Teacher
 from megatron_opdlm.training_state import TrainingState, training_state
 from megatron_opdlm.trajectory import Trajectory
@@ -219,7 +220,7 @@ class Trainer:
             none, device = torch.empty(0, dtype=torch.int64), torch.cuda.current_device()
             mine = runs[self.parallel.dp_rank]
             ids = (torch.cat([none, *(states[i].target_ids for i in run)]) for run in mine)
-            return [TokenTarget(of_run.to(device)) for of_run in ids]
+            return [TokenTarget(to_device(of_run, device)) for of_run in ids]
         assert self.teacher is not None, "only data given for sft need none"
         with self.timer.phase("teacher"):
             hidden = self.teacher.hidden_rows([state.teacher for state in states], runs)
@@ -345,6 +346,7 @@ class Trainer:
             options,
             self.parallel,
             tensor_model_parallel_size=self.config.parallel.rollout_tensor_model_parallel_size,
+            keep_memory=self.config.rollout.keep_kv_cache,
         )
         self.teacher: Teacher | None = None
         teacher_flops = NO_MODEL

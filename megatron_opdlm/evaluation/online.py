@@ -58,6 +58,7 @@ class OnlineEvaluation:
             multiple=layout.stream_multiple,
             kv_cache_gb=config.rollout.kv_cache_gb,
             cuda_graphs=config.rollout.cuda_graphs,
+            memory=layout.memory,
         )
 
     def is_due(self, rollouts_done: int) -> bool:

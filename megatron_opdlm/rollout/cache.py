@@ -98,7 +98,7 @@ class KVCache:
         layer_numbers = [layer.layer_number for layer in model.decoder.layers]
         per_slot = capacity * len(layer_numbers) * 2 * num_heads * config.kv_channels
         per_slot *= config.params_dtype.itemsize
-        limit = _smallest(_limit_bytes(model, limit_gb), parallel)
+        limit = smallest_in_replica(_limit_bytes(model, limit_gb), parallel)
         num_slots = min(most_slots, limit // per_slot - has_spare)
         if num_slots < 1:
             needed = per_slot * (1 + has_spare)
@@ -115,7 +115,7 @@ class KVCache:
                 **sizes, layer_numbers=layer_numbers, num_heads=num_heads,
                 head_size=config.kv_channels, dtype=config.params_dtype, device=weight.device,
             )  # fmt: skip
-        if not _smallest(cache is not None, parallel) or cache is None:
+        if not smallest_in_replica(cache is not None, parallel) or cache is None:
             raise ValueError(
                 f"a key/value cache of {_size(per_slot * (num_slots + has_spare))} does not fit "
                 "into the memory of a rank; set kv_cache_gb to less"
@@ -194,8 +194,11 @@ def _pass_bytes(model: BlockDiffusionModel) -> int:
     return int(layer + SAMPLED_LOGITS * SAMPLER_BYTES)
 
 
-def _smallest(value: int, parallel: ParallelState) -> int:
-    """The smallest of all ranks of the replica."""
+def smallest_in_replica(value: int, parallel: ParallelState) -> int:
+    """The smallest value of all ranks of a replica, on each of them.
+
+    Collectives: an all-reduce over each of tensor and pipeline group.
+    """
     smallest = torch.tensor(int(value), device=torch.cuda.current_device())
     for group in (parallel.tp_group, parallel.pp_group):
         if group.size() > 1:

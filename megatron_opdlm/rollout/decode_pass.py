@@ -31,8 +31,8 @@ class DecodePass:
     """What the model is given, and which rows of its output are wanted.
 
     Attributes:
-        slots: [n] int64, in the order of the stream: first those with something in the cache; on
-            the host, as `masked` and `steps`.
+        slots: [n] int64, in the order of the stream: first those without a prompt to read; on the
+            host, as `masked` and `steps`.
         masked: [n, K] bool, masked positions of each sequence's block.
         steps: [n] int64, denoising step of each block.
         inputs: what the model reads, on its device.
@@ -40,8 +40,8 @@ class DecodePass:
             device.
         noise_keys: [T] int64, one for every draw, on the device.
         plan: tags of the stream, and attention against the cache.
-        is_whole_blocks: whether every sequence has clean tokens in the cache, so that all it brings
-            are one or two blocks (in a causal model, one).
+        is_whole_blocks: whether no sequence has a prompt to read: all it brings are one or two
+            blocks (in a causal model, one).
     """
 
     slots: Tensor
@@ -90,7 +90,7 @@ def lay_out(
     """
     size, device = sequences.block_size, torch.cuda.current_device()
     slots = _in_order(sequences, slots)
-    num_cached = int((sequences.cached[slots] > 0).sum())
+    num_cached = int((~sequences.has_prompt(slots)).sum())
     is_whole_blocks = num_cached == len(slots)
     laid_out = slots
     if is_whole_blocks and for_graph:
@@ -152,11 +152,11 @@ def _padded(sequences: Sequences, slots: Tensor, tags: Tensor, multiple: int) ->
 
 
 def _in_order(sequences: Sequences, slots: Tensor) -> Tensor:
-    """Those with something in the cache first; by slot, so that their keys are a view of the cache
+    """Those without a prompt to read first; by slot, so that their keys are a view of the cache
     where they can be.
     """
     slots = slots.sort().values
-    return slots[(sequences.cached[slots] == 0).sort(stable=True).indices]
+    return slots[sequences.has_prompt(slots).sort(stable=True).indices]
 
 
 def _tags(sequences: Sequences, slots: Tensor) -> tuple[Tensor, Tensor]:

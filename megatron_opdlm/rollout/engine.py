@@ -11,7 +11,6 @@ Shape letters: n rows of a pass, T masked positions of a pass, K block size, V v
 
 from __future__ import annotations
 
-import heapq
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,13 +26,15 @@ from megatron_opdlm.parallel import ParallelState
 from megatron_opdlm.pipeline import DecodePipeline
 from megatron_opdlm.rollout.cache import KVCache
 from megatron_opdlm.rollout.decode_pass import DecodePass, lay_out
+from megatron_opdlm.rollout.decoding_memory import DecodingMemory, Need
 from megatron_opdlm.rollout.flash import has_flash
-from megatron_opdlm.rollout.graph_support import require_graphs
+from megatron_opdlm.rollout.graph_support import choose_graphs
 from megatron_opdlm.rollout.graphs import PassGraphs
-from megatron_opdlm.rollout.limits import PREFILL_TOKENS, SAMPLED_LOGITS
+from megatron_opdlm.rollout.limits import SAMPLED_LOGITS
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.rollout.request_queue import LocalQueue, RequestQueue
 from megatron_opdlm.rollout.sampler import Draws, sample_tokens
+from megatron_opdlm.rollout.scheduler import Scheduler
 from megatron_opdlm.rollout.sequences import Sequences
 from megatron_opdlm.trajectory import Trajectory
 
@@ -75,8 +76,9 @@ class RolloutEngine:
         max_rows: int = 128,
         kv_cache_gb: float | None = None,
         stream_multiple: int = 1,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = None,
         causal: bool = False,
+        memory: DecodingMemory | None = None,
     ) -> None:
         """Binds the engine to a model; nothing is allocated before decoding.
 
@@ -89,9 +91,11 @@ class RolloutEngine:
             max_rows: most sequences decoded at once on this replica.
             kv_cache_gb: most memory for keys and values on this rank, see `KVCache.for_model`.
             stream_multiple: the length of a pass is padded to a multiple of this.
-            cuda_graphs: whether to capture passes; only with the flash kernel.
+            cuda_graphs: whether to capture passes; None: where they can be.
             causal: whether the model is autoregressive: its output at a token predicts the next
                 one. Blocks then are of one token.
+            memory: cache and captured passes, shared with other engines of the model; None: this
+                engine's own.
 
         Raises:
             ValueError: blocks of several tokens of a causal model; no CUDA graphs here.
@@ -112,15 +116,18 @@ class RolloutEngine:
         self.stream_multiple = stream_multiple
         dtype = model.config.params_dtype
         self._has_flash = has_flash(torch.cuda.current_device(), dtype)
-        if cuda_graphs:
-            config = model.config
-            require_graphs(dtype, sequence_parallel=config.sequence_parallel, fp8=config.fp8)
+        self.cuda_graphs = choose_graphs(
+            cuda_graphs,
+            dtype,
+            sequence_parallel=model.config.sequence_parallel,
+            fp8=model.config.fp8,
+        )
         if torch.cuda.is_available() and not self._has_flash:
             logger.warning(
                 "decoding without the flash kernel, which is slow: it needs torch 2.13 and 16-bit "
                 "weights, here are torch %s and %s", torch.__version__, dtype,
             )  # fmt: skip
-        self.cuda_graphs = cuda_graphs
+        self.memory = DecodingMemory() if memory is None else memory
         self.counts = RolloutCounts()
         self._is_open = False
 
@@ -163,14 +170,15 @@ class RolloutEngine:
         capacity = max((self.required_tokens(request) for request in queue.requests), default=0)
         if not queue.requests:
             return
-        cache = KVCache.for_model(
-            self.model,
-            self.parallel,
+        need = Need(
             capacity=capacity,
             most_slots=min(self.max_rows, queue.fair_share),
             limit_gb=self.kv_cache_gb,
-            has_spare=self.cuda_graphs,
+            block_size=self.options.block_size,
+            with_graphs=self.cuda_graphs,
         )
+        memory = self.memory.take(self.model, self.parallel, need)
+        cache = memory[0]
         sequences = Sequences(
             num_slots=cache.num_slots,
             capacity=capacity,
@@ -182,9 +190,11 @@ class RolloutEngine:
         self.model.eval()
         self._is_open = True
         try:
-            yield from self._decode(queue, sequences, cache, observer)
+            num_slots = min(cache.num_slots, need.most_slots)
+            yield from self._decode(queue, sequences, memory, num_slots, observer)
         finally:
             self._is_open = False
+            self.memory.give_back()
             self.model.train(was_training)
 
     def required_tokens(self, request: Request) -> int:
@@ -224,22 +234,26 @@ class RolloutEngine:
         return total
 
     def _decode(
-        self, queue: RequestQueue, sequences: Sequences, cache: KVCache, observer: Observer | None
+        self,
+        queue: RequestQueue,
+        sequences: Sequences,
+        memory: tuple[KVCache, PassGraphs | None],
+        num_slots: int,
+        observer: Observer | None,
     ) -> Iterator[tuple[int, Trajectory]]:
         """The loop: one tick of the pipeline each time."""
-        graphs = PassGraphs(self.model) if self.cuda_graphs else None
+        cache, graphs = memory
         pipeline: DecodePipeline[DecodePass] = DecodePipeline(
             self.model, self.parallel, None if graphs is None else graphs.run
         )
-        free, ready, num_active = list(range(cache.num_slots)), list[int](), 0
-        while True:
-            admitted = self._admit(queue, sequences, free)
-            ready += admitted
-            num_active += len(admitted)
-            if not num_active:
-                return
-            share = -(-num_active // self.parallel.pp_size)
-            entering, ready = ready[:share], ready[share:]
+        scheduler = Scheduler(
+            queue,
+            sequences,
+            num_slots=num_slots,
+            num_stages=self.parallel.pp_size,
+            prompts_apart=graphs is not None,
+        )
+        while (entering := scheduler.schedule()) is not None:
             leaving = pipeline.push(self._lay_out(sequences, entering, cache))
             if leaving is None:
                 continue
@@ -249,25 +263,11 @@ class RolloutEngine:
                 for slot in slots.tolist():
                     observer(sequences.index[slot], *sequences.still_masked(slot))
             finished = sequences.advance(slots, self.eos_token_ids)
-            left = {slot for slot, _ in finished}
-            ready += [slot for slot in slots.tolist() if slot not in left]
-            free += left
-            num_active -= len(left)
+            scheduler.retire(slots.tolist(), [slot for slot, _ in finished])
             for slot, trajectory in finished:
                 yield sequences.index[slot], trajectory
-            if queue.is_empty and not self._has_flash:
-                ready = _close_gaps(sequences, ready, free, cache)
-
-    def _admit(self, queue: RequestQueue, sequences: Sequences, free: list[int]) -> list[int]:
-        """Gives free slots to waiting requests; returns the slots."""
-        if not free or queue.is_empty:
-            return []
-        free.sort(reverse=True)
-        admitted = []
-        for index in queue.take(len(free), PREFILL_TOKENS):
-            admitted.append(free.pop())
-            sequences.start(admitted[-1], index, queue.requests[index])
-        return admitted
+            if not self._has_flash:
+                scheduler.close_gaps(cache)
 
     def _lay_out(self, sequences: Sequences, slots: list[int], cache: KVCache) -> DecodePass | None:
         self.counts.ticks += 1
@@ -359,25 +359,6 @@ class RolloutEngine:
             tp_group=self.parallel.tp_group,
             with_entropy=self.options.remasking == ENTROPY_BOUNDED,
         )
-
-
-def _close_gaps(
-    sequences: Sequences, ready: list[int], free: list[int], cache: KVCache
-) -> list[int]:
-    """Moves sequences to lower free slots: those next to each other are read without a copy.
-
-    Returns:
-        `ready` with the new slots; `free` is changed in place.
-    """
-    heapq.heapify(free)
-    moved = {}
-    for slot in sorted(ready, reverse=True):
-        if not free or free[0] > slot:
-            break
-        moved[slot] = heapq.heapreplace(free, slot)
-        cache.move(slot, moved[slot], int(sequences.cached[slot]))
-        sequences.move(slot, moved[slot])
-    return [moved.get(slot, slot) for slot in ready]
 
 
 def tokens_per_forward(trajectories: Sequence[Trajectory]) -> float:

@@ -1,10 +1,11 @@
 """CUDA graphs of decoding passes: a pass is some hundred small kernels, which a host starts slower
 than the GPU runs them.
 
-Passes whose rows all have clean tokens in the cache consist of whole blocks, so their number of
-blocks is their shape. It is rounded up to a few sizes (`captured_size`) with blocks that nobody
-reads, and each size is captured at its first pass. A graph keeps the addresses of weights, cache
-and its own buffers: weights change in place, and the cache lives as long as the graphs.
+Passes in which no prompt is read consist of whole blocks, so their number of blocks is their shape
+(scheduler.py reads prompts in passes of their own). It is rounded up to a few sizes
+(`captured_size`) with blocks that nobody reads, and each size is captured at its first pass. A
+graph keeps the addresses of weights, cache and its own buffers: weights change in place, and cache
+and graphs are kept and dropped together (decoding_memory.py).
 
 Not yet run on a device: on a CPU, tests hold a stand-in that repeats the pass on the same buffers
 against passes without graphs.
@@ -57,7 +58,10 @@ class CudaCapture:
             run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        # Other threads (NCCL's watchdog, checkpoint writers) may call CUDA meanwhile.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+        ):
             output = run()
         return graph, output
 
@@ -71,7 +75,7 @@ class _Captured:
 
 
 class PassGraphs:
-    """Runs the passes of one rollout on one pipeline stage."""
+    """Runs the passes of rollouts on one pipeline stage, against one cache."""
 
     def __init__(self, model: BlockDiffusionModel, capture: Capture | None = None) -> None:
         """Starts without any graph.

@@ -17,6 +17,7 @@ from megatron.core.resharding.refit import swap_model_weights
 from megatron_opdlm.convert.hf import HFConfig
 from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, build_model, stream_multiple
 from megatron_opdlm.parallel import ParallelState, second_layout
+from megatron_opdlm.rollout.decoding_memory import DecodingMemory
 from megatron_opdlm.rollout.host_copy import HostCopy, on_one_host
 from megatron_opdlm.vocab import rollout_divisor
 
@@ -29,6 +30,7 @@ class RolloutLayout:
         parallel: process groups of rollouts.
         stream_multiple: what the length of a pass must be a multiple of.
         num_bytes: of the second copy on this rank; 0 in the training layout.
+        memory: cache and captured passes of all engines on it.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class RolloutLayout:
         parallel: ParallelState,
         *,
         tensor_model_parallel_size: int | None,
+        keep_memory: bool | None = None,
     ) -> None:
         """Makes groups and shard. Call on all ranks.
 
@@ -48,12 +51,14 @@ class RolloutLayout:
             options: how it was built.
             parallel: the training layout.
             tensor_model_parallel_size: of rollouts, which then have no pipeline; None: as training.
+            keep_memory: see `DecodingMemory`.
 
         Raises:
             ValueError: neither the number of processes nor the model can be cut this way.
         """
         self._student, self.model, self.parallel = student, student, parallel
         self.num_bytes = 0
+        self.memory = DecodingMemory(keep_memory)
         self._copy: HostCopy | None = None
         self._version: int | None = None
         self._one_host = True
@@ -111,6 +116,7 @@ def _options(options: BuildOptions, training: int, rollout: int) -> BuildOptions
         options,
         sequence_parallel=False,
         recompute_granularity=None,
+        gradient_accumulation_fusion=False,
         make_vocab_size_divisible_by=rollout_divisor(
             options.make_vocab_size_divisible_by, training=training, rollout=rollout
         ),

@@ -81,6 +81,12 @@ class Sequences:
         assert request is not None, "the slot is empty"
         return request
 
+    def has_prompt(self, slots: Tensor) -> Tensor:
+        """[n] bool: whether a sequence brings more to a pass than the block just finished and the
+        current one.
+        """
+        return self.block[slots] - self.cached[slots] > self.block_size
+
     def commit(self, slots: Tensor, chosen: Tensor, tokens: Tensor) -> None:
         """Fills positions of current blocks; a step of these slots is over.
 

@@ -63,12 +63,13 @@ def test_a_decoder_hands_them_to_its_engine(model):
     run_ranks(decode, 1)
 
 
-@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("wanted", [True, False, None])
 def test_evaluation_during_training_does_as_training(wanted, tmp_path):
     from megatron_opdlm.evaluation.online import OnlineEvaluation
     from megatron_opdlm.setup_models import Student
 
     config = tiny_config(tmp_path / "m", tmp_path / "d", tmp_path / "s", cuda_graphs=wanted)
     student = Student(model=None, description=None, tokenizer=None, tokenizer_dir=tmp_path)
-    layout = SimpleNamespace(model=None, parallel=None, stream_multiple=1)
-    assert OnlineEvaluation(config, student, layout).decoder.cuda_graphs is wanted
+    layout = SimpleNamespace(model=None, parallel=None, stream_multiple=1, memory=object())
+    decoder = OnlineEvaluation(config, student, layout).decoder
+    assert decoder.cuda_graphs is wanted and decoder.memory is layout.memory

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from megatron_opdlm.attention import TagAttention
-from megatron_opdlm.rollout import cached_attention
-from megatron_opdlm.rollout import engine as engine_module
+from megatron_opdlm.rollout import cached_attention, scheduler
 from megatron_opdlm.rollout.engine import tokens_per_forward
 from megatron_opdlm.rollout.request import DecodingOptions
 from megatron_opdlm.stream import DOCUMENT, NOISY, POSITION
@@ -113,7 +112,7 @@ def test_references_give_the_same_tokens(options, model):
 def test_prompts_enter_in_bounded_passes(model, monkeypatch):
     """A small budget only delays sequences: more passes, the same responses."""
     (free,) = run_ranks(sampled_in_passes, 1, model)
-    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 1)
+    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 1)
     monkeypatch.setattr(cached_attention, "MASK_CELLS", 64)
     (bounded,) = run_ranks(sampled_in_passes, 1, model)
     assert bounded[0] == free[0]

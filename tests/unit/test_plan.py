@@ -85,7 +85,7 @@ def test_bytes_by_hand():
     assert plan.gradient_bytes == 4 * number
     assert plan.optimizer_bytes == 12 * number
     rows, capacity = 128, 24 * CUDA_PAGE  # 6,000 tokens in whole pages
-    assert plan.kv_cache.num_bytes == rows * capacity * 2 * 28 * 8 * 128 * 2
+    assert plan.kv_cache.num_bytes == (rows + 1) * capacity * 2 * 28 * 8 * 128 * 2
     assert plan.total_bytes == 20 * number + plan.kv_cache.num_bytes
 
     float32 = table(HF["0.6B"], 1, "params_dtype=float32")[0]
@@ -103,13 +103,26 @@ def cache(hf, world_size, *overrides):
 
 def test_the_key_value_cache_is_as_large_as_kv_cache_gb_allows():
     limit = f"kv_cache_gb={(10 * SEQUENCE + SEQUENCE // 2) / 1e9}"
+    eager = "cuda_graphs=false"
     assert cache(HF["0.6B"], 1).num_sequences == 128
-    found = cache(HF["0.6B"], 1, limit)
+    found = cache(HF["0.6B"], 1, limit, eager)
     assert (found.num_sequences, found.num_bytes) == (10, 10 * SEQUENCE)
     with_graphs = cache(HF["0.6B"], 1, limit, "cuda_graphs=true")
     assert (with_graphs.num_sequences, with_graphs.num_bytes) == (9, 10 * SEQUENCE)
-    half = cache(HF["0.6B"], 2, limit, *sizes(2))  # of the heads, so twice as many fit
+    half = cache(HF["0.6B"], 2, limit, eager, *sizes(2))  # of the heads, so twice as many fit
     assert (half.num_sequences, half.num_bytes) == (21, 21 * SEQUENCE // 2)
+
+
+def test_graphs_are_expected_where_they_can_be_captured():
+    def has_spare(*overrides, cuda=True):
+        return plan_cache(config(*overrides), HF["0.6B"], 1, cuda=cuda).has_spare
+
+    assert has_spare() and has_spare("cuda_graphs=true", cuda=False)
+    assert not has_spare(cuda=False) and not has_spare("cuda_graphs=false")
+    assert not has_spare("params_dtype=float32") and not has_spare("fp8=hybrid")
+    shared = "tensor_model_parallel_size=2", "sequence_parallel=true"
+    assert not has_spare(*shared)
+    assert has_spare(*shared, "rollout_tensor_model_parallel_size=1")
 
 
 def test_a_replica_has_no_room_for_more_than_its_share():
@@ -264,14 +277,16 @@ def test_a_teacher_in_a_layout_of_its_own_has_its_head_where_the_students_is():
 def test_an_offloaded_teacher_shares_its_room_with_the_cache():
     number = 596_049_920
     head = 151936 * 1024  # stays; it is the embedding, too
-    few = "rollout_batch_size=1"
-    plan = table(HF["0.6B"], 1, "teacher_offload=true", few)[0]
+    few = "rollout_batch_size=1", "cuda_graphs=false"
+    plan = table(HF["0.6B"], 1, "teacher_offload=true", *few)[0]
     assert plan.offloaded_bytes == 2 * (number - head)
     assert plan.weight_bytes == 2 * (number + head)
     assert plan.kv_cache.num_bytes < plan.offloaded_bytes
     assert plan.total_bytes == 20 * number
-    stays = table(HF["0.6B"], 1, few)[0]
+    stays = table(HF["0.6B"], 1, *few)[0]
     assert stays.total_bytes == 20 * number + stays.kv_cache.num_bytes
+    kept = table(HF["0.6B"], 1, "teacher_offload=true", "keep_kv_cache=true", *few)[0]
+    assert kept.total_bytes == plan.total_bytes + kept.kv_cache.num_bytes
 
 
 def test_a_teacher_that_cannot_be_cut_that_way():

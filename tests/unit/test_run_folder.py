@@ -69,6 +69,7 @@ def test_the_same_run_goes_on(save):
         {"log_samples": 0},
         {"recompute_granularity": "full"},
         {"import_cache": "elsewhere"},
+        {"kv_cache_gb": 0.5, "cuda_graphs": False, "keep_kv_cache": True},
     ],
     ids=str,
 )

@@ -1,0 +1,112 @@
+"""Which sequences decode at the next tick: requests wait, get a slot, are ready, leave it."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import torch
+
+from megatron_opdlm.rollout.cache import KVCache
+from megatron_opdlm.rollout.limits import PREFILL_TOKENS
+from megatron_opdlm.rollout.request_queue import RequestQueue
+from megatron_opdlm.rollout.sequences import Sequences
+
+LEAST_SHARE_ADMITTED = 8
+"""Where passes are captured, requests wait until one in so many slots is free: reading prompts
+takes a pass of its own there, which is not captured, so a few of them read together."""
+
+
+class Scheduler:
+    """Gives slots to requests, and passes to slots.
+
+    Every rank of a replica takes the same decisions. A response depends on its request alone, so
+    none of them changes a token.
+    """
+
+    def __init__(
+        self,
+        queue: RequestQueue,
+        sequences: Sequences,
+        *,
+        num_slots: int,
+        num_stages: int,
+        prompts_apart: bool,
+    ) -> None:
+        """Starts with every slot free.
+
+        Args:
+            queue: requests that wait.
+            sequences: state of all slots.
+            num_slots: most sequences at once; the first slots.
+            num_stages: pipeline stages, each of which has a pass of its own to work on.
+            prompts_apart: whether prompts are read in passes of their own, some of them together,
+                so that all other passes consist of whole blocks and can be captured.
+        """
+        self._queue, self._sequences = queue, sequences
+        self._free, self._ready = list(range(num_slots)), list[int]()
+        self._num_active, self._num_stages = 0, num_stages
+        self._prompts_apart = prompts_apart
+        self._least_admitted = max(1, num_slots // LEAST_SHARE_ADMITTED) if prompts_apart else 1
+
+    def schedule(self) -> list[int] | None:
+        """Admits requests to free slots and chooses the sequences of the next pass.
+
+        Returns:
+            Their slots; empty where all are in the pipeline, None when every response is finished.
+        """
+        self._admit()
+        if not self._num_active:
+            return None
+        share = -(-self._num_active // self._num_stages)
+        entering, waiting = self._ready[:share], self._ready[share:]
+        if self._prompts_apart and entering:
+            has_prompt = self._sequences.has_prompt(torch.tensor(entering)).tolist()
+            prompts = [slot for slot, its_own in zip(entering, has_prompt, strict=True) if its_own]
+            if prompts and len(prompts) < len(entering):
+                others = [s for s, its_own in zip(entering, has_prompt, strict=True) if not its_own]
+                entering, waiting = prompts, others + waiting
+        self._ready = waiting
+        return entering
+
+    def retire(self, slots: Sequence[int], finished: Sequence[int]) -> None:
+        """Takes back the sequences of a pass.
+
+        Args:
+            slots: of the pass.
+            finished: those of them whose response is; they are free.
+        """
+        left = set(finished)
+        self._ready += [slot for slot in slots if slot not in left]
+        self._free += finished
+        self._num_active -= len(left)
+
+    def close_gaps(self, cache: KVCache) -> None:
+        """Moves sequences to lower free slots: those next to each other are read without a copy.
+
+        Does nothing while requests wait, which will take those slots.
+        """
+        if not self._queue.is_empty:
+            return
+        heapq.heapify(self._free)
+        moved = {}
+        for slot in sorted(self._ready, reverse=True):
+            if not self._free or self._free[0] > slot:
+                break
+            moved[slot] = heapq.heapreplace(self._free, slot)
+            cache.move(slot, moved[slot], int(self._sequences.cached[slot]))
+            self._sequences.move(slot, moved[slot])
+        self._ready = [moved.get(slot, slot) for slot in self._ready]
+
+    def _admit(self) -> None:
+        """Gives free slots, the lowest first, to waiting requests."""
+        if not self._free or self._queue.is_empty:
+            return
+        if self._num_active and len(self._free) < self._least_admitted:
+            return
+        self._free.sort(reverse=True)
+        for index in self._queue.take(len(self._free), PREFILL_TOKENS):
+            slot = self._free.pop()
+            self._sequences.start(slot, index, self._queue.requests[index])
+            self._ready.append(slot)
+            self._num_active += 1
