@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm.checkpoint import load_model
+from megatron_opdlm.fp8 import ALIGNMENT
 from megatron_opdlm.model import BlockDiffusionModel, BuildOptions
 from megatron_opdlm.rollout.cached_attention import has_flash
 from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.rollout.sampler import Draws
 from megatron_opdlm.stream import DOCUMENT, POSITION
+from tests.gpu.needs import needs_transformer_engine
 from tests.rollouts import MASK, SAMPLED, RecordingEngine, make_engine, make_request, plain
 from tests.training_logits import differences
 from tests.unit.test_cached_attention import Sequence, make_cache, run_pass
@@ -205,11 +207,15 @@ class ConfidenceEngine(RolloutEngine):
         return draws
 
 
-def test_passes_in_fp8(parallel: Any, imported: Path) -> None:
+@needs_transformer_engine
+@pytest.mark.parametrize("recipe", ALIGNMENT)
+def test_passes_in_fp8(recipe: str, parallel: Any, imported: Path) -> None:
     """Prompts beside rows that decode, whatever their lengths."""
-    pytest.importorskip("transformer_engine")
     options = BuildOptions(
-        layer_spec="transformer_engine", params_dtype=torch.bfloat16, fp8="hybrid"
+        layer_spec="transformer_engine",
+        params_dtype=torch.bfloat16,
+        fp8="hybrid",
+        fp8_recipe=recipe,
     )
     model, _ = load_model(imported, options, parallel)
     engine = make_engine(model, parallel, SAMPLED, cls=ConfidenceEngine, build=options, max_rows=5)
@@ -223,7 +229,7 @@ def test_passes_in_fp8(parallel: Any, imported: Path) -> None:
     assert bool(confidences.isfinite().all()) and len(confidences) == engine.counts.head_rows
     assert bool((confidences > 0).all()) and bool((confidences <= 1).all())
     assert confidences.std() > 0
-    assert all(len(tags) % 16 == 0 for tags in passes)
+    assert all(len(tags) % ALIGNMENT[recipe] == 0 for tags in passes)
     assert sum(is_mixed(tags) for tags in passes) >= 5
 
 
