@@ -31,6 +31,10 @@ from tests.training import assemble, parameter_pieces, to_hf
 
 MULTIPLE = 128
 """Stream lengths that every layer takes: whole squares of FlexAttention, FP8's blocks."""
+SWIGLU, ROPE = "bias_swiglu_fusion", "apply_rope_fusion"
+ACCUMULATION = "gradient_accumulation_fusion"
+FUSIONS = (SWIGLU, ROPE, ACCUMULATION)
+"""Settings of a model that replace several kernels by one."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_opdlm.fp8 import ALIGNMENT
 from megatron_opdlm.model import BuildOptions
-from tests.gpu.gradients import Outcome, expected, load, run
+from tests.gpu.gradients import FUSIONS, Outcome, expected, load, run
 from tests.gpu.needs import needs_gpu, needs_transformer_engine
 from tests.tiny import TinyModel
 
@@ -41,9 +42,13 @@ def outcome(parallel: Any, imported: Path, scale: float = 1.0, **options: Any) -
     return run(model, config, steps=2)
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "blockwise"])
-def test_rounding_of_fp8(recipe: str, parallel: Any, imported: Path, exact: Outcome) -> None:
-    got = outcome(parallel, imported, fp8="hybrid", fp8_recipe=recipe)
+@pytest.mark.parametrize("fusions", [(), FUSIONS], ids=["plain", "fused"])
+@pytest.mark.parametrize("recipe", ALIGNMENT)
+def test_rounding_of_fp8(
+    recipe: str, fusions: tuple[str, ...], parallel: Any, imported: Path, exact: Outcome
+) -> None:
+    options = dict.fromkeys(fusions, True)
+    got = outcome(parallel, imported, fp8="hybrid", fp8_recipe=recipe, **options)
     assert LOGITS[0] < got.logit_error(exact) < LOGITS[1]
     assert GRADIENT[0] < got.gradient_error(exact) < GRADIENT[1]
 

@@ -17,10 +17,21 @@ from torch import Tensor
 
 from megatron_opdlm.checkpoint import load_model
 from megatron_opdlm.model import BuildOptions
-from tests.gpu.gradients import Outcome, expected, load, make_streams, run
+from tests.gpu.gradients import (
+    ACCUMULATION,
+    FUSIONS,
+    ROPE,
+    SWIGLU,
+    Outcome,
+    expected,
+    load,
+    make_streams,
+    run,
+)
 from tests.gpu.needs import needs_gpu, needs_transformer_engine
 from tests.rollouts import SAMPLED, make_engine, make_request, plain
 from tests.tiny import TinyModel
+from tests.unit import test_fusions as kernel
 
 pytestmark = [needs_gpu, needs_transformer_engine]
 
@@ -28,9 +39,6 @@ BFLOAT16 = 0.06
 """Largest relative error of logits and single gradients in bfloat16; on a CPU it is 0.037."""
 NO_WORSE = 1.25
 """A fusion rounds less often, at other places: its error may exceed the other's by chance alone."""
-SWIGLU, ROPE = "bias_swiglu_fusion", "apply_rope_fusion"
-ACCUMULATION = "gradient_accumulation_fusion"
-EVERY = (SWIGLU, ROPE, ACCUMULATION)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +71,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[str]:
 
 
 def build(names: tuple[str, ...]) -> BuildOptions:
-    fusions = {name: name in names for name in EVERY}
+    fusions = {name: name in names for name in FUSIONS}
     return BuildOptions(layer_spec="transformer_engine", params_dtype=torch.bfloat16, **fusions)
 
 
@@ -71,7 +79,7 @@ def outcome(parallel: Any, imported: Path, names: tuple[str, ...], **others: Any
     return run(*load(imported, build(names), parallel), **others)
 
 
-@pytest.mark.parametrize("names", [*((name,) for name in EVERY), EVERY], ids=" ".join)
+@pytest.mark.parametrize("names", [*((name,) for name in FUSIONS), FUSIONS], ids=" ".join)
 def test_a_fusion_is_as_exact(
     names: tuple[str, ...],
     parallel: Any,
@@ -90,6 +98,17 @@ def test_a_fusion_is_as_exact(
     # the fusion has done something; that of gradients nothing to logits
     assert torch.equal(got.logits, unfused.logits) == (names == (ACCUMULATION,))
     assert got.gradient_error(unfused) > 0
+
+
+def test_swiglu_rounds_once_and_is_compiled_twice() -> None:
+    """At most: for a first length, then for any other."""
+    for number, length in enumerate((640, 256, 7, 896)):
+        x, weight = (drawn.cuda() for drawn in kernel.draw(length, torch.bfloat16))
+        with torch.compiler.set_stance("fail_on_recompile" if number > 1 else "default"):
+            got = kernel.value_and_gradient(kernel.fused, x, weight)
+        assert max(kernel.errors(got, x, weight)) < kernel.ONE_ROUNDING
+        unfused = kernel.value_and_gradient(kernel.plain, x, weight)
+        assert min(kernel.errors(unfused, x, weight)) > kernel.ONE_ROUNDING  # control
 
 
 def test_weight_gradients_are_added_by_the_layers(parallel: Any, imported: Path) -> None:

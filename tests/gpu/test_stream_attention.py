@@ -32,7 +32,7 @@ more when they part."""
 
 @pytest.fixture(autouse=True, scope="module")
 def nothing_compiled() -> Iterator[None]:
-    """What other tests have compiled neither helps nor counts."""
+    """What other files have compiled neither helps nor counts."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()
