@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,3 +48,17 @@ def imported(tiny: TinyModel) -> Path:
     from megatron_opdlm.convert.layout import resolve_iteration
 
     return resolve_iteration(tiny.checkpoint)
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Grows by one with every graph that is run."""
+    seen: list[object] = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def count(graph: Any) -> None:
+        seen.append(graph)
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", count)
+    return seen

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_opdlm.checkpoint import load_model
 from megatron_opdlm.model import BuildOptions
+from megatron_opdlm.rollout import graphs
 from tests.gpu.gradients import (
     ACCUMULATION,
     FUSIONS,
@@ -32,6 +33,7 @@ from tests.gpu.needs import needs_gpu, needs_transformer_engine
 from tests.rollouts import SAMPLED, make_engine, make_request, plain
 from tests.tiny import TinyModel
 from tests.unit import test_fusions as kernel
+from tests.unit.test_graphs import Repeat
 
 pytestmark = [needs_gpu, needs_transformer_engine]
 
@@ -153,26 +155,21 @@ def test_control_gate_and_up_swapped(
 
 
 def test_graphs_decode_the_same_tokens_with_fusions(
-    parallel: Any, imported: Path, monkeypatch: pytest.MonkeyPatch
+    parallel: Any, imported: Path, replays: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is compiled, and no position kept, while a pass is captured."""
-    replayed: list[Any] = []
-    replay = torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(
-        torch.cuda.CUDAGraph, "replay", lambda graph: (replayed.append(graph), replay(graph))
-    )
     options = build((SWIGLU, ROPE))
     model, _ = load_model(imported, options, parallel)
     requests = [make_request(i, 1 + 13 * i, 9 + i) for i in range(9)]
     answers = []
-    for cuda_graphs, scale in ((False, 1.0), (True, 1.0), (True, 1.25)):
+    on_device = graphs.CudaCapture
+    for capture, scale in ((Repeat, 1.0), (on_device, 1.0), (on_device, 1.25)):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(scale)
-        replayed.clear()
-        engine = make_engine(
-            model, parallel, SAMPLED, build=options, max_rows=3, cuda_graphs=cuda_graphs
-        )
+        monkeypatch.setattr(graphs, "CudaCapture", capture)
+        replays.clear()
+        engine = make_engine(model, parallel, SAMPLED, build=options, max_rows=5, cuda_graphs=True)
         answers.append([plain(trajectory) for trajectory in engine.generate(requests)])
-        assert bool(replayed) == cuda_graphs
+        assert bool(replays) == (capture is not Repeat)
     assert answers[0] == answers[1] != answers[2]  # control: other weights, other tokens
