@@ -72,3 +72,14 @@ def test_compiled_it_rounds_once():
     assert max(errors(value_and_gradient(fused, x, weight), x, weight)) < ONE_ROUNDING
     # control: without the fusion, every operation rounds
     assert min(errors(value_and_gradient(plain, x, weight), x, weight)) > ONE_ROUNDING
+
+
+def test_gradient_accumulation_is_asked_of_the_layers_that_know_it():
+    from megatron_opdlm.model import _fuse_gradient_accumulation
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    with pytest.raises(AssertionError, match="Transformer Engine"):
+        _fuse_gradient_accumulation(model)
+    model[1].fuse_wgrad_accumulation = False
+    _fuse_gradient_accumulation(model)
+    assert model[1].fuse_wgrad_accumulation and not hasattr(model[0], "fuse_wgrad_accumulation")
