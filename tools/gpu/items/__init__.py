@@ -46,6 +46,8 @@ ITEMS = (
     _item("decoding-8B", "decoding:large", "passes of 32, 64 and 128 rows", limit=60, needs=25),
     _item("training-8B", "training:large", "a step of 8,192 tokens through 8 of 36 layers",
           limit=60, needs=20),
+    _item("training-8B-tensorwise", "training:large_fp8", "the same, FP8 tensorwise",
+          limit=60, needs=20),
     _item("offload", "offload:run", "a teacher's weights to host memory and back",
           limit=40, needs=12),
     _item("profile", "profile:run", "the 30 costliest kernels of a pass and of a step",

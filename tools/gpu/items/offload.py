@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 
 import torch
@@ -53,4 +54,5 @@ def run(context: Context) -> None:
         title = f"{LARGE}, {LARGE_LAYERS} layers, {precision}"
         context.line(title, figures | {"seconds_to_pin": seconds}, checks)
         del model, host, before, after
+        gc.collect()
         torch.cuda.empty_cache()

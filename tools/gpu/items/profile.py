@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 import torch
@@ -46,6 +47,7 @@ def run(context: Context) -> None:
     parallel = begin_parallel(context)
     found, passes = _passes(parallel)
     _report(context, "decoding pass", found, passes)
+    gc.collect()
     torch.cuda.empty_cache()
     _report(context, "training step", _step(parallel), 1)
 
