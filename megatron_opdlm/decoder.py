@@ -23,10 +23,11 @@ from megatron_opdlm.data import Prompt, PromptTokens, TokenizedPrompts, tokenize
 from megatron_opdlm.import_cache import ImportCache
 from megatron_opdlm.model import BuildOptions, has_transformer_engine, stream_multiple
 from megatron_opdlm.parallel import ParallelState, from_main
+from megatron_opdlm.plan import find_model_config
 from megatron_opdlm.rollout.collector import collect
 from megatron_opdlm.rollout.decoding_memory import DecodingMemory
 from megatron_opdlm.rollout.engine import Observer, RolloutEngine
-from megatron_opdlm.rollout.graph_support import choose_graphs
+from megatron_opdlm.rollout.graph_support import require_graphs
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.run_folder import CHECKPOINTS
 from megatron_opdlm.setup_models import DTYPES, Student, load_student, require_chat_template
@@ -101,12 +102,13 @@ class Decoder:
             layer_spec="transformer_engine" if has_transformer_engine() else "local",
             params_dtype=DTYPES[dtype],
         )
-        choose_graphs(
-            cuda_graphs,
-            options.params_dtype,
-            sequence_parallel=options.sequence_parallel,
-            fp8=options.fp8,
-        )
+        if cuda_graphs:
+            require_graphs(
+                options.params_dtype,
+                find_model_config(str(source)).kv_channels,
+                sequence_parallel=options.sequence_parallel,
+                fp8=options.fp8,
+            )
         with _import_folder(import_cache, parallel) as folder:
             cache = ImportCache(folder=folder, mask_token=MASK_TOKEN)
             student = load_student(str(source), cache, options, parallel, mask_token=None)

@@ -32,8 +32,9 @@ from megatron_opdlm.model import (
     training_stream_multiple,
 )
 from megatron_opdlm.parallel import ParallelState, second_layout
+from megatron_opdlm.plan import find_model_config
 from megatron_opdlm.rollout.engine import RolloutEngine
-from megatron_opdlm.rollout.graph_support import choose_graphs
+from megatron_opdlm.rollout.graph_support import require_graphs
 from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.rollout.request import DecodingOptions
 from megatron_opdlm.teacher import Teacher
@@ -302,10 +303,17 @@ def build_divergence(config: DistillConfig) -> Divergence:
 
 def check_graphs(config: Config, options: BuildOptions) -> None:
     """Refuses CUDA graphs where rollouts cannot have them, before models are loaded."""
-    is_second = config.parallel.rollout_tensor_model_parallel_size is not None
-    shares = options.sequence_parallel and not is_second
-    wanted = config.rollout.cuda_graphs
-    choose_graphs(wanted, options.params_dtype, sequence_parallel=shares, fp8=options.fp8)
+    if config.rollout.cuda_graphs:
+        is_second = config.parallel.rollout_tensor_model_parallel_size is not None
+        shares = options.sequence_parallel and not is_second
+        models = {config.model.student}  # it decodes for evaluation at least
+        if config.distill.responses == "teacher":
+            models.add(config.model.teacher or config.model.student)
+        for model in models:
+            hf = find_model_config(model, mask_token=config.model.mask_token)
+            require_graphs(
+                options.params_dtype, hf.kv_channels, sequence_parallel=shares, fp8=options.fp8
+            )
 
 
 def check_weights(

@@ -11,6 +11,7 @@ from megatron_opdlm.config import Config
 from megatron_opdlm.convert.layout import read_description, resolve_iteration
 from megatron_opdlm.convert.tokenizer import mask_token_text, tokenizer_fingerprint
 from megatron_opdlm.data import PromptSampler, load_prompts
+from megatron_opdlm.fp8 import check_fp8_device
 from megatron_opdlm.model import has_transformer_engine, require_transformer_engine
 from megatron_opdlm.plan import check_models, find_model_config
 from megatron_opdlm.run_folder import RunFolder
@@ -41,6 +42,8 @@ def check(config: Config) -> Config:
         cuda=torch.cuda.is_available(), transformer_engine=has_transformer_engine()
     )
     require_transformer_engine(resolved.model.layer_spec)
+    if {resolved.model.fp8, resolved.model.teacher_fp8} - {"none", "auto"}:
+        check_fp8_device(resolved.model.fp8_recipe)
     RunFolder(resolved.train.save).check(resolved)
     from_data = resolved.distill.responses == "data"
     prompts = load_prompts(resolved.train.data, with_responses=from_data)

@@ -1,6 +1,8 @@
-"""Process-wide set-up: one compute thread, and heavy imports before any rank is forked."""
+"""Process-wide set-up: one compute thread, Triton's interpreter where there is no GPU, and heavy
+imports before any rank is forked."""
 
 import importlib.util
+import os
 import signal
 import warnings
 
@@ -9,6 +11,11 @@ import torch
 
 # Before any fork: the parent's OpenMP pool does not survive into a forked child, which then hangs.
 torch.set_num_threads(1)
+
+# Triton reads this when it is imported, which megatron-core does. Where there is a GPU kernels are
+# compiled, and tests/gpu holds them against the same oracles.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if importlib.util.find_spec("megatron") is not None:
     with warnings.catch_warnings():

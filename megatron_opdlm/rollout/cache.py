@@ -39,6 +39,7 @@ class KVCache:
     Attributes:
         num_slots: n.
         capacity: C.
+        shared: query heads that share a key head.
         spare_slot: one more, for tokens that nobody reads; only if asked for.
     """
 
@@ -49,6 +50,7 @@ class KVCache:
         num_slots: int,
         capacity: int,
         num_heads: int,
+        num_query_heads: int,
         head_size: int,
         dtype: torch.dtype,
         device: torch.device | int | str,
@@ -60,6 +62,7 @@ class KVCache:
         """
         self.num_slots = self.spare_slot = num_slots
         self.capacity = capacity
+        self.shared = num_query_heads // num_heads
         shape = (len(layer_numbers), 2, num_slots + has_spare, num_heads, capacity, head_size)
         self._store = torch.zeros(shape, dtype=dtype, device=device)
         self._layers = {number: i for i, number in enumerate(layer_numbers)}
@@ -113,6 +116,7 @@ class KVCache:
         with contextlib.suppress(torch.OutOfMemoryError):
             cache = cls(
                 **sizes, layer_numbers=layer_numbers, num_heads=num_heads,
+                num_query_heads=config.num_attention_heads // parallel.tp_size,
                 head_size=config.kv_channels, dtype=config.params_dtype, device=weight.device,
             )  # fmt: skip
         if not smallest_in_replica(cache is not None, parallel) or cache is None:
@@ -134,6 +138,11 @@ class KVCache:
     def dtype(self) -> torch.dtype:
         """Of keys and values."""
         return self._store.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of a layer's keys: [n, M, C, D], the spare slot among them."""
+        return self._store.shape[2:]
 
     @property
     def device(self) -> torch.device:

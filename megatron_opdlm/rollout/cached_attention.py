@@ -6,14 +6,16 @@ holds the newest version of its token, that is the predicate of stream.py, and n
 besides the number of keys that a query sees.
 
 Two implementations of it: `scaled_dot_product_attention` (CPU, float32, and the reference), and on
-CUDA the flash kernel (flash.py).
+CUDA a flash kernel (decoding_kernels.py). In neither of them does the host wait for the device:
+what it must know of a pass it works out itself, and the rest travels with the pass's inputs.
 
 Shape letters: n rows, S stream tokens, Q queries of a row, N query heads, M key/value heads, C
 cached positions, D head size."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,8 @@ from torch import Tensor
 from megatron_opdlm.attention import AttentionPlan, stream_attention
 from megatron_opdlm.flex import FLEX_BLOCK
 from megatron_opdlm.rollout.cache import KVCache
-from megatron_opdlm.rollout.flash import flash_attend, flash_inputs, has_flash
+from megatron_opdlm.rollout.decoding_kernels import find_runs
+from megatron_opdlm.rollout.kernel_choice import decoding_kernel
 from megatron_opdlm.rollout.staged import Staged
 from megatron_opdlm.stream import BLOCK, DOCUMENT, PADDING_DOCUMENT, POSITION
 from megatron_opdlm.tiles import by_key_head, by_query
@@ -40,14 +43,29 @@ class _Rows:
         slots: [n] int64 cache slots, or a slice where they are contiguous.
         queries: [n, Q] int64 stream indices, missing ones repeat the row's last; or a slice where
             all rows have as many.
-        kept: [n, Q] bool, where the query is real.
         num_keys: [n, Q] int64, cache positions that each query sees.
+        most: the largest of them.
+        kept_row: [T] int64, rows of the queries that are real; None where all are.
+        kept_column: [T] int64, their places in the row.
+        kept_query: [T] int64, their stream indices.
     """
 
     slots: Tensor | slice
     queries: Tensor | slice
-    kept: Tensor
     num_keys: Tensor
+    most: int
+    kept_row: Tensor | None = None
+    kept_column: Tensor | None = None
+    kept_query: Tensor | None = None
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Those of the attributes that are wanted on the device, by names that begin so."""
+        return {prefix + k: value for k, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def on_device(self, inputs: Staged, prefix: str) -> _Rows:
+        """The same with the tensors that `inputs` holds."""
+        there: dict[str, Any] = {k.removeprefix(prefix): inputs[k] for k in self.tensors(prefix)}
+        return replace(self, **there)
 
 
 class AttentionLayout:
@@ -58,7 +76,8 @@ class AttentionLayout:
         num_tokens: of the stream, without padding.
         num_cached: tokens at its start that attend against the cache.
         inputs: tensors that attention wants on the device, next to the tags.
-        rows: calls of the dense implementation.
+        kernel: that attends against the cache; None: the dense implementation does.
+        rows: its calls.
         flex_padding: tokens that fill up the part that attends within the stream.
     """
 
@@ -86,18 +105,21 @@ class AttentionLayout:
         row = tags[:, DOCUMENT]
         counts = torch.bincount(row, minlength=len(slots))[:num_cached_rows]
         self.num_cached = int(counts.sum())
-        self.has_flash = has_flash(device, cache.dtype)
+        self.kernel = decoding_kernel(device, cache.dtype, cache.shape[-1])
         self.flex_padding = _flex_padding(len(tags) - self.num_cached, device)
         self.rows: list[_Rows] = []
         self.inputs = {"token_slots": slots[row]}
         cached_tags = tags[: self.num_cached]
-        if self.has_flash:
-            self.inputs |= flash_inputs(
-                cached_tags, slots, capacity=cache.capacity, block_size=block_size
-            )
+        if not self.num_cached:
+            return
+        if self.kernel is not None:
+            runs = find_runs(cached_tags, slots, shared=cache.shared, block_size=block_size)
+            self.inputs |= self.kernel.inputs(runs, cache)
         else:
             num_keys = (cached_tags[:, BLOCK] + 1) * block_size
-            self.rows = _in_calls(slots[:num_cached_rows], counts, num_keys, device)
+            self.rows = _in_calls(slots[:num_cached_rows], counts, num_keys)
+            for i, rows in enumerate(self.rows):
+                self.inputs |= rows.tensors(f"rows {i} ")
 
 
 class CachedAttention:
@@ -113,6 +135,7 @@ class CachedAttention:
         self.layout, self._inputs = layout, inputs
         tags = inputs["tags"][: layout.num_tokens]
         self._positions = tags[:, POSITION]
+        self._rows = [rows.on_device(inputs, f"rows {i} ") for i, rows in enumerate(layout.rows)]
         self._masks: list[Tensor] = []
         self._stream: AttentionPlan | None = None
         if layout.num_cached < layout.num_tokens:
@@ -140,7 +163,8 @@ class CachedAttention:
         layout.cache.write(
             layer_number, self._inputs["token_slots"], self._positions, key[:real], value[:real]
         )
-        output = torch.zeros_like(query)
+        output = query.new_empty(query.shape)
+        output[real:] = 0
         if self._stream is not None:
             inputs = [
                 F.pad(part[cached:real], (0, 0, 0, 0, 0, layout.flex_padding))
@@ -150,9 +174,10 @@ class CachedAttention:
             output[cached:real] = attended[: real - cached]
         if cached:
             keys, values = layout.cache.layer(layer_number)
-            if layout.has_flash:
-                output[:cached] = flash_attend(
-                    query[:cached], keys, values, self._inputs,
+            if layout.kernel is not None:
+                assert query.shape[1] == layout.cache.shared * keys.shape[1]
+                layout.kernel.attend(
+                    query[:cached], keys, values, self._inputs, output[:cached],
                     block_size=layout.block_size, scale=scale,
                 )  # fmt: skip
             else:
@@ -166,23 +191,22 @@ class CachedAttention:
         num_groups = keys.shape[1]
         shared = query.shape[1] // num_groups
         if not self._masks:
-            self._masks = [_mask(rows.num_keys, shared, query) for rows in self.layout.rows]
-        for rows, mask in zip(self.layout.rows, self._masks, strict=True):
-            num_rows, num_queries = rows.kept.shape
+            self._masks = [_mask(rows, shared, query) for rows in self._rows]
+        for rows, mask in zip(self._rows, self._masks, strict=True):
+            num_rows, num_queries = rows.num_keys.shape
             by_row = query[rows.queries].view(num_rows, num_queries, *query.shape[1:])
-            most = mask.shape[-1]
             attended = F.scaled_dot_product_attention(
                 by_key_head(by_row, num_groups),
-                keys[rows.slots, :, :most],
-                values[rows.slots, :, :most],
+                keys[rows.slots, :, : rows.most],
+                values[rows.slots, :, : rows.most],
                 attn_mask=mask,
                 scale=scale,
             )
             attended = by_query(attended, num_queries)
-            if isinstance(rows.queries, slice):
+            if rows.kept_query is None:
                 output[rows.queries] = attended.flatten(0, 1)
             else:
-                output[rows.queries[rows.kept]] = attended[rows.kept]
+                output[rows.kept_query] = attended[rows.kept_row, rows.kept_column]
 
 
 def _flex_padding(length: int, device: torch.device | int | str) -> int:
@@ -190,13 +214,9 @@ def _flex_padding(length: int, device: torch.device | int | str) -> int:
     return -length % FLEX_BLOCK if torch.device(device).type == "cuda" else 0
 
 
-def _in_calls(
-    slots: Tensor, counts: Tensor, num_keys: Tensor, device: torch.device | int | str
-) -> list[_Rows]:
-    """Cuts rows into calls whose masks are not too large; no row, no call."""
+def _in_calls(slots: Tensor, counts: Tensor, num_keys: Tensor) -> list[_Rows]:
+    """Cuts rows into calls whose masks are not too large."""
     calls: list[_Rows] = []
-    if not len(slots):
-        return calls
     starts = counts.cumsum(0) - counts
     cells = int(counts.max()) * int(num_keys.max())
     for part in torch.arange(len(slots)).split(max(1, MASK_CELLS // cells)):
@@ -208,22 +228,24 @@ def _in_calls(
         whole = slice(int(starts[first]), int(starts[last]) + most)
         of_slots = slots[part]
         contiguous = torch.equal(of_slots, torch.arange(len(part)) + of_slots[0])
-        calls.append(
-            _Rows(
-                slots=slice(int(of_slots[0]), int(of_slots[-1]) + 1)
-                if contiguous
-                else of_slots.to(device),
-                queries=whole if bool(kept.all()) else queries.to(device),
-                kept=kept.to(device),
-                num_keys=num_keys[queries].to(device),
-            )
+        rows = _Rows(
+            slots=slice(int(of_slots[0]), int(of_slots[-1]) + 1) if contiguous else of_slots,
+            queries=whole,
+            num_keys=num_keys[queries],
+            most=int(num_keys[queries].max()),
         )
+        if not bool(kept.all()):
+            row, column = kept.nonzero(as_tuple=True)
+            rows = replace(
+                rows, queries=queries, kept_row=row, kept_column=column, kept_query=queries[kept]
+            )
+        calls.append(rows)
     return calls
 
 
-def _mask(num_keys: Tensor, shared: int, like: Tensor) -> Tensor:
-    """[n, 1, shared * Q, C] scores to add: 0 for keys that a query sees, else -inf."""
-    positions = torch.arange(int(num_keys.max()), device=num_keys.device)
-    hidden = positions >= num_keys.unsqueeze(-1)
+def _mask(rows: _Rows, shared: int, like: Tensor) -> Tensor:
+    """[n, 1, shared * Q, most] scores to add: 0 for keys that a query sees, else -inf."""
+    positions = torch.arange(rows.most, device=like.device)
+    hidden = positions >= rows.num_keys.unsqueeze(-1)
     mask = like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
     return mask.repeat(1, shared, 1).unsqueeze(1)

@@ -11,7 +11,6 @@ Shape letters: n rows of a pass, T masked positions of a pass, K block size, V v
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,18 +26,15 @@ from megatron_opdlm.pipeline import DecodePipeline
 from megatron_opdlm.rollout.cache import KVCache
 from megatron_opdlm.rollout.decode_pass import DecodePass, lay_out
 from megatron_opdlm.rollout.decoding_memory import DecodingMemory, Need
-from megatron_opdlm.rollout.flash import has_flash
 from megatron_opdlm.rollout.graph_support import choose_graphs
 from megatron_opdlm.rollout.graphs import PassGraphs
-from megatron_opdlm.rollout.limits import SAMPLED_LOGITS
+from megatron_opdlm.rollout.kernel_choice import decoding_kernel, log_choice
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.rollout.request_queue import LocalQueue, RequestQueue
-from megatron_opdlm.rollout.sampler import Draws, sample_tokens
+from megatron_opdlm.rollout.sampler import Draws, most_logits, sample_tokens
 from megatron_opdlm.rollout.scheduler import Scheduler
 from megatron_opdlm.rollout.sequences import Sequences
 from megatron_opdlm.trajectory import Trajectory
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -114,19 +110,17 @@ class RolloutEngine:
         self.max_rows = max_rows
         self.kv_cache_gb = kv_cache_gb
         self.stream_multiple = stream_multiple
-        dtype = model.config.params_dtype
-        self._has_flash = has_flash(torch.cuda.current_device(), dtype)
+        config, device = model.config, torch.cuda.current_device()
+        dtype, head_size = config.params_dtype, config.kv_channels
+        self._has_kernel = decoding_kernel(device, dtype, head_size) is not None
+        log_choice(device, dtype, head_size)
         self.cuda_graphs = choose_graphs(
             cuda_graphs,
             dtype,
-            sequence_parallel=model.config.sequence_parallel,
-            fp8=model.config.fp8,
+            head_size,
+            sequence_parallel=config.sequence_parallel,
+            fp8=config.fp8,
         )
-        if torch.cuda.is_available() and not self._has_flash:
-            logger.warning(
-                "decoding without the flash kernel, which is slow: it needs torch 2.13 and 16-bit "
-                "weights, here are torch %s and %s", torch.__version__, dtype,
-            )  # fmt: skip
         self.memory = DecodingMemory() if memory is None else memory
         self.counts = RolloutCounts()
         self._is_open = False
@@ -266,7 +260,7 @@ class RolloutEngine:
             scheduler.retire(slots.tolist(), [slot for slot, _ in finished])
             for slot, trajectory in finished:
                 yield sequences.index[slot], trajectory
-            if not self._has_flash:
+            if not self._has_kernel:
                 scheduler.close_gaps(cache)
 
     def _lay_out(self, sequences: Sequences, slots: list[int], cache: KVCache) -> DecodePass | None:
@@ -340,7 +334,7 @@ class RolloutEngine:
     def _draw(self, hidden: Tensor, keys: Tensor, drawn: Tensor) -> None:
         """Samples at hidden states [T, D] into `drawn` [3, T], some rows at a time; last stage."""
         num_columns = self.model.vocab_size // self.parallel.tp_size
-        size = max(1, SAMPLED_LOGITS // num_columns)
+        size = max(1, most_logits(self.options.sampling, hidden.device.type) // num_columns)
         for start in range(0, len(keys), size):
             part = slice(start, start + size)
             draws = self._sample(self.model.logits(hidden[part]), keys[part])

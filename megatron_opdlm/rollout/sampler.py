@@ -3,12 +3,14 @@
 The result depends on the logits and the keys only: noise belongs to the (key, token id) pair, and
 ties are broken by token id, so any tensor-parallel size draws the same tokens.
 
+Without filters, a Triton kernel or PyTorch reduces a rank's logits: see `shard_statistics`. Filters
+are PyTorch on every device.
+
 Shape letters: T rows, V vocabulary, C candidates; `_TV` holds this rank's [T, V_local] columns.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,9 +21,18 @@ from torch.distributed import ProcessGroup
 
 from megatron_opdlm import randomness
 from megatron_opdlm.ranking import pack, unpack
+from megatron_opdlm.rollout.limits import KERNEL_LOGITS, SAMPLED_LOGITS
+from megatron_opdlm.rollout.shard_statistics import (
+    log_sum_and_mean,
+    log_sum_exp,
+    statistics_on,
+    torch_statistics,
+    visible_logits,
+)
 from megatron_opdlm.vocab import local_columns
 
-SMALLEST_TEMPERATURE = 1e-6  # below it float32 logits / temperature carry no noise any more
+# float32 logits / temperature carry no noise any more below these, and nothing else above them
+SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-6, 1e6
 FIRST_NUCLEUS_CANDIDATES = 64
 MASS_UNIT = 2.0**-48  # probabilities of the nucleus are summed as integers of this unit
 
@@ -31,7 +42,7 @@ class Sampling:
     """How a token is drawn from its distribution.
 
     Attributes:
-        temperature: 0 is argmax and ignores the filters; else at least 1e-6.
+        temperature: 0 is argmax and ignores the filters; else from 1e-6 to 1e6.
         top_k: number of tokens to keep; 0 keeps all.
         top_p: mass to keep, in (0, 1]; 1 keeps all.
     """
@@ -42,9 +53,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         temperature = self.temperature
-        is_usable = temperature == 0 or SMALLEST_TEMPERATURE <= temperature < math.inf
+        is_usable = temperature == 0 or SMALLEST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE
         for name, holds, rule in (
-            ("temperature", is_usable, f"0 (argmax) or at least {SMALLEST_TEMPERATURE}"),
+            (
+                "temperature",
+                is_usable,
+                f"0 (argmax) or from {SMALLEST_TEMPERATURE} to {LARGEST_TEMPERATURE:.0f}",
+            ),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
         ):
@@ -74,12 +89,31 @@ class Draws(NamedTuple):
 
 @dataclass(frozen=True)
 class _Shard:
-    """This rank's columns of the logits, the mask token and padding at -inf."""
+    """This rank's columns of the logits, as the model made them."""
 
-    logits: Tensor
+    logits_TV: Tensor
     first: int
+    num_valid: int
+    mask_column: int
     vocab_size: int
     tp_group: ProcessGroup | None
+
+    def visible_logits(self) -> Tensor:
+        """[T, V_local] float32, the mask token and padding at -inf."""
+        return visible_logits(
+            self.logits_TV, num_valid=self.num_valid, mask_column=self.mask_column
+        )
+
+
+def most_logits(sampling: Sampling, device_type: str) -> int:
+    """Returns how many logits of a rank should be sampled from at once, for their work space.
+
+    Args:
+        sampling: how they are sampled.
+        device_type: of the logits, such as "cuda".
+    """
+    is_torch = sampling.has_filters or statistics_on(device_type) is torch_statistics
+    return SAMPLED_LOGITS if is_torch else KERNEL_LOGITS
 
 
 @torch.no_grad()
@@ -123,51 +157,57 @@ def sample_tokens(
     if len(logits_TV) == 0:
         nothing = logits_TV.new_empty(0, dtype=torch.float32)
         return Draws(keys.new_empty(0), nothing, nothing if with_entropy else None)
-    shard = _shard(logits_TV, mask_token_id, vocab_size, tp_group)
-    draw = _draw_filtered if sampling.has_filters else _draw
-    tokens, log_confidence = draw(shard, keys, sampling)
-    return Draws(tokens, log_confidence.exp().float(), _entropy(shard) if with_entropy else None)
-
-
-def _shard(
-    logits_TV: Tensor, mask_token_id: int, vocab_size: int, tp_group: ProcessGroup | None
-) -> _Shard:
     num_columns = logits_TV.shape[1]
     first, num_valid = local_columns(num_columns, vocab_size=vocab_size, tp_group=tp_group)
-    logits = logits_TV.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    logits[:, num_valid:] = -torch.inf
-    if first <= mask_token_id < first + num_columns:
-        logits[:, mask_token_id - first] = -torch.inf
-    return _Shard(logits, first, vocab_size, tp_group)
+    shard = _Shard(logits_TV, first, num_valid, mask_token_id - first, vocab_size, tp_group)
+    if not sampling.has_filters:
+        return _draw(shard, keys, sampling, with_entropy)
+    logits = shard.visible_logits()
+    tokens, log_confidence = _draw_filtered(logits, shard, keys, sampling)
+    entropy = None
+    if with_entropy:
+        entropy = _entropy(torch.stack(log_sum_and_mean(logits)), tp_group)
+    return Draws(tokens, log_confidence.exp().float(), entropy)
 
 
-def _draw(shard: _Shard, keys: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Token of the highest score, lowest id on ties, and its log probability, float64."""
-    score = logits = shard.logits
-    if sampling.temperature > 0:
-        columns = torch.arange(logits.shape[1], device=logits.device) + shard.first
-        score = randomness.gumbel(keys, columns).add_(logits, alpha=1.0 / sampling.temperature)
-    value, column = score.max(dim=1)
-    logit = logits.gather(1, column.unsqueeze(1)).squeeze(1)
-    # float64 holds ids exactly, so everything travels in one message
-    record = [value.double(), (column + shard.first).double(), logit.double()]
-    records = _all_gather(torch.stack([*record, _log_sum_exp(logits, 1.0)]), shard.tp_group)
+def _draw(shard: _Shard, keys: Tensor, sampling: Sampling, with_entropy: bool) -> Draws:
+    """The token of the highest score, lowest id on ties."""
+    record = statistics_on(shard.logits_TV.device.type)(
+        shard.logits_TV,
+        keys,
+        first=shard.first,
+        num_valid=shard.num_valid,
+        mask_column=shard.mask_column,
+        temperature=sampling.temperature,
+        with_entropy=with_entropy,
+    )
+    token, logit, log_sum = _best_of_ranks(_all_gather(record[:4], shard.tp_group))
+    log_confidence = logit - _finite(log_sum)
+    entropy = _entropy(record[3:], shard.tp_group) if with_entropy else None
+    return Draws(token.long(), log_confidence.exp().float(), entropy)
+
+
+def _best_of_ranks(records: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[T] id, logit and global normaliser of [TP, 4, T] records, float64."""
+    if len(records) == 1:  # the same bits with fewer launches, which decoding is bound by
+        return records[0, 1], records[0, 2], records[0, 3]
     winner = records[:, 0].argmax(0)  # the first maximum, hence the lowest rank and id
     rows = torch.arange(len(winner), device=winner.device)
-    token, logit = records[winner, 1, rows].long(), records[winner, 2, rows]
-    return token, logit - _finite(records[:, 3].logsumexp(0))
+    return records[winner, 1, rows], records[winner, 2, rows], records[:, 3].logsumexp(0)
 
 
-def _draw_filtered(shard: _Shard, keys: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """As `_draw`, among the best candidates of every rank; more for rows whose nucleus does not
-    fit.
+def _draw_filtered(
+    logits: Tensor, shard: _Shard, keys: Tensor, sampling: Sampling
+) -> tuple[Tensor, Tensor]:
+    """Tokens as of `_draw`, among the best candidates of every rank, more for rows whose nucleus
+    does not fit; and their log probabilities, float64. Works on the visible logits.
     """
-    logits, top_k, temperature = shard.logits, sampling.top_k, sampling.temperature
+    top_k, temperature = sampling.top_k, sampling.temperature
     tokens, log_confidence = torch.empty_like(keys), torch.empty_like(keys, dtype=torch.float64)
     rows = torch.arange(len(keys), device=keys.device)
-    log_sum = tempered = _log_sum_exp(logits, 1.0)
+    log_sum = tempered = log_sum_exp(logits, 1.0)
     if top_k == 0 and temperature != 1:
-        tempered = _log_sum_exp(logits, temperature)
+        tempered = log_sum_exp(logits, temperature)
     log_sums, packed = torch.stack([log_sum, tempered], dim=1), pack(logits, shard.first)
     num_candidates = top_k if top_k > 0 else FIRST_NUCLEUS_CANDIDATES
     while len(rows) > 0:
@@ -208,16 +248,13 @@ def _exchange(
     return logit, token, log_sum, tempered
 
 
-def _entropy(shard: _Shard) -> Tensor:
-    """[T] float32 entropy of the whole softmax: log sum exp - mean logit."""
-    largest = shard.logits.amax(1)
-    largest = largest.masked_fill(largest == -torch.inf, 0.0)  # a shard of padding alone
-    relative = shard.logits - largest.unsqueeze(1)
-    weight = relative.exp()
-    total = weight.sum(1)
-    mean = weight.mul_(relative.masked_fill_(relative == -torch.inf, 0.0)).sum(1) / total
-    record = [largest.double() + total.double().log(), largest.double() + mean.double()]
-    log_sums, means = _all_gather(torch.stack(record), shard.tp_group).unbind(1)
+def _entropy(record: Tensor, tp_group: ProcessGroup | None) -> Tensor:
+    """[T] float32 entropy of the whole softmax: log sum exp - mean logit, of [2, T] these two of
+    this rank.
+    """
+    log_sums, means = _all_gather(record, tp_group).unbind(1)
+    if len(means) == 1:  # as in `_best_of_ranks`
+        return (_finite(log_sums[0]) - means[0]).clamp(min=0.0).float()
     log_sum = _finite(log_sums.logsumexp(0))
     share = (log_sums - log_sum).exp()
     mean = torch.where(share > 0, share * means, share).sum(0)
@@ -240,14 +277,6 @@ def _nucleus(probability: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     limit = round(top_p / MASS_UNIT)
     keep = mass.cumsum(1) - mass < limit if top_p < 1 else torch.ones_like(mass, dtype=torch.bool)
     return keep, mass.sum(1) >= limit
-
-
-def _log_sum_exp(logits: Tensor, temperature: float) -> Tensor:
-    """[T] float64 log sum exp(logits / temperature) of this rank; -inf if all is padding."""
-    largest = logits.amax(1)
-    shift = largest.masked_fill(largest == -torch.inf, 0.0)
-    total = (logits - shift.unsqueeze(1)).div_(temperature).exp_().sum(1)
-    return shift.double() / temperature + total.double().log()
 
 
 def _all_gather(local: Tensor, tp_group: ProcessGroup | None) -> Tensor:

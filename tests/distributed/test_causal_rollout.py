@@ -6,11 +6,12 @@ import functools
 import pytest
 import torch
 
-from megatron_opdlm.rollout import cached_attention, decode_pass, flash, graphs
+from megatron_opdlm.rollout import cached_attention, decode_pass, graphs
 from megatron_opdlm.rollout.collector import collect
 from megatron_opdlm.rollout.request import DecodingOptions
 from tests.helpers import run_ranks
 from tests.oracle import load_hf
+from tests.plain_kernels import PLAIN_FLAT
 from tests.rollouts import (
     MASK,
     RecordingEngine,
@@ -21,7 +22,6 @@ from tests.rollouts import (
     make_request,
 )
 from tests.tiny import tiny_model
-from tests.unit.test_cached_attention import plain_kernel
 from tests.unit.test_graphs import Repeat
 
 GREEDY = DecodingOptions(block_size=1, denoising_steps=1)
@@ -178,8 +178,7 @@ def captured(rank, checkpoint):
     model, parallel, _ = load(checkpoint)
     engine = make_engine(model, parallel, SAMPLED, max_rows=9, causal=True)
     expected = engine.generate(REQUESTS)
-    cached_attention.has_flash = lambda device, dtype: True
-    flash._kernel = lambda: plain_kernel
+    cached_attention.decoding_kernel = lambda *where: PLAIN_FLAT
     engine.cuda_graphs = True
     return expected, engine.generate(REQUESTS), engine.counts, Repeat.captured
 

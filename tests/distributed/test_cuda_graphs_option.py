@@ -39,12 +39,7 @@ def test_commands_refuse_them_before_the_import(command, model, tmp_path):
         return status, err.getvalue()
 
     ((status, err),) = run_ranks(run, 1, "--cuda-graphs")
-    assert (
-        status == 2
-        and err.startswith(f"error: {RULE}")
-        and "torch.float32" in err
-        and err.count("\n") == 1
-    )
+    assert status == 2 and err.startswith(f"error: {RULE}") and err.count("\n") == 1
     assert not folder.exists()
     assert run_ranks(run, 1)[0][0] == 0  # control: without the flag it runs
 

@@ -1,10 +1,9 @@
-"""Decoding on a GPU: flash attention, captured passes, FP8, and how often the host waits."""
+"""Decoding on a GPU: logits, captured passes, FP8, and how often the host waits."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import random
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,87 +15,16 @@ from torch import Tensor
 
 from megatron_opdlm.checkpoint import load_model
 from megatron_opdlm.model import BlockDiffusionModel, BuildOptions
-from megatron_opdlm.rollout.cached_attention import has_flash
 from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.rollout.sampler import Draws
 from megatron_opdlm.stream import DOCUMENT, POSITION
 from tests.rollouts import MASK, SAMPLED, RecordingEngine, make_engine, make_request, plain
 from tests.training_logits import differences
-from tests.unit.test_cached_attention import Sequence, make_cache, run_pass
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-WIDTH = 64  # of an attention head
-CAPACITY = 512  # whole pages of the flash kernel
-ROUNDING = 2e-2  # of an attention output in bfloat16: values up to 4, of 8 bits
 LOGIT_ROUNDING = 0.4  # of a logit after four layers in bfloat16; on a CPU it is up to 0.18
-
-
-# --- attention ---
-
-
-def random_rows(block_size: int) -> list[Sequence]:
-    """Prompts of every remainder, shorter than a block, of several, and a long one."""
-    lengths = [r + block_size * (r % 3) or block_size for r in range(max(block_size, 6))]
-    lengths += [180, 200]
-    slots = random.Random(block_size).sample(range(len(lengths) + 2), len(lengths))
-    return [
-        Sequence(slot, block_size, length, seed, width=WIDTH, dtype=torch.bfloat16)
-        for seed, (slot, length) in enumerate(zip(slots, lengths, strict=True))
-    ]
-
-
-def cuda_cache(rows: list[Sequence], dtype: torch.dtype) -> Any:
-    slots = max(row.slot for row in rows) + 1
-    return make_cache(slots, CAPACITY, width=WIDTH, dtype=dtype, device="cuda")
-
-
-def choose(rows: list[Sequence], number: int) -> list[int]:
-    """Rows of a pass, the same for equal rows. Some begin later, and none is in every pass."""
-    generator = random.Random(number)
-    begun = [i for i, row in enumerate(rows) if row.cached or i % 4 == number]
-    return [i for i in begun if not rows[i].cached or generator.random() < 0.75] or begun
-
-
-@pytest.mark.parametrize("block_size", [1, 3, 4, 32])
-def test_flash_attention_equals_dense_attention(block_size: int) -> None:
-    """The same numbers, kept in 16 bits for the one and in 32 for the other."""
-    flash_rows, dense_rows = random_rows(block_size), random_rows(block_size)
-    flash, dense = cuda_cache(flash_rows, torch.bfloat16), cuda_cache(dense_rows, torch.float32)
-    assert has_flash("cuda", flash.dtype) and not has_flash("cuda", dense.dtype)
-    mixed = 0
-    for number in range(12):
-        chosen = choose(flash_rows, number)
-        mixed += len({flash_rows[i].cached == 0 for i in chosen}) == 2
-        padding = number % 3
-        output, expected = run_pass(flash, [flash_rows[i] for i in chosen], block_size, padding)
-        other, same = run_pass(dense, [dense_rows[i] for i in chosen], block_size, padding)
-        assert torch.equal(expected, same)
-        torch.testing.assert_close(other, expected, atol=2e-3, rtol=2e-3)
-        torch.testing.assert_close(output, other, atol=ROUNDING, rtol=ROUNDING)
-        for i in chosen:
-            is_finished = (number + i) % 3 == 0
-            flash_rows[i].step(finished=is_finished)
-            dense_rows[i].step(finished=is_finished)
-    assert mixed >= 2, "prompts and decoding in one pass"
-
-
-def test_control_stale_keys_are_more_than_rounding() -> None:
-    """A finished block of one row whose noisy keys stay in the 16-bit cache."""
-    rows = random_rows(4)
-    cache, row = cuda_cache(rows, torch.bfloat16), rows[0]
-    run_pass(cache, rows, 4, 0)
-    for each in rows:
-        each.step(finished=each is row)
-    first = row.block - 4
-    stale = row.keys[first : row.block].clone()
-    run_pass(cache, rows, 4, 0)
-    for each in rows:
-        each.step(finished=False)
-    cache.layer(1)[0][row.slot, :, first : row.block] = stale.transpose(0, 1).to(cache.dtype)
-    output, expected = run_pass(cache, rows, 4, 0)
-    assert (output - expected).abs().max() > 10 * ROUNDING
 
 
 # --- the engine ---

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from megatron_opdlm.rollout import cached_attention, flash
+from megatron_opdlm.rollout import cached_attention
 from megatron_opdlm.rollout.cache import KVCache
 from megatron_opdlm.rollout.cached_attention import AttentionLayout, CachedAttention
 from megatron_opdlm.rollout.staged import Staged
 from tests.oracle import block_tags, dense_mask
+from tests.plain_kernels import PLAIN_KERNELS
 from tests.unit.test_attention import dense_attention
 
 HEADS, KV_HEADS, WIDTH, SCALE = 4, 2, 8, 0.3
@@ -18,7 +19,7 @@ def make_cache(
 ):
     return KVCache(
         layer_numbers=list(range(1, num_layers + 1)), num_slots=num_slots, capacity=capacity,
-        num_heads=KV_HEADS, head_size=width, dtype=dtype, device=device,
+        num_heads=KV_HEADS, num_query_heads=HEADS, head_size=width, dtype=dtype, device=device,
     )  # fmt: skip
 
 
@@ -91,43 +92,18 @@ def run_pass(cache, rows, block_size, num_padding, layer=1):
     return output[: len(output) - num_padding], torch.cat(expected)
 
 
-def plain_kernel(
-    query, key, value, query_starts, key_starts, max_q, max_k, *,
-    scale, enable_gqa, seqused_k, block_table, num_splits,
-):  # fmt: skip
-    """What torch documents of `varlen_attn` with pages, sequence by sequence."""
-    assert num_splits == 1 and enable_gqa
-    assert key_starts.tolist() == [i * max_k for i in range(len(query_starts))]  # FA2 wants it
-    assert key_starts.dtype == torch.int32
-    assert query_starts.dtype == seqused_k.dtype == block_table.dtype == torch.int32
-    assert max_k == key.shape[1] and len(block_table) == len(seqused_k) == len(query_starts) - 1
-    shared, outputs = query.shape[1] // key.shape[2], []
-    for i, count in enumerate(seqused_k.tolist()):
-        mine = query[query_starts[i] : query_starts[i + 1]]
-        assert 0 < len(mine) <= max_q
-        keys, values = (
-            torch.cat([pages[page] for page in block_table[i].tolist()])[:count].repeat_interleave(
-                shared, dim=1
-            )
-            for pages in (key, value)
-        )
-        weights = (torch.einsum("qhd,khd->hqk", mine, keys) * scale).softmax(-1)
-        outputs.append(torch.einsum("hqk,khd->qhd", weights, values))
-    return torch.cat(outputs)
-
-
-@pytest.mark.parametrize("has_flash", [False, True])
+@pytest.mark.parametrize("kernel", [None, *PLAIN_KERNELS])
 @pytest.mark.parametrize("block_size", [1, 3, 4])
 @pytest.mark.parametrize("slots", [(0, 1, 2), (0, 2, 3), (3,)], ids=str)
 @pytest.mark.parametrize("mask_cells", [2**24, 100])
-def test_passes_equal_full_attention(block_size, slots, mask_cells, has_flash, monkeypatch):
-    if has_flash:
+def test_passes_equal_full_attention(block_size, slots, mask_cells, kernel, monkeypatch):
+    if kernel is not None:
+        chosen = PLAIN_KERNELS[kernel]
         monkeypatch.setattr(cached_attention, "_flex_padding", lambda length, device: -length % 16)
-        monkeypatch.setattr(cached_attention, "has_flash", lambda device, dtype: True)
-        monkeypatch.setattr(flash, "_kernel", lambda: plain_kernel)
+        monkeypatch.setattr(cached_attention, "decoding_kernel", lambda *where: chosen)
         monkeypatch.setattr(CachedAttention, "_attend_dense", None)
     monkeypatch.setattr(cached_attention, "MASK_CELLS", mask_cells)
-    cache = make_cache(num_slots=4, capacity=48)
+    cache = make_cache(num_slots=4, capacity=256)
     prompts = [1, 23, 6][: len(slots)]
     rows = [
         Sequence(slot, block_size, prompt, seed)

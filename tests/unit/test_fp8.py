@@ -1,10 +1,13 @@
-"""Shapes that FP8 can have, and those that it cannot."""
+"""Shapes and GPUs that FP8 can have, and those that it cannot."""
 
 import pytest
+import torch
 
+from megatron_opdlm import start
 from megatron_opdlm.convert.hf import parse_config
-from megatron_opdlm.fp8 import check_fp8_fit
+from megatron_opdlm.fp8 import check_fp8_device, check_fp8_fit
 from megatron_opdlm.model import BuildOptions, stream_multiple
+from tests.training import tiny_config
 
 QWEN3 = {
     "model_type": "qwen3", "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1000000,
@@ -55,3 +58,60 @@ def test_streams_are_aligned_after_they_are_cut():
         assert stream_multiple(plain, 4) == multiple
         assert stream_multiple(shared, 4) == 4 * multiple
     assert stream_multiple(BuildOptions(), 4) == 1
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    def make(capability, cuda="13.0"):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+
+    return make
+
+
+NONE = "set fp8 and teacher_fp8 to none"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "capability", "cuda", "rule"),
+    [
+        ("tensorwise", (8, 0), "13.0", f"capability 8.9 or higher, and this GPU has 8.0; {NONE}"),
+        ("delayed", (8, 6), "13.0", f"capability 8.9 or higher, and this GPU has 8.6; {NONE}"),
+        ("blockwise", (8, 0), "13.0", f"capability 9.0 or higher, and this GPU has 8.0; {NONE}"),
+        ("blockwise", (8, 9), "13.0",
+         "capability 9.0 or higher, and this GPU has 8.9; set fp8_recipe=tensorwise"),
+        ("blockwise", (9, 0), "12.8",
+         "needs CUDA 12.9 or higher, and this torch is of CUDA 12.8; set fp8_recipe=tensorwise"),
+    ],
+)  # fmt: skip
+def test_gpus_without_kernels(recipe, capability, cuda, rule, gpu):
+    gpu(capability, cuda)
+    with pytest.raises(ValueError, match=f"^fp8_recipe={recipe} .*{rule}$"):
+        check_fp8_device(recipe)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "capability", "cuda"),
+    [
+        ("tensorwise", (8, 9), "12.1"),
+        ("delayed", (8, 9), "12.8"),
+        ("tensorwise", (9, 0), "12.8"),
+        ("blockwise", (9, 0), "12.9"),
+        ("blockwise", (10, 0), "13.0"),
+    ],
+)
+def test_gpus_with_kernels(recipe, capability, cuda, gpu):
+    gpu(capability, cuda)
+    check_fp8_device(recipe)
+
+
+@pytest.mark.parametrize("keys", [{"fp8": "hybrid"}, {"teacher_fp8": "e4m3"}])
+def test_the_gpu_is_looked_at_before_anything_else(keys, gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(start, "require_transformer_engine", lambda layer_spec: None)
+    layers = {"layer_spec": "transformer_engine", "params_dtype": "bfloat16"}
+    nowhere = (tmp_path / "model", tmp_path / "prompts.jsonl", tmp_path / "run")
+    gpu((8, 0))
+    with pytest.raises(ValueError, match="^fp8_recipe=tensorwise needs a GPU"):
+        start.check(tiny_config(*nowhere, **layers, **keys))
+    with pytest.raises(FileNotFoundError):  # control: without FP8 the next thing is missing
+        start.check(tiny_config(*nowhere, **layers))

@@ -1,6 +1,7 @@
 """What is shipped, and the rules of this code base that a machine can check."""
 
 import ast
+import re
 import tomllib
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def test_constraints_pin_what_the_project_needs_exactly(project):
     assert all("==" in pin for pin in pins)
     needed = project["project"]["dependencies"] + project["project"]["optional-dependencies"]["dev"]
     for requirement in needed:
-        assert requirement.split(">")[0].lower().replace("_", "-") in names, requirement
+        name = re.split("[>;]", requirement)[0].strip()
+        assert name.lower().replace("_", "-") in names, requirement
 
 
 @pytest.mark.parametrize("path", MODULES, ids=NAMES)

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_opdlm import setup_models
 from megatron_opdlm.convert.layout import TOKENIZER_DIR, read_description, resolve_iteration
 from megatron_opdlm.setup_models import (
     build_options,
+    check_graphs,
     check_mask_token,
     check_same_language,
     load_tokenizer,
@@ -76,3 +78,22 @@ def test_options_of_a_configuration():
     plain = tiny_config(Path("s"), Path("d"), Path("r"))
     options = build_options(plain.model, plain.parallel)
     assert options.params_dtype is torch.float32 and options.recompute_granularity is None
+
+
+@pytest.mark.parametrize(("method", "sizes"), [("opdlm", [16]), ("sft", [16, 24])])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_graphs_are_judged_by_the_models_that_decode(
+    wanted, method, sizes, tmp_path, tmp_path_factory, monkeypatch
+):
+    """By the head sizes that their files say, before any model is loaded."""
+    base = tmp_path_factory.getbasetemp()
+    models = {"student": tiny_model(base).checkpoint, "data": tmp_path, "save": tmp_path / "run"}
+    models["teacher"] = tiny_model(base, head_dim=24).checkpoint
+    config = tiny_config(**models, method=method, cuda_graphs=wanted)
+    seen = []
+    monkeypatch.setattr(
+        setup_models, "require_graphs", lambda dtype, size, **rest: seen.append((size, rest))
+    )
+    check_graphs(config, build_options(config.model, config.parallel))
+    rest = {"sequence_parallel": False, "fp8": None}
+    assert sorted(seen) == [(size, rest) for size in sizes] * wanted

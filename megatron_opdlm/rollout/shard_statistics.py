@@ -1,0 +1,144 @@
+"""What a rank knows about its columns of the logits: best token, normaliser, mean logit.
+
+The one place of the draw with two implementations. The Triton kernel reads the logits once, 2 bytes
+per logit in bfloat16; it runs on CUDA where Triton can be imported. PyTorch moves about 340 bytes
+per logit, more than half of them for the noise; it is the reference and runs elsewhere. Noise has
+the same bits in both, and results agree to the rounding of float32.
+
+Shape letters: T rows, V vocabulary; `_TV` holds this rank's [T, V_local] columns.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_opdlm import randomness
+
+logger = logging.getLogger(__name__)
+
+
+class ShardStatistics(Protocol):
+    """An implementation."""
+
+    def __call__(
+        self,
+        logits_TV: Tensor,
+        keys: Tensor,
+        *,
+        first: int,
+        num_valid: int,
+        mask_column: int,
+        temperature: float,
+        with_entropy: bool,
+    ) -> Tensor:
+        """Reduces every row to a few numbers. No collectives, and CUDA is not waited for.
+
+        Args:
+            logits_TV: [T, V_local] bfloat16 or float32, T > 0; left unchanged.
+            keys: [T] int64 noise key of each row.
+            first: id of the first column.
+            num_valid: columns that are not padding; the others are left out.
+            mask_column: column that is left out; outside of [0, V_local) there is none.
+            temperature: the score of a token is logit / temperature + noise, or at 0 its logit.
+            with_entropy: whether to add the mean logit.
+
+        Returns:
+            [4, T] float64: best score, id of its token (the lowest on ties), logit of that token,
+            log sum exp of the logits; or [5, T], with their mean under the softmax. A row of -inf
+            has the first id and the log sum -inf; the log sum of one with NaN or +inf is not
+            finite, and its token is any of this rank.
+        """
+
+
+@functools.cache
+def statistics_on(device_type: str) -> ShardStatistics:
+    """Returns the implementation for a kind of device, and says once which it is on a GPU.
+
+    Args:
+        device_type: of the logits, such as "cuda".
+    """
+    if device_type == "cuda":
+        try:
+            from megatron_opdlm.rollout.sampling_kernel import kernel_statistics
+        except ImportError as error:
+            logger.warning(
+                "sampling with PyTorch, which moves about 170 times the bytes of the Triton "
+                "kernel: %s; install triton", error,
+            )  # fmt: skip
+        else:
+            logger.info("sampling with the Triton kernel")
+            return kernel_statistics
+    return torch_statistics
+
+
+def torch_statistics(
+    logits_TV: Tensor,
+    keys: Tensor,
+    *,
+    first: int,
+    num_valid: int,
+    mask_column: int,
+    temperature: float,
+    with_entropy: bool,
+) -> Tensor:
+    """See `ShardStatistics`: the reference."""
+    score = logits = visible_logits(logits_TV, num_valid=num_valid, mask_column=mask_column)
+    if temperature > 0:
+        columns = torch.arange(logits.shape[1], device=logits.device) + first
+        score = randomness.gumbel(keys, columns).add_(logits, alpha=1.0 / temperature)
+    value, column = score.max(dim=1)
+    logit = logits.gather(1, column.unsqueeze(1)).squeeze(1)
+    # float64 holds ids exactly, so everything travels in one message
+    record = [value.double(), (column + first).double(), logit.double()]
+    sums = log_sum_and_mean(logits) if with_entropy else (log_sum_exp(logits, 1.0),)
+    return torch.stack([*record, *sums])
+
+
+def visible_logits(logits_TV: Tensor, *, num_valid: int, mask_column: int) -> Tensor:
+    """Returns a float32 copy of the logits with padding and the mask token at -inf.
+
+    Args: as of `ShardStatistics`.
+    """
+    logits = logits_TV.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    logits[:, num_valid:] = -torch.inf
+    if 0 <= mask_column < logits.shape[1]:
+        logits[:, mask_column] = -torch.inf
+    return logits
+
+
+def log_sum_exp(logits: Tensor, temperature: float) -> Tensor:
+    """Returns [T] float64 log sum exp(logits / temperature); -inf if all is padding.
+
+    Args:
+        logits: [T, V_local] float32.
+        temperature: above 0.
+    """
+    shift = _finite_maximum(logits)
+    total = (logits - shift.unsqueeze(1)).div_(temperature).exp_().sum(1)
+    return shift.double() / temperature + total.double().log()
+
+
+def log_sum_and_mean(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns [T] float64 log sum exp(logits) and [T] float64 mean of the logits under their
+    softmax, NaN if all is padding.
+
+    Args:
+        logits: [T, V_local] float32.
+    """
+    shift = _finite_maximum(logits)
+    relative = logits - shift.unsqueeze(1)
+    weight = relative.exp()
+    total = weight.sum(1)
+    mean = weight.mul_(relative.masked_fill_(relative == -torch.inf, 0.0)).sum(1) / total
+    return shift.double() + total.double().log(), shift.double() + mean.double()
+
+
+def _finite_maximum(logits: Tensor) -> Tensor:
+    """[T] largest logit; 0 in a row of -inf alone, such as a shard of padding."""
+    largest = logits.amax(1)
+    return largest.masked_fill(largest == -torch.inf, 0.0)

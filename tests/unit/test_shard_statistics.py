@@ -1,0 +1,62 @@
+"""Which implementation reduces a shard of the logits."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from megatron_opdlm.rollout import shard_statistics
+from megatron_opdlm.rollout.sampler import Sampling, most_logits
+from megatron_opdlm.rollout.shard_statistics import statistics_on, torch_statistics
+
+
+@pytest.fixture
+def fresh_choice():
+    statistics_on.cache_clear()
+    yield
+    statistics_on.cache_clear()
+
+
+def test_the_kernel_runs_on_cuda(fresh_choice, caplog):
+    pytest.importorskip("triton", reason="needs Triton")
+    from megatron_opdlm.rollout.sampling_kernel import kernel_statistics
+
+    with caplog.at_level(logging.INFO, logger=shard_statistics.__name__):
+        for _ in range(3):
+            assert statistics_on("cuda") is kernel_statistics
+            assert statistics_on("cpu") is torch_statistics
+    assert [r.getMessage() for r in caplog.records] == ["sampling with the Triton kernel"]
+
+
+def test_the_kernel_takes_more_logits_at_once(fresh_choice):
+    pytest.importorskip("triton", reason="needs Triton")
+    filtered = Sampling(temperature=1.0, top_k=5)
+    assert most_logits(Sampling(), "cuda") > most_logits(Sampling(), "cpu")
+    assert most_logits(filtered, "cuda") == most_logits(filtered, "cpu")
+
+
+def test_without_triton_the_reference_runs(fresh_choice, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "megatron_opdlm.rollout.sampling_kernel", None)
+    for _ in range(3):
+        assert statistics_on("cuda") is torch_statistics
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "install triton" in record.getMessage()
+
+
+def test_the_package_works_without_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from megatron_opdlm.rollout.sampler import Sampling, sample_tokens
+logits = torch.zeros(2, 9)
+logits[:, 4] = 30.0
+draws = sample_tokens(logits, Sampling(temperature=1.0), keys=torch.arange(2), mask_token_id=0,
+                      vocab_size=9)
+print(draws.tokens.tolist())
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    assert output.stdout.strip() == "[4, 4]"
