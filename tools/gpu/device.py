@@ -46,6 +46,11 @@ def begin_parallel(context: Context) -> Any:
     return parallel.initialize(timeout_minutes=2)
 
 
+def generator(seed: int = 0) -> torch.Generator:
+    """Draws on the device."""
+    return torch.Generator(device=torch.cuda.current_device()).manual_seed(seed)
+
+
 def require_hopper() -> None:
     """Skips an item on a card that has no FP8 of this kind."""
     capability = torch.cuda.get_device_capability(0)

@@ -86,15 +86,16 @@ def starter(settings: Mapping[str, Any], *, rehearsal: bool, fresh: bool) -> Sta
             print("an import has initialised CUDA: every item gets an interpreter of its own")
             fresh = True
 
-    def start(order: Order) -> int:
-        if fresh:
-            return _start_fresh(order, settings, rehearsal)
-        number = os.fork()
-        if number == 0:
-            _serve(order.item, order.messages, order.output, _told(order, settings, rehearsal))
-        return number
+    begin = _start_fresh if fresh else start_fork
+    return lambda order: begin(order, settings, rehearsal)
 
-    return start
+
+def start_fork(order: Order, settings: Mapping[str, Any], rehearsal: bool) -> int:
+    """Starts the process of an item as a copy of this one; returns its id."""
+    number = os.fork()
+    if number == 0:
+        _serve(order.item, order.messages, order.output, _told(order, settings, rehearsal))
+    return number
 
 
 def run_alone(items: Sequence[Item], told: Mapping[str, Any]) -> int:

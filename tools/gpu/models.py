@@ -18,6 +18,7 @@ from megatron_opdlm.convert.hf import HFConfig, parse_config
 from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, build_model
 from megatron_opdlm.parallel import ParallelState
 from megatron_opdlm.stream import PackedStream
+from tools.gpu.device import generator
 from tools.gpu.roofline import CONFIGS
 
 MASK_TOKEN = 151_669
@@ -47,15 +48,15 @@ def make_model(
     Those of a parameter depend on its name, its shape and the seed alone.
     """
     model = build_model(hf, options, parallel)
-    generator = torch.Generator(device=torch.cuda.current_device())
+    drawing = generator()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "q_layernorm" in name:
                 parameter.fill_(QUERY_SCALE)
             elif parameter.dim() > 1:
-                generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+                drawing.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
                 drawn = torch.empty(parameter.shape, device=parameter.device)
-                drawn.normal_(std=hf.initializer_range, generator=generator)
+                drawn.normal_(std=hf.initializer_range, generator=drawing)
                 parameter.copy_(drawn.to(torch.bfloat16))
     return model
 

@@ -147,8 +147,8 @@ class Runner:
             if status is None:
                 process.signal(SHOW_STACK)
                 time.sleep(STACK_SECONDS)
-            end = self._take(process.rest(), lines) or end
         finally:
+            end = self._take(process.rest(), lines) or end
             is_gone = process.end()
         if end is None:
             end = _without_end(status, item, deadline >= self._deadline)

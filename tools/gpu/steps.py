@@ -20,17 +20,18 @@ from megatron_opdlm.optimizer import StudentOptimizer
 from megatron_opdlm.parallel import ParallelState
 from megatron_opdlm.stream import Document, make_tags, pack
 from tools.gpu.cases import BLOCK, MASKED_SHARE
+from tools.gpu.device import generator
 from tools.gpu.implementations import reference_loss
 from tools.gpu.models import MASK_TOKEN, dense_hidden
 
 
 def make_documents(count: int, prompt: int, response: int) -> list[Document]:
     """Doubled sequences of random tokens, MASKED_SHARE of the response masked; whole blocks."""
-    generator = torch.Generator().manual_seed(0)
+    of_host = torch.Generator().manual_seed(0)
     end, made = prompt + response, []
     for _ in range(count):
-        clean = torch.randint(0, MASK_TOKEN, (end,), generator=generator)
-        order = torch.randperm(response, generator=generator)
+        clean = torch.randint(0, MASK_TOKEN, (end,), generator=of_host)
+        order = torch.randperm(response, generator=of_host)
         masked = order[: round(MASKED_SHARE * response)].sort().values
         noisy = clean[prompt:].clone()
         noisy[masked] = MASK_TOKEN
@@ -57,9 +58,9 @@ def make_microbatch(documents: Sequence[Document], options: BuildOptions) -> Mic
 def make_target(model: BlockDiffusionModel, num_rows: int) -> TeacherTarget:
     """A teacher's hidden states [T, D] and LM head, random, as wide as the student's."""
     head = model.head_weight()
-    generator = torch.Generator(device=head.device).manual_seed(1)
-    hidden = torch.empty(num_rows, head.shape[1], device=head.device).normal_(generator=generator)
-    weight = torch.empty(head.shape, device=head.device).normal_(std=0.02, generator=generator)
+    of_device = generator(1)
+    hidden = torch.empty(num_rows, head.shape[1], device=head.device).normal_(generator=of_device)
+    weight = torch.empty(head.shape, device=head.device).normal_(std=0.02, generator=of_device)
     return TeacherTarget(*(x.to(torch.bfloat16).to(head.dtype) for x in (hidden, weight)))
 
 

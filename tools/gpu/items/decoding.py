@@ -32,6 +32,7 @@ from tools.gpu.cases import (
 )
 from tools.gpu.device import begin_parallel, distance, kernels_of
 from tools.gpu.engines import RecordingEngine, Work, decode, logit_pairs, make_engine, make_requests
+from tools.gpu.implementations import decoding_kernel_name
 from tools.gpu.models import config, make_model
 from tools.gpu.record import Check, Context
 from tools.gpu.roofline import Shape, decoding_pass
@@ -132,20 +133,13 @@ def measure(
     context.timed(
         title, 1e3 * seconds / passes, [check], bound_ms=bound,
         tokens_per_s=commits / seconds, kernels=kernels / passes, waits=waits / passes,
-        graphs=engine.cuda_graphs, attention=attention_name(engine),
+        graphs=engine.cuda_graphs, attention=decoding_kernel_name(engine),
     )  # fmt: skip
 
 
 def len_of(requests: Sequence[Request]) -> int:
     """Response tokens of each."""
     return requests[0].response_limit
-
-
-def attention_name(engine: RolloutEngine) -> str:
-    """Which kernel decodes."""
-    from tools.gpu.implementations import decoding_kernel_name
-
-    return decoding_kernel_name(engine)
 
 
 Measure = Callable[[Callable[[], Any]], float]

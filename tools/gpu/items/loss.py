@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron_opdlm.divergence import Divergence
 from megatron_opdlm.fused_loss import TeacherTarget, fused_divergence
 from tools.gpu.cases import LOSS_ROWS, LOSS_WIDTHS, VOCAB
-from tools.gpu.device import begin, distance
-from tools.gpu.implementations import LOGIT_BYTES, losses
+from tools.gpu.device import begin, distance, generator
+from tools.gpu.implementations import losses
 from tools.gpu.models import MASK_TOKEN
 from tools.gpu.record import Check, Context
 from tools.gpu.roofline import loss_flops
@@ -37,10 +37,10 @@ class Inputs:
     @classmethod
     def draw(cls, width: int) -> Inputs:
         """Logits of standard deviation 2."""
-        generator = torch.Generator(device="cuda").manual_seed(0)
+        of_device = generator()
 
         def normal(rows: int, std: float) -> Tensor:
-            drawn = torch.empty(rows, width, device="cuda").normal_(std=std, generator=generator)
+            drawn = torch.empty(rows, width, device="cuda").normal_(std=std, generator=of_device)
             return drawn.bfloat16()
 
         parts = [normal(rows, std) for _ in range(2)
@@ -80,14 +80,18 @@ def run(context: Context) -> None:
     for width in LOSS_WIDTHS:
         inputs = Inputs.draw(width)
         expected = _exact(inputs)
-        for name, switch in losses().items():
-            with switch():
+        for implementation in losses():
+            title = f"{implementation.name}, {LOSS_ROWS:,} rows, D = {width:,}"
+            if implementation.obstacle is not None:
+                context.skipped(title, implementation.obstacle)
+                continue
+            with implementation.only():
                 checks = _checks(inputs, expected)
                 peak = peak_bytes(inputs.forward_backward)
                 ms = device_ms(inputs.forward_backward, context.repeats(5))
-            moved = LOGIT_BYTES[name] * LOSS_ROWS * VOCAB
+            moved = implementation.logit_bytes * LOSS_ROWS * VOCAB
             context.timed(
-                f"{name}, {LOSS_ROWS:,} rows, D = {width:,}", ms, checks,
+                title, ms, checks,
                 flops=loss_flops(LOSS_ROWS, width, VOCAB),
                 logit_gb_per_s=moved / ms / 1e6, peak_gb=peak / 1e9,
             )  # fmt: skip

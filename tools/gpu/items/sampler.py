@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_opdlm import randomness
 from megatron_opdlm.rollout.sampler import Draws, Sampling, sample_tokens
 from tools.gpu.cases import BF16_BYTES, SAMPLED_ROWS, VOCAB
-from tools.gpu.device import begin
+from tools.gpu.device import begin, generator
 from tools.gpu.implementations import samplers
 from tools.gpu.models import MASK_TOKEN
 from tools.gpu.record import Check, Context, exact
@@ -43,8 +43,7 @@ class Exact:
 def run(context: Context) -> None:
     """Tokens against float64, time and bandwidth of every implementation."""
     begin(context)
-    generator = torch.Generator(device="cuda").manual_seed(0)
-    logits = torch.randn(SAMPLED_ROWS, VOCAB, device="cuda", generator=generator) * 3
+    logits = torch.randn(SAMPLED_ROWS, VOCAB, device="cuda", generator=generator()) * 3
     logits = logits.bfloat16()
     keys = torch.tensor([randomness.key(0, row) for row in range(SAMPLED_ROWS)])
     expected, others = _exact(logits, keys), _exact(logits, keys.roll(1))
@@ -57,8 +56,11 @@ def run(context: Context) -> None:
         )  # fmt: skip
 
     first: Tensor | None = None
-    for name, switch in samplers().items():
-        with switch():
+    for implementation in samplers():
+        if implementation.obstacle is not None:
+            context.skipped(implementation.name, implementation.obstacle)
+            continue
+        with implementation.only():
             found = draw()
             ms = device_ms(draw, context.repeats(10))
         tokens = found.tokens.cpu()
@@ -69,7 +71,7 @@ def run(context: Context) -> None:
             different = (tokens != first) & (expected.margin > TIE)
             checks.append(exact("tokens that differ between the two", int(different.sum())))
         num_bytes = logits.numel() * BF16_BYTES
-        context.timed(name, ms, checks, num_bytes=num_bytes, us=1e3 * ms)
+        context.timed(implementation.name, ms, checks, num_bytes=num_bytes, us=1e3 * ms)
 
 
 def _checks(tokens: Tensor, confidence: Tensor, expected: Exact, others: Exact) -> list[Check]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_opdlm.flex import FLEX_BLOCK, flex_attention, make_block_mask
 from megatron_opdlm.stream import Document, pack, visible
 from tools.gpu.cases import BLOCK, STREAM_MODEL, STREAM_PROMPT, STREAM_RESPONSES
-from tools.gpu.device import apart, begin
+from tools.gpu.device import apart, begin, generator
 from tools.gpu.record import Check, Context
 from tools.gpu.roofline import BACKWARD_ATTENTION, Shape, doubled_pairs
 from tools.gpu.steps import make_documents
@@ -58,10 +58,10 @@ def _padded(document: Document) -> Tensor:
 
 def _inputs(shape: Shape, length: int) -> list[Tensor]:
     """Queries, keys, values, and the direction of the gradient."""
-    generator = torch.Generator(device="cuda").manual_seed(0)
+    of_device = generator()
     heads = (shape.num_heads, shape.num_key_heads, shape.num_key_heads, shape.num_heads)
     drawn = [
-        torch.randn(length, number, shape.head_size, device="cuda", generator=generator).bfloat16()
+        torch.randn(length, number, shape.head_size, device="cuda", generator=of_device).bfloat16()
         for number in heads
     ]
     drawn[0] *= QUERY_SCALE
