@@ -16,7 +16,7 @@ import torch
 from tools.gpu import log, machine, process
 from tools.gpu.child import Item
 from tools.gpu.items import ITEMS
-from tools.gpu.record import Check, Context, Skip, exact
+from tools.gpu.record import Check, Skip, exact
 from tools.gpu.runner import Interrupted, Runner
 from tools.gpu.table import markdown, read_results
 
