@@ -5,12 +5,16 @@ The logits of neither model ever exist for more than a chunk, in the forward pas
 gradients are formed in the forward pass, while the chunk's logits are there, and wait for the
 backward as [T, D] and [V_local, D].
 
+What happens to the logits of a chunk has two implementations (`divergence_choice.py`): Triton's
+kernels for float32 logits on a GPU, and for everything else PyTorch's operations, the reference.
+
 Shape letters: T rows, C rows of a chunk, V vocabulary, D hidden size; a tensor named `_CV` holds
 this rank's valid columns of a chunk.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_opdlm.divergence import Divergence
+from megatron_opdlm.divergence_choice import kernels_for
 from megatron_opdlm.divergence_rules import RENORMALIZED, TAIL
 from megatron_opdlm.ranking import LAST, pack
 from megatron_opdlm.vocab_shard import VocabShard
@@ -29,7 +34,8 @@ CHUNK_CELLS = {"cpu": 2**24, "cuda": 2**27}
 """Logits of a chunk, of one model, over all ranks that share the vocabulary: a rank has its share
 of them as of everything else."""
 TILE_CELLS = {"cpu": 2**19, "cuda": 2**24}
-"""Logits that are worked on at once: on a CPU what its caches hold, on a GPU what bounds memory."""
+"""Logits that the reference works on at once: on a CPU what its caches hold, on a GPU what bounds
+memory."""
 
 
 class Target(Protocol):
@@ -79,9 +85,12 @@ class TokenTarget:
 
     def logits(self, rows: slice, shard: VocabShard, out: Tensor) -> None:
         """See `Target`."""
-        columns = (self.token_ids[rows] - shard.first).unsqueeze(1)
-        own = torch.arange(shard.num_valid, device=out.device)
-        out.fill_(-torch.inf).masked_fill_(columns == own, 0.0)
+        out.fill_(-torch.inf)
+        if shard.num_valid:
+            columns = (self.token_ids[rows] - shard.first).unsqueeze(1)
+            nearest = columns.clamp(0, shard.num_valid - 1)
+            logits = out.new_zeros(columns.shape).masked_fill_(columns != nearest, -torch.inf)
+            out.scatter_(1, nearest, logits)
 
 
 def fused_divergence(
@@ -100,13 +109,15 @@ def fused_divergence(
     Softmaxes are in float32 (float64 if the weights are), over all columns but padding and the mask
     token: no response holds it, and a teacher whose vocabulary grew by it never learnt it.
 
-    Memory: two chunks of logits (one more in the weights' type where that is 16-bit), a few tiles,
-    with top_k a bool or two per logit of a chunk, and where gradients are wanted [T, D] and a
-    float32 [V_local, D], in the backward one more in the weights' type. Nothing of size [T, V].
+    Memory: two chunks of logits (one more in the weights' type where that is 16-bit), and where
+    gradients are wanted [T, D] and a float32 [V_local, D], in the backward one more in the weights'
+    type. Besides, the reference needs a few tiles, with top_k a bool or two per logit of a chunk;
+    the kernels need 12 bytes for each of k candidates of 4,096 logits. Nothing of size [T, V].
 
     Collectives on tp_group, for every chunk of C rows in the forward pass: all-reduces of [2, C]
     maxima, [2, C] sums and [2, C] values (24 bytes per row); with top_k also an all-gather of
-    [C, k] integers, and with `tail` and `raw` the last is [4, C]. None in the backward.
+    [C, k] integers, and with `tail` and `raw` the last is [4, C]. The kernels have theirs
+    (`divergence_passes.py`), of no more bytes. None in the backward.
 
     Args:
         student_hidden: [T, D], replicated on tp_group; float32, bfloat16 or float64.
@@ -164,30 +175,37 @@ class _FusedDivergence(torch.autograd.Function):
         shard: VocabShard,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(weight.dtype, torch.float32)
+        of_chunk = kernels_for(hidden.device.type, dtype, divergence) or reference
         head = weight[: shard.num_valid]
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
         values = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
+        weights = row_weight.to(dtype)
         # The same on all ranks: by the padded columns, of which each has as many.
         chunk = max(1, CHUNK_CELLS[hidden.device.type] // (len(weight) * shard.num_ranks))
-        shape = (2, min(chunk, len(hidden)), shard.num_valid)
-        buffers = torch.empty(shape, dtype=dtype, device=hidden.device)
+        # Kernels and cuBLAS read 16 bytes at once where rows begin at multiples of them, as those
+        # of padded columns do.
+        columns = shard.num_valid if of_chunk is reference else len(weight)
+        shape = (2, min(chunk, len(hidden)), columns)
+        buffers = torch.empty(shape, dtype=dtype, device=hidden.device)[:, :, : shard.num_valid]
         for start in range(0, len(hidden), chunk):
             rows = slice(start, min(start + chunk, len(hidden)))
             student_CV, teacher_CV = buffers[:, : rows.stop - start].unbind()
             _linear(hidden[rows], head, student_CV)
             target.logits(rows, shard, teacher_CV)
-            values[rows] = divergence_and_gradient(student_CV, teacher_CV, divergence, shard)
-            gradient = student_CV.mul_(row_weight[rows].to(dtype).unsqueeze(1)).to(weight.dtype)
+            values[rows], gradient = of_chunk(
+                student_CV, teacher_CV, weights[rows], divergence, shard, weight.dtype
+            )
             if grad_hidden is not None:
                 torch.mm(gradient, head, out=grad_hidden[rows])
             if grad_weight is not None:
                 _add_product(grad_weight[: shard.num_valid], gradient, hidden[rows])
+            del gradient  # before the next one is made
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(values)
-        return (values * row_weight.to(dtype)).sum(), values
+        return (values * weights).sum(), values
 
     @staticmethod
     @once_differentiable
@@ -215,13 +233,48 @@ def _linear(hidden: Tensor, head: Tensor, out: Tensor) -> None:
 
 
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """total += gradient^T @ hidden; some columns at a time where the types differ."""
+    """total += gradient^T @ hidden; some columns at a time where a product must be kept for it.
+
+    Where the types differ the product is float32 on a GPU: rounded to 16 bits, every chunk's would
+    add its error. On a CPU it has the type of the gradient.
+    """
     if gradient.dtype == total.dtype:
         total.addmm_(gradient.t(), hidden)
-        return
-    for start in range(0, len(total), 2**14):
-        part = slice(start, start + 2**14)
-        total[part] += gradient[:, part].t() @ hidden
+    elif hidden.is_cuda and _addmm_widens(hidden.dtype):
+        torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, out=total)
+    else:
+        options: dict[str, Any] = {"out_dtype": total.dtype} if hidden.is_cuda else {}
+        for start in range(0, len(total), 2**14):
+            part = slice(start, start + 2**14)
+            total[part] += torch.mm(gradient[:, part].t(), hidden, **options)
+
+
+@functools.cache
+def _addmm_widens(dtype: torch.dtype) -> bool:
+    """Whether addmm adds a product of 16-bit matrices to a float32 one, which torch 2.8 refuses.
+
+    Otherwise the float32 product is added by itself: sums of the same numbers, with one rounding to
+    float32 more. (pytorch/pytorch#167931 lifted the restriction, after 2.9.)
+    """
+    total, one = torch.zeros(1, 1, device="cuda"), torch.zeros(1, 1, dtype=dtype, device="cuda")
+    try:
+        torch.addmm(total, one, one, out_dtype=total.dtype, out=total)
+    except RuntimeError:
+        return False
+    return True
+
+
+def reference(
+    student_CV: Tensor,
+    teacher_CV: Tensor,
+    row_weight: Tensor,
+    divergence: Divergence,
+    shard: VocabShard,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """A `ChunkDivergence` of PyTorch's operations, for any float type, device and divergence."""
+    values = divergence_and_gradient(student_CV, teacher_CV, divergence, shard)
+    return values, student_CV.mul_(row_weight.unsqueeze(1)).to(dtype)
 
 
 def divergence_and_gradient(

@@ -56,36 +56,6 @@ def test_compiled_flex_attention_equals_tiles() -> None:
         torch.testing.assert_close(mine.cpu(), oracle, atol=5e-3, rtol=5e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cells", [3 * 1003, 2**27])  # chunks of three rows, of all
-def test_the_fused_loss_equals_dense_float64(dtype, cells, monkeypatch) -> None:
-    from megatron_opdlm import fused_loss
-    from tests.loss_oracle import dense_divergence, every_divergence
-
-    monkeypatch.setitem(fused_loss.CHUNK_CELLS, "cuda", cells)
-    rows, vocab, width = 10, 1001, 64  # padded to 1003
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(rows, width), (1003, width)] * 2
-    drawn = [torch.randn(s, generator=generator).to("cuda", dtype) * 0.3 for s in shapes]
-    weight = torch.linspace(-1, 2, rows, device="cuda")
-    for divergence in every_divergence(7):
-        hidden, head = (x.clone().requires_grad_() for x in drawn[:2])
-        loss, values = fused_loss.fused_divergence(
-            hidden, head, fused_loss.TeacherTarget(*drawn[2:]), weight, divergence,
-            vocab_size=vocab, mask_token_id=None,
-        )  # fmt: skip
-        loss.backward()
-        wide = [x.double().requires_grad_() for x in drawn[:2]]
-        teacher = drawn[2].double() @ drawn[3].double()[:vocab].t()
-        expected = dense_divergence(wide[0] @ wide[1][:vocab].t(), teacher, divergence)
-        (expected * weight).sum().backward()
-        torch.testing.assert_close(values.double(), expected, rtol=1e-4, atol=1e-5)
-        tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-        for got, want in zip((hidden, head), wide, strict=True):
-            apart = (got.grad.double() - want.grad).abs().max() / want.grad.abs().max()
-            assert apart < tolerance, (divergence, float(apart))
-
-
 def test_transformer_engine_equals_the_local_spec(parallel: object, imported: Path) -> None:
     pytest.importorskip("transformer_engine")
     from megatron_opdlm.checkpoint import load_model
