@@ -26,6 +26,7 @@ from tools.gpu.cases import (
     LARGE,
     LARGE_CONTEXT,
     LARGE_ROWS,
+    PASS_TOKENS,
     SMALL,
     SMALL_CONTEXTS,
     SMALL_ROWS,
@@ -123,16 +124,17 @@ def measure(
     kernels, _ = _difference(engine, pair, _num_kernels)
     waits, _ = _difference(engine, pair, _num_waits)
     passes = work.passes
+    rows_per_pass = work.tokens / passes / PASS_TOKENS
     bound = None
     if context.card is not None:
         bound = 1e3 * decoding_pass(
-            Shape.of(name), context.card, rows=rows, tokens=work.tokens / passes,
+            Shape.of(name), context.card, rows=rows_per_pass, tokens=work.tokens / passes,
             head_rows=work.head_rows / passes, context=length,
         )  # fmt: skip
     commits = rows * (len_of(pair.long) - len_of(pair.short))
     context.timed(
-        title, 1e3 * seconds / passes, [check], bound_ms=bound,
-        tokens_per_s=commits / seconds, kernels=kernels / passes, waits=waits / passes,
+        title, 1e3 * seconds / passes, [check], bound_ms=bound, tokens_per_s=commits / seconds,
+        rows_per_pass=rows_per_pass, kernels=kernels / passes, waits=waits / passes,
         graphs=engine.cuda_graphs, attention=decoding_kernel_name(engine),
     )  # fmt: skip
 
