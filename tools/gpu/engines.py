@@ -131,9 +131,10 @@ def logit_pairs(
 
     Returns:
         [T, V] float32 each: those that the rollout saw; those of the whole sequence by dense
-        attention; and, as a control, by dense attention that does not see the first half.
+        attention; and, as a control, by dense attention whose last block does not see the
+        eighth of the sequence before it.
     """
-    found, whole, half = [], [], []
+    found, whole, less = [], [], []
     size, end = BLOCK, len(trajectory.token_ids)
     commits = trajectory.commit_step[-size:]
     for step in range(int(commits.max()) + 1):
@@ -146,13 +147,11 @@ def logit_pairs(
         document = Document(token_ids=ids, tags=tags, loss_rows=positions)
         stream = pack([document]).to(torch.cuda.current_device())
         mask = visible(stream.tags, stream.tags)
+        late = mask.clone()
+        late[end - size :, end - size - max(size, end // 8) : end - size] = False
         keys = [request.key ^ draw_place(position, step) for position in positions.tolist()]
         found += [engine.recorded[key] for key in keys]
-        for shown, kept in ((whole, 0), (half, end // 2)):
-            hidden = dense_hidden(engine.model, stream, mask & (_columns(stream) >= kept))
+        for shown, seen in ((whole, mask), (less, late)):
+            hidden = dense_hidden(engine.model, stream, seen)
             shown.append(engine.model.logits(hidden)[:, : engine.model.vocab_size_unpadded])
-    return torch.stack(found).float(), torch.cat(whole).float(), torch.cat(half).float()
-
-
-def _columns(stream: Any) -> Tensor:
-    return torch.arange(len(stream), device=stream.tags.device)
+    return torch.stack(found).float(), torch.cat(whole).float(), torch.cat(less).float()

@@ -43,13 +43,13 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """Whether the figures count; NaN is never small."""
-        has_teeth = self.control is None or not self.control <= self.limit
+        """Whether the figures count; NaN is neither small nor large."""
+        has_teeth = self.control is None or self.control > self.limit
         return self.error <= self.limit and has_teeth
 
     def __str__(self) -> str:
-        if self.error <= self.limit and self.control is not None and self.control <= self.limit:
-            return f"{self.what}: the control passes, {self.control:.2g} <= {self.limit:.2g}"
+        if self.error <= self.limit and self.control is not None and not self.holds:
+            return f"{self.what}: the control passes, {self.control:.2g} of {self.limit:.2g}"
         sign = "<=" if self.error <= self.limit else ">"
         return f"{self.what} {self.error:.2g} {sign} {self.limit:.2g}"
 

@@ -94,9 +94,9 @@ def check_logits(
     requests = make_requests(CHECKED_ROWS, length - 2 * BLOCK, 2 * BLOCK)
     trajectories, _ = decode(engine, requests)
     pairs = [logit_pairs(engine, *pair) for pair in zip(requests, trajectories, strict=True)]
-    found, whole, half = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    found, whole, less = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     return Check(
-        "logits, whole sequence", distance(found, whole), LOGIT_LIMIT, control=distance(half, whole)
+        "logits, whole sequence", distance(found, whole), LOGIT_LIMIT, control=distance(less, whole)
     )
 
 

@@ -53,7 +53,7 @@ KEPT = ("linear_proj.weight", "linear_fc2.weight", "final_layernorm.weight", "li
 KEPT_LAYERS, KEPT_ROWS = (0, 1), 128
 """Of these layers, and of a matrix these first rows."""
 BF16_LIMITS = (1e-2, 0.1)
-FP8_LIMITS = (5e-2, 0.5)
+FP8_LIMITS = (5e-2, 0.7)
 """Relative distance of loss and gradients from float32 on the short stream."""
 TE_BF16 = BuildOptions(layer_spec="transformer_engine", params_dtype=torch.bfloat16)
 RECIPES = {"tensorwise": "hybrid", "delayed": "hybrid", "blockwise": "e4m3"}
