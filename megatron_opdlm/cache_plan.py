@@ -9,7 +9,7 @@ from megatron_opdlm.blocks import round_up
 from megatron_opdlm.config import Config
 from megatron_opdlm.config_schema import format_value
 from megatron_opdlm.convert.hf import HFConfig
-from megatron_opdlm.rollout.cache import CPU_LIMIT_BYTES, CUDA_PAGE
+from megatron_opdlm.rollout.cache import CPU_LIMIT_BYTES, share_slots, whole_pages
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -66,8 +66,9 @@ def plan_cache(config: Config, hf: HFConfig, num_replicas: int, cuda: bool) -> C
     Without a limit of the user's a GPU has what is free, which nobody knows beforehand.
     """
     rollout, (tp_size, pp_size) = config.rollout, decoding_layout(config)
-    length, has_spare, limit_gb = longest(config), expects_graphs(config, cuda), rollout.kv_cache_gb
-    capacity = round_up(length, CUDA_PAGE) if cuda else length
+    length, limit_gb = longest(config), rollout.kv_cache_gb
+    has_spare = expects_graphs(config, cuda)
+    capacity = whole_pages(length) if cuda else length
     per_token = 2 * (hf.num_layers // pp_size) * (hf.num_query_groups // tp_size) * hf.kv_channels
     per_token *= DTYPE_BYTES[config.model.params_dtype]
     num_sequences = min(
@@ -75,15 +76,20 @@ def plan_cache(config: Config, hf: HFConfig, num_replicas: int, cuda: bool) -> C
     )
     if limit_gb is not None or not cuda:
         limit = CPU_LIMIT_BYTES if limit_gb is None else int(limit_gb * 1e9)
-        num_sequences = min(num_sequences, limit // (per_token * capacity) - has_spare)
+        num_sequences, has_spare = share_slots(
+            limit // (per_token * capacity),
+            num_sequences,
+            None if rollout.cuda_graphs is None and has_spare else has_spare,
+        )
     if num_sequences < 1:
         spare = " and the spare one of cuda_graphs" if has_spare else ""
         needed = per_token * capacity * (1 + has_spare)
         usual = f", {CPU_LIMIT_BYTES / 1e9:.2f} on a CPU," if limit_gb is None else ""
         raise ValueError(
             f"kv_cache_gb={format_value(limit_gb)}{usual} must hold at least one sequence{spare}: "
-            f"{length} prompt and response tokens need {needed / 1e9:.10g} GB; raise it, or lower "
-            "max_prompt_tokens or max_response_tokens.end"
+            f"{length} prompt and response tokens need {needed / 1e9:.10g} GB; raise it, "
+            f"{'set cuda_graphs=false, ' if has_spare else ''}or lower max_prompt_tokens or "
+            "max_response_tokens.end"
         )
     return CachePlan(
         num_sequences=num_sequences,
@@ -101,9 +107,14 @@ def expects_graphs(config: Config, cuda: bool) -> bool:
     wanted, parallel = config.rollout.cuda_graphs, config.parallel
     if wanted is not None:
         return wanted
-    shares = parallel.sequence_parallel and parallel.rollout_tensor_model_parallel_size is None
+    shares, fp8 = parallel.sequence_parallel, config.model.fp8
+    if config.distill.responses == "teacher":
+        fp8 = fp8 if config.model.teacher_fp8 == "auto" else config.model.teacher_fp8
+        shares = shares and parallel.teacher_layout[0] > 1
+    elif parallel.rollout_tensor_model_parallel_size is not None:
+        shares = False
     is_16_bit = DTYPE_BYTES[config.model.params_dtype] == 2
-    return cuda and is_16_bit and config.model.fp8 == "none" and not shares
+    return cuda and is_16_bit and fp8 == "none" and not shares
 
 
 def num_replicas(config: Config, world_size: int) -> int:

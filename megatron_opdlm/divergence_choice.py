@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import logging
 from typing import Protocol
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm.divergence import Divergence
+from megatron_opdlm.kernel_support import log_once, why_no_triton
 from megatron_opdlm.vocab_shard import VocabShard
 
 logger = logging.getLogger(__name__)
@@ -58,12 +57,9 @@ def kernels_for(
     """
     if device_type != KERNEL_DEVICE:
         return None
-    if importlib.util.find_spec("triton") is None:
-        _say_once(
-            logging.WARNING,
-            "the loss runs PyTorch's operations, which move about 10 times the bytes of the "
-            "kernels: Triton is not installed; install triton",
-        )
+    if (broken := why_no_triton()) is not None:
+        line = "the loss runs PyTorch's operations, which move 10 times the bytes of the kernels"
+        log_once(logger, logging.WARNING, f"{line}: {broken}")
         return None
     reason = None
     if dtype != torch.float32:
@@ -73,12 +69,7 @@ def kernels_for(
 
         reason = divergence_passes.why_not(divergence)
     if reason is not None:
-        _say_once(logging.INFO, f"the loss runs PyTorch's operations: {reason}")
+        log_once(logger, logging.INFO, f"the loss runs PyTorch's operations: {reason}")
         return None
-    _say_once(logging.INFO, "the loss runs Triton's kernels")
+    log_once(logger, logging.INFO, "the loss runs Triton's kernels")
     return divergence_passes.divergence_and_weighted_gradient
-
-
-@functools.cache
-def _say_once(level: int, text: str) -> None:
-    logger.log(level, "%s", text)

@@ -259,6 +259,8 @@ def _addmm_widens(dtype: torch.dtype) -> bool:
     total, one = torch.zeros(1, 1, device="cuda"), torch.zeros(1, 1, dtype=dtype, device="cuda")
     try:
         torch.addmm(total, one, one, out_dtype=total.dtype, out=total)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         return False
     return True

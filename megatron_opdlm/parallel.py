@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import datetime
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -362,10 +363,30 @@ def from_main(
     return cast(_T, result)
 
 
+class UsesGroups(Protocol):
+    """Something on the device that keeps communicators busy: captured collectives."""
+
+    def close(self) -> None:
+        """Lets go of them."""
+
+
+_users: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def close_before_shutdown(user: UsesGroups) -> None:
+    """Has `shutdown` close something if it is still alive then.
+
+    NCCL waits for every graph that was captured with a communicator before it destroys it.
+    """
+    _users.add(user)
+
+
 def shutdown() -> None:
     """Leaves the job: destroys Megatron's groups and the process group."""
     from megatron.core import parallel_state as mpu
 
+    for user in list(_users):
+        user.close()
     if mpu.model_parallel_is_initialized():
         mpu.destroy_model_parallel()
     if dist.is_initialized():

@@ -30,8 +30,8 @@ _MAY_CHANGE = {
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel",
     "micro_batch_tokens", "overlap_grad_reduce",
     "distributed_timeout_minutes", "rollout_batch_size", "recompute_granularity", "import_cache",
-    "teacher_responses", "kv_cache_gb", "cuda_graphs", "keep_kv_cache", "apply_rope_fusion",
-    "bias_swiglu_fusion", "gradient_accumulation_fusion",
+    "teacher_responses", "kv_cache_gb", "cuda_graphs", "keep_kv_cache", "bias_swiglu_fusion",
+    "gradient_accumulation_fusion",
 }  # fmt: skip
 
 

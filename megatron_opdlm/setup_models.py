@@ -302,18 +302,30 @@ def build_divergence(config: DistillConfig) -> Divergence:
 
 
 def check_graphs(config: Config, options: BuildOptions) -> None:
-    """Refuses CUDA graphs where rollouts cannot have them, before models are loaded."""
-    if config.rollout.cuda_graphs:
-        is_second = config.parallel.rollout_tensor_model_parallel_size is not None
-        shares = options.sequence_parallel and not is_second
-        models = {config.model.student}  # it decodes for evaluation at least
-        if config.distill.responses == "teacher":
-            models.add(config.model.teacher or config.model.student)
-        for model in models:
-            hf = find_model_config(model, mask_token=config.model.mask_token)
-            require_graphs(
-                options.params_dtype, hf.kv_channels, sequence_parallel=shares, fp8=options.fp8
-            )
+    """Refuses CUDA graphs where rollouts cannot have them, before models are loaded.
+
+    Args:
+        config: resolved.
+        options: how the student is built.
+    """
+    if not config.rollout.cuda_graphs:
+        return
+    is_second = config.parallel.rollout_tensor_model_parallel_size is not None
+    shares = options.sequence_parallel and not is_second
+    # The student decodes for evaluation at least.
+    decoders = [(config.model.student, dataclasses.replace(options, sequence_parallel=shares))]
+    if config.distill.responses == "teacher":
+        teacher = config.model.teacher or config.model.student
+        tp_size, _ = config.parallel.teacher_layout
+        decoders.append((teacher, teacher_options(config.model, options, tp_size)))
+    for model, built in decoders:
+        hf = find_model_config(model, mask_token=config.model.mask_token)
+        require_graphs(
+            built.params_dtype,
+            hf.kv_channels,
+            sequence_parallel=built.sequence_parallel,
+            fp8=built.fp8,
+        )
 
 
 def check_weights(

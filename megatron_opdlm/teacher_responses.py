@@ -121,8 +121,9 @@ def teacher_engine(
         stream_multiple=teacher.pass_multiple,
         cuda_graphs=rollout.cuda_graphs,
         causal=True,
-        # Weights that come from the host are at other addresses every time.
-        memory=DecodingMemory(rollout.keep_kv_cache if teacher.host is None else False),
+        # It decodes every prompt once, and weights that come from the host have other addresses
+        # every time.
+        memory=DecodingMemory(keep=bool(rollout.keep_kv_cache) and teacher.host is None),
     )
 
 

@@ -264,7 +264,9 @@ class Trainer:
         """
         lr = self.optimizer.next_lr()
         with self.timer.phase("optimizer"):
-            return self.optimizer.step(rows.loss), lr
+            norm = self.optimizer.step(rows.loss)
+        self.layout.memory.observe_training()
+        return norm, lr
 
     def log_step(self, rows: StepRows, grad_norm: float, lr: float) -> None:
         """Log: one record per optimizer step."""

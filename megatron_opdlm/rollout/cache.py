@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 CUDA_PAGE = 256
 """Capacities are a multiple of this on CUDA, where the attention kernel reads whole pages."""
+LEAST_BESIDE_SPARE = 8
+"""A spare slot among so many takes little from them."""
 CPU_LIMIT_BYTES = 4 * 2**30
 CUDA_SHARE = 0.8
 """Part of the free memory of a GPU that a cache may take; passes need the rest."""
@@ -76,7 +78,7 @@ class KVCache:
         capacity: int,
         most_slots: int,
         limit_gb: float | None,
-        has_spare: bool = False,
+        has_spare: bool | None = False,
     ) -> KVCache:
         """Allocates as many slots as are wanted and fit on every rank of the replica.
 
@@ -88,7 +90,8 @@ class KVCache:
             most_slots: sequences to decode at once.
             limit_gb: most memory of this rank in GB (1e9 bytes); None: 80 % of what is free on a
                 GPU, or less if passes need more than the rest; 4 GiB on a CPU.
-            has_spare: whether to allocate a spare slot.
+            has_spare: whether to allocate a spare slot; None: if it costs little, see
+                `share_slots`.
 
         Raises:
             ValueError: not even one sequence fits, or there is less memory than kv_cache_gb says;
@@ -97,25 +100,27 @@ class KVCache:
         weight = next(model.decoder.parameters())
         config, cuda = model.config, weight.is_cuda
         num_heads = config.num_query_groups // parallel.tp_size
-        capacity = round_up(capacity, CUDA_PAGE) if cuda else capacity
+        capacity = whole_pages(capacity) if cuda else capacity
         layer_numbers = [layer.layer_number for layer in model.decoder.layers]
         per_slot = capacity * len(layer_numbers) * 2 * num_heads * config.kv_channels
         per_slot *= config.params_dtype.itemsize
         limit = smallest_in_replica(_limit_bytes(model, limit_gb), parallel)
-        num_slots = min(most_slots, limit // per_slot - has_spare)
+        num_slots, has_spare = share_slots(limit // per_slot, most_slots, has_spare)
         if num_slots < 1:
             needed = per_slot * (1 + has_spare)
-            verb = "and the spare one need" if has_spare else "needs"
+            verb = "and the spare one of cuda_graphs need" if has_spare else "needs"
+            way_out = "set cuda_graphs=false, " if has_spare else ""
             raise ValueError(
                 f"a sequence of {capacity} tokens {verb} "
                 f"{_size(needed)} of key/value cache, more than the {_size(limit)} there are; "
-                "shorten prompts or responses, raise kv_cache_gb, or cut the model over more GPUs"
+                f"{way_out}shorten prompts or responses, raise kv_cache_gb, or cut the model over "
+                "more GPUs"
             )
-        sizes = {"num_slots": num_slots, "capacity": capacity, "has_spare": has_spare}
         cache: KVCache | None = None
         with contextlib.suppress(torch.OutOfMemoryError):
             cache = cls(
-                **sizes, layer_numbers=layer_numbers, num_heads=num_heads,
+                num_slots=num_slots, capacity=capacity, has_spare=has_spare,
+                layer_numbers=layer_numbers, num_heads=num_heads,
                 num_query_heads=config.num_attention_heads // parallel.tp_size,
                 head_size=config.kv_channels, dtype=config.params_dtype, device=weight.device,
             )  # fmt: skip
@@ -128,11 +133,17 @@ class KVCache:
         return cache
 
     def __repr__(self) -> str:
+        slots = self._store.shape[2]
+        spare = f" + {slots - self.num_slots}" if self.has_spare else ""
         return (
-            f"key/value cache: {self.num_slots} sequences x {self.capacity} tokens x "
-            f"{self.num_bytes // (self._store.shape[2] * self.capacity)} bytes = "
-            f"{_size(self.num_bytes)}"
+            f"key/value cache: {self.num_slots}{spare} sequences x {self.capacity} tokens x "
+            f"{self.num_bytes // (slots * self.capacity)} bytes = {_size(self.num_bytes)}"
         )
+
+    @property
+    def has_spare(self) -> bool:
+        """Whether there is a spare slot."""
+        return self._store.shape[2] > self.num_slots
 
     @property
     def dtype(self) -> torch.dtype:
@@ -178,6 +189,32 @@ class KVCache:
     def move(self, source: int, target: int, num_tokens: int) -> None:
         """Copies the first tokens of a slot to another one, in all layers."""
         self._store[:, :, target, :, :num_tokens] = self._store[:, :, source, :, :num_tokens]
+
+
+def whole_pages(num_tokens: int) -> int:
+    """Returns the capacity of a slot on CUDA.
+
+    >>> whole_pages(257)
+    512
+    """
+    return round_up(num_tokens, CUDA_PAGE)
+
+
+def share_slots(num_fit: int, most_slots: int, has_spare: bool | None) -> tuple[int, bool]:
+    """Returns how many sequences are decoded at once, and whether there is a spare slot beside.
+
+    Args:
+        num_fit: slots that there is memory for.
+        most_slots: sequences to decode at once.
+        has_spare: whether there must be one; None: if all sequences have room beside it, or it is
+            one of many.
+
+    >>> share_slots(2, 2, None), share_slots(3, 2, None), share_slots(9, 99, None)
+    ((2, False), (2, True), (8, True))
+    """
+    if has_spare is None:
+        has_spare = num_fit > most_slots or num_fit > LEAST_BESIDE_SPARE
+    return min(most_slots, num_fit - has_spare), has_spare
 
 
 def _size(num_bytes: int) -> str:

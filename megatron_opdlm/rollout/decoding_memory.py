@@ -1,28 +1,28 @@
 """What decoding keeps on the device: the key/value cache, and the passes captured against it.
 
 A captured pass holds the addresses of weights and cache, so both have to stay where they are for as
-long as it is used. Capturing all sizes of a rollout takes seconds, so what is small stays between
-rollouts; what is not is given to training, and made anew.
+long as it is used. Capturing all sizes of a rollout takes seconds. So memory stays between rollouts
+where training has room for it, and is made anew where it has not.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from megatron_opdlm.model import BlockDiffusionModel
 from megatron_opdlm.parallel import ParallelState
-from megatron_opdlm.rollout.cache import KVCache, smallest_in_replica
+from megatron_opdlm.rollout.cache import KVCache, smallest_in_replica, whole_pages
 from megatron_opdlm.rollout.graphs import PassGraphs
 
 logger = logging.getLogger(__name__)
 
-KEPT_SHARE = 0.1
-"""Part of a GPU's memory that a cache may hold between rollouts unless someone decides otherwise:
-less than what activations of a training step take, so that whoever could train without it still
-can."""
+KEPT_SHARE = 0.5
+"""Part of the memory that everything else has left free that a kept cache may take: the rest is for
+its graphs, for fragments, and for a training step that is larger than those before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,29 +34,46 @@ class Need:
         most_slots: sequences to decode at once.
         limit_gb: most memory for keys and values, see `KVCache.for_model`.
         block_size: tokens of a block.
-        with_graphs: whether passes are captured.
+        with_graphs: whether passes are captured: True, False, or None where it costs few slots.
     """
 
     capacity: int
     most_slots: int
     limit_gb: float | None
     block_size: int
-    with_graphs: bool
+    with_graphs: bool | None
+
+
+class Lent(NamedTuple):
+    """What a rollout works with.
+
+    Attributes:
+        cache: its slots; of a kept one there may be more than the rollout wants.
+        graphs: None where no pass is captured.
+    """
+
+    cache: KVCache
+    graphs: PassGraphs | None
 
 
 @dataclass(frozen=True)
 class _Held:
     need: Need
-    cache: KVCache
-    graphs: PassGraphs | None
+    lent: Lent
     weights: tuple[int, ...]
 
     def serves(self, need: Need, model: BlockDiffusionModel) -> bool:
         """Whether it does for a rollout what memory of its own would."""
-        mine = self.need
+        cache, mine = self.lent.cache, self.need
+        is_cuda = cache.device.type == "cuda"
+        wanted = whole_pages(need.capacity) if is_cuda else need.capacity
+        # Too few slots are as many as there would be only where slots would be as long.
+        has_slots = cache.num_slots >= need.most_slots or (
+            cache.capacity == wanted and mine.most_slots >= need.most_slots
+        )
         return (
-            self.cache.capacity >= need.capacity
-            and mine.most_slots >= need.most_slots
+            cache.capacity >= wanted
+            and has_slots
             and (mine.block_size, mine.limit_gb) == (need.block_size, need.limit_gb)
             and mine.with_graphs == need.with_graphs
             and self.weights == _addresses(model)
@@ -70,54 +87,112 @@ class DecodingMemory:
         """Holds nothing yet.
 
         Args:
-            keep: whether memory stays between rollouts; None: where passes are captured, if its
-                cache takes at most `KEPT_SHARE` of the GPU.
+            keep: whether memory stays between rollouts; None: where passes are captured, once a
+                training step has shown that there is room for it.
         """
         self.keep = keep
         self._held: _Held | None = None
         self._is_lent = False
-        self._announced = 0
+        self._has_room = False
+        self._peak_of_others: int | None = None
+        self._last_said = ""
 
-    def take(
-        self, model: BlockDiffusionModel, parallel: ParallelState, need: Need
-    ) -> tuple[KVCache, PassGraphs | None]:
+    def require_free(self) -> None:
+        """Refuses a second rollout.
+
+        Raises:
+            RuntimeError: another rollout has the memory.
+        """
+        if self._is_lent:
+            raise RuntimeError(
+                "another rollout of this model is still open; finish it or close() it"
+            )
+
+    def take(self, model: BlockDiffusionModel, parallel: ParallelState, need: Need) -> Lent:
         """Lends what was kept if it serves, else allocates. Call on all ranks of the replica.
 
         Args:
             model: this rank's pipeline stage.
-            parallel: process groups. Collectives: those of `smallest_in_replica`, once or twice,
-                and of `KVCache.for_model`.
+            parallel: process groups. Collectives: `smallest_in_replica` twice, and those of
+                `KVCache.for_model`.
             need: what the rollout asks for.
 
         Raises:
             ValueError: see `KVCache.for_model`.
             RuntimeError: another rollout has it.
         """
-        if self._is_lent:
-            raise RuntimeError("another rollout of this model is still open; finish it or close()")
+        self.require_free()
         serves = self._held is not None and self._held.serves(need, model)
         if not smallest_in_replica(serves, parallel):
-            self._held = None  # gone before the next one is allocated
+            self.drop()  # gone before the next one is allocated
             self._held = _allocate(model, parallel, need)
         assert self._held is not None
-        self._is_lent = True
-        return self._held.cache, self._held.graphs
+        room = smallest_in_replica(self._fits_beside_training(self._held.lent), parallel)
+        self._has_room, self._is_lent = bool(room), True
+        return self._held.lent
 
-    def give_back(self) -> None:
-        """Ends a rollout, and drops what does not stay. No collectives."""
+    def give_back(self, *, is_usable: bool = True) -> None:
+        """Ends a rollout, and drops what does not stay. No collectives.
+
+        Args:
+            is_usable: whether the rollout ended without an error; what a failed one has left in the
+                cache may be no numbers.
+        """
         self._is_lent = False
-        held = self._held
-        assert held is not None
-        if self.keep is False or (self.keep is None and not _is_small(held)):
-            self._held = None
+        keeps = self._has_room if self.keep is None else self.keep
+        if self._held is not None:
+            self._say(self._held.lent, keeps)
+        if not (keeps and is_usable):
+            self.drop()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def drop(self) -> None:
+        """Frees what is held. Call between rollouts."""
+        if self._held is not None and self._held.lent.graphs is not None:
+            self._held.lent.graphs.close()
+        self._held = None
+
+    def observe_training(self) -> None:
+        """Notes how much memory a training step took. Call after each."""
+        if (used := _device_memory()) is not None:
+            peak = used.peak - (0 if self._held is None else self._held.lent.cache.num_bytes)
+            self._peak_of_others = max(peak, self._peak_of_others or 0)
+
+    def _fits_beside_training(self, lent: Lent) -> bool:
+        used = _device_memory()
+        if lent.graphs is None or self._peak_of_others is None or used is None:
+            return False
+        return lent.cache.num_bytes <= KEPT_SHARE * (used.total - self._peak_of_others)
+
+    def _say(self, lent: Lent, keeps: bool) -> None:
+        if lent.graphs is None or not len(lent.graphs):
             return
-        num_graphs = 0 if held.graphs is None else len(held.graphs)
-        if num_graphs > self._announced:
-            self._announced = num_graphs
-            logger.info(
-                "%d captured passes and their cache of %.2f GB stay on the device until the next "
-                "rollout", num_graphs, held.cache.num_bytes / 1e9,
-            )  # fmt: skip
+        size = f"{lent.cache.num_bytes / 1e9:.2f} GB"
+        if keeps:
+            line = f"captured passes and their cache of {size} stay until the next rollout"
+        else:
+            line = (
+                f"captured passes and their cache of {size} are freed and will be made anew; "
+                "keep_kv_cache=true keeps them"
+            )
+        if line != self._last_said:
+            self._last_said = line
+            logger.info("%s", line)
+
+
+class _DeviceMemory(NamedTuple):
+    """Bytes of a GPU: most that were allocated at once since a rollout, and all there are."""
+
+    peak: int
+    total: int
+
+
+def _device_memory() -> _DeviceMemory | None:
+    """What torch knows of the current device; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    return _DeviceMemory(torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1])
 
 
 def _allocate(model: BlockDiffusionModel, parallel: ParallelState, need: Need) -> _Held:
@@ -129,18 +204,13 @@ def _allocate(model: BlockDiffusionModel, parallel: ParallelState, need: Need) -
         limit_gb=need.limit_gb,
         has_spare=need.with_graphs,
     )
-    graphs = PassGraphs(model) if need.with_graphs else None
-    return _Held(need, cache, graphs, _addresses(model))
-
-
-def _is_small(held: _Held) -> bool:
-    """The same on every rank of a replica of like GPUs; a rank that decides otherwise allocates
-    with the others, as `take` asks them all.
-    """
-    if held.graphs is None or held.cache.device.type != "cuda":
-        return False
-    total = torch.cuda.get_device_properties(held.cache.device).total_memory
-    return held.cache.num_bytes <= KEPT_SHARE * total
+    if need.with_graphs is None and not cache.has_spare:
+        logger.info(
+            "decoding without CUDA graphs: their spare sequence would leave one less of %d",
+            cache.num_slots,
+        )  # fmt: skip
+    graphs = PassGraphs(model) if cache.has_spare else None
+    return _Held(need, Lent(cache, graphs), _addresses(model))
 
 
 def _addresses(model: BlockDiffusionModel) -> tuple[int, ...]:

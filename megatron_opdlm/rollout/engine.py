@@ -23,11 +23,9 @@ from megatron_opdlm.denoise import ENTROPY_BOUNDED, choose_commits
 from megatron_opdlm.model import BlockDiffusionModel
 from megatron_opdlm.parallel import ParallelState
 from megatron_opdlm.pipeline import DecodePipeline
-from megatron_opdlm.rollout.cache import KVCache
 from megatron_opdlm.rollout.decode_pass import DecodePass, lay_out
-from megatron_opdlm.rollout.decoding_memory import DecodingMemory, Need
+from megatron_opdlm.rollout.decoding_memory import DecodingMemory, Lent, Need
 from megatron_opdlm.rollout.graph_support import choose_graphs
-from megatron_opdlm.rollout.graphs import PassGraphs
 from megatron_opdlm.rollout.kernel_choice import decoding_kernel, log_choice
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.rollout.request_queue import LocalQueue, RequestQueue
@@ -114,16 +112,10 @@ class RolloutEngine:
         dtype, head_size = config.params_dtype, config.kv_channels
         self._has_kernel = decoding_kernel(device, dtype, head_size) is not None
         log_choice(device, dtype, head_size)
-        self.cuda_graphs = choose_graphs(
-            cuda_graphs,
-            dtype,
-            head_size,
-            sequence_parallel=config.sequence_parallel,
-            fp8=config.fp8,
-        )
+        rules = {"sequence_parallel": config.sequence_parallel, "fp8": config.fp8}
+        self.cuda_graphs = choose_graphs(cuda_graphs, dtype, head_size, **rules)
         self.memory = DecodingMemory() if memory is None else memory
         self.counts = RolloutCounts()
-        self._is_open = False
 
     def generate(
         self, requests: Sequence[Request], *, observer: Observer | None = None
@@ -155,11 +147,10 @@ class RolloutEngine:
         Raises:
             ValueError: a request that fits neither the model nor the cache, when the first response
                 is asked for, before any work.
-            RuntimeError: another rollout of this engine is not over.
+            RuntimeError: another rollout of this model is not over.
             FloatingPointError: NaN logits, on all ranks of the replica, naming prompts and steps.
         """
-        if self._is_open:
-            raise RuntimeError("a rollout of this engine is still open; finish it or close() it")
+        self.memory.require_free()
         self.counts = RolloutCounts()
         capacity = max((self.required_tokens(request) for request in queue.requests), default=0)
         if not queue.requests:
@@ -171,10 +162,9 @@ class RolloutEngine:
             block_size=self.options.block_size,
             with_graphs=self.cuda_graphs,
         )
-        memory = self.memory.take(self.model, self.parallel, need)
-        cache = memory[0]
+        lent = self.memory.take(self.model, self.parallel, need)
         sequences = Sequences(
-            num_slots=cache.num_slots,
+            num_slots=lent.cache.num_slots,
             capacity=capacity,
             block_size=self.options.block_size,
             mask_token_id=self.mask_token_id,
@@ -182,13 +172,15 @@ class RolloutEngine:
         )
         was_training = self.model.training
         self.model.eval()
-        self._is_open = True
+        is_usable = True
         try:
-            num_slots = min(cache.num_slots, need.most_slots)
-            yield from self._decode(queue, sequences, memory, num_slots, observer)
+            num_slots = min(lent.cache.num_slots, need.most_slots)
+            yield from self._decode(queue, sequences, lent, num_slots, observer)
+        except Exception:
+            is_usable = False
+            raise
         finally:
-            self._is_open = False
-            self.memory.give_back()
+            self.memory.give_back(is_usable=is_usable)
             self.model.train(was_training)
 
     def required_tokens(self, request: Request) -> int:
@@ -231,12 +223,12 @@ class RolloutEngine:
         self,
         queue: RequestQueue,
         sequences: Sequences,
-        memory: tuple[KVCache, PassGraphs | None],
+        lent: Lent,
         num_slots: int,
         observer: Observer | None,
     ) -> Iterator[tuple[int, Trajectory]]:
         """The loop: one tick of the pipeline each time."""
-        cache, graphs = memory
+        graphs = lent.graphs
         pipeline: DecodePipeline[DecodePass] = DecodePipeline(
             self.model, self.parallel, None if graphs is None else graphs.run
         )
@@ -248,7 +240,7 @@ class RolloutEngine:
             prompts_apart=graphs is not None,
         )
         while (entering := scheduler.schedule()) is not None:
-            leaving = pipeline.push(self._lay_out(sequences, entering, cache))
+            leaving = pipeline.push(self._lay_out(sequences, entering, lent))
             if leaving is None:
                 continue
             self.commit(sequences, *leaving)
@@ -261,18 +253,18 @@ class RolloutEngine:
             for slot, trajectory in finished:
                 yield sequences.index[slot], trajectory
             if not self._has_kernel:
-                scheduler.close_gaps(cache)
+                scheduler.close_gaps(lent.cache)
 
-    def _lay_out(self, sequences: Sequences, slots: list[int], cache: KVCache) -> DecodePass | None:
+    def _lay_out(self, sequences: Sequences, slots: list[int], lent: Lent) -> DecodePass | None:
         self.counts.ticks += 1
         if not slots:
             return None
         entering = lay_out(
             sequences,
             torch.tensor(slots),
-            cache,
+            lent.cache,
             multiple=self.stream_multiple,
-            for_graph=self.cuda_graphs,
+            for_graph=lent.graphs is not None,
         )
         self.counts.passes += 1
         self.counts.tokens += len(entering.token_ids)

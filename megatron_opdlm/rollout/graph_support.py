@@ -18,7 +18,7 @@ def choose_graphs(
     *,
     sequence_parallel: bool,
     fp8: str | None,
-) -> bool:
+) -> bool | None:
     """Decides whether passes are captured, and says on a GPU if nobody asked and they are not.
 
     Args:
@@ -27,6 +27,9 @@ def choose_graphs(
         head_size: of the model's attention.
         sequence_parallel: whether rollouts shard activations between layers.
         fp8: whether the matrix products are FP8, and which.
+
+    Returns:
+        True if they must be, False if not; None if they can be and nobody asked.
 
     Raises:
         ValueError: they are wanted and cannot be captured; naming the rule and the fix.
@@ -38,17 +41,17 @@ def choose_graphs(
     obstacle = graph_obstacle(dtype, head_size, sequence_parallel=sequence_parallel, fp8=fp8)
     if obstacle is not None and torch.cuda.is_available():
         logger.info("decoding without CUDA graphs: cuda_graphs=true %s", obstacle)
-    return obstacle is None
+    return None if obstacle is None else False
 
 
 def graph_obstacle(
-    dtype: torch.dtype, head_size: int | None, *, sequence_parallel: bool, fp8: str | None
+    dtype: torch.dtype, head_size: int, *, sequence_parallel: bool, fp8: str | None
 ) -> str | None:
     """Says why passes cannot be captured, on the current device.
 
     Args:
         dtype: of weights and cache.
-        head_size: of the model's attention; None: not known yet, and not looked at.
+        head_size: of the model's attention.
         sequence_parallel: whether rollouts shard activations between layers.
         fp8: whether the matrix products are FP8, and which; None: they are not.
 
@@ -66,7 +69,7 @@ def graph_obstacle(
 
 
 def require_graphs(
-    dtype: torch.dtype, head_size: int | None, *, sequence_parallel: bool, fp8: str | None
+    dtype: torch.dtype, head_size: int, *, sequence_parallel: bool, fp8: str | None
 ) -> None:
     """Refuses CUDA graphs where they cannot be captured. Needs no process groups and no model.
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm.model import BlockDiffusionModel
+from megatron_opdlm.parallel import close_before_shutdown
 from megatron_opdlm.pipeline import run_stage
 from megatron_opdlm.rollout.decode_pass import DecodePass
 
@@ -31,6 +32,9 @@ class Graph(Protocol):
 
     def replay(self) -> None:
         """Runs it on what its buffers hold now."""
+
+    def reset(self) -> None:
+        """Gives its memory and communicators back."""
 
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]]
@@ -87,6 +91,14 @@ class PassGraphs:
         self._model = model
         self._capture = CudaCapture() if capture is None else capture
         self._captured: dict[int, _Captured] = {}
+        close_before_shutdown(self)
+
+    def close(self) -> None:
+        """Forgets all passes; the device has to be done with them."""
+        torch.cuda.synchronize()
+        for captured in self._captured.values():
+            captured.graph.reset()
+        self._captured.clear()
 
     def __len__(self) -> int:
         return len(self._captured)

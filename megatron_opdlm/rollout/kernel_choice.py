@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 
 import torch
 
+from megatron_opdlm.kernel_support import log_once
 from megatron_opdlm.rollout.decoding_kernels import KERNELS, DecodingKernel
 
 logger = logging.getLogger(__name__)
@@ -30,15 +30,13 @@ def decoding_kernel(
     return next(k for k in KERNELS if head_size in k.head_sizes and k.available())
 
 
-def why_none(
-    device: torch.device | int | str, dtype: torch.dtype, head_size: int | None
-) -> str | None:
+def why_none(device: torch.device | int | str, dtype: torch.dtype, head_size: int) -> str | None:
     """What is missing for a kernel, as the end of a sentence that begins "it needs"; None: nothing.
 
     Args:
         device: of model and cache.
         dtype: of keys and values.
-        head_size: D; None: not known yet, and not looked at.
+        head_size: D.
     """
     if torch.device(device).type != "cuda":
         return "a CUDA device, and there is none"
@@ -55,7 +53,7 @@ def why_none(
             "a torch with flash attention or the package flash-attn from 2.5.7 on, and here are "
             f"torch {torch.__version__} without it and no such package"
         )
-    if head_size is not None and not any(head_size in some for some in sizes):
+    if not any(head_size in some for some in sizes):
         return (
             f"a head size that is a multiple of {sizes[0].step} up to {sizes[0][-1]}, and the "
             f"model's is {head_size}"
@@ -69,12 +67,8 @@ def log_choice(device: torch.device | int | str, dtype: torch.dtype, head_size: 
         return
     kernel = decoding_kernel(device, dtype, head_size)
     if kernel is not None:
-        _log_once(logging.INFO, f"decoding attention: {kernel.name}")
+        log_once(logger, logging.INFO, f"decoding attention: {kernel.name}")
     else:
         rule = f"it needs {why_none(device, dtype, head_size)}"
-        _log_once(logging.WARNING, f"decoding without a flash kernel, which is slow: {rule}")
-
-
-@functools.cache
-def _log_once(level: int, line: str) -> None:
-    logger.log(level, "%s", line)
+        line = f"decoding without a flash kernel, which is slow: {rule}"
+        log_once(logger, logging.WARNING, line)

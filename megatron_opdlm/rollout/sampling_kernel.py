@@ -57,7 +57,7 @@ def kernel_statistics(
     temperature: float,
     with_entropy: bool,
 ) -> Tensor:
-    """Returns what a rank knows about its columns; see `sampler.shard_statistics`.
+    """Returns what a rank knows about its columns; see `shard_statistics.ShardStatistics`.
 
     Two launches on the current device, of which the host waits for none.
 

@@ -48,6 +48,7 @@ class Scheduler:
         self._num_active, self._num_stages = 0, num_stages
         self._prompts_apart = prompts_apart
         self._least_admitted = max(1, num_slots // LEAST_SHARE_ADMITTED) if prompts_apart else 1
+        self._is_admitting = False
 
     def schedule(self) -> list[int] | None:
         """Admits requests to free slots and chooses the sequences of the next pass.
@@ -102,7 +103,9 @@ class Scheduler:
         """Gives free slots, the lowest first, to waiting requests."""
         if not self._free or self._queue.is_empty:
             return
-        if self._num_active and len(self._free) < self._least_admitted:
+        # Once begun it goes on until no slot is free: long prompts fill a pass one by one.
+        self._is_admitting |= len(self._free) >= self._least_admitted or not self._num_active
+        if not self._is_admitting:
             return
         self._free.sort(reverse=True)
         for index in self._queue.take(len(self._free), PREFILL_TOKENS):
@@ -110,3 +113,4 @@ class Scheduler:
             self._sequences.start(slot, index, self._queue.requests[index])
             self._ready.append(slot)
             self._num_active += 1
+        self._is_admitting = bool(self._free)

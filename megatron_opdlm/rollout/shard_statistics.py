@@ -10,7 +10,6 @@ Shape letters: T rows, V vocabulary; `_TV` holds this rank's [T, V_local] column
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Protocol
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm import randomness
+from megatron_opdlm.kernel_support import log_once, why_no_triton
 
 logger = logging.getLogger(__name__)
 
@@ -55,25 +55,22 @@ class ShardStatistics(Protocol):
         """
 
 
-@functools.cache
 def statistics_on(device_type: str) -> ShardStatistics:
     """Returns the implementation for a kind of device, and says once which it is on a GPU.
 
     Args:
         device_type: of the logits, such as "cuda".
     """
-    if device_type == "cuda":
-        try:
-            from megatron_opdlm.rollout.sampling_kernel import kernel_statistics
-        except ImportError as error:
-            logger.warning(
-                "sampling with PyTorch, which moves about 170 times the bytes of the Triton "
-                "kernel: %s; install triton", error,
-            )  # fmt: skip
-        else:
-            logger.info("sampling with the Triton kernel")
-            return kernel_statistics
-    return torch_statistics
+    if device_type != "cuda":
+        return torch_statistics
+    if (broken := why_no_triton()) is not None:
+        line = "sampling with PyTorch, which moves about 170 times the bytes of the Triton kernel"
+        log_once(logger, logging.WARNING, f"{line}: {broken}")
+        return torch_statistics
+    from megatron_opdlm.rollout.sampling_kernel import kernel_statistics
+
+    log_once(logger, logging.INFO, "sampling with the Triton kernel")
+    return kernel_statistics
 
 
 def torch_statistics(

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_opdlm import divergence_choice, fused_loss
+from megatron_opdlm import divergence_choice, fused_loss, kernel_support
 from megatron_opdlm.divergence import Divergence
 from megatron_opdlm.fused_loss import TeacherTarget, TokenTarget, fused_divergence
 from megatron_opdlm.vocab_shard import VocabShard
@@ -196,7 +196,7 @@ def test_memory_is_what_the_docstring_promises() -> None:
 
 def test_what_runs_is_said(caplog) -> None:
     """Float64, and k above the kernels' limit, run the reference."""
-    divergence_choice._say_once.cache_clear()
+    kernel_support.log_once.cache_clear()
     with caplog.at_level(logging.INFO):
         for dtype, k in ((torch.float32, 0), (torch.float64, 0), (torch.float32, 300)):
             hidden, head = (torch.randn(n, 16, device="cuda", dtype=dtype) for n in (4, 1000))

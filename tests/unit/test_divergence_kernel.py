@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_opdlm import divergence_choice, divergence_rules, fused_loss, ranking
+from megatron_opdlm import divergence_choice, divergence_rules, fused_loss, kernel_support, ranking
 from megatron_opdlm.divergence import Divergence
 from megatron_opdlm.fused_loss import TeacherTarget, TokenTarget, fused_divergence
 from megatron_opdlm.vocab_shard import VocabShard
@@ -406,7 +406,7 @@ def test_a_kind_without_a_kernel_runs_the_reference(on_cpu, monkeypatch, caplog)
     ],
 )
 def test_what_runs_is_chosen_and_said(device, dtype, divergence, reason, caplog):
-    divergence_choice._say_once.cache_clear()
+    kernel_support.log_once.cache_clear()
     with caplog.at_level(logging.INFO):
         chosen = divergence_choice.kernels_for(device, dtype, divergence)
     said = " ".join(caplog.messages)
@@ -418,13 +418,13 @@ def test_what_runs_is_chosen_and_said(device, dtype, divergence, reason, caplog)
 
 
 def test_without_triton_the_reference_runs(monkeypatch, caplog):
-    divergence_choice._say_once.cache_clear()
-    monkeypatch.setattr(divergence_choice.importlib.util, "find_spec", lambda name: None)
+    kernel_support.log_once.cache_clear()
+    monkeypatch.setattr(divergence_choice, "why_no_triton", lambda: "Triton is missing; do this")
     with caplog.at_level(logging.INFO):
         assert divergence_choice.kernels_for("cuda", torch.float32, Divergence()) is None
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert record.getMessage().endswith("Triton is not installed; install triton")
+    assert record.getMessage().endswith("kernels: Triton is missing; do this")
 
 
 # --- bytes ---

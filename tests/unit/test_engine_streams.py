@@ -51,7 +51,7 @@ def open_a_second(rank, folder):
 def test_a_second_rollout_is_refused_while_one_is_open(model):
     ((messages, passes, got, expected, all_passes),) = run_ranks(open_a_second, 1, model)
     for message in messages:
-        assert "a rollout of this engine is still open" in message
+        assert "another rollout of this model is still open" in message
         assert "finish" in message and "close" in message
     # The open one goes on as if nobody had asked, its counts too.
     assert got == expected and len(got) == len(REQUESTS)

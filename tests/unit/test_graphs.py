@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megatron_opdlm.rollout import cached_attention, graphs
+from megatron_opdlm.rollout import cached_attention, decoding_memory, graphs
 from megatron_opdlm.rollout.decode_pass import captured_size
-from megatron_opdlm.rollout.decoding_memory import DecodingMemory
+from megatron_opdlm.rollout.decoding_memory import DecodingMemory, Need, _DeviceMemory
 from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.request import DecodingOptions
 from megatron_opdlm.rollout.request_queue import LocalQueue
@@ -24,7 +24,7 @@ SAMPLED = DecodingOptions(
 class Repeat:
     """Runs what was captured again, into the same output."""
 
-    captured = 0
+    captured = closed = 0
 
     def __call__(self, run):
         Repeat.captured += 1
@@ -35,6 +35,9 @@ class Repeat:
 
     def replay(self):
         self.output.copy_(self.run())
+
+    def reset(self):
+        Repeat.closed += 1
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +124,7 @@ def shorten(model):
         (True, move, False),
         (True, lengthen, False),
         (False, change, False),
-        (None, change, False),  # not on a GPU, of which the cache could be a small part
+        (None, change, False),  # no training step has shown that there is room for it
     ],
 )
 def test_captured_passes_are_kept_between_rollouts(keep, between, stays, model, monkeypatch):
@@ -130,6 +133,105 @@ def test_captured_passes_are_kept_between_rollouts(keep, between, stays, model, 
     assert first > 2
     # Other weights decode other tokens, so a size may come up that no pass had before.
     assert (again < first / 2) is stays
+
+
+def decode_and_train(rank, checkpoint, total):
+    """Whether memory is kept after each of three rollouts, with a training step after the first.
+
+    The device has `total` bytes beside what training takes, in sizes of the cache.
+    """
+    model, parallel, _ = load(checkpoint)
+    cached_attention.decoding_kernel = lambda *where: PLAIN_FLAT
+    engine = make_engine(model, parallel, SAMPLED, max_rows=4)
+    engine.cuda_graphs, memory = True, engine.memory
+    kept, size = [], None
+    for number in range(3):
+        engine.generate(REQUESTS)
+        kept.append(memory._held is not None)
+        if size is None:
+            lent = memory.take(model, parallel, engine_need(engine))
+            size = lent.cache.num_bytes
+            memory.give_back()
+            used = _DeviceMemory(1000, 1000 + int(total * size))
+            decoding_memory._device_memory = lambda used=used: used
+        if number == 0:
+            memory.observe_training()
+    return kept
+
+
+def engine_need(engine):
+    capacity = max(engine.required_tokens(request) for request in REQUESTS)
+    return Need(capacity=capacity, most_slots=4, limit_gb=None, block_size=4, with_graphs=True)
+
+
+@pytest.mark.parametrize(("total", "stays"), [(2.1, True), (1.9, False)])
+def test_memory_is_kept_once_training_has_shown_that_there_is_room(
+    total, stays, model, monkeypatch
+):
+    monkeypatch.setattr(graphs, "CudaCapture", Repeat)
+    ((first, *later),) = run_ranks(decode_and_train, 1, model.checkpoint, total)
+    assert not first and later == [stays, stays]
+
+
+def short_after_long(rank, checkpoint, keep):
+    """Slots of a rollout of short sequences after one of a long sequence, in little memory."""
+    model, parallel, _ = load(checkpoint)
+    engine = make_engine(model, parallel, SAMPLED, max_rows=8)
+    engine.memory = DecodingMemory(keep)
+    per_token = 2 * 2 * model.config.num_query_groups * model.config.kv_channels * 4
+    engine.kv_cache_gb = 150 * per_token / 1e9
+    engine.generate([make_request(0, 100, 20)])
+    engine.generate([make_request(i, 3, 8) for i in range(8)])
+    return engine.counts.passes
+
+
+def test_a_kept_cache_has_as_many_slots_as_a_new_one(model):
+    kept, fresh = (run_ranks(short_after_long, 1, model.checkpoint, k) for k in (True, False))
+    assert kept == fresh
+
+
+def fail_and_go_on(rank, checkpoint):
+    """A rollout on weights that are no numbers, between two on good ones."""
+    model, parallel, _ = load(checkpoint)
+    engine = make_engine(model, parallel, SAMPLED, max_rows=4)
+    engine.memory = DecodingMemory(True)
+    before = engine.generate(REQUESTS)
+    good = [parameter.clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(FloatingPointError):
+        engine.generate(REQUESTS)
+    with torch.no_grad():
+        for parameter, values in zip(model.parameters(), good, strict=True):
+            parameter.copy_(values)
+    return before, engine.generate(REQUESTS)
+
+
+def test_a_failed_rollout_leaves_nothing(model):
+    ((before, after),) = run_ranks(fail_and_go_on, 1, model.checkpoint)
+    assert all_same(after, before)
+
+
+def leave_the_job(rank, checkpoint):
+    """Graphs that are closed before the process groups go: NCCL would wait for them for ever."""
+    from megatron_opdlm import parallel as process_groups
+
+    model, parallel, _ = load(checkpoint)
+    cached_attention.decoding_kernel = lambda *where: PLAIN_FLAT
+    engine = make_engine(model, parallel, SAMPLED, max_rows=4)
+    engine.cuda_graphs, engine.memory = True, DecodingMemory(True)
+    engine.generate(REQUESTS)
+    before, seen = Repeat.closed, []
+    process_groups.dist.destroy_process_group = lambda *group: seen.append(Repeat.closed)
+    process_groups.shutdown()
+    return Repeat.captured, before, seen
+
+
+def test_graphs_are_closed_before_the_groups(model, monkeypatch):
+    monkeypatch.setattr(graphs, "CudaCapture", Repeat)
+    ((captured, before, seen),) = run_ranks(leave_the_job, 1, model.checkpoint)
+    assert captured > 0 and before == 0 and set(seen) == {captured}
 
 
 def kept_after_other_weights(rank, checkpoint):

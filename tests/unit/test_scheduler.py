@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_opdlm.rollout import scheduler as scheduler_module
 from megatron_opdlm.rollout.request_queue import LocalQueue
 from megatron_opdlm.rollout.scheduler import LEAST_SHARE_ADMITTED, Scheduler
 from megatron_opdlm.rollout.sequences import Sequences
@@ -101,3 +102,23 @@ def test_short_prompts_are_whole_blocks():
     run_step(sequences, entering)
     scheduler.retire(entering, [])
     assert scheduler.schedule() == [0, 1, 2]
+
+
+def test_long_prompts_do_not_leave_slots_empty(monkeypatch):
+    """One prompt fills a pass; once begun, admission goes on until every slot is taken."""
+    monkeypatch.setattr(scheduler_module, "PREFILL_TOKENS", 9)
+    slots = 4 * LEAST_SHARE_ADMITTED
+    scheduler, sequences = make([9] * (2 * slots), num_slots=slots, prompts_apart=True)
+    entered = []
+    while len(entered) < slots:
+        entering = scheduler.schedule()
+        assert len(entering) == 1
+        entered += entering
+        run_step(sequences, entering)
+        scheduler.retire(entering, [])
+    while sequences.has_prompt(torch.tensor(entering := scheduler.schedule())).any():
+        run_step(sequences, entering)
+        scheduler.retire(entering, [])
+    scheduler.retire(entering, entering[:4])
+    admitted = [scheduler.schedule() for _ in range(4)]
+    assert [len(slots) for slots in admitted] == [1, 1, 1, 1]

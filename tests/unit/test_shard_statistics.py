@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from megatron_opdlm import kernel_support
+from megatron_opdlm.kernel_support import log_once, why_no_triton
 from megatron_opdlm.rollout import shard_statistics
 from megatron_opdlm.rollout.sampler import Sampling, most_logits
 from megatron_opdlm.rollout.shard_statistics import statistics_on, torch_statistics
@@ -13,9 +15,10 @@ from megatron_opdlm.rollout.shard_statistics import statistics_on, torch_statist
 
 @pytest.fixture
 def fresh_choice():
-    statistics_on.cache_clear()
+    log_once.cache_clear()
+    why_no_triton.cache_clear()
     yield
-    statistics_on.cache_clear()
+    why_no_triton.cache_clear()
 
 
 def test_the_kernel_runs_on_cuda(fresh_choice, caplog):
@@ -37,11 +40,25 @@ def test_the_kernel_takes_more_logits_at_once(fresh_choice):
 
 
 def test_without_triton_the_reference_runs(fresh_choice, caplog, monkeypatch):
-    monkeypatch.setitem(sys.modules, "megatron_opdlm.rollout.sampling_kernel", None)
+    monkeypatch.setitem(sys.modules, "triton", None)
     for _ in range(3):
         assert statistics_on("cuda") is torch_statistics
     (record,) = caplog.records
     assert record.levelname == "WARNING" and "install triton" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no driver"), OSError("bad\nELF"), ImportError("x")]
+)
+def test_a_broken_triton_is_a_missing_one(error, fresh_choice, caplog, monkeypatch):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(kernel_support.importlib, "import_module", fail)
+    assert statistics_on("cuda") is torch_statistics
+    (record,) = caplog.records
+    text = f"({type(error).__name__}: {' '.join(str(error).split())}); reinstall triton"
+    assert record.getMessage().endswith(text) and "\n" not in record.getMessage()
 
 
 def test_the_package_works_without_triton():

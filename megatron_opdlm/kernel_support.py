@@ -1,0 +1,30 @@
+"""Whether Triton's kernels can run, and how to say once which implementation does."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+
+
+@functools.cache
+def why_no_triton() -> str | None:
+    """Says what is wrong with Triton here, with the remedy; None: it can be imported.
+
+    A broken installation fails in many ways, and none of them may end a run that the reference can
+    do.
+    """
+    try:
+        importlib.import_module("triton")
+    except ModuleNotFoundError:
+        return "Triton is not installed; install triton"
+    except Exception as error:  # whatever a library raises that does not fit the machine
+        text = " ".join(str(error).split())
+        return f"Triton cannot be imported ({type(error).__name__}: {text}); reinstall triton"
+    return None
+
+
+@functools.cache
+def log_once(logger: logging.Logger, level: int, line: str) -> None:
+    """Logs a line, the first time that a process has it to say."""
+    logger.log(level, "%s", line)
