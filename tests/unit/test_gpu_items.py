@@ -1,5 +1,5 @@
-"""The items of the GPU survey at tiny sizes on a CPU, with real numbers: their checks hold where the
-package is right, and do not where it is damaged. Times are made up.
+"""The items of the GPU survey at tiny sizes on a CPU, with real numbers: their checks hold where
+the package is right, and do not where it is damaged. Times are made up.
 """
 
 import dataclasses
@@ -186,7 +186,8 @@ def test_stream_attention(tmp_path, damage):
 # --- models ---
 
 DECODING = {
-    "SMALL_CONTEXTS": (32,), "SMALL_ROWS": 5, "SHORT": 4, "LONG": 12, "CHECKED_ROWS": 2,
+    "SMALL_CONTEXTS": (32,), "SMALL_ROWS": 5, "TIMED": (4, 12), "COUNTED": (4, 8),
+    "CHECKED_ROWS": 2,
     "_num_kernels": lambda work: (work(), 0.0)[1], "_num_waits": lambda work: (work(), 0.0)[1],
 }  # fmt: skip
 

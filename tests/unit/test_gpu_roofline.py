@@ -103,4 +103,4 @@ def test_a_pass_has_the_tokens_and_masks_of_a_rollout():
     """As rows in the four phases of a block bring them."""
     masks = [4, 3, 2, 1]
     tokens = [8, 4, 4, 4]  # the block before rides along with the first step
-    assert cases.PASS_TOKENS == sum(tokens) / 4 and cases.PASS_MASKS == sum(masks) / 4
+    assert (sum(tokens) / 4, sum(masks) / 4) == (cases.PASS_TOKENS, cases.PASS_MASKS)

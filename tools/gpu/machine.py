@@ -69,15 +69,17 @@ def about() -> dict[str, Any]:
     return found
 
 
-def starter(settings: Mapping[str, Any], *, rehearsal: bool, fresh: bool) -> Start:
+def starter(settings: Mapping[str, Any], caches: Path, *, rehearsal: bool, fresh: bool) -> Start:
     """How the process of an item starts: as a fork of this one, or as a new interpreter.
 
     Args:
         settings: for the items.
+        caches: new folder for what is compiled.
         rehearsal: whether the device computes nothing.
         fresh: whether to have new interpreters anyway.
     """
-    _share_caches()
+    for name, value in _environment(caches).items():
+        os.environ.setdefault(name, value)
     if rehearsal:  # a pool of compilers is of use where there are processors
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if not fresh:
@@ -140,11 +142,17 @@ def _start_fresh(order: Order, settings: Mapping[str, Any], rehearsal: bool) -> 
     return process.pid
 
 
-def _share_caches() -> None:
-    """What one item compiles, the next ones find; and nothing of an earlier run counts."""
-    folder = Path("/tmp") / f"survey-caches-{os.getpid()}"
-    for name, part in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
-        os.environ.setdefault(name, str(folder / part))
+def _environment(caches: Path) -> dict[str, str]:
+    """What one item compiles the next ones find, and one process on a machine without a network
+    talks to itself.
+    """
+    return {
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def _num_devices() -> int:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -58,11 +59,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the chosen items."""
+    with tempfile.TemporaryDirectory(prefix="survey-", ignore_cleanup_errors=True) as caches:
+        return _run(args, Path(caches))
+
+
+def _run(args: argparse.Namespace, caches: Path) -> int:
     from tools.gpu import machine
 
-    settings = {"te_smoke": args.te_smoke}
     items = [item.rehearsed() for item in args.chosen] if args.rehearsal else args.chosen
-    start = machine.starter(settings, rehearsal=args.rehearsal, fresh=args.fresh)
+    start = machine.starter(
+        {"te_smoke": args.te_smoke}, caches, rehearsal=args.rehearsal, fresh=args.fresh
+    )
     about = machine.about() | {"rehearsal": args.rehearsal}
     runner = Runner(
         items, args.out, start, budget=args.budget, begun=BEGUN, about=about,

@@ -42,7 +42,7 @@ ITEMS = (
     _item("training-delayed", "training:delayed", "the same, FP8 delayed", limit=60, needs=15),
     _item("training-blockwise", "training:blockwise", "the same, FP8 blockwise",
           limit=60, needs=15),
-    _item("tests", "tests:run", "pytest tests/gpu", limit=180, needs=60),
+    _item("tests", "tests:run", "pytest tests/gpu", limit=150, needs=60),
     _item("decoding-8B", "decoding:large", "passes of 32, 64 and 128 rows", limit=60, needs=25),
     _item("training-8B", "training:large", "a step of 8,192 tokens through 8 of 36 layers",
           limit=60, needs=20),

@@ -38,10 +38,10 @@ from tools.gpu.models import config, make_model
 from tools.gpu.record import Check, Context
 from tools.gpu.roofline import Shape, decoding_pass
 
-SHORT, LONG = 16, 80
-"""Response tokens of the two rollouts."""
-REHEARSED = 8
-"""Of the longer one where numbers mean nothing."""
+TIMED, COUNTED = (16, 80), (4, 12)
+"""Response tokens of the two rollouts: those that are timed, and those whose kernels and waits are
+counted, which is slow.
+"""
 LOGIT_LIMIT = 0.05
 """Distance of a rollout's logits from those of the whole sequence, bfloat16 through all layers."""
 CHECKED_ROWS = 2
@@ -55,11 +55,10 @@ class Pair:
     long: Sequence[Request]
 
     @classmethod
-    def make(cls, rows: int, length: int, rehearsal: bool) -> Pair:
+    def make(cls, rows: int, length: int, responses: tuple[int, int]) -> Pair:
         """Rows whose context is `length` halfway between the two ends."""
-        short, long = (BLOCK, REHEARSED) if rehearsal else (SHORT, LONG)
-        prompt = length - (short + long) // 2
-        return cls(*(make_requests(rows, prompt, response) for response in (short, long)))
+        prompt = length - sum(responses) // 2
+        return cls(*(make_requests(rows, prompt, response) for response in responses))
 
 
 def small(context: Context) -> None:
@@ -118,11 +117,12 @@ def measure(
     except ValueError as obstacle:
         context.skipped(title, str(obstacle))
         return
-    pair = Pair.make(rows, length, context.rehearsal)
+    pair = Pair.make(rows, length, COUNTED if context.rehearsal else TIMED)
     decode(engine, pair.long)  # kernels are loaded and passes captured
     seconds, work = _difference(engine, pair, _seconds)
-    kernels, _ = _difference(engine, pair, _num_kernels)
-    waits, _ = _difference(engine, pair, _num_waits)
+    counted = Pair.make(rows, length, COUNTED)
+    kernels, few = _difference(engine, counted, _num_kernels)
+    waits, _ = _difference(engine, counted, _num_waits)
     passes = work.passes
     rows_per_pass = work.tokens / passes / PASS_TOKENS
     bound = None
@@ -134,7 +134,7 @@ def measure(
     commits = rows * (len_of(pair.long) - len_of(pair.short))
     context.timed(
         title, 1e3 * seconds / passes, [check], bound_ms=bound, tokens_per_s=commits / seconds,
-        rows_per_pass=rows_per_pass, kernels=kernels / passes, waits=waits / passes,
+        rows_per_pass=rows_per_pass, kernels=kernels / few.passes, waits=waits / few.passes,
         graphs=engine.cuda_graphs, attention=decoding_kernel_name(engine),
     )  # fmt: skip
 
