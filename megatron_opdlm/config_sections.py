@@ -208,11 +208,12 @@ class RolloutConfig(Section):
     4.3 GB, on a CPU."""
     cuda_graphs: bool | None = None
     """Captures decoding passes as CUDA graphs, one per size; null = where that is possible: on CUDA
-    with bfloat16, a decoding kernel, and neither fp8 nor sequence_parallel."""
+    with bfloat16, a decoding kernel, and neither fp8 nor sequence_parallel, unless the spare
+    sequence that they need takes the room of one of a few."""
     keep_kv_cache: bool | None = None
     """Keeps the key/value cache and the captured passes between rollouts, in memory that training
-    then lacks; making them anew takes seconds. null = where passes are captured, if the cache takes
-    at most a tenth of the GPU."""
+    then lacks; making them anew takes seconds. null = where passes are captured, once training
+    steps have shown that the cache takes at most half of what they leave free."""
     enable_thinking: bool = False
     """Passed to the chat template (Qwen3: whether the response begins with thoughts)."""
 

@@ -89,11 +89,23 @@ def _listed(squares: Tensor) -> tuple[Tensor, Tensor]:
     return counts[None, None], indices[None, None]
 
 
+GRAPHS = 64
+"""So many kinds of inputs are compiled in one process. Student and teacher make up to three each,
+and torch stops at 8."""
+
+
 @functools.cache
 def _compiled_flex_attention() -> Any:
+    import torch._dynamo.config as compiler
+    import torch.fx.experimental._config as symbols
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    # Else torch takes sizes that are equal in the first stream, as its squares and the heads, for
+    # one size, and compiles again when they part.
+    symbols.use_duck_shape = False
+    compiler.recompile_limit = max(GRAPHS, compiler.recompile_limit)
+    # An error beyond that, not FlexAttention uncompiled, whose scores are as large as the mask.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def flex_attention(

@@ -316,6 +316,18 @@ def _block_spec(
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
+def _fuse_gradient_accumulation(model: BlockDiffusionModel) -> None:
+    """Has Transformer Engine's layers add weight gradients to `main_grad` themselves.
+
+    Megatron's own flag would ask it of the LM head as well, which needs Apex for it though it is
+    never applied as a layer here. Norms and embedding go the usual way.
+    """
+    fused = [module for module in model.modules() if hasattr(module, "fuse_wgrad_accumulation")]
+    assert fused, "checked with the configuration: the layers are Transformer Engine's"
+    for module in fused:
+        module.fuse_wgrad_accumulation = True
+
+
 def build_model(
     hf: HFConfig, options: BuildOptions, parallel: ParallelState
 ) -> BlockDiffusionModel:
@@ -352,6 +364,8 @@ def build_model(
     model.vocab_size_unpadded = hf.vocab_size
     model.tp_group = parallel.tp_group
     model = model.cuda()
+    if options.gradient_accumulation_fusion:
+        _fuse_gradient_accumulation(model)
     # Ours in place of Megatron's, whose scaling fixes three of Llama 3.1's four numbers.
     model.inverse_frequency = inverse_frequencies(
         width=hf.kv_channels, theta=hf.rope_theta, scaling=hf.rope_scaling

@@ -96,6 +96,8 @@ class RolloutLayout:
 
     def _copy_weights(self) -> None:
         if torch.cuda.is_available():
+            # What stays on a rank is copied on a stream of its own, which waits for no update.
+            torch.cuda.current_stream().synchronize()
             swap_model_weights([self._student], [self.model], "nccl")
             # FP8 layers keep converted weights until they are told that theirs have changed.
             self.model.set_is_first_microbatch()
