@@ -75,7 +75,7 @@ def install() -> None:
 def _repeat(run: Callable[[], Any]) -> tuple[Any, Any]:
     """In place of a captured pass: one that is run again on the same buffers."""
     output = run()
-    return SimpleNamespace(replay=lambda: output.copy_(run())), output
+    return SimpleNamespace(replay=lambda: output.copy_(run()), reset=lambda: None), output
 
 
 def _let_triton_launch() -> None:
