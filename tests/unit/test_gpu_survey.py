@@ -264,6 +264,27 @@ def test_the_last_record_of_an_item_counts_and_a_torn_line_does_not(tmp_path):
         read_results(file)
 
 
+def test_an_item_in_a_new_interpreter(tmp_path):
+    smoke = next(item for item in ITEMS if item.name == "te-smoke")
+    program = tmp_path / "smoke.py"
+    program.write_text(
+        "import json, sys\n"
+        "json.dump({'failed': ['b'], 'results': {'a': {}}}, open(sys.argv[2], 'w'))\n"
+        "print('from the program')\n"
+    )
+
+    def fresh(path):
+        return lambda order: machine._start_fresh(order, {"te_smoke": path}, False)
+
+    found, _ = survey(tmp_path / "none", smoke, start=fresh(str(tmp_path / "gone.py")))
+    assert found["te-smoke"]["status"] == "skipped" and "gone.py" in found["te-smoke"]["reason"]
+    found, _ = survey(tmp_path / "one", smoke, start=fresh(str(program)))
+    assert found["te-smoke"]["status"] == "failed"
+    lines = [(line["case"], line["status"]) for line in found["te-smoke"]["lines"]]
+    assert lines == [("a", "ok"), ("b", "failed")]
+    assert "from the program" in (tmp_path / "one" / "log.txt").read_text()
+
+
 # --- the command ---
 
 

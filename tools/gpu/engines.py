@@ -77,7 +77,7 @@ def make_engine(
     parallel: ParallelState,
     *,
     rows: int,
-    cuda_graphs: bool,
+    cuda_graphs: bool | None,
     cls: type[RolloutEngine] = RolloutEngine,
 ) -> Any:
     """An engine that keeps its cache and captured passes from one rollout to the next."""
@@ -134,7 +134,7 @@ def logit_pairs(
         attention; and, as a control, by dense attention whose last block does not see the
         eighth of the sequence before it.
     """
-    found, whole, less = [], [], []
+    found, whole, less = list[Tensor](), list[Tensor](), list[Tensor]()
     size, end = BLOCK, len(trajectory.token_ids)
     commits = trajectory.commit_step[-size:]
     for step in range(int(commits.max()) + 1):

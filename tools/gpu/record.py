@@ -111,7 +111,7 @@ class Context:
         failed = [str(check) for check in checks if not check.holds]
         self.num_failed += bool(failed)
         is_void = self.rehearsal or bool(failed)
-        message = {"case": case, "status": "failed" if failed else "ok"}
+        message: dict[str, Any] = {"case": case, "status": "failed" if failed else "ok"}
         if self.rehearsal:
             message["status"] = "void"
         found = {name: rounded(value) for name, value in figures.items()}

@@ -175,7 +175,7 @@ class Runner:
         for message in messages:
             if "line" in message:
                 lines.append(message["line"])
-            self._about |= message.get("about", {})
+            self._about.update(message.get("about", {}))
             if "attach" in message:
                 self._attach(message["attach"])
             end = message.get("end", end)
