@@ -5,6 +5,7 @@ Shape letters: n rows, T masked positions, V vocabulary.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -116,6 +117,13 @@ def decode(engine: RolloutEngine, requests: Sequence[Request]) -> tuple[list[Tra
     trajectories = engine.generate(requests)
     counts = engine.counts
     return trajectories, Work(counts.passes, counts.tokens, counts.head_rows)
+
+
+def release(engine: RolloutEngine) -> None:
+    """Gives back cache and captured passes: the next engine may want as much."""
+    engine.memory.drop()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @torch.no_grad()

@@ -32,7 +32,15 @@ from tools.gpu.cases import (
     SMALL_ROWS,
 )
 from tools.gpu.device import begin_parallel, distance, kernels_of
-from tools.gpu.engines import RecordingEngine, Work, decode, logit_pairs, make_engine, make_requests
+from tools.gpu.engines import (
+    RecordingEngine,
+    Work,
+    decode,
+    logit_pairs,
+    make_engine,
+    make_requests,
+    release,
+)
 from tools.gpu.implementations import decoding_kernel_name
 from tools.gpu.models import config, make_model
 from tools.gpu.record import Check, Context
@@ -94,6 +102,7 @@ def check_logits(
     trajectories, _ = decode(engine, requests)
     pairs = [logit_pairs(engine, *pair) for pair in zip(requests, trajectories, strict=True)]
     found, whole, less = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    release(engine)
     return Check(
         "logits, whole sequence", distance(found, whole), LOGIT_LIMIT, control=distance(less, whole)
     )
@@ -137,6 +146,7 @@ def measure(
         rows_per_pass=rows_per_pass, kernels=kernels / few.passes, waits=waits / few.passes,
         graphs=engine.cuda_graphs, attention=decoding_kernel_name(engine),
     )  # fmt: skip
+    release(engine)
 
 
 def len_of(requests: Sequence[Request]) -> int:
