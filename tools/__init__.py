@@ -1,0 +1,1 @@
+"""Scripts around the package; not installed with it."""

@@ -1,0 +1,1 @@
+"""What one GPU is asked in one go: see survey.py."""
