@@ -11,14 +11,14 @@ import logging
 def why_no_triton() -> str | None:
     """Says what is wrong with Triton here, with the remedy; None: it can be imported.
 
-    A broken installation fails in many ways, and none of them may end a run that the reference can
-    do.
+    A broken installation, or one for another machine, fails in several ways, and none of them may
+    end a run that the reference can do.
     """
     try:
         importlib.import_module("triton")
     except ModuleNotFoundError:
         return "Triton is not installed; install triton"
-    except Exception as error:  # whatever a library raises that does not fit the machine
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
         text = " ".join(str(error).split())
         return f"Triton cannot be imported ({type(error).__name__}: {text}); reinstall triton"
     return None

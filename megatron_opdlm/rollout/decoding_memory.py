@@ -135,8 +135,8 @@ class DecodingMemory:
         """Ends a rollout, and drops what does not stay. No collectives.
 
         Args:
-            is_usable: whether the rollout ended without an error; what a failed one has left in the
-                cache may be no numbers.
+            is_usable: whether the rollout came to its end; what a failed one has left in the cache
+                may be no numbers.
         """
         self._is_lent = False
         keeps = self._has_room if self.keep is None else self.keep

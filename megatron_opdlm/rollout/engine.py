@@ -172,13 +172,11 @@ class RolloutEngine:
         )
         was_training = self.model.training
         self.model.eval()
-        is_usable = True
+        is_usable = False
         try:
             num_slots = min(lent.cache.num_slots, need.most_slots)
             yield from self._decode(queue, sequences, lent, num_slots, observer)
-        except Exception:
-            is_usable = False
-            raise
+            is_usable = True
         finally:
             self.memory.give_back(is_usable=is_usable)
             self.model.train(was_training)
