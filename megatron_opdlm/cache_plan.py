@@ -111,7 +111,7 @@ def expects_graphs(config: Config, cuda: bool) -> bool:
     if config.distill.responses == "teacher":
         fp8 = fp8 if config.model.teacher_fp8 == "auto" else config.model.teacher_fp8
         shares = shares and parallel.teacher_layout[0] > 1
-    elif parallel.rollout_tensor_model_parallel_size is not None:
+    elif parallel.has_rollout_layout:
         shares = False
     is_16_bit = DTYPE_BYTES[config.model.params_dtype] == 2
     return cuda and is_16_bit and fp8 == "none" and not shares

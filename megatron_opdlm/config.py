@@ -85,6 +85,7 @@ class Config:
         self._check_schedule()
         self._check_longest_row()
         self._check_responses()
+        self._check_graphs()
 
     @property
     def rows_per_rollout(self) -> int:
@@ -169,6 +170,22 @@ class Config:
             lr_decay_steps=self.lr_decay_steps,
         )
         return dataclasses.replace(self, model=model, optimizer=optimizer)
+
+    def _check_graphs(self) -> None:
+        """Passes of the student, which decodes for evaluation at least, that cannot be captured on
+        any machine.
+        """
+        if not self.rollout.cuda_graphs:
+            return
+        fix = "set cuda_graphs=null, which captures passes where they can be"
+        parallel = self.parallel
+        shares = parallel.sequence_parallel and not parallel.has_rollout_layout
+        for holds, name in (
+            (self.model.fp8 == "none", f"fp8={self.model.fp8}"),
+            (self.model.params_dtype != "float32", "params_dtype=float32"),
+            (not shares, "sequence_parallel=true, unless rollouts have a layout of their own"),
+        ):
+            require(holds, "cuda_graphs", True, f"does not go with {name}", fix)
 
     def to_flat_dict(self) -> dict[str, Any]:
         """Returns every key and its value; nested keys have a dot."""

@@ -13,6 +13,7 @@ from megatron_opdlm.config_schema import (
     Section,
     require,
 )
+from megatron_opdlm.rollout.limits import TEMPERATURE_RULE, is_temperature
 from megatron_opdlm.vocab import rollout_divisor
 
 
@@ -118,6 +119,13 @@ class ParallelConfig(Section):
         )
 
     @property
+    def has_rollout_layout(self) -> bool:
+        """Whether rollouts have weights of their own, cut in another way than training's."""
+        ours = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        size = self.rollout_tensor_model_parallel_size
+        return size is not None and (size, 1) != ours
+
+    @property
     def has_teacher_layout(self) -> bool:
         """Whether the teacher is cut in another way than the student."""
         ours = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
@@ -220,7 +228,9 @@ class RolloutConfig(Section):
     def _check(self) -> None:
         self._at_least(1, "block_size", "denoising_steps", "prompts_per_rollout")
         self._at_least(1, "samples_per_prompt", "max_prompt_tokens", "rollout_batch_size")
-        self._at_least(0, "temperature", "top_k", "entropy_bound")
+        self._at_least(0, "top_k", "entropy_bound")
+        rule, temperature = f"must be {TEMPERATURE_RULE}", self.temperature
+        require(is_temperature(temperature), "temperature", temperature, rule, "use e.g. 1.0")
         self._fraction("confidence_threshold", "top_p")
         if self.kv_cache_gb is not None:
             self._positive("kv_cache_gb")

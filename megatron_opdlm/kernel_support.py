@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from typing import Any
+
+import torch
 
 
 @functools.cache
@@ -15,13 +18,20 @@ def why_no_triton() -> str | None:
     end a run that the reference can do.
     """
     try:
-        importlib.import_module("triton")
+        triton = importlib.import_module("triton")
     except ModuleNotFoundError:
         return "Triton is not installed; install triton"
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         text = " ".join(str(error).split())
         return f"Triton cannot be imported ({type(error).__name__}: {text}); reinstall triton"
+    if torch.cuda.is_available() and _interprets(triton):
+        return "Triton would interpret its kernels on the host; unset TRITON_INTERPRET"
     return None
+
+
+def _interprets(triton: Any) -> bool:
+    """Whether the environment has Triton interpret kernels; older ones do not say."""
+    return hasattr(triton, "knobs") and bool(triton.knobs.runtime.interpret)
 
 
 @functools.cache

@@ -310,8 +310,7 @@ def check_graphs(config: Config, options: BuildOptions) -> None:
     """
     if not config.rollout.cuda_graphs:
         return
-    is_second = config.parallel.rollout_tensor_model_parallel_size is not None
-    shares = options.sequence_parallel and not is_second
+    shares = options.sequence_parallel and not config.parallel.has_rollout_layout
     # The student decodes for evaluation at least.
     decoders = [(config.model.student, dataclasses.replace(options, sequence_parallel=shares))]
     if config.distill.responses == "teacher":

@@ -183,6 +183,7 @@ def _run_settings(
     results = []
     for task in tasks:
         if teacher is not None:
+            decoder.memory.drop()  # the reference may need the room
             results.append(
                 evaluate_teacher(
                     teacher,

@@ -342,7 +342,12 @@ def _find_flash_forward() -> Function | None:
 def _find_flash_attn() -> Function | None:
     try:
         from flash_attn import flash_attn_varlen_func
-    except ImportError:
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+        AttributeError,
+    ):  # absent, or built for another torch
         return None
     names = inspect.signature(flash_attn_varlen_func).parameters
     return flash_attn_varlen_func if "block_table" in names else None

@@ -162,18 +162,17 @@ class RolloutEngine:
             block_size=self.options.block_size,
             with_graphs=self.cuda_graphs,
         )
+        was_training, is_usable = self.model.training, False
         lent = self.memory.take(self.model, self.parallel, need)
-        sequences = Sequences(
-            num_slots=lent.cache.num_slots,
-            capacity=capacity,
-            block_size=self.options.block_size,
-            mask_token_id=self.mask_token_id,
-            causal=self.causal,
-        )
-        was_training = self.model.training
-        self.model.eval()
-        is_usable = False
         try:
+            sequences = Sequences(
+                num_slots=lent.cache.num_slots,
+                capacity=capacity,
+                block_size=self.options.block_size,
+                mask_token_id=self.mask_token_id,
+                causal=self.causal,
+            )
+            self.model.eval()
             num_slots = min(lent.cache.num_slots, need.most_slots)
             yield from self._decode(queue, sequences, lent, num_slots, observer)
             is_usable = True

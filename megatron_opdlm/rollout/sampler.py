@@ -21,7 +21,12 @@ from torch.distributed import ProcessGroup
 
 from megatron_opdlm import randomness
 from megatron_opdlm.ranking import pack, unpack
-from megatron_opdlm.rollout.limits import KERNEL_LOGITS, SAMPLED_LOGITS
+from megatron_opdlm.rollout.limits import (
+    KERNEL_LOGITS,
+    SAMPLED_LOGITS,
+    TEMPERATURE_RULE,
+    is_temperature,
+)
 from megatron_opdlm.rollout.shard_statistics import (
     log_sum_and_mean,
     log_sum_exp,
@@ -31,8 +36,6 @@ from megatron_opdlm.rollout.shard_statistics import (
 )
 from megatron_opdlm.vocab import local_columns
 
-# float32 logits / temperature carry no noise any more below these, and nothing else above them
-SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-6, 1e6
 FIRST_NUCLEUS_CANDIDATES = 64
 MASS_UNIT = 2.0**-48  # probabilities of the nucleus are summed as integers of this unit
 
@@ -52,14 +55,8 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        temperature = self.temperature
-        is_usable = temperature == 0 or SMALLEST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE
         for name, holds, rule in (
-            (
-                "temperature",
-                is_usable,
-                f"0 (argmax) or from {SMALLEST_TEMPERATURE} to {LARGEST_TEMPERATURE:.0f}",
-            ),
+            ("temperature", is_temperature(self.temperature), TEMPERATURE_RULE),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
         ):
