@@ -182,7 +182,6 @@ class Config:
         shares = parallel.sequence_parallel and not parallel.has_rollout_layout
         for holds, name in (
             (self.model.fp8 == "none", f"fp8={self.model.fp8}"),
-            (self.model.params_dtype != "float32", "params_dtype=float32"),
             (not shares, "sequence_parallel=true, unless rollouts have a layout of their own"),
         ):
             require(holds, "cuda_graphs", True, f"does not go with {name}", fix)

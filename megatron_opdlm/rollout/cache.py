@@ -129,7 +129,7 @@ class KVCache:
                 f"a key/value cache of {_size(per_slot * (num_slots + has_spare))} does not fit "
                 "into the memory of a rank; set kv_cache_gb to less"
             )
-        logger.info("%s", cache)
+        logger.info("%s", str(cache))  # a record that somebody keeps would keep the cache
         return cache
 
     def __repr__(self) -> str:

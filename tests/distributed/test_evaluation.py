@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 import logging
@@ -312,3 +313,32 @@ def test_eval_writes_the_table_and_the_figures(model, questions, tmp_path):
     assert len(example["tokens"]) == len(example["passes_at"]) == len(example["commit_steps"])
     assert max(example["passes_at"]) == example["passes"] - 1
     assert "(std of seeds)" in printed
+
+
+def caches_beside_the_reference(rank, model, questions):
+    """Bytes of the student's caches whenever the reference is about to decode."""
+    from megatron_opdlm import cli, parallel
+    from megatron_opdlm.evaluation import teacher
+    from megatron_opdlm.rollout.cache import KVCache
+
+    parallel.shutdown = lambda: None  # the group is the test's
+    held, evaluate_teacher = [], teacher.evaluate_teacher
+
+    def watch(*args, **options):
+        gc.collect()
+        held.append(sum(x.num_bytes for x in gc.get_objects() if isinstance(x, KVCache)))
+        return evaluate_teacher(*args, **options)
+
+    teacher.evaluate_teacher = watch
+    tasks = [f"--task=one={questions}", f"--task=two={questions}"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        status = cli.main(
+            ["eval", "--model", str(model.checkpoint), "--teacher", str(model.hf), *tasks]
+            + ["--max-new-tokens", "4", "--static", "--num-questions", "2"]
+        )
+    return status, held
+
+
+def test_the_reference_has_the_room_of_the_students_cache(model, questions):
+    ((status, held),) = run_ranks(caches_beside_the_reference, 1, model, questions)
+    assert status == 0 and held == [0, 0]

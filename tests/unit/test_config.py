@@ -91,6 +91,9 @@ def test_an_unknown_key_that_resembles_nothing_points_to_the_list():
         ("lr=0", "lr=0.0 must be positive"),
         ("lr=nan", "must be finite"),
         ("temperature=inf", "must be finite"),
+        ("temperature=1e-7", r"must be 0 \(argmax\) or from 1e-06 to 1000000; use e.g. 1.0"),
+        ("temperature=1e7", r"must be 0 \(argmax\) or from"),
+        ("temperature=-1", r"must be 0 \(argmax\) or from"),
         ("min_lr=1", "min_lr=1.0 must be at most lr=1e-05"),
         ("sequence_parallel=maybe", "must have type bool"),
         ("sequence_parallel=true", "needs tensor_model_parallel_size > 1, got 1"),
@@ -339,6 +342,25 @@ def test_choices_are_those_of_the_code_that_reads_them():
     keys = collect_keys(Config)
     assert set(keys["max_response_tokens.curve"].annotation.__args__) == set(CURVES)
     assert set(keys["state_selection"].annotation.__args__) == set(STATE_SELECTION)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rule"),
+    [
+        (["fp8=hybrid"], "fp8=hybrid"),
+        (["sequence_parallel=true"], "sequence_parallel=true, unless rollouts have a layout of"),
+        (["sequence_parallel=true", "rollout_tensor_model_parallel_size=2"], "sequence_parallel"),
+    ],
+    ids=str,
+)
+def test_graphs_that_no_machine_can_capture(overrides, rule):
+    needed = ["tensor_model_parallel_size=2", *overrides]
+    with pytest.raises(ValueError, match=f"cuda_graphs=true does not go with {rule}"):
+        load("cuda_graphs=true", *needed)
+    for allowed in ("cuda_graphs=null", "cuda_graphs=false"):
+        load(allowed, *needed)
+    load("cuda_graphs=true", *needed[:1], "rollout_tensor_model_parallel_size=1",
+         "sequence_parallel=true")  # fmt: skip
 
 
 def test_field_docs_reads_the_text_below_a_field():

@@ -337,6 +337,16 @@ def test_torch_must_have_pages(function, monkeypatch):
     assert find() is (with_pages if function is with_pages else None)
 
 
+@pytest.mark.parametrize("error", [ImportError, OSError("undefined symbol"), RuntimeError])
+def test_a_broken_package_is_an_absent_one(error, monkeypatch):
+    class Broken(types.ModuleType):
+        def __getattr__(self, name):
+            raise error
+
+    monkeypatch.setitem(sys.modules, "flash_attn", Broken("flash_attn"))
+    assert decoding_kernels._find_flash_attn.__wrapped__() is None
+
+
 def test_torch_must_have_been_built_with_flash_attention(monkeypatch):
     find = decoding_kernels._find_flash_forward.__wrapped__
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)

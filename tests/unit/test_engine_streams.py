@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from megatron_opdlm.rollout import engine as engine_module
 from megatron_opdlm.rollout.engine import RolloutCounts
 from megatron_opdlm.rollout.request_queue import LocalQueue
 from tests.helpers import run_ranks
@@ -130,3 +131,22 @@ def test_counts_of_a_refused_list_are_zero(model):
     ((before, after, is_training),) = run_ranks(refuse_after_a_success, 1, model)
     assert before.passes > 0 and before.tokens > 0
     assert after == RolloutCounts() and is_training
+
+
+def fail_at_the_start(rank, folder):
+    """Memory of the host runs out once the device's is lent."""
+    model, parallel, _ = load(folder.checkpoint)
+    engine, real = make_engine(model, parallel, SAMPLED, max_rows=2), engine_module.Sequences
+
+    def fail(**unused):
+        raise MemoryError
+
+    engine_module.Sequences = fail
+    with pytest.raises(MemoryError):
+        engine.generate(REQUESTS)
+    engine_module.Sequences = real
+    return len(engine.generate(REQUESTS[:2]))
+
+
+def test_a_rollout_that_fails_at_its_start_gives_its_memory_back(model):
+    assert run_ranks(fail_at_the_start, 1, model) == [2]

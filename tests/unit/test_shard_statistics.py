@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from megatron_opdlm import kernel_support
 from megatron_opdlm.kernel_support import log_once, why_no_triton
@@ -59,6 +60,15 @@ def test_a_broken_triton_is_a_missing_one(error, fresh_choice, caplog, monkeypat
     (record,) = caplog.records
     text = f"({type(error).__name__}: {' '.join(str(error).split())}); reinstall triton"
     assert record.getMessage().endswith(text) and "\n" not in record.getMessage()
+
+
+def test_a_triton_that_interprets_is_a_missing_one_on_a_gpu(fresh_choice, caplog, monkeypatch):
+    pytest.importorskip("triton", reason="needs Triton")
+    assert why_no_triton() is None  # interpreted here, where there is no GPU
+    why_no_triton.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert statistics_on("cuda") is torch_statistics
+    assert caplog.messages[0].endswith("unset TRITON_INTERPRET")
 
 
 def test_the_package_works_without_triton():
