@@ -169,6 +169,9 @@ class Config:
             lr_warmup_steps=self.lr_warmup_steps,
             lr_decay_steps=self.lr_decay_steps,
         )
+        is_16_bit, graphs = model.params_dtype != "float32", self.rollout.cuda_graphs
+        rule, fix = "does not go with params_dtype=float32", "use bfloat16, or cuda_graphs=null"
+        require(is_16_bit or not (cuda and graphs), "cuda_graphs", graphs, rule, fix)
         return dataclasses.replace(self, model=model, optimizer=optimizer)
 
     def _check_graphs(self) -> None:

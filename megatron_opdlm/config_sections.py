@@ -220,8 +220,8 @@ class RolloutConfig(Section):
     sequence that they need takes the room of one of a few."""
     keep_kv_cache: bool | None = None
     """Keeps the key/value cache and the captured passes between rollouts, in memory that training
-    then lacks; making them anew takes seconds. null = where passes are captured, once training
-    steps have shown that the cache takes at most half of what they leave free."""
+    then lacks; making them anew is expected to take seconds. null = where passes are captured, once
+    training steps have shown that the cache takes at most half of what they leave free."""
     enable_thinking: bool = False
     """Passed to the chat template (Qwen3: whether the response begins with thoughts)."""
 

@@ -190,9 +190,8 @@ class Trainer:
         train = self.config.train
         lengths = [len(state.student) for state in states]
         key = randomness.key(train.seed, "optimizer steps", self.rollout_step)
-        groups = group(
-            lengths, train.rows_per_optimizer_step, key if train.group_by_length else None
-        )
+        by_length = key if train.group_by_length else None
+        groups = group(lengths, train.rows_per_optimizer_step, by_length)
         return [[states[i] for i in rows] for rows in groups]
 
     def plan(self, states: Sequence[TrainingState]) -> Runs:
@@ -265,7 +264,7 @@ class Trainer:
         lr = self.optimizer.next_lr()
         with self.timer.phase("optimizer"):
             norm = self.optimizer.step(rows.loss)
-        self.layout.memory.observe_training()
+            self.layout.memory.observe_training()
         return norm, lr
 
     def log_step(self, rows: StepRows, grad_norm: float, lr: float) -> None:
@@ -392,9 +391,8 @@ class Trainer:
         )
 
     def _log(self, numbers: dict[str, Any]) -> None:
-        self.metrics.log(
-            numbers, rollout_step=self.rollout_step, optimizer_step=self.optimizer.num_steps
-        )
+        step = self.optimizer.num_steps
+        self.metrics.log(numbers, rollout_step=self.rollout_step, optimizer_step=step)
 
 
 def has_loss(batch: Sequence[TrainingState]) -> bool:

@@ -111,10 +111,9 @@ class KVCache:
             verb = "and the spare one of cuda_graphs need" if has_spare else "needs"
             way_out = "set cuda_graphs=false, " if has_spare else ""
             raise ValueError(
-                f"a sequence of {capacity} tokens {verb} "
-                f"{_size(needed)} of key/value cache, more than the {_size(limit)} there are; "
-                f"{way_out}shorten prompts or responses, raise kv_cache_gb, or cut the model over "
-                "more GPUs"
+                f"a sequence of {capacity} tokens {verb} {_size(needed)} of key/value cache, more "
+                f"than the {_size(limit)} there are; {way_out}shorten prompts or responses, raise "
+                "kv_cache_gb, or cut the model over more GPUs"
             )
         cache: KVCache | None = None
         with contextlib.suppress(torch.OutOfMemoryError):

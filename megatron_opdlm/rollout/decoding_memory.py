@@ -1,8 +1,8 @@
 """What decoding keeps on the device: the key/value cache, and the passes captured against it.
 
 A captured pass holds the addresses of weights and cache, so both have to stay where they are for as
-long as it is used. Capturing all sizes of a rollout takes seconds. So memory stays between rollouts
-where training has room for it, and is made anew where it has not.
+long as it is used. Capturing all sizes of a rollout should take seconds. So memory stays between
+rollouts where training has room for it, and is made anew where it has not.
 """
 
 from __future__ import annotations

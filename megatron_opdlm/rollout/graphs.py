@@ -1,4 +1,4 @@
-"""CUDA graphs of decoding passes: a pass is some hundred small kernels, which a host starts slower
+"""CUDA graphs of decoding passes: a pass is hundreds of small kernels, which a host starts slower
 than the GPU runs them.
 
 Passes in which no prompt is read consist of whole blocks, so their number of blocks is their shape

@@ -363,6 +363,13 @@ def test_graphs_that_no_machine_can_capture(overrides, rule):
          "sequence_parallel=true")  # fmt: skip
 
 
+def test_graphs_in_float32_are_refused_where_there_is_a_gpu():
+    config = load("cuda_graphs=true", "params_dtype=float32")
+    with pytest.raises(ValueError, match="cuda_graphs=true does not go with params_dtype=float32"):
+        config.resolved(cuda=True)
+    assert load("cuda_graphs=true").resolved(cuda=True).model.params_dtype == "bfloat16"
+
+
 def test_field_docs_reads_the_text_below_a_field():
     docs = field_docs(ResponseLengthConfig)
     assert docs["start"] == "Longest response of the first rollout, in tokens."

@@ -340,3 +340,20 @@ def test_every_item_can_be_called():
 def test_the_list_is_printed():
     done = run_survey("--list")
     assert done.returncode == 0 and len(done.stdout.splitlines()) == len(ITEMS)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', "[1]", '{"item": "x"}\n{"item": "y"}\n', "\x00"])
+def test_a_table_of_something_else_is_one_line(text, tmp_path):
+    file = tmp_path / "results.jsonl"
+    file.write_text(text)
+    for path in (file, tmp_path, tmp_path / "nothing"):
+        done = run_survey("--table", path)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: --table {path}: ")
+        assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_paths_are_looked_at_before_the_device(tmp_path):
+    (tmp_path / "file").write_text("")
+    for options in (["--out", tmp_path / "file"], ["--out", tmp_path, "--te-smoke", "/nothing"]):
+        done = run_survey(*options)
+        assert done.returncode == 2 and str(options[-1]) in done.stderr.splitlines()[-1]

@@ -1,9 +1,7 @@
 """What a card can do at best, and what the survey's cases ask of it. Arithmetic alone.
 
-    python3 tools/gpu/roofline.py
-
-prints, for every case and both Hopper cards, the least time that operations and bytes allow: the
-table of docs/gpu.md. A multiply-add is two operations. Standard library only.
+For every case and both Hopper cards, the least time that operations and bytes allow; cases.py
+prints the table of docs/gpu.md. A multiply-add is two operations. Standard library only.
 
 Shape letters: L layers, D hidden size, N query heads, M key/value heads, V vocabulary, K block
 size.

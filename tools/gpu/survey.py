@@ -40,7 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the survey; returns the exit status."""
     args = parse(arguments)
     if args.table is not None:
-        print(markdown(read_results(args.table)), end="")
+        try:
+            print(markdown(read_results(args.table)), end="")
+        except (OSError, ValueError) as error:
+            print(f"error: --table {args.table}: {error}", file=sys.stderr)
+            return 2
         return 0
     if args.list:
         for item in ITEMS:
@@ -115,6 +119,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if args.table is None and not args.list and args.item is None:
         if args.out is None:
             parser.error("--out DIR says where the results go")
+        if args.te_smoke is not None and not Path(args.te_smoke).is_file():
+            parser.error(f"--te-smoke {args.te_smoke} is no file")
+        if args.out.exists() and not args.out.is_dir():
+            parser.error(f"--out {args.out} must be a folder; it is a file")
         if not args.budget > 0:
             parser.error(f"--budget {args.budget:g} must be positive, in seconds")
         try:

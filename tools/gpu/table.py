@@ -18,6 +18,8 @@ UNITS = {
     "bound_ms": "ms bound", "of_bound": "of the bound",
 }  # fmt: skip
 """How figures are called in the table; others by their name."""
+WHOLE = ("item", "status", "seconds", "reason", "started", "lines")
+"""What every record has."""
 NO_FIGURES = {"void": "void: the device computes nothing", "skipped": "skipped"}
 
 
@@ -37,9 +39,11 @@ def read_results(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
+            if not set(WHOLE) <= set(record):
+                raise ValueError("not a whole record")
             records[record["item"]] = record
-        except (ValueError, TypeError, KeyError):
-            if number == len(lines):
+        except (ValueError, TypeError):
+            if number == len(lines) > 1:
                 break
             raise ValueError(f"{path}, line {number}: no record of an item") from None
     return list(records.values())
