@@ -135,6 +135,10 @@ def to_device(tensor: Tensor, device: torch.device | str | int) -> Tensor:
 
     A copy from memory that may be swapped out would wait. Pinned memory is torch's to reuse once
     the copy is done.
+
+    Args:
+        tensor: of any shape and dtype.
+        device: where it is wanted.
     """
     if torch.cuda.is_available() and not tensor.is_cuda:
         tensor = tensor.pin_memory()

@@ -174,15 +174,9 @@ class _PagedKernel(DecodingKernel):
             "pages": runs.slots.unsqueeze(1).int(),
         }
 
-
-class PagedTorch(_PagedKernel):
-    """`varlen_attn` with pages, from torch 2.13 on."""
-
-    name = "torch's varlen_attn with pages"
-
-    def find(self) -> Function | None:
-        """See `DecodingKernel`."""
-        return _find_varlen_attn()
+    @abstractmethod
+    def _options(self, inputs: Staged, scale: float) -> dict[str, Any]:
+        """What a function calls the scale, the pages and the numbers of keys."""
 
     def _run(
         self,
@@ -194,21 +188,36 @@ class PagedTorch(_PagedKernel):
         most_queries: int,
         scale: float,
     ) -> Tensor:
-        output = function(
+        output: Tensor = function(
             query,
             keys.transpose(1, 2),
             values.transpose(1, 2),
             inputs["query_starts"],
-            inputs["key_starts"],  # must be there; `seqused_k` and `block_table` replace it
+            inputs["key_starts"],
             most_queries,
             keys.shape[2],
-            scale=scale,
-            seqused_k=inputs["num_keys"],
-            block_table=inputs["pages"],
-            num_splits=1,
+            **self._options(inputs, scale),
         )
-        assert isinstance(output, Tensor)
         return output
+
+
+class PagedTorch(_PagedKernel):
+    """`varlen_attn` with pages, from torch 2.13 on."""
+
+    name = "torch's varlen_attn with pages"
+
+    def find(self) -> Function | None:
+        """See `DecodingKernel`."""
+        return _find_varlen_attn()
+
+    def _options(self, inputs: Staged, scale: float) -> dict[str, Any]:
+        # The key starts must be there, but the number of keys and the pages replace them.
+        return {
+            "scale": scale,
+            "seqused_k": inputs["num_keys"],
+            "block_table": inputs["pages"],
+            "num_splits": 1,
+        }
 
 
 class FlatTorch(DecodingKernel):
@@ -281,28 +290,8 @@ class PagedPackage(_PagedKernel):
         """See `DecodingKernel`."""
         return _find_flash_attn()
 
-    def _run(
-        self,
-        function: Function,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        inputs: Staged,
-        most_queries: int,
-        scale: float,
-    ) -> Tensor:
-        output: Tensor = function(
-            query,
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            inputs["query_starts"],
-            inputs["key_starts"],
-            most_queries,
-            keys.shape[2],
-            softmax_scale=scale,
-            block_table=inputs["pages"],
-        )
-        return output
+    def _options(self, inputs: Staged, scale: float) -> dict[str, Any]:
+        return {"softmax_scale": scale, "block_table": inputs["pages"]}
 
 
 KERNELS: tuple[DecodingKernel, ...] = (PagedTorch(), FlatTorch(), PagedPackage())
