@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_opdlm import __version__
-from megatron_opdlm.config_schema import require_at_least
+from megatron_opdlm.checks import require_at_least
 
 if TYPE_CHECKING:
-    from megatron_opdlm.config import Config
+    from megatron_opdlm.config.run import Config
 
 _SUBCOMMANDS: tuple[tuple[str, str], ...] = (
     ("megatron_opdlm.convert.cli", "add_convert_parser"),
-    ("megatron_opdlm.generate", "add_generate_parser"),
+    ("megatron_opdlm.generate.cli", "add_generate_parser"),
     ("megatron_opdlm.evaluation.cli", "add_eval_parser"),
 )
 """Modules that add their own subcommand; they import torch and the like only when it runs."""
@@ -155,14 +155,14 @@ def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from megatron_opdlm.config import load_config
+    from megatron_opdlm.config.run import load_config
 
     config = load_config(args.config, args.overrides)  # before any process is started
     if args.dry_run:
         return _dry_run(args, config)
     if args.gpus is not None:
         raise ValueError("--gpus is for --dry-run; use --nproc to start processes on this machine")
-    from megatron_opdlm import start
+    from megatron_opdlm.train import start
 
     if args.nproc is not None:
         _relaunch(args, config)
@@ -183,7 +183,7 @@ def _relaunch(args: argparse.Namespace, config: Config) -> NoReturn:
             f"--nproc={args.nproc} must be a multiple of tensor_model_parallel_size x "
             f"pipeline_model_parallel_size = {copy}; use {copy} or a multiple of it"
         )
-    from megatron_opdlm import start
+    from megatron_opdlm.train import start
 
     start.check(config)  # here, where its one line is not followed by torchrun's report
     # torchrun would set 1 and say so on every start; processes share the cores instead
@@ -205,7 +205,7 @@ def _dry_run(args: argparse.Namespace, config: Config) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from megatron_opdlm.config import load_config
+    from megatron_opdlm.config.run import load_config
 
     config = load_config(args.config, args.overrides)
     on_gpus = args.gpus is not None
@@ -228,7 +228,7 @@ def _report(
     """
     import torch
 
-    from megatron_opdlm.plan import find_model_config, format_table, format_totals, rank_table
+    from megatron_opdlm.plan.ranks import find_model_config, format_table, format_totals, rank_table
 
     cuda = on_gpus or torch.cuda.is_available()
     config = config.resolved(cuda=cuda)
@@ -248,8 +248,9 @@ def _report(
 
 def _describe_keys() -> str:
     """Returns the list of configuration keys for the help text."""
-    from megatron_opdlm.config import Config
-    from megatron_opdlm.config_schema import collect_keys, describe_type, format_value
+    from megatron_opdlm.checks import format_value
+    from megatron_opdlm.config.run import Config
+    from megatron_opdlm.config.schema import collect_keys, describe_type
 
     lines = ["keys of CONFIG.yaml and key=value:"]
     for key in collect_keys(Config).values():

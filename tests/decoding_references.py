@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from megatron_opdlm.attention import AttentionPlan
+from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.rollout.cache import KVCache
 from megatron_opdlm.rollout.decode_pass import lay_out
 from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.request import Request
 from megatron_opdlm.rollout.sequences import Sequences
-from megatron_opdlm.trajectory import Trajectory
 
 Reference = Callable[[RolloutEngine, Sequences, torch.Tensor, KVCache], None]
 """Runs one denoising step of the sequences in some slots, as a method would."""

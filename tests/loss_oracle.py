@@ -2,8 +2,8 @@
 
 import torch
 
-from megatron_opdlm.divergence import Divergence
-from megatron_opdlm.divergence_rules import DIVERGENCES, TOP_K_MODES
+from megatron_opdlm.loss.divergence import Divergence
+from megatron_opdlm.loss.divergence_rules import DIVERGENCES, TOP_K_MODES
 
 
 def every_divergence(top_k):

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import megatron_opdlm.trainer as trainer_module
-from megatron_opdlm.config import Config
-from megatron_opdlm.state_selection import NoisyStates, select_states
-from megatron_opdlm.trainer import Trainer
-from megatron_opdlm.training_state import TrainingState
-from tests.distributed.test_parallel_training import LAYOUTS, Recorder
+import megatron_opdlm.train.trainer as trainer_module
+from megatron_opdlm.config.run import Config
+from megatron_opdlm.diffusion.example import TrainingState
+from megatron_opdlm.diffusion.noising import NoisyStates, select_states
+from megatron_opdlm.train.trainer import Trainer
+from tests.distributed.train.test_parallel_training import LAYOUTS, Recorder
 from tests.helpers import run_ranks
 from tests.tiny import tiny_model, write_prompts
 from tests.training import tiny_config

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opdlm import randomness
+from megatron_opdlm.diffusion import randomness
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 
 Logits = Callable[[Tensor, Tensor], Tensor]

@@ -10,16 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opdlm import parallel as process_groups
-from megatron_opdlm import randomness
-from megatron_opdlm.checkpoint import load_model
-from megatron_opdlm.convert.layout import resolve_iteration
-from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, stream_multiple
-from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.checkpoint.layout import resolve_iteration
+from megatron_opdlm.checkpoint.weights import load_model
+from megatron_opdlm.diffusion import randomness
+from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.distributed import process_groups
+from megatron_opdlm.distributed.process_groups import ParallelState
+from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions, stream_multiple
 from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.rollout.sampler import Draws
-from megatron_opdlm.trajectory import Trajectory
 from tests.oracle import decode, hf_logits
 
 MASK = 259

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_opdlm import randomness
+from megatron_opdlm.diffusion import randomness
 from megatron_opdlm.rollout import sampling_kernel
 from megatron_opdlm.rollout.sampling_kernel import gumbel, noise_bits
 

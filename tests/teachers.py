@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_opdlm.config import Config
-from tests.distributed.test_parallel_training import run
+from megatron_opdlm.config.run import Config
+from tests.distributed.train.test_parallel_training import run
 from tests.helpers import run_ranks
 from tests.tiny import tiny_model, write_prompts
 from tests.training import tiny_config

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-# As in backends/cpu.py, but at import: pytest's process does products before any run starts, and
-# MKL reads this at its first call.
+# As in cpu_backend.py, but at import: pytest's process does products before any run starts, and MKL
+# reads this at its first call.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import megatron.core.dist_checkpointing.strategies.torch as storage
@@ -21,11 +21,11 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from torch import Tensor
 
-from megatron_opdlm.config import Config, load_config
-from megatron_opdlm.convert.families import FAMILIES
-from megatron_opdlm.convert.hf import HFConfig
-from megatron_opdlm.convert.names import VocabRows
-from megatron_opdlm.model import BlockDiffusionModel
+from megatron_opdlm.config.run import Config, load_config
+from megatron_opdlm.model.families import FAMILIES
+from megatron_opdlm.model.gpt import BlockDiffusionModel
+from megatron_opdlm.model.hf_config import HFConfig
+from megatron_opdlm.model.tensors import VocabRows
 
 assert storage and omegaconf  # imported here so that forked ranks inherit them
 

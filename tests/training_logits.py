@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, training_stream_multiple
-from megatron_opdlm.parallel import ParallelState
-from megatron_opdlm.pipeline import forward_only
+from megatron_opdlm.diffusion.example import TrainingState, training_state
+from megatron_opdlm.diffusion.noising import NoisyStates
+from megatron_opdlm.diffusion.stream import BLOCK, NOISY, POSITION, Document, pack
+from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.distributed.process_groups import ParallelState
+from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions, training_stream_multiple
+from megatron_opdlm.model.pipeline import forward_only
 from megatron_opdlm.rollout.request import Request
-from megatron_opdlm.state_selection import NoisyStates
-from megatron_opdlm.stream import BLOCK, NOISY, POSITION, Document, pack
-from megatron_opdlm.training_state import TrainingState, training_state
-from megatron_opdlm.trajectory import Trajectory
 from tests.rollouts import MASK, RecordingEngine, draw_key
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opdlm.data import load_prompts
-from megatron_opdlm.decoder import Decoder, default_block_size
+from megatron_opdlm.diffusion.stream import make_tags
+from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.generate.decoder import Decoder, default_block_size
+from megatron_opdlm.responses.prompts import load_prompts
 from megatron_opdlm.rollout.request import DecodingOptions
-from megatron_opdlm.stream import make_tags
-from megatron_opdlm.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_opdlm.config import METHODS, load_config
+from megatron_opdlm.config.run import METHODS, load_config
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

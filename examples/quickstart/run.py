@@ -24,7 +24,7 @@ from memory import PeakMemory
 from rich.console import Console
 from rich.table import Table
 
-from megatron_opdlm.config import Config, load_config
+from megatron_opdlm.config.run import Config, load_config
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -246,7 +246,7 @@ class Steps:
         self, before: dict[str, Any], after: dict[str, Any], memory: PeakMemory
     ) -> dict[str, Any]:
         """Content of summary.json."""
-        from megatron_opdlm.metrics import read_metrics
+        from megatron_opdlm.reporting.logger import read_metrics
 
         records = read_metrics(self.run_dir / "metrics.jsonl")
         tokens = [r["perf/tokens_paper"] for r in records if "perf/tokens_paper" in r]

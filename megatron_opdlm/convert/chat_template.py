@@ -5,16 +5,20 @@ from typing import Any
 
 import jinja2
 
-from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.files import write_json
 from megatron_opdlm.convert.tokenizer import has_tokenizer
 from megatron_opdlm.convert.tokenizer_files import (
     TOKENIZER_CONFIG,
     read_tokenizer_config,
     special_tokens,
 )
+from megatron_opdlm.files.errors import ConversionError
+from megatron_opdlm.files.folders import write_json
 
 TEMPLATE_FILE = "chat_template.jinja"
+NO_CHAT_TEMPLATE = (
+    "tokenizer has no chat_template; prompts are rendered with it; use an instruct model, or give "
+    "it one: opdlm convert import --chat-template FILE"
+)
 _PROBE = "probe"
 """What the user says in a trial of a template."""
 _FAILURES = (

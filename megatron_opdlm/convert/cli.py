@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.signals import ended_by_interrupt, stopped_by_signals
+from megatron_opdlm.files.errors import ConversionError
+from megatron_opdlm.files.signals import ended_by_interrupt, stopped_by_signals
 
 FORMATS = ("sdar", "a2d", "base", "qwen3", "qwen2", "llama")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -150,8 +150,8 @@ def _require_text(args: argparse.Namespace) -> None:
 
 
 def _import(args: argparse.Namespace) -> int:
+    from megatron_opdlm.checkpoint.layout import read_description, resolve_iteration
     from megatron_opdlm.convert.importer import import_hf
-    from megatron_opdlm.convert.layout import read_description, resolve_iteration
 
     for name in ("mask_token", "mask_init"):
         if args.no_mask and getattr(args, name) is not None:
@@ -174,9 +174,9 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from megatron_opdlm.checkpoint.layout import read_description, resolve_iteration
     from megatron_opdlm.convert.exporter import export
-    from megatron_opdlm.convert.files import read_json_object
-    from megatron_opdlm.convert.layout import read_description, resolve_iteration
+    from megatron_opdlm.files.folders import read_json_object
 
     export(
         args.checkpoint,

@@ -9,26 +9,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.files import (
-    atomic_directory,
-    read_json_object,
-    require_writable_output,
-)
-from megatron_opdlm.convert.formats import find_format
-from megatron_opdlm.convert.formats.files import write_files
-from megatron_opdlm.convert.formats.format import ExportedModel, ExportFormat
-from megatron_opdlm.convert.hf import DTYPES, SHIFT_KEYS
-from megatron_opdlm.convert.layout import (
+from megatron_opdlm.checkpoint.layout import (
     STATE_FILE,
     TOKENIZER_DIR,
     ModelDescription,
     read_description,
     resolve_iteration,
 )
+from megatron_opdlm.convert.formats import find_format
+from megatron_opdlm.convert.formats.files import write_files
+from megatron_opdlm.convert.formats.format import ExportedModel, ExportFormat
 from megatron_opdlm.convert.mask_relocation import UntiedTensors
 from megatron_opdlm.convert.model_tensors import SHARD_BYTES, ModelTensors, write_weights
 from megatron_opdlm.convert.tokenizer import pad_token_id
+from megatron_opdlm.files.errors import ConversionError
+from megatron_opdlm.files.folders import atomic_directory, read_json_object, require_writable_output
+from megatron_opdlm.model.hf_config import DTYPES, SHIFT_KEYS
 
 logger = logging.getLogger(__name__)
 

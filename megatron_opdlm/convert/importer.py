@@ -13,20 +13,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_opdlm.convert.chat_template import set_chat_template
-from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.families import FAMILIES
-from megatron_opdlm.convert.files import atomic_directory, require_writable_output
-from megatron_opdlm.convert.hf import HFConfig, read_config
-from megatron_opdlm.convert.layout import (
+from megatron_opdlm.checkpoint.layout import (
     LATEST_FILE,
     TOKENIZER_DIR,
     ModelDescription,
     iteration_name,
     write_description,
 )
+from megatron_opdlm.convert.chat_template import set_chat_template
 from megatron_opdlm.convert.mask_row import MaskRow, mean_row
-from megatron_opdlm.convert.names import Entry, VocabRows
 from megatron_opdlm.convert.tokenizer import (
     MASK_TOKEN,
     add_mask_token,
@@ -38,6 +33,11 @@ from megatron_opdlm.convert.tokenizer import (
 from megatron_opdlm.convert.tokenizer_files import TOKENIZER_CONFIG
 from megatron_opdlm.convert.torch_dist import Piece, write_torch_dist
 from megatron_opdlm.convert.weights import HFWeights, check_tensors, row_slices
+from megatron_opdlm.files.errors import ConversionError
+from megatron_opdlm.files.folders import atomic_directory, require_writable_output
+from megatron_opdlm.model.families import FAMILIES
+from megatron_opdlm.model.hf_config import HFConfig, read_config
+from megatron_opdlm.model.tensors import Entry, VocabRows
 
 logger = logging.getLogger(__name__)
 

@@ -5,23 +5,19 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from megatron_opdlm.convert.families import FAMILIES
-from megatron_opdlm.convert.files import read_json_object
-from megatron_opdlm.convert.hf import HFConfig, read_config
-from megatron_opdlm.convert.layout import (
+from megatron_opdlm.checkpoint.layout import (
     STATE_FILE,
     TOKENIZER_DIR,
     read_description,
     resolve_iteration,
 )
-from megatron_opdlm.convert.path_kind import CONFIG_FILE, is_hf_directory
-from megatron_opdlm.convert.tokenizer import (
-    has_tokenizer,
-    mask_token_id,
-    tokenizer_fingerprint,
-)
+from megatron_opdlm.convert.tokenizer import has_tokenizer, mask_token_id, tokenizer_fingerprint
 from megatron_opdlm.convert.torch_dist import TorchDistReader
 from megatron_opdlm.convert.weights import HFWeights
+from megatron_opdlm.files.folders import read_json_object
+from megatron_opdlm.files.path_kind import CONFIG_FILE, is_hf_directory
+from megatron_opdlm.model.families import FAMILIES
+from megatron_opdlm.model.hf_config import HFConfig, read_config
 
 
 @dataclass(frozen=True, kw_only=True)

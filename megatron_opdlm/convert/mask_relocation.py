@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_opdlm.convert.hf import HFConfig
 from megatron_opdlm.convert.model_tensors import ModelTensors, TensorLayout
-from megatron_opdlm.convert.names import EMBEDDING, HEAD
+from megatron_opdlm.model.hf_config import HFConfig
+from megatron_opdlm.model.tensors import EMBEDDING, HEAD
 
 
 class UntiedTensors(ModelTensors):

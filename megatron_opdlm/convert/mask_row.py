@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.names import EMBEDDING
 from megatron_opdlm.convert.weights import HFWeights, row_slices
+from megatron_opdlm.files.errors import ConversionError
+from megatron_opdlm.model.tensors import EMBEDDING
 
 MASK_INITS = ("keep", "mean")
 

@@ -11,12 +11,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.families import FAMILIES
-from megatron_opdlm.convert.files import write_json
-from megatron_opdlm.convert.hf import HFConfig
-from megatron_opdlm.convert.names import Entry, Shape, VocabRows
-from megatron_opdlm.convert.safetensors_file import SafetensorsWriter
 from megatron_opdlm.convert.torch_dist import TorchDistReader
 from megatron_opdlm.convert.weights import (
     INDEX_FILE,
@@ -25,7 +19,13 @@ from megatron_opdlm.convert.weights import (
     require_finite,
     row_slices,
 )
-from megatron_opdlm.signals import raise_if_stopped
+from megatron_opdlm.files.errors import ConversionError
+from megatron_opdlm.files.folders import write_json
+from megatron_opdlm.files.safetensors_file import SafetensorsWriter
+from megatron_opdlm.files.signals import raise_if_stopped
+from megatron_opdlm.model.families import FAMILIES
+from megatron_opdlm.model.hf_config import HFConfig
+from megatron_opdlm.model.tensors import Entry, Shape, VocabRows
 
 SHARD_BYTES = 5 * 10**9
 TensorLayout = dict[str, tuple[torch.dtype, Shape]]

@@ -13,10 +13,10 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 import torch
 from torch import Tensor
 
-from megatron_opdlm.convert.dcp_metadata import DAMAGES
-from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.names import Shape
-from megatron_opdlm.convert.raw import bytes_of, fill
+from megatron_opdlm.files.dcp_metadata import DAMAGES
+from megatron_opdlm.files.errors import ConversionError
+from megatron_opdlm.files.raw import bytes_of, fill
+from megatron_opdlm.model.tensors import Shape
 
 _VALUES = "/data/0"  # the archive's entry with the first, here the only storage
 _LOCAL_HEADER_BYTES = 30  # of a zip entry; its last four are the lengths of two fields that follow

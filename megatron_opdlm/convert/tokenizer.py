@@ -13,8 +13,6 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.files import without_garbage_collection, write_json
 from megatron_opdlm.convert.tokenizer_files import (
     NAMED_TOKENS,
     TOKENIZER_CONFIG,
@@ -25,6 +23,8 @@ from megatron_opdlm.convert.tokenizer_files import (
     special_tokens,
     token_ids,
 )
+from megatron_opdlm.files.errors import ConversionError
+from megatron_opdlm.files.folders import without_garbage_collection, write_json
 
 MASK_TOKEN = "<|MASK|>"
 """The string that SDAR, TraDo and OPDLM use; id 151669 in Qwen3's vocabulary."""

@@ -4,8 +4,8 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
-from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.files import read_json_object
+from megatron_opdlm.files.errors import ConversionError
+from megatron_opdlm.files.folders import read_json_object
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"

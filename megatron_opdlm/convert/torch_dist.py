@@ -28,13 +28,13 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from megatron_opdlm.convert import dcp_metadata
-from megatron_opdlm.convert.dcp_metadata import read_metadata
-from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.names import Shape
-from megatron_opdlm.convert.raw import BlockFile
 from megatron_opdlm.convert.records import read_region
-from megatron_opdlm.signals import raise_if_stopped
+from megatron_opdlm.files import dcp_metadata
+from megatron_opdlm.files.dcp_metadata import read_metadata
+from megatron_opdlm.files.errors import ConversionError
+from megatron_opdlm.files.raw import BlockFile
+from megatron_opdlm.files.signals import raise_if_stopped
+from megatron_opdlm.model.tensors import Shape
 
 METADATA_FILE = "metadata.json"
 COMMON_FILE = "common.pt"

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opdlm import parallel
-from megatron_opdlm.checkpoint import freeze, load_model
-from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.families import FAMILIES
-from megatron_opdlm.convert.files import read_json_object
-from megatron_opdlm.convert.hf import HFConfig, read_config
-from megatron_opdlm.convert.layout import read_description, resolve_iteration
-from megatron_opdlm.model import BlockDiffusionModel, BuildOptions
-from megatron_opdlm.stream import make_tags, visible
+from megatron_opdlm.checkpoint.layout import read_description, resolve_iteration
+from megatron_opdlm.checkpoint.weights import freeze, load_model
+from megatron_opdlm.diffusion.stream import make_tags, visible
+from megatron_opdlm.distributed import process_groups as parallel
+from megatron_opdlm.files.errors import ConversionError
+from megatron_opdlm.files.folders import read_json_object
+from megatron_opdlm.model.families import FAMILIES
+from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions
+from megatron_opdlm.model.hf_config import HFConfig, read_config
 
 _SHAPE_FIELDS = (
     *("family", "num_layers", "hidden_size", "ffn_hidden_size"),

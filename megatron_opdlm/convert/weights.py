@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.files import read_json_object
-from megatron_opdlm.convert.hf import HFConfig
-from megatron_opdlm.convert.names import EMBEDDING, HEAD, Family, Shape
-from megatron_opdlm.convert.safetensors_file import TensorInfo, read_header, read_tensor
+from megatron_opdlm.files.errors import ConversionError
+from megatron_opdlm.files.folders import read_json_object
+from megatron_opdlm.files.safetensors_file import TensorInfo, read_header, read_tensor
+from megatron_opdlm.model.hf_config import HFConfig
+from megatron_opdlm.model.tensors import EMBEDDING, HEAD, Family, Shape
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

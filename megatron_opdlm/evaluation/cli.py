@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_opdlm.config_schema import require, require_at_least
-from megatron_opdlm.decoding_arguments import (
+from megatron_opdlm.checks import require, require_at_least
+from megatron_opdlm.generate.arguments import (
     MAX_ROWS,
     REMASKING,
     Parsers,
@@ -23,9 +23,9 @@ from megatron_opdlm.decoding_arguments import (
 )
 
 if TYPE_CHECKING:
-    from megatron_opdlm.decoder import Decoder
     from megatron_opdlm.evaluation.task import EvalResult, Task
     from megatron_opdlm.evaluation.teacher import Teacher
+    from megatron_opdlm.generate.decoder import Decoder
     from megatron_opdlm.rollout.request import DecodingOptions
 
 STATIC, DYNAMIC, ENTROPY_BOUNDED, SEQUENTIAL = REMASKING
@@ -100,7 +100,7 @@ def _add_setting_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_eval(args: argparse.Namespace) -> int:
     """Runs `opdlm eval`."""
-    from megatron_opdlm import parallel
+    from megatron_opdlm.distributed import process_groups as parallel
     from megatron_opdlm.evaluation.task import load_task
     from megatron_opdlm.evaluation.teacher import load_reference
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_opdlm.blocks import block_start
-from megatron_opdlm.display import token_texts
+from megatron_opdlm.diffusion.blocks import block_start
 from megatron_opdlm.evaluation.task import Answer
+from megatron_opdlm.generate.display import token_texts
 
 
 def choose(answers: Sequence[Answer], count: int) -> list[Answer]:

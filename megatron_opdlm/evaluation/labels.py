@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from megatron_opdlm.denoise import (
+from megatron_opdlm.diffusion.remasking import (
     ENTROPY_BOUNDED,
     LOW_CONFIDENCE_DYNAMIC,
     LOW_CONFIDENCE_STATIC,

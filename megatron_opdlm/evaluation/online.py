@@ -6,15 +6,15 @@ import dataclasses
 import logging
 import time
 
-from megatron_opdlm.config import Config
-from megatron_opdlm.decoder import Decoder
-from megatron_opdlm.denoise import LOW_CONFIDENCE_DYNAMIC, LOW_CONFIDENCE_STATIC
+from megatron_opdlm.config.run import Config
+from megatron_opdlm.diffusion.remasking import LOW_CONFIDENCE_DYNAMIC, LOW_CONFIDENCE_STATIC
+from megatron_opdlm.distill.student import Student
 from megatron_opdlm.evaluation.labels import setting_name
 from megatron_opdlm.evaluation.runner import evaluate
 from megatron_opdlm.evaluation.task import Task, load_task
+from megatron_opdlm.generate.decoder import Decoder
 from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.rollout.request import DecodingOptions
-from megatron_opdlm.setup_models import Student
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_opdlm.evaluation.html import render_page
 from megatron_opdlm.evaluation.plots import write_plots
-from megatron_opdlm.metrics import read_metrics
+from megatron_opdlm.reporting.logger import read_metrics
 
 SUMMARY_KEYS = (
     "teacher_accuracy",

@@ -8,12 +8,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_opdlm.data import PromptTokens
-from megatron_opdlm.decoder import Decoder
+from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.evaluation.labels import setting_name
 from megatron_opdlm.evaluation.task import Answer, EvalResult, Task, grade
+from megatron_opdlm.generate.decoder import Decoder
+from megatron_opdlm.responses.prompts import PromptTokens
 from megatron_opdlm.rollout.request import DecodingOptions
-from megatron_opdlm.trajectory import Trajectory
 
 
 def evaluate(

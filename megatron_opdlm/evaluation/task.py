@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_opdlm.data import Prompt, load_prompts
+from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.evaluation.graders import is_correct, parse_number
 from megatron_opdlm.evaluation.labels import setting_name
+from megatron_opdlm.responses.prompts import Prompt, load_prompts
 from megatron_opdlm.rollout.request import DecodingOptions
-from megatron_opdlm.trajectory import Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)

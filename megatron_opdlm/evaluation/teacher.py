@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_opdlm.data import Prompt
 from megatron_opdlm.evaluation.task import Answer, EvalResult, Task, grade
+from megatron_opdlm.responses.prompts import Prompt
 
 
 @dataclass(frozen=True)

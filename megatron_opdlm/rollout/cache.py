@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opdlm.blocks import round_up
-from megatron_opdlm.model import BlockDiffusionModel
-from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.diffusion.blocks import round_up
+from megatron_opdlm.distributed.process_groups import ParallelState
+from megatron_opdlm.model.gpt import BlockDiffusionModel
 from megatron_opdlm.rollout.limits import PREFILL_TOKENS, SAMPLED_LOGITS, SAMPLER_BYTES
 
 logger = logging.getLogger(__name__)

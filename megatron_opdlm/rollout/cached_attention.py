@@ -21,14 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_opdlm.attention import AttentionPlan, stream_attention
-from megatron_opdlm.flex import FLEX_BLOCK
+from megatron_opdlm.diffusion.stream import BLOCK, DOCUMENT, PADDING_DOCUMENT, POSITION
+from megatron_opdlm.model.attention import AttentionPlan, stream_attention
+from megatron_opdlm.model.flex import FLEX_BLOCK
+from megatron_opdlm.model.tiles import by_key_head, by_query
 from megatron_opdlm.rollout.cache import KVCache
 from megatron_opdlm.rollout.decoding_kernels import find_runs
 from megatron_opdlm.rollout.kernel_choice import decoding_kernel
 from megatron_opdlm.rollout.staged import Staged
-from megatron_opdlm.stream import BLOCK, DOCUMENT, PADDING_DOCUMENT, POSITION
-from megatron_opdlm.tiles import by_key_head, by_query
 
 MASK_CELLS = 2**24
 """Most (query, key) pairs of one call; a single row may exceed it. The mask holds each as often as

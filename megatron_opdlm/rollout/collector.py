@@ -12,11 +12,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.rollout.engine import RolloutCounts, RolloutEngine
 from megatron_opdlm.rollout.request import Request
 from megatron_opdlm.rollout.request_queue import SharedQueue
-from megatron_opdlm.trajectory import Trajectory
 
 
 def collect(

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_opdlm.attention import AttentionPlan
-from megatron_opdlm.blocks import round_up
+from megatron_opdlm.diffusion.blocks import round_up
+from megatron_opdlm.diffusion.stream import BLOCK, DOCUMENT, NOISY, PADDING_DOCUMENT, POSITION
+from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.rollout.cache import KVCache
 from megatron_opdlm.rollout.cached_attention import AttentionLayout, CachedAttention
 from megatron_opdlm.rollout.sequences import Sequences
 from megatron_opdlm.rollout.staged import Staged
-from megatron_opdlm.stream import BLOCK, DOCUMENT, NOISY, PADDING_DOCUMENT, POSITION
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_opdlm.diffusion.stream import BLOCK, DOCUMENT
 from megatron_opdlm.rollout.cache import CUDA_PAGE, KVCache
 from megatron_opdlm.rollout.staged import Staged
-from megatron_opdlm.stream import BLOCK, DOCUMENT
 
 Function = Callable[..., Any]
 MOST_ROWS = 2**31 - 1

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_opdlm.model import BlockDiffusionModel
-from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.distributed.process_groups import ParallelState
+from megatron_opdlm.model.gpt import BlockDiffusionModel
 from megatron_opdlm.rollout.cache import KVCache, smallest_in_replica, whole_pages
 from megatron_opdlm.rollout.graphs import PassGraphs
 

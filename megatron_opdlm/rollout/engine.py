@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opdlm.blocks import num_decoded_tokens
-from megatron_opdlm.denoise import ENTROPY_BOUNDED, choose_commits
-from megatron_opdlm.model import BlockDiffusionModel
-from megatron_opdlm.parallel import ParallelState
-from megatron_opdlm.pipeline import DecodePipeline
+from megatron_opdlm.diffusion.blocks import num_decoded_tokens
+from megatron_opdlm.diffusion.remasking import ENTROPY_BOUNDED, choose_commits
+from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.distributed.process_groups import ParallelState
+from megatron_opdlm.model.gpt import BlockDiffusionModel
+from megatron_opdlm.model.pipeline import DecodePipeline
 from megatron_opdlm.rollout.decode_pass import DecodePass, lay_out
 from megatron_opdlm.rollout.decoding_memory import DecodingMemory, Lent, Need
 from megatron_opdlm.rollout.graph_support import choose_graphs
@@ -32,7 +33,6 @@ from megatron_opdlm.rollout.request_queue import LocalQueue, RequestQueue
 from megatron_opdlm.rollout.sampler import Draws, most_logits, sample_tokens
 from megatron_opdlm.rollout.scheduler import Scheduler
 from megatron_opdlm.rollout.sequences import Sequences
-from megatron_opdlm.trajectory import Trajectory
 
 
 @dataclass

@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_opdlm.model import BlockDiffusionModel
-from megatron_opdlm.parallel import close_before_shutdown
-from megatron_opdlm.pipeline import run_stage
+from megatron_opdlm.distributed.process_groups import close_before_shutdown
+from megatron_opdlm.model.gpt import BlockDiffusionModel
+from megatron_opdlm.model.pipeline import run_stage
 from megatron_opdlm.rollout.decode_pass import DecodePass
 
 

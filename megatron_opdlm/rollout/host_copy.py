@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opdlm.blocks import round_up
-from megatron_opdlm.model import BlockDiffusionModel
+from megatron_opdlm.diffusion.blocks import round_up
+from megatron_opdlm.model.gpt import BlockDiffusionModel
 
 
 def on_one_host() -> bool:

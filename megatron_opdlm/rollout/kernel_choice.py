@@ -6,8 +6,8 @@ import logging
 
 import torch
 
-from megatron_opdlm.kernel_support import log_once
 from megatron_opdlm.rollout.decoding_kernels import KERNELS, DecodingKernel
+from megatron_opdlm.triton_support import log_once
 
 logger = logging.getLogger(__name__)
 

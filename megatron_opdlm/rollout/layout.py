@@ -14,12 +14,12 @@ import logging
 import torch
 from megatron.core.resharding.refit import swap_model_weights
 
-from megatron_opdlm.convert.hf import HFConfig
-from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, build_model, stream_multiple
-from megatron_opdlm.parallel import ParallelState, second_layout
+from megatron_opdlm.distributed.process_groups import ParallelState, second_layout
+from megatron_opdlm.distributed.vocab import rollout_divisor
+from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions, build_model, stream_multiple
+from megatron_opdlm.model.hf_config import HFConfig
 from megatron_opdlm.rollout.decoding_memory import DecodingMemory
 from megatron_opdlm.rollout.host_copy import HostCopy, on_one_host
-from megatron_opdlm.vocab import rollout_divisor
 
 
 class RolloutLayout:

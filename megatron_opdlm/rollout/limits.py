@@ -1,12 +1,4 @@
-"""Bounds of decoding: what a pass takes on at once, and what can be drawn from.
-
-The standard library only: the configuration asks, too.
-"""
-
-SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-6, 1e6
-"""Of sampling: float32 logits / temperature carry no noise any more below these, and nothing else
-above them."""
-TEMPERATURE_RULE = f"0 (argmax) or from {SMALLEST_TEMPERATURE} to {LARGEST_TEMPERATURE:.0f}"
+"""Bounds of what a decoding pass takes on at once."""
 
 PREFILL_TOKENS = 16384
 """No further prompt is admitted at a tick that has admitted as many prompt tokens."""
@@ -18,8 +10,3 @@ columns, so that the LM head's weights are read once."""
 SAMPLER_BYTES = 72
 """Most work space for each of them: 72 bytes with top-p; without it 20 with PyTorch, and next to
 none with the Triton kernel, 0.03 at 151,936 columns."""
-
-
-def is_temperature(value: float) -> bool:
-    """Whether it keeps TEMPERATURE_RULE."""
-    return value == 0 or SMALLEST_TEMPERATURE <= value <= LARGEST_TEMPERATURE

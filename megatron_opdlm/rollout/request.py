@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_opdlm.denoise import check_remasking
+from megatron_opdlm.diffusion.remasking import check_remasking
 from megatron_opdlm.rollout.sampler import Sampling
 
 MAX_DENOISING_STEPS = 256  # the random key of a draw has eight bits for the step

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch.distributed as dist
 
-from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.rollout.request import Request
 
 _names = itertools.count()

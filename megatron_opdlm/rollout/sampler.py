@@ -19,14 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_opdlm import randomness
-from megatron_opdlm.ranking import pack, unpack
-from megatron_opdlm.rollout.limits import (
-    KERNEL_LOGITS,
-    SAMPLED_LOGITS,
-    TEMPERATURE_RULE,
-    is_temperature,
-)
+from megatron_opdlm.diffusion import randomness
+from megatron_opdlm.diffusion.temperature import TEMPERATURE_RULE, is_temperature
+from megatron_opdlm.distributed.ranking import pack, unpack
+from megatron_opdlm.distributed.vocab import local_columns
+from megatron_opdlm.rollout.limits import KERNEL_LOGITS, SAMPLED_LOGITS
 from megatron_opdlm.rollout.shard_statistics import (
     log_sum_and_mean,
     log_sum_exp,
@@ -34,7 +31,6 @@ from megatron_opdlm.rollout.shard_statistics import (
     torch_statistics,
     visible_logits,
 )
-from megatron_opdlm.vocab import local_columns
 
 FIRST_NUCLEUS_CANDIDATES = 64
 MASS_UNIT = 2.0**-48  # probabilities of the nucleus are summed as integers of this unit

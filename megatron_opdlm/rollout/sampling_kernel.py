@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_opdlm import randomness
+from megatron_opdlm.diffusion import randomness
 
 TILE = 1024
 """Logits of a program. 151,936 columns make 149 programs, so that a single row occupies all 132

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_opdlm.blocks import block_start
+from megatron_opdlm.diffusion.blocks import block_start
+from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.rollout.request import Request
-from megatron_opdlm.trajectory import Trajectory
 
 
 class Sequences:

@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_opdlm import randomness
-from megatron_opdlm.kernel_support import log_once, why_no_triton
+from megatron_opdlm.diffusion import randomness
+from megatron_opdlm.triton_support import log_once, why_no_triton
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from megatron_opdlm.blocks import round_up
+from megatron_opdlm.diffusion.blocks import round_up
 
 ALIGNMENT = 8
 """Bytes; the size of the largest numbers, so that every part can be viewed as what it is."""

@@ -31,7 +31,7 @@ def exact_float32() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def parallel() -> Iterator[object]:
-    from megatron_opdlm import parallel as process_groups
+    from megatron_opdlm.distributed import process_groups
 
     yield process_groups.initialize()
     process_groups.shutdown()
@@ -45,7 +45,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 
 @pytest.fixture(scope="session")
 def imported(tiny: TinyModel) -> Path:
-    from megatron_opdlm.convert.layout import resolve_iteration
+    from megatron_opdlm.checkpoint.layout import resolve_iteration
 
     return resolve_iteration(tiny.checkpoint)
 

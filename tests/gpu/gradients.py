@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_opdlm.attention import AttentionPlan
-from megatron_opdlm.checkpoint import load_model
-from megatron_opdlm.config import OptimizerConfig
-from megatron_opdlm.convert.hf import HFConfig
-from megatron_opdlm.model import BlockDiffusionModel, BuildOptions
-from megatron_opdlm.optimizer import StudentOptimizer
-from megatron_opdlm.parallel import ParallelState
-from megatron_opdlm.stream import Document, PackedStream, make_tags, pack
+from megatron_opdlm.checkpoint.weights import load_model
+from megatron_opdlm.config.run import OptimizerConfig
+from megatron_opdlm.diffusion.stream import Document, PackedStream, make_tags, pack
+from megatron_opdlm.distributed.process_groups import ParallelState
+from megatron_opdlm.model.attention import AttentionPlan
+from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions
+from megatron_opdlm.model.hf_config import HFConfig
+from megatron_opdlm.train.optimizer import StudentOptimizer
 from tests.oracle import hf_logits, load_hf
 from tests.tiny import VOCAB_SIZE
 from tests.training import assemble, parameter_pieces, to_hf

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_opdlm.config import load_config
-from megatron_opdlm.metrics import read_metrics
-from megatron_opdlm.model import BuildOptions
-from megatron_opdlm.randomness import uniform
-from megatron_opdlm.trainer import Trainer
+from megatron_opdlm.config.run import load_config
+from megatron_opdlm.diffusion.randomness import uniform
+from megatron_opdlm.model.gpt import BuildOptions
+from megatron_opdlm.reporting.logger import read_metrics
+from megatron_opdlm.train.trainer import Trainer
 from tests.gpu.gradients import expected, load, run
 from tests.gpu.needs import needs_gpu, needs_transformer_engine
 from tests.tiny import GPU_SIZES, TinyModel, write_model, write_prompts

@@ -13,18 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_opdlm.checkpoint import load_model
-from megatron_opdlm.fp8 import ALIGNMENT
-from megatron_opdlm.model import BlockDiffusionModel, BuildOptions
+from megatron_opdlm.checkpoint.weights import load_model
+from megatron_opdlm.diffusion.stream import DOCUMENT, POSITION
+from megatron_opdlm.model.fp8 import ALIGNMENT
+from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions
 from megatron_opdlm.rollout import graphs
 from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.rollout.sampler import Draws
-from megatron_opdlm.stream import DOCUMENT, POSITION
 from tests.gpu.needs import needs_gpu, needs_transformer_engine
 from tests.rollouts import MASK, SAMPLED, RecordingEngine, make_engine, make_request, plain
 from tests.training_logits import differences
-from tests.unit.test_graphs import Repeat
+from tests.unit.rollout.test_graphs import Repeat
 
 pytestmark = needs_gpu
 

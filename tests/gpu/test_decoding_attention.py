@@ -14,16 +14,11 @@ from torch import Tensor
 from megatron_opdlm.rollout import cached_attention
 from megatron_opdlm.rollout.cache import KVCache
 from megatron_opdlm.rollout.cached_attention import CachedAttention
-from megatron_opdlm.rollout.decoding_kernels import (
-    KERNELS,
-    DecodingKernel,
-    PagedTorch,
-    find_runs,
-)
+from megatron_opdlm.rollout.decoding_kernels import KERNELS, DecodingKernel, PagedTorch, find_runs
 from megatron_opdlm.rollout.kernel_choice import decoding_kernel
 from megatron_opdlm.rollout.staged import Staged
-from tests.unit.test_cached_attention import Sequence, make_cache, run_pass
-from tests.unit.test_decoding_kernels import (
+from tests.unit.rollout.test_cached_attention import Sequence, make_cache, run_pass
+from tests.unit.rollout.test_decoding_kernels import (
     HEADS,
     attend,
     dense,

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_opdlm.fp8 import ALIGNMENT
-from megatron_opdlm.model import BuildOptions
+from megatron_opdlm.model.fp8 import ALIGNMENT
+from megatron_opdlm.model.gpt import BuildOptions
 from tests.gpu.gradients import FUSIONS, Outcome, expected, load, run
 from tests.gpu.needs import needs_gpu, needs_transformer_engine
 from tests.tiny import TinyModel

@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_opdlm import divergence_choice, fused_loss, kernel_support
-from megatron_opdlm.divergence import Divergence
-from megatron_opdlm.fused_loss import TeacherTarget, TokenTarget, fused_divergence
-from megatron_opdlm.vocab_shard import VocabShard
+from megatron_opdlm import triton_support as kernel_support
+from megatron_opdlm.distributed.vocab_shard import VocabShard
+from megatron_opdlm.loss import fused as fused_loss
+from megatron_opdlm.loss import kernel_choice as divergence_choice
+from megatron_opdlm.loss.divergence import Divergence
+from megatron_opdlm.loss.fused import TeacherTarget, TokenTarget, fused_divergence
 from tests.loss_oracle import dense_divergence, every_divergence
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

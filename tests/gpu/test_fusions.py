@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_opdlm.checkpoint import load_model
-from megatron_opdlm.model import BuildOptions
+from megatron_opdlm.checkpoint.weights import load_model
+from megatron_opdlm.model.gpt import BuildOptions
 from megatron_opdlm.rollout import graphs
 from tests.gpu.gradients import (
     ACCUMULATION,
@@ -32,8 +32,8 @@ from tests.gpu.gradients import (
 from tests.gpu.needs import needs_gpu, needs_transformer_engine
 from tests.rollouts import SAMPLED, make_engine, make_request, plain
 from tests.tiny import TinyModel
-from tests.unit import test_fusions as kernel
-from tests.unit.test_graphs import Repeat
+from tests.unit.model import test_fusions as kernel
+from tests.unit.rollout.test_graphs import Repeat
 
 pytestmark = [needs_gpu, needs_transformer_engine]
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_opdlm.attention import TagAttention
-from megatron_opdlm.model import BuildOptions
+from megatron_opdlm.model.attention import TagAttention
+from megatron_opdlm.model.gpt import BuildOptions
 from tests.gpu.gradients import Outcome, load, make_streams, run
 from tests.gpu.needs import needs_gpu, needs_transformer_engine
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_opdlm.checkpoint import CheckpointFolder, load_model
-from megatron_opdlm.config import OptimizerConfig
-from megatron_opdlm.convert.layout import TOKENIZER_DIR, read_description
-from megatron_opdlm.model import BlockDiffusionModel, BuildOptions
-from megatron_opdlm.optimizer import StudentOptimizer
+from megatron_opdlm.checkpoint.layout import TOKENIZER_DIR, read_description
+from megatron_opdlm.checkpoint.weights import load_model
+from megatron_opdlm.config.run import OptimizerConfig
+from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions
+from megatron_opdlm.train.checkpoints import CheckpointFolder
+from megatron_opdlm.train.optimizer import StudentOptimizer
 from tests.gpu.needs import needs_gpu, needs_transformer_engine
 
 pytestmark = [needs_gpu, needs_transformer_engine]

@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs Triton")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-from megatron_opdlm import randomness  # noqa: E402
+from megatron_opdlm.diffusion import randomness  # noqa: E402
 from megatron_opdlm.rollout import sampler, sampling_kernel  # noqa: E402
 from megatron_opdlm.rollout.sampler import Draws, Sampling, sample_tokens  # noqa: E402
 from megatron_opdlm.rollout.shard_statistics import torch_statistics  # noqa: E402

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_opdlm.checkpoint import load_model
-from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, build_model
-from megatron_opdlm.parallel import second_layout
+from megatron_opdlm.checkpoint.weights import load_model
+from megatron_opdlm.distributed.process_groups import second_layout
+from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions, build_model
 from megatron_opdlm.rollout.layout import RolloutLayout
 from tests.gpu.needs import needs_gpu, needs_transformer_engine
 

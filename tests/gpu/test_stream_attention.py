@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_opdlm.flex import flex_attention, make_block_mask
-from megatron_opdlm.stream import Document, PackedStream, make_tags, pack
-from megatron_opdlm.tiles import make_tiles, tiled_attention
+from megatron_opdlm.diffusion.stream import Document, PackedStream, make_tags, pack
+from megatron_opdlm.model.flex import flex_attention, make_block_mask
+from megatron_opdlm.model.tiles import make_tiles, tiled_attention
 from tests.gpu.needs import needs_gpu
 
 pytestmark = needs_gpu

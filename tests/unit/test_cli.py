@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opdlm import __version__, cli, start
-from megatron_opdlm.config import Config, load_config
-from megatron_opdlm.config_schema import collect_keys
+from megatron_opdlm import __version__, cli
+from megatron_opdlm.config.run import Config, load_config
+from megatron_opdlm.config.schema import collect_keys
+from megatron_opdlm.train import start
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 CONFIG = str(CONFIGS / "qwen3_4b.yaml")
@@ -140,7 +141,7 @@ def test_only_this_package_reports_progress():
     """Libraries log what they do, also when an interrupted process ends."""
     program = (
         "import logging; from megatron_opdlm import cli; cli._set_up_logging();"
-        "logging.getLogger('megatron_opdlm.trainer').info('ours');"
+        "logging.getLogger('megatron_opdlm.train.trainer').info('ours');"
         "logging.getLogger('torch._subclasses.fake_tensor').info('theirs');"
         "logging.getLogger('torch').warning('a warning')"
     )

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from megatron_opdlm.checkpoint.layout import read_description
 from megatron_opdlm.convert.exporter import export
 from megatron_opdlm.convert.importer import import_hf
-from megatron_opdlm.convert.layout import read_description
 from megatron_opdlm.convert.tokenizer import copy_tokenizer
-from tests.unit.convert_exports import BLOCK, block_mask, load_original, logits, random_tokens
-from tests.unit.convert_models import edit_json, write_hf
+from tests.unit.convert.exports import BLOCK, block_mask, load_original, logits, random_tokens
+from tests.unit.convert.models import edit_json, write_hf
 
 MODELS = {"qwen3": "qwen3", "qwen2": "qwen2", "llama": "llama", "tokenizer": "qwen3"}
 """Model -> family."""

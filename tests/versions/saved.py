@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_opdlm.convert.errors import ConversionError
+from megatron_opdlm.checkpoint.layout import read_description
 from megatron_opdlm.convert.exporter import export
 from megatron_opdlm.convert.importer import import_hf
-from megatron_opdlm.convert.layout import read_description
-from tests.unit.convert_models import read_weights
+from megatron_opdlm.files.errors import ConversionError
+from tests.unit.convert.models import read_weights
 from tests.versions.inputs import MODELS
 from tests.versions.program import Result, attempt, require
 

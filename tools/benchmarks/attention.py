@@ -6,7 +6,7 @@ python tools/benchmarks/attention.py --repeats 5 --out attention.json
 One row: a prompt of 200 tokens, a response of 512 to 4,096, clean and noisy, blocks of 4; 8 query
 heads, 4 key heads of 32 channels, float32, one thread.
 
-  tiles  megatron_opdlm.tiles, what a CPU runs: runs of 64 queries, no mask over the keys that all
+  tiles  model.tiles, what a CPU runs: runs of 64 queries, no mask over the keys that all
          of them see, keys gathered again for the backward pass
   dense  scaled_dot_product_attention with a mask over all pairs of the stream, keys repeated for
          their query heads, as transformers does it
@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from measuring import in_fresh_process, in_turn, medians, parser, peak_above, write
 from torch import Tensor
 
-from megatron_opdlm.stream import make_tags, visible
-from megatron_opdlm.tiles import make_tiles, tiled_attention
+from megatron_opdlm.diffusion.stream import make_tags, visible
+from megatron_opdlm.model.tiles import make_tiles, tiled_attention
 
 PROMPT, BLOCK = 200, 4
 RESPONSES = (512, 1024, 2048, 4096)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from measuring import parser, write
 
-from megatron_opdlm.batching import balance, group
+from megatron_opdlm.distill.batching import balance, group
 
 ROLLOUT, STEP, RANKS = 128, 8, (8, 4, 2)
 ORDERS: dict[str, Callable[[list[int], int], list[list[int]]]] = {

@@ -91,9 +91,9 @@ def make_model(folder: Path, config_dir: Path | None, layers: int | None) -> int
     """Write a Hugging Face directory with random weights; returns the number of parameters."""
     import torch
 
-    from megatron_opdlm.convert.families import FAMILIES
-    from megatron_opdlm.convert.hf import read_config
-    from megatron_opdlm.convert.safetensors_file import SafetensorsWriter
+    from megatron_opdlm.files.safetensors_file import SafetensorsWriter
+    from megatron_opdlm.model.families import FAMILIES
+    from megatron_opdlm.model.hf_config import read_config
 
     folder.mkdir()
     raw = QWEN3_0_6B

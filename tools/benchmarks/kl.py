@@ -9,7 +9,7 @@ over rows and leaves its gradients in the student's hidden states and head.
   naive       log_softmax of all logits of both, p (log p - log q), autograd
   kl_div      the same through torch.nn.functional.kl_div
   recomputed  kl_div of 128 rows at a time, whose logits are made again in the backward pass
-  fused       megatron_opdlm.fused_loss
+  fused       megatron_opdlm.loss.fused
 
   memory    peak above the set-up, at 1,024 and 4,096 rows of 256 channels; every number from a
             process of its own (VmHWM; the peak of the set-up is forgotten before the work starts).
@@ -52,8 +52,8 @@ from measuring import (
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_opdlm.divergence import Divergence
-from megatron_opdlm.fused_loss import TeacherTarget, fused_divergence
+from megatron_opdlm.loss.divergence import Divergence
+from megatron_opdlm.loss.fused import TeacherTarget, fused_divergence
 from tests.helpers import run_ranks
 
 VOCAB = 151_936

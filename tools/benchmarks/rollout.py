@@ -45,14 +45,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from measuring import CONFIG
 
-from megatron_opdlm import parallel as process_groups
-from megatron_opdlm.convert.hf import parse_config
-from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, build_model
-from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.distributed import process_groups
+from megatron_opdlm.distributed.process_groups import ParallelState
+from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions, build_model
+from megatron_opdlm.model.hf_config import parse_config
 from megatron_opdlm.rollout.engine import RolloutCounts, RolloutEngine, tokens_per_forward
 from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.rollout.request import DecodingOptions, Request
-from megatron_opdlm.trajectory import Trajectory
 from tests.decoding_references import (
     decode_with,
     full_recompute,

@@ -44,23 +44,23 @@ from measuring import CONFIG, in_turn, medians, must_agree, parser, write
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from megatron_opdlm import parallel as process_groups
-from megatron_opdlm import randomness
-from megatron_opdlm.accounting import model_flops_per_token
-from megatron_opdlm.batching import make_microbatches, plan_runs
-from megatron_opdlm.config import OptimizerConfig
-from megatron_opdlm.convert.hf import parse_config
-from megatron_opdlm.distill import forward_backward
-from megatron_opdlm.divergence import Divergence
-from megatron_opdlm.fused_loss import TeacherTarget
-from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, build_model
-from megatron_opdlm.optimizer import StudentOptimizer
-from megatron_opdlm.pipeline import forward_only
-from megatron_opdlm.state_selection import NoisyStates, select_states
-from megatron_opdlm.stream import pack
-from megatron_opdlm.tiles import make_tiles
-from megatron_opdlm.training_state import training_state
-from megatron_opdlm.trajectory import Trajectory
+from megatron_opdlm.config.run import OptimizerConfig
+from megatron_opdlm.diffusion import randomness
+from megatron_opdlm.diffusion.example import training_state
+from megatron_opdlm.diffusion.noising import NoisyStates, select_states
+from megatron_opdlm.diffusion.stream import pack
+from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.distill.batching import make_microbatches, plan_runs
+from megatron_opdlm.distill.step import forward_backward
+from megatron_opdlm.distributed import process_groups
+from megatron_opdlm.loss.divergence import Divergence
+from megatron_opdlm.loss.fused import TeacherTarget
+from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions, build_model
+from megatron_opdlm.model.hf_config import parse_config
+from megatron_opdlm.model.pipeline import forward_only
+from megatron_opdlm.model.tiles import make_tiles
+from megatron_opdlm.reporting.accounting import model_flops_per_token
+from megatron_opdlm.train.optimizer import StudentOptimizer
 from tests.training import assemble, parameter_pieces, to_hf
 
 MASK, BLOCK = 0, 4

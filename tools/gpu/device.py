@@ -41,7 +41,7 @@ def begin_parallel(context: Context) -> Any:
         A `ParallelState`.
     """
     begin(context)
-    from megatron_opdlm import parallel
+    from megatron_opdlm.distributed import process_groups as parallel
 
     return parallel.initialize(timeout_minutes=2)
 

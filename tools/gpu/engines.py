@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opdlm import randomness
-from megatron_opdlm.model import BlockDiffusionModel
-from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.diffusion import randomness
+from megatron_opdlm.diffusion.stream import Document, make_tags, pack, visible
+from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.distributed.process_groups import ParallelState
+from megatron_opdlm.model.gpt import BlockDiffusionModel
 from megatron_opdlm.rollout.decode_pass import DecodePass
 from megatron_opdlm.rollout.decoding_memory import DecodingMemory
 from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.rollout.sampler import Draws
 from megatron_opdlm.rollout.sequences import Sequences
-from megatron_opdlm.stream import Document, make_tags, pack, visible
-from megatron_opdlm.trajectory import Trajectory
 from tools.gpu.cases import BLOCK
 from tools.gpu.models import MASK_TOKEN, dense_hidden
 

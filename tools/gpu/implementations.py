@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opdlm import fused_loss
-from megatron_opdlm.blocks import round_up
+from megatron_opdlm.diffusion.blocks import round_up
+from megatron_opdlm.diffusion.stream import make_tags
+from megatron_opdlm.loss import fused as fused_loss
 from megatron_opdlm.rollout import cached_attention, sampler
 from megatron_opdlm.rollout.cache import CUDA_PAGE, KVCache
 from megatron_opdlm.rollout.cached_attention import AttentionLayout, CachedAttention
@@ -28,7 +29,6 @@ from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.kernel_choice import decoding_kernel
 from megatron_opdlm.rollout.shard_statistics import torch_statistics
 from megatron_opdlm.rollout.staged import Staged
-from megatron_opdlm.stream import make_tags
 from tools.gpu.cases import BLOCK
 from tools.gpu.device import generator, replaced
 from tools.gpu.roofline import Shape

@@ -36,9 +36,9 @@ IMPORTED = (
     "torch._inductor",
     "transformer_engine.pytorch",
     "megatron.core",
-    "megatron_opdlm.model",
-    "megatron_opdlm.optimizer",
-    "megatron_opdlm.distill",
+    "megatron_opdlm.model.gpt",
+    "megatron_opdlm.train.optimizer",
+    "megatron_opdlm.distill.step",
     "megatron_opdlm.rollout.engine",
 )
 """What the items would all import: once, before they fork."""

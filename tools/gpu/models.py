@@ -13,11 +13,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_opdlm.attention import AttentionPlan
-from megatron_opdlm.convert.hf import HFConfig, parse_config
-from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, build_model
-from megatron_opdlm.parallel import ParallelState
-from megatron_opdlm.stream import PackedStream
+from megatron_opdlm.diffusion.stream import PackedStream
+from megatron_opdlm.distributed.process_groups import ParallelState
+from megatron_opdlm.model.attention import AttentionPlan
+from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions, build_model
+from megatron_opdlm.model.hf_config import HFConfig, parse_config
 from tools.gpu.device import generator
 from tools.gpu.roofline import CONFIGS
 

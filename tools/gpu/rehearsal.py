@@ -24,7 +24,7 @@ def install() -> None:
         return
     import torch.testing._internal.distributed.fake_pg  # noqa: F401  (registers the backend)
 
-    from megatron_opdlm import fingerprint
+    from megatron_opdlm.model import fingerprint
     from megatron_opdlm.rollout import cache, decoding_memory, graphs
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN asks the device too much

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_opdlm.batching import Microbatch
-from megatron_opdlm.config import OptimizerConfig
-from megatron_opdlm.distill import StepRows, forward_backward
-from megatron_opdlm.divergence import Divergence
-from megatron_opdlm.fused_loss import TeacherTarget, fused_divergence
-from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, training_stream_multiple
-from megatron_opdlm.optimizer import StudentOptimizer
-from megatron_opdlm.parallel import ParallelState
-from megatron_opdlm.stream import Document, make_tags, pack
+from megatron_opdlm.config.run import OptimizerConfig
+from megatron_opdlm.diffusion.stream import Document, make_tags, pack
+from megatron_opdlm.distill.batching import Microbatch
+from megatron_opdlm.distill.step import StepRows, forward_backward
+from megatron_opdlm.distributed.process_groups import ParallelState
+from megatron_opdlm.loss.divergence import Divergence
+from megatron_opdlm.loss.fused import TeacherTarget, fused_divergence
+from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions, training_stream_multiple
+from megatron_opdlm.train.optimizer import StudentOptimizer
 from tools.gpu.cases import BLOCK, MASKED_SHARE
 from tools.gpu.device import generator
 from tools.gpu.implementations import reference_loss

@@ -1,11 +1,11 @@
 """Formats of `opdlm convert export`; a new one is one file here, listed below."""
 
-from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.families import FAMILIES
 from megatron_opdlm.convert.formats.a2d import A2D
 from megatron_opdlm.convert.formats.base import BASE
 from megatron_opdlm.convert.formats.format import ExportFormat
 from megatron_opdlm.convert.formats.sdar import SDAR
+from megatron_opdlm.files.errors import ConversionError
+from megatron_opdlm.model.families import FAMILIES
 
 FORMATS: dict[str, ExportFormat] = {item.name: item for item in (SDAR, A2D, BASE)}
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_opdlm.convert.formats.format import ExportedModel
-from megatron_opdlm.convert.hf import HFConfig
+from megatron_opdlm.model.hf_config import HFConfig
 
 _TRANSFORMERS_VERSION = "4.52.4"  # of the layout: it is what the oldest readers expect
 

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opdlm.convert.chat_template import has_chat_template
-from megatron_opdlm.convert.errors import ConversionError
-from megatron_opdlm.convert.files import read_json_object, write_json
 from megatron_opdlm.convert.formats.card import model_card
 from megatron_opdlm.convert.formats.format import ExportedModel, ExportFormat
 from megatron_opdlm.convert.tokenizer import (
@@ -16,6 +14,8 @@ from megatron_opdlm.convert.tokenizer import (
     has_tokenizer,
     replace_mask_token,
 )
+from megatron_opdlm.files.errors import ConversionError
+from megatron_opdlm.files.folders import read_json_object, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_opdlm.convert.hf import HFConfig
+from megatron_opdlm.model.hf_config import HFConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from megatron_opdlm.model import BlockDiffusionModel, BuildOptions
-from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.distributed.process_groups import ParallelState
+from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions
 from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.request import Request
 from tools.gpu.cases import (

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_opdlm.divergence import Divergence
-from megatron_opdlm.fused_loss import TeacherTarget, fused_divergence
+from megatron_opdlm.loss.divergence import Divergence
+from megatron_opdlm.loss.fused import TeacherTarget, fused_divergence
 from tools.gpu.cases import LOSS_ROWS, LOSS_WIDTHS, VOCAB
 from tools.gpu.device import begin, distance, generator
 from tools.gpu.implementations import losses

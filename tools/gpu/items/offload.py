@@ -8,9 +8,9 @@ import time
 
 import torch
 
-from megatron_opdlm.host_weights import HostWeights
-from megatron_opdlm.model import BuildOptions, has_transformer_engine
-from megatron_opdlm.pipeline import forward_only
+from megatron_opdlm.distill.host_weights import HostWeights
+from megatron_opdlm.model.gpt import BuildOptions, has_transformer_engine
+from megatron_opdlm.model.pipeline import forward_only
 from tools.gpu.cases import LARGE, LARGE_LAYERS
 from tools.gpu.device import begin_parallel
 from tools.gpu.items.training import SHORT_PROMPT, SHORT_RESPONSE, TE_BF16

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_opdlm.model import BuildOptions, has_transformer_engine
-from megatron_opdlm.parallel import ParallelState
+from megatron_opdlm.distributed.process_groups import ParallelState
+from megatron_opdlm.model.gpt import BuildOptions, has_transformer_engine
 from megatron_opdlm.rollout.request import Request
 from tools.gpu.cases import (
     BLOCK,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_opdlm import randomness
+from megatron_opdlm.diffusion import randomness
 from megatron_opdlm.rollout.sampler import Draws, Sampling, sample_tokens
 from tools.gpu.cases import BF16_BYTES, SAMPLED_ROWS, VOCAB
 from tools.gpu.device import begin, generator

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opdlm.batching import Microbatch
-from megatron_opdlm.model import BlockDiffusionModel, BuildOptions, has_transformer_engine
-from megatron_opdlm.optimizer import StudentOptimizer
-from megatron_opdlm.parallel import ParallelState
-from megatron_opdlm.stream import BLOCK, POSITION, visible
+from megatron_opdlm.diffusion.stream import BLOCK, POSITION, visible
+from megatron_opdlm.distill.batching import Microbatch
+from megatron_opdlm.distributed.process_groups import ParallelState
+from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions, has_transformer_engine
+from megatron_opdlm.train.optimizer import StudentOptimizer
 from tools.gpu.cases import (
     LARGE,
     LARGE_LAYERS,

@@ -1,1 +1,0 @@
-"""Machine backends: what Megatron-core needs where CUDA is absent."""

@@ -1,0 +1,105 @@
+"""Loads the weights of a checkpoint (Megatron's torch_dist) into any parallel layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
+
+from megatron_opdlm.checkpoint.layout import ModelDescription, read_description
+from megatron_opdlm.distributed.process_groups import ParallelState
+from megatron_opdlm.model.families import FAMILIES
+from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions, build_model
+from megatron_opdlm.model.tensors import Entry, VocabRows
+
+
+def load_model(
+    iteration_dir: Path, options: BuildOptions, parallel: ParallelState
+) -> tuple[BlockDiffusionModel, ModelDescription]:
+    """Builds the model that a checkpoint describes and reads its weights.
+
+    Args:
+        iteration_dir: iteration folder.
+        options: how to build it; weights are converted to its dtype.
+        parallel: process groups; any layout reads any checkpoint.
+
+    Returns:
+        The model of this rank, and the description of the whole.
+    """
+    description = read_description(iteration_dir)
+    model = build_model(description.config, options, parallel)
+    weights = sharded_weights(model, {"dp_cp_group": parallel.dp_group})
+    loaded = dist_checkpointing.load({"model": weights}, str(iteration_dir))
+    take_weights(model, loaded["model"])
+    return model, description
+
+
+def load_head(
+    iteration_dir: Path, num_columns: int | None, dtype: torch.dtype, parallel: ParallelState
+) -> Tensor | None:
+    """Reads a model's LM head as the tensor-parallel ranks of another layout hold theirs.
+
+    Args:
+        iteration_dir: iteration folder.
+        num_columns: V_local of this rank, whatever the padding in the checkpoint; None on a rank
+            that wants none.
+        dtype: of the result.
+        parallel: the layout. Call on all ranks.
+
+    Returns:
+        [V_local, D] on the current device; columns beyond the vocabulary are zero.
+    """
+    config = read_description(iteration_dir).config
+    vocab = [e for e in FAMILIES[config.family].entries_for(config) if _is_vocab(e)]
+    wanted = {}
+    if num_columns is not None:
+        head = torch.zeros(
+            num_columns, config.hidden_size, dtype=dtype, device=torch.cuda.current_device()
+        )
+        wanted["head"] = ShardedTensor.from_rank_offsets(
+            vocab[-1].stacked_key,  # tied: the embedding, the only one
+            head,
+            (0, parallel.tp_rank, parallel.tp_size),
+            replica_id=parallel.dp_rank,
+            allow_shape_mismatch=True,
+        )
+    loaded = dist_checkpointing.load(wanted, str(iteration_dir))
+    return loaded.get("head")
+
+
+def _is_vocab(entry: Entry) -> bool:
+    return isinstance(entry.transform, VocabRows)
+
+
+def sharded_weights(
+    model: BlockDiffusionModel, metadata: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Returns the sharded tensors of a model; `metadata` names groups that are not Megatron's own.
+
+    Without `_extra_state`: that is the history of delayed FP8 scaling, which is not used here, and
+    layers of the local spec have none, though both kinds must load each other's checkpoints.
+    """
+    state = model.sharded_state_dict(metadata=metadata)
+    return {name: part for name, part in state.items() if not name.endswith("_extra_state")}
+
+
+def take_weights(model: BlockDiffusionModel, state: dict[str, Any]) -> None:
+    """Fills a model with the loaded tensors of `sharded_weights`.
+
+    Raises:
+        ValueError: naming tensors that only one of both has.
+    """
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    different = [n for n in (*missing, *unexpected) if not n.endswith("_extra_state")]
+    if different:
+        raise ValueError(f"the checkpoint and the model differ in {', '.join(different[:4])}")
+
+
+def freeze(model: BlockDiffusionModel) -> BlockDiffusionModel:
+    """Makes a model the teacher: no gradients, evaluation mode."""
+    model.requires_grad_(False)
+    return model.eval()

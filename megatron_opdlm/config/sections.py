@@ -1,0 +1,241 @@
+"""The sections of a configuration: one frozen dataclass per component, each with its own checks.
+
+A default lives on its field and nowhere else; the text under a field is its documentation, shown by
+`opdlm train --help` and in docs/configuration.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from megatron_opdlm.checks import require
+from megatron_opdlm.config.schema import Section
+from megatron_opdlm.diffusion.temperature import TEMPERATURE_RULE, is_temperature
+from megatron_opdlm.distributed.vocab import rollout_divisor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """Which models, and in which number format they run."""
+
+    student: str
+    """Model to convert: a Hugging Face directory or a checkpoint of `opdlm convert import`."""
+    teacher: str | None = None
+    """Frozen autoregressive model, in the same two forms; null = the student's initial weights."""
+    layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layer implementation; auto = transformer_engine where CUDA is available, else local."""
+    params_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of weights and activations; auto = bfloat16 on CUDA, float32 on a CPU."""
+    fp8: Literal["none", "hybrid", "e4m3"] = "none"
+    """FP8 matrix products through Transformer Engine; hybrid = e4m3 forward, e5m2 backward."""
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise"] = "tensorwise"
+    """Scaling of FP8 tensors: by the tensor, by a history of tensors (the student alone), or by
+    blocks of 128. mxfp8 is for Blackwell; Hopper has no such kernels."""
+    teacher_fp8: Literal["auto", "none", "hybrid", "e4m3"] = "auto"
+    """The same for the frozen teacher; auto = what fp8 says."""
+    teacher_offload: bool = False
+    """Keeps the teacher's weights in pinned host memory but for its own phase; needs CUDA."""
+    max_teacher_nll: float | None = None
+    """Mean loss on the first prompts, in nats per token, above which a teacher is refused at the
+    start; null = a warning if it is no better than a uniform guess."""
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """Activations to recompute in the backward pass: none, the core attention, or whole layers."""
+    apply_rope_fusion: bool = False
+    """Rotates queries and keys in one kernel of Transformer Engine, with angles in float32."""
+    bias_swiglu_fusion: bool = False
+    """Compiles Megatron's SwiGLU into one kernel; needs CUDA."""
+    gradient_accumulation_fusion: bool = False
+    """Has Transformer Engine's layers add a weight's gradient to its float32 sum in the matrix
+    product itself."""
+    mask_token: str = "<|MASK|>"
+    """Token that marks a masked position; import adds it to tokenizer and embeddings."""
+    mask_init: Literal["keep", "mean"] | None = None
+    """Its embedding at import: keep the free row, or a mean of the others; null = mean if new."""
+    import_cache: str | None = None
+    """Folder for imports of Hugging Face models, shared by jobs; null = imported/ beside save."""
+
+    def _check(self) -> None:
+        require(bool(self.student), "student", self.student, "must be a path", "name a directory")
+        require(bool(self.mask_token), "mask_token", "''", "must not be empty", "use <|MASK|>")
+        fix = "name a folder, or null"
+        require(self.import_cache != "", "import_cache", "''", "must be a path or null", fix)
+        if self.max_teacher_nll is not None:
+            self._positive("max_teacher_nll")
+        for name in ("apply_rope_fusion", "gradient_accumulation_fusion"):
+            rule = "needs Transformer Engine, layer_spec=local"
+            fix = f"set layer_spec=transformer_engine on a CUDA machine, or {name}=false"
+            require(not getattr(self, name) or self.layer_spec != "local", name, True, rule, fix)
+        for name in ("fp8", "teacher_fp8"):
+            value = getattr(self, name)
+            if value in ("none", "auto"):
+                continue
+            needs = "needs Transformer Engine and bfloat16"
+            fix = f"set layer_spec=transformer_engine on a CUDA machine, or {name}=none"
+            require(self.layer_spec != "local", name, value, f"{needs}, layer_spec=local", fix)
+            fix = f"set params_dtype=bfloat16 or {name}=none"
+            is_float32 = self.params_dtype == "float32"
+            require(not is_float32, name, value, f"{needs}, params_dtype=float32", fix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Section):
+    """How the models and the batch are spread over ranks."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share every layer; must divide the key/value heads."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that hold consecutive groups of layers; must divide the number of layers."""
+    rollout_tensor_model_parallel_size: int | None = None
+    """Tensor-parallel size of rollouts, which then have no pipeline: a second copy of the student,
+    filled from rank to rank before each rollout. null = training's layout and no copy."""
+    teacher_tensor_model_parallel_size: int | None = None
+    """Tensor-parallel size of the teacher; null = the student's."""
+    teacher_pipeline_model_parallel_size: int | None = None
+    """Pipeline-parallel size of the teacher; null = the student's."""
+    sequence_parallel: bool = False
+    """Splits activations between tensor-parallel ranks along the tokens; needs more than one."""
+    use_distributed_optimizer: bool = True
+    """Splits optimizer states between data-parallel ranks."""
+    micro_batch_tokens: int = 16384
+    """Tokens of one packed microbatch on one data-parallel rank; the longest row must fit."""
+    overlap_grad_reduce: bool = False
+    """Reduces gradients between data-parallel ranks during the backward pass."""
+    make_vocab_size_divisible_by: int = 128
+    """The padded vocabulary is a multiple of this times tensor_model_parallel_size."""
+    distributed_timeout_minutes: int = 60
+    """Minutes before a collective that one rank never joins is an error."""
+
+    @property
+    def teacher_layout(self) -> tuple[int, int]:
+        """Tensor- and pipeline-parallel size of the teacher."""
+        tp_size = self.teacher_tensor_model_parallel_size
+        pp_size = self.teacher_pipeline_model_parallel_size
+        return (
+            self.tensor_model_parallel_size if tp_size is None else tp_size,
+            self.pipeline_model_parallel_size if pp_size is None else pp_size,
+        )
+
+    @property
+    def has_rollout_layout(self) -> bool:
+        """Whether rollouts have weights of their own, cut in another way than training's."""
+        ours = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        size = self.rollout_tensor_model_parallel_size
+        return size is not None and (size, 1) != ours
+
+    @property
+    def has_teacher_layout(self) -> bool:
+        """Whether the teacher is cut in another way than the student."""
+        ours = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        return self.teacher_layout != ours
+
+    def _check(self) -> None:
+        self._at_least(1, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        self._at_least(1, "micro_batch_tokens", "make_vocab_size_divisible_by")
+        self._at_least(1, "distributed_timeout_minutes")
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if getattr(self, f"teacher_{name}") is not None:
+                self._at_least(1, f"teacher_{name}")
+        if self.rollout_tensor_model_parallel_size is not None:
+            self._at_least(1, "rollout_tensor_model_parallel_size")
+            rollout_divisor(
+                self.make_vocab_size_divisible_by,
+                training=self.tensor_model_parallel_size,
+                rollout=self.rollout_tensor_model_parallel_size,
+            )
+        require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "sequence_parallel",
+            True,
+            f"needs tensor_model_parallel_size > 1, got {self.tensor_model_parallel_size}",
+            "set sequence_parallel=false or use more tensor-parallel ranks",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseLengthConfig(Section):
+    """The rollout-length curriculum (paper section 4.3), read by `schedules.response_limit`."""
+
+    _path: ClassVar[tuple[str, ...]] = ("rollout", "max_response_tokens")
+
+    start: int = 100
+    """Longest response of the first rollout, in tokens."""
+    end: int = 4000
+    """Longest response once the ramp is over, in tokens."""
+    ramp_steps: int = 100
+    """Rollouts until `end` is reached; 0 = from the first one. The paper's table says 10."""
+    curve: Literal["linear", "cos", "sin"] = "cos"
+    """Shape of the ramp at progress x: x, 1 - cos(x pi/2) (slow start) or sin(x pi/2)."""
+
+    def _check(self) -> None:
+        self._at_least(1, "start")
+        self._at_least(0, "ramp_steps")
+        fix = f"use end={self.start} or more, or a smaller start"
+        rule = f"must be at least max_response_tokens.start={self.start}"
+        require(self.end >= self.start, "max_response_tokens.end", self.end, rule, fix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(Section):
+    """How the student generates the responses it is trained on."""
+
+    block_size: int = 4
+    """Tokens decoded together."""
+    denoising_steps: int = 4
+    """Most student forwards on one block; at most block_size."""
+    remasking: Literal[
+        "low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "sequential"
+    ] = "low_confidence_dynamic"
+    """What becomes a token: the n surest; also all above a threshold; also as many as keep the sum
+    of entropies below a bound; the n leftmost."""
+    confidence_threshold: float = 0.9
+    """Probability above which low_confidence_dynamic keeps a token, in (0, 1]."""
+    entropy_bound: float = 0.35
+    """Entropies, in nats, of the positions that entropy_bounded keeps at once sum to less."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 = the most likely token."""
+    top_k: int = 0
+    """Sample among the k most likely tokens; 0 = all."""
+    top_p: float = 1.0
+    """Sample among the most likely tokens that hold this probability together, in (0, 1]."""
+    prompts_per_rollout: int = 128
+    """Prompts of one rollout."""
+    samples_per_prompt: int = 1
+    """Responses per prompt."""
+    max_prompt_tokens: int = 2000
+    """Prompts with more tokens, template included, are dropped once at the start and reported."""
+    max_response_tokens: ResponseLengthConfig = field(default_factory=ResponseLengthConfig)
+    """Longest response by rollout; a nested key: {start, end, ramp_steps, curve}."""
+    rollout_batch_size: int = 128
+    """Most rows decoded at once on one data-parallel rank."""
+    kv_cache_gb: float | None = None
+    """Most memory for keys and values on one rank, in GB of 10^9 bytes; fewer rows are decoded at
+    once if need be. null = 80 % of a GPU's free memory at the start of a rollout; 4 GiB, which is
+    4.3 GB, on a CPU."""
+    cuda_graphs: bool | None = None
+    """Captures decoding passes as CUDA graphs, one per size; null = where that is possible: on CUDA
+    with bfloat16, a decoding kernel, and neither fp8 nor sequence_parallel, unless the spare
+    sequence that they need takes the room of one of a few."""
+    keep_kv_cache: bool | None = None
+    """Keeps the key/value cache and the captured passes between rollouts, in memory that training
+    then lacks; making them anew is expected to take seconds. null = where passes are captured, once
+    training steps have shown that the cache takes at most half of what they leave free."""
+    enable_thinking: bool = False
+    """Passed to the chat template (Qwen3: whether the response begins with thoughts)."""
+
+    def _check(self) -> None:
+        self._at_least(1, "block_size", "denoising_steps", "prompts_per_rollout")
+        self._at_least(1, "samples_per_prompt", "max_prompt_tokens", "rollout_batch_size")
+        self._at_least(0, "top_k", "entropy_bound")
+        rule, temperature = f"must be {TEMPERATURE_RULE}", self.temperature
+        require(is_temperature(temperature), "temperature", temperature, rule, "use e.g. 1.0")
+        self._fraction("confidence_threshold", "top_p")
+        if self.kv_cache_gb is not None:
+            self._positive("kv_cache_gb")
+        require(
+            self.denoising_steps <= self.block_size,
+            "denoising_steps",
+            self.denoising_steps,
+            f"must be at most block_size={self.block_size}",
+            f"use 1 to {self.block_size}; every step commits at least one token",
+        )

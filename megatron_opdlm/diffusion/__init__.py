@@ -1,0 +1,1 @@
+"""The method's own objects: blocks, streams, trajectories, randomness. PyTorch alone."""

@@ -1,0 +1,143 @@
+"""A response at its noisy states, laid out for the student and the teacher.
+
+Shape letters: M states, N blocks that hold decoded tokens, K block size, T loss rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_opdlm.diffusion.noising import NoisyStates
+from megatron_opdlm.diffusion.stream import NOISY, Document, make_tags
+from megatron_opdlm.diffusion.trajectory import Trajectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """A response seen at one or more noisy states.
+
+    Attributes:
+        trajectory: where it comes from.
+        student: clean tokens followed by the noisy blocks that hold a loss position; its loss rows
+            are the loss positions.
+        teacher: clean tokens, causal, as far as a target is needed; its loss rows are aligned one
+            to one with the student's.
+        target_ids: [T] int64, the token of the response at each loss position.
+        num_masked: [T] int64, masked positions in each row's block.
+        row_scale: [T] float32, factor of each row's loss: 1, or 1/t for the NELBO.
+        denominator: what a mean over the sequence divides by: its loss rows, or for the NELBO its
+            response tokens.
+        num_states: what a sum over the sequence divides by, so that more states are no larger
+            loss: M; 1 for the NELBO, whose rows are divided already.
+    """
+
+    trajectory: Trajectory
+    student: Document
+    teacher: Document
+    target_ids: Tensor
+    num_masked: Tensor
+    row_scale: Tensor
+    denominator: int
+    num_states: int
+
+    @property
+    def num_rows(self) -> int:
+        """Number of loss positions, over all states."""
+        return len(self.num_masked)
+
+
+def teacher_row(position: Tensor) -> Tensor:
+    """Returns the position whose causal logits predict `position`: the one before it.
+
+    The student's logits at a position predict that very position; this is the only place where the
+    shift of the autoregressive teacher enters. With block size 4 and a prompt of 6, the target of
+    r0 (position 6) is the teacher's output at position 5."""
+    return position - 1
+
+
+def training_state(
+    trajectory: Trajectory,
+    states: NoisyStates,
+    *,
+    mask_token_id: int,
+    include_eos: bool,
+    nelbo: bool = False,
+) -> TrainingState:
+    """Lays out one response at its noisy states.
+
+    Loss positions are masked in the state, part of the response, and at or before the end of
+    sequence (before it, if `include_eos` is False). Noisy blocks without a loss position are left
+    out, and so are the clean tokens that no remaining noisy block can see.
+
+    Args:
+        trajectory: the response.
+        states: from `select_states`.
+        mask_token_id: id shown at masked positions.
+        include_eos: whether the end-of-sequence token carries loss.
+        nelbo: whether rows are weighted by 1/t, and counted by the response's tokens: with
+            cross-entropy, the loss is then the block-diffusion NELBO per token (BD3-LM, arXiv
+            2503.09573, Eq. 8, linear schedule); the mean over M states.
+
+    Returns:
+        The documents of student and teacher. Both are empty if there is no loss position.
+    """
+    masked = states.masked
+    num_prompt_tokens = len(trajectory.prompt_ids)
+    grid_start = trajectory.first_block * trajectory.block_size
+    last_loss = num_prompt_tokens + trajectory.num_response_tokens
+    if trajectory.ended and not include_eos:
+        last_loss -= 1
+    positions = torch.arange(grid_start, grid_start + masked[0].numel()).view_as(masked[0])
+    has_loss = masked & (positions < last_loss)
+    row_state, row_block, row_place = has_loss.nonzero(as_tuple=True)
+    loss_positions = positions[row_block, row_place]
+    row_scale, denominator = torch.ones(len(row_state)), len(row_state)
+    if nelbo:
+        assert states.time is not None, "the NELBO is about random masks"
+        row_scale = 1 / (len(masked) * states.time[row_state, row_block])
+        denominator = last_loss - num_prompt_tokens
+    return TrainingState(
+        trajectory=trajectory,
+        student=_student_document(trajectory, masked, has_loss, mask_token_id),
+        teacher=_teacher_document(trajectory, teacher_row(loss_positions)),
+        target_ids=trajectory.token_ids[loss_positions],
+        num_masked=masked.sum(-1)[row_state, row_block],
+        row_scale=row_scale,
+        denominator=denominator,
+        num_states=1 if nelbo else len(masked),
+    )
+
+
+def _student_document(
+    trajectory: Trajectory, masked: Tensor, has_loss: Tensor, mask_token_id: int
+) -> Document:
+    """The clean tokens that a noisy block sees, then every noisy block [M, N, K] with a loss."""
+    size, first = trajectory.block_size, trajectory.first_block
+    state, block = has_loss.any(-1).nonzero(as_tuple=True)
+    clean_length = (first + int(block.max())) * size if len(block) else 0
+    x_0 = trajectory.token_ids[first * size :].view_as(masked[0])
+    shown = x_0[block].masked_fill(masked[state, block], mask_token_id)
+    positions = (first + block).repeat_interleave(size) * size + torch.arange(size).repeat(
+        len(block)
+    )
+    noisy_tags = make_tags(0, positions, noisy=0, block_size=size)
+    noisy_tags[:, NOISY] = (state + 1).repeat_interleave(size)
+    clean_tags = make_tags(0, torch.arange(clean_length), noisy=0, block_size=size)
+    return Document(
+        token_ids=torch.cat([trajectory.token_ids[:clean_length], shown.flatten()]),
+        tags=torch.cat([clean_tags, noisy_tags]),
+        loss_rows=clean_length + has_loss[state, block].flatten().nonzero().squeeze(1),
+    )
+
+
+def _teacher_document(trajectory: Trajectory, rows: Tensor) -> Document:
+    """The clean tokens through the last of the wanted rows."""
+    length = int(rows.max()) + 1 if len(rows) else 0
+    return Document(
+        token_ids=trajectory.token_ids[:length],
+        tags=make_tags(0, torch.arange(length), noisy=0, block_size=1),
+        loss_rows=rows,
+    )

@@ -1,0 +1,1 @@
+"""Teacher and student, and the student's pass of an optimizer step."""

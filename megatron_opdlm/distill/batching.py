@@ -1,0 +1,188 @@
+"""From noisy states to balanced, packed microbatches whose loss does not depend on how they were
+split.
+
+Shape letters: S stream tokens, T loss rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_opdlm.diffusion import randomness
+from megatron_opdlm.diffusion.example import TrainingState
+from megatron_opdlm.diffusion.stream import PackedStream, pack
+
+Runs = Sequence[Sequence[Sequence[int]]]
+"""For every data-parallel rank, for every microbatch, the indices of its documents."""
+LOSS_REDUCTION = ("sequence_mean", "token_mean", "token_sum")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Microbatch:
+    """What one forward and backward pass of the student takes.
+
+    Attributes:
+        student: packed [clean | noisy] documents.
+        row_weight: [T] float32; the loss of an optimizer step is the sum of weight x divergence
+            over all its microbatches and data-parallel ranks.
+        num_masked: [T] int64, masked positions in each row's block.
+    """
+
+    student: PackedStream
+    row_weight: Tensor
+    num_masked: Tensor
+
+
+def row_weights(states: Sequence[TrainingState], loss_reduction: str) -> list[float]:
+    """Returns the weight of the loss rows of each response.
+
+    The denominators are those of the whole optimizer step, over all data-parallel ranks, so
+    gradients just add up. With n a response's `TrainingState.denominator`:
+
+    - `sequence_mean`: sum over a response's rows / n, mean over responses (the released code);
+    - `token_mean`: sum over all rows / sum of n;
+    - `token_sum`: sum over a response's rows, mean over its noisy states and over all responses,
+      where one without a loss row adds zero (the paper's Eq. 5 with w(t) = 1).
+
+    In the first two, responses with n = 0 count in no denominator.
+
+    Args:
+        states: all responses of the optimizer step, of every data-parallel rank.
+        loss_reduction: one of LOSS_REDUCTION.
+
+    Returns:
+        One weight per response, to be multiplied by `TrainingState.row_scale`; 0 without rows.
+    """
+    num_sequences = sum(state.denominator > 0 for state in states)
+    total = sum(state.denominator for state in states)
+    if loss_reduction == "sequence_mean":
+        return [1.0 / (num_sequences * s.denominator) if s.num_rows else 0.0 for s in states]
+    if loss_reduction == "token_mean":
+        return [1.0 / total if s.num_rows else 0.0 for s in states]
+    if loss_reduction == "token_sum":
+        return [1.0 / (len(states) * s.num_states) if s.num_rows else 0.0 for s in states]
+    raise ValueError(f"loss_reduction={loss_reduction!r}: use one of {', '.join(LOSS_REDUCTION)}")
+
+
+def group(lengths: Sequence[int], rows_per_step: int, key: int | None) -> list[list[int]]:
+    """Cuts the rows of a rollout into optimizer steps, of rows of like length if there is a key.
+
+    Ranks wait for the one with the longest row, and where a step has about one row per rank nothing
+    else can be balanced. The steps come in random order, so that length does not go with time.
+
+    Args:
+        lengths: cost of each row; of rows that cost the same the first come together.
+        rows_per_step: rows of an optimizer step; the last group may have fewer.
+        key: random key of the order, `randomness.key(...)`; None leaves the rows as they come.
+
+    Returns:
+        For each optimizer step, the indices of its rows. Every row is in one. The same on every
+        rank.
+    """
+    order = list(range(len(lengths)))
+    if key is not None:
+        order.sort(key=lambda i: lengths[i])
+    groups = [order[i : i + rows_per_step] for i in range(0, len(order), rows_per_step)]
+    if key is None:
+        return groups
+    return [groups[place] for place in randomness.permutation(key, len(groups))]
+
+
+def balance(lengths: Sequence[int], num_parts: int) -> list[list[int]]:
+    """Splits items over parts so that the longest part is short: longest first, to the least loaded
+    part.
+
+    Args:
+        lengths: cost of each item.
+        num_parts: number of parts; some stay empty if there are fewer items.
+
+    Returns:
+        For each part, the indices of its items. The same on every rank.
+    """
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    loads = [0] * num_parts
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        part = min(range(num_parts), key=lambda p: (loads[p], p))
+        parts[part].append(item)
+        loads[part] += lengths[item]
+    return parts
+
+
+def fill(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Packs items into as few runs of at most `budget` as first-fit decreasing finds.
+
+    An item longer than the budget gets a run of its own: it is never cut.
+    """
+    runs: list[list[int]] = []
+    loads: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        run = next((r for r in range(len(runs)) if loads[r] + lengths[item] <= budget), None)
+        if run is None:
+            runs.append([])
+            loads.append(0)
+            run = len(runs) - 1
+        runs[run].append(item)
+        loads[run] += lengths[item]
+    return runs
+
+
+def plan_runs(
+    lengths: Sequence[int], *, dp_size: int, token_budget: int, equal_counts: bool = False
+) -> Runs:
+    """Which documents go into which microbatch, on every data-parallel rank.
+
+    Args:
+        lengths: tokens of every document of the optimizer step.
+        dp_size: size of the data-parallel axis.
+        token_budget: most tokens per microbatch.
+        equal_counts: whether ranks with fewer microbatches than others get some of padding, for
+            layers that talk to the other replicas in every forward pass (delayed FP8 scaling).
+
+    Returns:
+        For every rank, at least one microbatch: the indices of its documents, in the order of its
+        rows; none for a microbatch of padding. Empty documents are nowhere.
+    """
+    used = [index for index, length in enumerate(lengths) if length]
+    ranks = []
+    for part in balance([lengths[index] for index in used], dp_size):
+        mine = [used[item] for item in part]
+        runs = fill([lengths[index] for index in mine], token_budget) or [[]]
+        ranks.append([[mine[item] for item in run] for run in runs])
+    most = max(map(len, ranks)) if equal_counts else 0
+    return [runs + [[]] * (most - len(runs)) for runs in ranks]
+
+
+def make_microbatches(
+    states: Sequence[TrainingState],
+    runs: Runs,
+    *,
+    dp_rank: int,
+    multiple: int,
+    loss_reduction: str,
+) -> list[Microbatch]:
+    """Builds the microbatches of one data-parallel rank for one optimizer step.
+
+    Args:
+        states: all states of the optimizer step, the same list on every rank.
+        runs: from `plan_runs`, by the lengths of the student's documents.
+        dp_rank: this rank on the data-parallel axis.
+        multiple: streams are padded to a multiple of this.
+        loss_reduction: one of LOSS_REDUCTION.
+
+    Returns:
+        At least one microbatch; a rank without rows gets one of padding, whose loss is zero.
+    """
+    weights = row_weights(states, loss_reduction)
+    no_floats, no_ids = torch.empty(0), torch.empty(0, dtype=torch.int64)
+    return [
+        Microbatch(
+            student=pack([states[i].student for i in run], multiple=multiple),
+            row_weight=torch.cat([no_floats, *(states[i].row_scale * weights[i] for i in run)]),
+            num_masked=torch.cat([no_ids, *(states[i].num_masked for i in run)]),
+        )
+        for run in runs[dp_rank]
+    ]

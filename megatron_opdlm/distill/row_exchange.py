@@ -1,0 +1,89 @@
+"""The teacher's hidden states, from the ranks that compute them to the ranks that train on them.
+
+Everyone knows which documents every replica of the teacher reads and which rows every rank of the
+student wants, so one all-to-all of known sizes does it: each row goes to each rank that needs it,
+once, and nowhere else.
+
+Shape letters: T rows, D the teacher's hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_opdlm.distill.batching import Runs
+from megatron_opdlm.distributed.process_groups import RankGrid
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowExchange:
+    """Who sends what to whom.
+
+    Attributes:
+        teacher: the teacher's layout; the last stage of a replica has the rows, on all its ranks.
+        student: the student's; all ranks of the last stage want the rows of their replica.
+        shares: documents that the replicas of the teacher read.
+        runs: documents that the replicas of the student train on.
+        num_rows: of every document.
+    """
+
+    teacher: RankGrid
+    student: RankGrid
+    shares: Runs
+    runs: Runs
+    num_rows: Sequence[int]
+
+    def documents(self, source: int, target: int) -> list[int]:
+        """What one rank sends to another, in order."""
+        tp_rank, dp_rank, pp_rank = self.student.place(target)
+        from_tp, from_dp, from_pp = self.teacher.place(source)
+        if pp_rank != self.student.pp_size - 1 or from_pp != self.teacher.pp_size - 1:
+            return []
+        if from_tp != tp_rank % self.teacher.tp_size:  # the ranks of a replica share the sending
+            return []
+        known = set(_flat(self.shares[from_dp]))
+        return [index for index in _flat(self.runs[dp_rank]) if index in known]
+
+    def run(self, rows: Sequence[Tensor], empty: Tensor) -> list[Tensor]:
+        """Exchanges the rows. Call on all ranks. Collectives: one all-to-all over the job.
+
+        Args:
+            rows: [T, D] of every microbatch of this rank's replica of the teacher, on its last
+                stage; else nothing.
+            empty: [0, D], of the rows' dtype and device.
+
+        Returns:
+            [T, D] for every microbatch of this rank's replica of the student, on its last stage;
+            else nothing.
+        """
+        rank, world = dist.get_rank(), range(dist.get_world_size())
+        mine: dict[int, Tensor] = {}
+        if rows:
+            order = _flat(self.shares[self.teacher.place(rank)[1]])
+            split = torch.cat([*rows]).split([self.num_rows[index] for index in order])
+            mine = dict(zip(order, split, strict=True))
+        leaving = [self.documents(rank, target) for target in world]
+        coming = [self.documents(source, rank) for source in world]
+        sizes, sizes_out = ([self._count(part) for part in parts] for parts in (coming, leaving))
+        send = torch.cat([empty, *(mine[index] for index in _flat(leaving))])
+        received = empty.new_empty(sum(sizes), empty.shape[1])
+        dist.all_to_all_single(received, send, sizes, sizes_out)
+        order = _flat(coming)
+        split = received.split([self.num_rows[index] for index in order]) if order else ()
+        got = dict(zip(order, split, strict=True))
+        _, dp_rank, pp_rank = self.student.place(rank)
+        if pp_rank != self.student.pp_size - 1:
+            return []
+        return [torch.cat([empty, *(got[i] for i in run)]) for run in self.runs[dp_rank]]
+
+    def _count(self, documents: Sequence[int]) -> int:
+        return sum(self.num_rows[index] for index in documents)
+
+
+def _flat(lists: Sequence[Sequence[int]]) -> list[int]:
+    return [item for part in lists for item in part]

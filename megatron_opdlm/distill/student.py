@@ -1,0 +1,151 @@
+"""Brings up what a job needs: process groups, models with their weights, tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_opdlm.checkpoint.layout import (
+    TOKENIZER_DIR,
+    ModelDescription,
+    read_description,
+    resolve_iteration,
+)
+from megatron_opdlm.checkpoint.weights import load_model
+from megatron_opdlm.config.run import ModelConfig, ParallelConfig
+from megatron_opdlm.convert.chat_template import NO_CHAT_TEMPLATE, has_chat_template
+from megatron_opdlm.convert.import_cache import ImportCache
+from megatron_opdlm.convert.tokenizer import has_tokenizer
+from megatron_opdlm.distributed.process_groups import ParallelState
+from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """A block-diffusion student, ready to decode or to train.
+
+    Attributes:
+        model: this rank's pipeline stage.
+        description: what the checkpoint says about it.
+        tokenizer: transformers tokenizer with the mask token.
+        tokenizer_dir: its files.
+    """
+
+    model: BlockDiffusionModel
+    description: ModelDescription
+    tokenizer: Any
+    tokenizer_dir: Path
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id of masked positions."""
+        assert self.description.mask_token_id is not None, "checked when the student was loaded"
+        return self.description.mask_token_id
+
+
+def build_options(model: ModelConfig, parallel: ParallelConfig) -> BuildOptions:
+    """Reads how models are built from a resolved configuration."""
+    return BuildOptions(
+        layer_spec=model.layer_spec,
+        params_dtype=DTYPES[model.params_dtype],
+        sequence_parallel=parallel.sequence_parallel,
+        fp8=None if model.fp8 == "none" else model.fp8,
+        fp8_recipe=model.fp8_recipe,
+        recompute_granularity=(
+            None if model.recompute_granularity == "none" else model.recompute_granularity
+        ),
+        apply_rope_fusion=model.apply_rope_fusion,
+        bias_swiglu_fusion=model.bias_swiglu_fusion,
+        gradient_accumulation_fusion=model.gradient_accumulation_fusion,
+        make_vocab_size_divisible_by=parallel.make_vocab_size_divisible_by,
+    )
+
+
+def load_student(
+    path: str,
+    cache: ImportCache,
+    options: BuildOptions,
+    parallel: ParallelState,
+    mask_token: str | None,
+) -> Student:
+    """Loads a student and its tokenizer.
+
+    Args:
+        path: checkpoint or Hugging Face directory.
+        cache: where a Hugging Face directory is converted.
+        options: how to build the model.
+        parallel: process groups.
+        mask_token: text of the mask token; None takes the checkpoint's, whatever it is.
+
+    Raises:
+        ValueError: there is no mask token, or it collides with another special token.
+    """
+    folder = cache.checkpoint(path, is_main=parallel.is_main)
+    description = read_description(folder)
+    tokenizer_dir = folder / TOKENIZER_DIR
+    tokenizer = load_tokenizer(tokenizer_dir)
+    check_mask_token(description, tokenizer, mask_token, path)
+    model, description = load_model(folder, options, parallel)
+    return Student(
+        model=model, description=description, tokenizer=tokenizer, tokenizer_dir=tokenizer_dir
+    )
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Loads tokenizer files with transformers; no code of the directory runs."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+
+
+def tokenizer_folder(model: str) -> Path:
+    """Where the tokenizer of a checkpoint or a Hugging Face directory is."""
+    is_hf = (Path(model) / "config.json").is_file()
+    return Path(model) if is_hf else resolve_iteration(model) / TOKENIZER_DIR
+
+
+def require_chat_template(student: str) -> None:
+    """Refuses a student that cannot render prompts, before an import that may take minutes.
+
+    Args:
+        student: checkpoint root, iteration folder, or Hugging Face directory.
+    """
+    folder = tokenizer_folder(student)
+    if has_tokenizer(folder) and not has_chat_template(folder):
+        raise ValueError(f"student={student}: {NO_CHAT_TEMPLATE}")
+
+
+def check_mask_token(
+    description: ModelDescription, tokenizer: Any, mask_token: str | None, path: str
+) -> None:
+    """Refuses a student whose mask token is missing, ambiguous, or also means something else.
+
+    With `mask_token` None the checkpoint alone says which it is.
+    """
+    mask_id = description.mask_token_id
+    if mask_id is None:
+        raise ValueError(
+            f"student={path} has no mask token; import it again with: "
+            "opdlm convert import --hf DIR --out CKPT"
+        )
+    if mask_token is None:
+        mask_token = tokenizer.convert_ids_to_tokens(mask_id)
+    named = tokenizer.convert_tokens_to_ids(mask_token)
+    if named != mask_id:
+        raise ValueError(
+            f"mask_token={mask_token!r} is id {named} in the tokenizer of {path}, but the "
+            f"checkpoint says {mask_id}; use the checkpoint's token, "
+            f"{tokenizer.convert_ids_to_tokens(mask_id)!r}"
+        )
+    taken = {"pad": tokenizer.pad_token_id, "eos": tokenizer.eos_token_id}
+    for role, token_id in taken.items():
+        if token_id == mask_id:
+            raise ValueError(
+                f"mask_token={mask_token!r} has the id of the {role} token, {mask_id}; "
+                "import the model again so that the mask gets a row of its own"
+            )

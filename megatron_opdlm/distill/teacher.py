@@ -1,0 +1,250 @@
+"""The frozen teacher: of any size, in a layout of its own if need be.
+
+Its body runs where it lies; its hidden states at the loss rows go to the student's last stage, and
+meet there the columns of its LM head that the student's rank holds of its own. So teacher and
+student need not be cut alike, and no logits travel.
+
+Shape letters: T rows, D the teacher's hidden size, V_local columns of a student's rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_opdlm.checkpoint.layout import ModelDescription
+from megatron_opdlm.diffusion.example import teacher_row
+from megatron_opdlm.diffusion.stream import Document, make_tags, pack
+from megatron_opdlm.distill.batching import Runs, plan_runs
+from megatron_opdlm.distill.host_weights import HostWeights
+from megatron_opdlm.distill.row_exchange import RowExchange
+from megatron_opdlm.distributed.process_groups import ParallelState
+from megatron_opdlm.loss.divergence import Divergence
+from megatron_opdlm.loss.fused import Target, TeacherTarget, TokenTarget, fused_divergence
+from megatron_opdlm.model.fingerprint import Fingerprint
+from megatron_opdlm.model.gpt import BlockDiffusionModel
+from megatron_opdlm.model.pipeline import forward_only
+
+logger = logging.getLogger(__name__)
+
+PROBE_PROMPTS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A teacher that is loaded and frozen.
+
+    Attributes:
+        path: where it comes from, for people.
+        model: this rank's stage in the teacher's layout.
+        description: what its checkpoint says.
+        fingerprint: of its weights.
+        parallel: the teacher's layout; the student's own if it is the same.
+        student_parallel: the student's.
+        head: [V_local, D], the columns that this rank of the student holds of its own head; None
+            where the student has no head.
+        stream_multiple: what the length of its streams must be a multiple of.
+        pass_multiple: the same of its decoding passes.
+        token_budget: most tokens of one pass.
+        host: where its weights are between its phases; None = they stay.
+    """
+
+    path: str
+    model: BlockDiffusionModel
+    description: ModelDescription
+    fingerprint: Fingerprint
+    parallel: ParallelState
+    student_parallel: ParallelState
+    head: Tensor | None
+    stream_multiple: int
+    pass_multiple: int
+    token_budget: int
+    host: HostWeights | None = None
+
+    @property
+    def is_second_layout(self) -> bool:
+        """Whether it is cut in another way than the student."""
+        return self.parallel is not self.student_parallel
+
+    def head_weight(self) -> Tensor:
+        """The LM head of this rank, [V_local, D]. On the student's last stage only."""
+        assert self.head is not None, "only the student's last stage has a head"
+        return self.head
+
+    def shares(self, documents: Sequence[Document], runs: Runs) -> Runs:
+        """Which documents every replica of the teacher reads, in which passes.
+
+        Args:
+            documents: of an optimizer step.
+            runs: from `plan_runs`: which of them every replica of the student wants.
+        """
+        if not self.is_second_layout:
+            return runs
+        lengths = [len(document) for document in documents]
+        return plan_runs(lengths, dp_size=self.parallel.dp_size, token_budget=self.token_budget)
+
+    @torch.no_grad()
+    def hidden_rows(self, documents: Sequence[Document], runs: Runs) -> list[Tensor]:
+        """Runs the teacher, causally, over the documents of an optimizer step. On all ranks.
+
+        Args:
+            documents: of the step, the same on every rank; rows are wanted at their loss rows.
+            runs: from `plan_runs`: which of them every replica of the student wants, in order.
+
+        Returns:
+            On the student's last stage, for every microbatch of this rank the hidden states [T, D]
+            whose logits are the targets; elsewhere nothing. Hidden states instead of logits: V / D
+            times smaller. Collectives: the layers', and in a second layout one all-to-all.
+        """
+        shares = self.shares(documents, runs)
+        rows = self._forward(documents, shares[self.parallel.dp_rank])
+        if not self.is_second_layout:
+            return rows
+        exchange = RowExchange(
+            teacher=self.parallel.grid,
+            student=self.student_parallel.grid,
+            shares=shares,
+            runs=runs,
+            num_rows=[len(document.loss_rows) for document in documents],
+        )
+        config = self.model.config
+        empty = torch.empty(
+            0, config.hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()
+        )
+        return exchange.run(rows, empty)
+
+    def targets(self, hidden: Sequence[Tensor]) -> list[Target]:
+        """Makes the target of every microbatch from `hidden_rows`."""
+        return [TeacherTarget(rows, self.head_weight()) for rows in hidden]
+
+    def on_device(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the weights are where the model runs."""
+        return contextlib.nullcontext() if self.host is None else self.host.on_device()
+
+    def _forward(
+        self, documents: Sequence[Document], runs: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        device = torch.cuda.current_device()
+        multiple = self.stream_multiple
+        streams = [pack([documents[i] for i in run], multiple=multiple).to(device) for run in runs]
+        with self.on_device():
+            return forward_only(self.model, streams, self.parallel)
+
+    @torch.no_grad()
+    def mean_loss(self, texts: Sequence[Tensor], mask_token_id: int | None) -> float:
+        """Mean cross-entropy of texts under the teacher, by the way that its targets take.
+
+        Args:
+            texts: [S] int64 token ids each, the same on every rank; all but the first token count.
+            mask_token_id: in no softmax, as in training.
+
+        Returns:
+            Nats per token, the same on every rank. Call on all ranks.
+        """
+        student, texts = self.student_parallel, [text for text in texts if len(text) > 1]
+        assert texts, "a text has two tokens at least"
+        documents = [
+            Document(
+                token_ids=text,
+                tags=make_tags(0, torch.arange(len(text)), noisy=0, block_size=1),
+                loss_rows=teacher_row(torch.arange(1, len(text))),
+            )
+            for text in texts
+        ]
+        runs = plan_runs(
+            [len(text) for text in texts], dp_size=student.dp_size, token_budget=self.token_budget
+        )
+        device = torch.cuda.current_device()
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        hidden = self.hidden_rows(documents, runs)
+        for rows, run in zip(hidden, runs[student.dp_rank], strict=False):
+            ids = torch.cat([torch.empty(0, dtype=torch.int64), *(texts[i][1:] for i in run)])
+            _, losses = fused_divergence(
+                rows,
+                self.head_weight(),
+                TokenTarget(ids.to(device)),
+                torch.ones(len(rows), device=device),
+                Divergence(),
+                vocab_size=self.description.config.vocab_size,
+                mask_token_id=mask_token_id,
+                tp_group=student.tp_group,
+            )
+            if student.tp_rank == 0:
+                total += losses.double().sum()
+        dist.all_reduce(total)
+        return float(total) / sum(len(text) - 1 for text in texts)
+
+    def self_check(
+        self,
+        student: Fingerprint,
+        prompts: Sequence[Tensor],
+        *,
+        mask_token_id: int,
+        max_nll: float | None,
+    ) -> dict[str, float]:
+        """Says which weights these are, and how well the teacher predicts the first prompts.
+
+        Args:
+            student: of the student's weights.
+            prompts: [S] int64 token ids each, the template included; the first few are read.
+            mask_token_id: in no softmax.
+            max_nll: a loss above which the teacher is refused; None: warn if it is no better than a
+                uniform guess.
+
+        Returns:
+            The figures, as metrics. Call on all ranks; rank 0 logs.
+
+        Raises:
+            ValueError: the loss is not finite or above `max_nll`.
+        """
+        probe = prompts[:PROBE_PROMPTS]
+        loss = self.mean_loss(probe, mask_token_id)
+        uniform = math.log(self.description.config.vocab_size)
+        on_them = f"nats per token on the first {len(probe)} prompts"
+        of_them = f"teacher={self.path} has a loss of {loss:.4g} {on_them}"
+        if not math.isfinite(loss):
+            raise ValueError(f"{of_them}; its weights or their number format are broken")
+        if max_nll is not None and loss > max_nll:
+            raise ValueError(
+                f"{of_them}, above max_teacher_nll={max_nll}; check that it is the right model, "
+                "or raise max_teacher_nll"
+            )
+        if self.student_parallel.is_main:
+            self._log_check(student, loss, uniform, of_them)
+            if max_nll is None and loss >= uniform:
+                logger.warning(
+                    "THE TEACHER IS WORSE THAN A UNIFORM GUESS: %s, log V = %.4g; check that it is "
+                    "the right model and that its tokenizer and chat template are its own; if so, "
+                    "say with max_teacher_nll what is to be expected",
+                    of_them, uniform,
+                )  # fmt: skip
+        return {
+            "train/teacher_nll": loss,
+            "train/teacher_uniform_nll": uniform,
+            "train/teacher_parameters": self.fingerprint.num_parameters,
+            "train/teacher_fingerprint": self.fingerprint.digest,
+            "train/student_parameters": student.num_parameters,
+            "train/student_fingerprint": student.digest,
+        }
+
+    def _log_check(self, student: Fingerprint, loss: float, uniform: float, of_them: str) -> None:
+        is_same = student.digest == self.fingerprint.digest
+        logger.info(
+            "student: %s parameters, fingerprint %s; teacher %s: %s parameters, fingerprint %s, "
+            "%s weights",
+            f"{student.num_parameters:,}", student, self.path,
+            f"{self.fingerprint.num_parameters:,}", self.fingerprint,
+            "the same" if is_same else "other",
+        )  # fmt: skip
+        logger.info("%s (perplexity %.4g); a uniform guess has %.4g", of_them, _exp(loss), uniform)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,63 @@
+"""Which kind of model a path holds, told from file names, and one text for a path with the wrong
+kind or none."""
+
+import re
+import shlex
+from pathlib import Path
+
+from megatron_opdlm.files.dcp_metadata import METADATA_FILE
+
+CONFIG_FILE = "config.json"
+LATEST_FILE = "latest_checkpointed_iteration.txt"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_LISTED = 5
+
+
+def is_hf_directory(path: Path) -> bool:
+    """Whether it is a Hugging Face directory."""
+    return (path / CONFIG_FILE).is_file()
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether it is a checkpoint's root, or the folder of one iteration."""
+    return (path / LATEST_FILE).is_file() or (path / METADATA_FILE).is_file()
+
+
+def describe(path: Path) -> str:
+    """Say in one line what a path is that is not the kind of model that somebody needs.
+
+    Args:
+        path: the path that was given; a Hugging Face directory only where a checkpoint is needed,
+            and the other way round.
+    """
+    quoted = shlex.quote(str(path))
+    if is_hf_directory(path):
+        return (
+            f"{path} is a Hugging Face directory, not a checkpoint; "
+            f"`opdlm convert import --hf {quoted} --out DIR` makes one of it"
+        )
+    if is_checkpoint(path):
+        return (
+            f"{path} is a checkpoint, not a Hugging Face directory; "
+            f"`opdlm convert export --checkpoint {quoted} --out DIR` makes one of it"
+        )
+    return f"{path} holds neither a Hugging Face {CONFIG_FILE} nor a checkpoint{_reason(path)}"
+
+
+def _reason(path: Path) -> str:
+    if not path.exists():
+        reason = ": no such directory"
+        if _HUB_NAME.fullmatch(str(path)) and not path.parent.exists():
+            reason += (
+                "; models are not downloaded: if that is a name of the Hugging Face hub, run "
+                f"`hf download {path} --local-dir {path.name}` and give {path.name}"
+            )
+        return reason
+    if not path.is_dir():
+        return f": it is a file; give a folder, such as {path.parent}"
+    inside = sorted(child.name for child in path.iterdir() if not child.name.startswith("."))
+    models = [name for name in inside if is_hf_directory(path / name) or is_checkpoint(path / name)]
+    if models:
+        more = f" and {len(models) - _LISTED} more" if len(models) > _LISTED else ""
+        return f"; give one of the folders in it: {models[:_LISTED]}{more}"
+    return "" if inside else ": it is empty"

@@ -1,0 +1,1 @@
+"""`opdlm generate`, and the decoder that it shares with `opdlm eval`."""

@@ -1,0 +1,189 @@
+"""The arguments that `opdlm generate` and `opdlm eval` share: which student, and how it decodes."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_opdlm.checks import require, require_at_least
+
+if TYPE_CHECKING:
+    from megatron_opdlm.generate.decoder import Decoder
+    from megatron_opdlm.rollout.request import DecodingOptions
+
+# Of denoise.REMASKING, which imports torch; the parser must not.
+REMASKING = (
+    "low_confidence_static",
+    "low_confidence_dynamic",
+    "entropy_bounded",
+    "sequential",
+)
+
+MAX_ROWS = 256
+
+Parsers = argparse._SubParsersAction  # the type of argparse's `subparsers`
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that `generate` and `eval` share: which student, and how it decodes."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR_OR_CKPT",
+        help="run folder, checkpoint, or Hugging Face directory",
+    )
+    parser.add_argument(
+        "--import-cache",
+        metavar="DIR",
+        help="where a Hugging Face directory is converted, once for all that name the same DIR "
+        "(training: import_cache); default: a temporary folder, removed once it is loaded",
+    )
+    parser.add_argument(
+        "--block-size", type=int, metavar="K", help="default: what the student was trained for"
+    )
+    parser.add_argument(
+        "--denoising-steps", type=int, metavar="N", help="most steps per block; default: block size"
+    )
+    _add_sampling_arguments(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
+    parser.add_argument(
+        "--enable-thinking", action="store_true", help="let the chat template ask for thoughts"
+    )
+    parser.add_argument(
+        "--max-rows",
+        type=int,
+        metavar="N",
+        help=f"most responses decoded at once on a data-parallel rank; default: {MAX_ROWS}",
+    )
+    parser.add_argument(
+        "--kv-cache-gb",
+        type=float,
+        metavar="GB",
+        help="most memory for keys and values on a rank, in GB of 10^9 bytes; default: 80%% of a "
+        "GPU's free memory, 4.3 on a CPU",
+    )
+    parser.add_argument(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        help="capture decoding passes as CUDA graphs, once per size: their kernels run faster than "
+        "a host starts them; default: where it is possible (CUDA, bfloat16, a decoding kernel)",
+    )
+    parser.add_argument(
+        "--params-dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="default: bfloat16 on CUDA, else float32",
+    )
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N")
+    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="default: 0, greedy"
+    )
+    # None, not the default, where an argument has an effect beside certain others only.
+    parser.add_argument(
+        "--top-k", type=int, metavar="K", help="with a temperature; default: 0, all tokens"
+    )
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="with a temperature; default: 1, all"
+    )
+
+
+def check_arguments(args: argparse.Namespace, seeds: str) -> None:
+    """Refuses what no student can be decoded with; nothing is read.
+
+    Args:
+        args: those of `add_model_arguments`, and `seeds`.
+        seeds: name of the argument with the seed or seeds.
+
+    Raises:
+        ValueError: naming argument, value, rule and fix.
+    """
+    require_at_least(1, "max_new_tokens", args.max_new_tokens)
+    for name in ("block_size", "denoising_steps", "max_rows"):
+        if (value := getattr(args, name)) is not None:
+            require_at_least(1, name, value)
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        require_at_least(1, name, getattr(args, name))
+    if (limit := args.kv_cache_gb) is not None:
+        is_usable, fix = 0 < limit < math.inf, "use a number above 0"
+        require(is_usable, "kv_cache_gb", limit, "must be positive and finite", fix)
+    given = getattr(args, seeds)
+    for seed in given if isinstance(given, list) else [given]:
+        if seed is not None:
+            require_at_least(0, seeds, seed)
+    for name in ("top_k", "top_p", seeds):
+        given, here = getattr(args, name), "greedy decoding (temperature=0)"
+        require_used(args.temperature != 0, name, given, "sampling", here)
+
+
+def require_used(is_used: bool, name: str, given: Any, about: str, here: str) -> None:
+    """Refuses an argument that somebody gave and that changes nothing beside the others.
+
+    Args:
+        is_used: whether it does change something.
+        name: of the argument.
+        given: its value; None = nobody gave it.
+        about: what it belongs to.
+        here: what is asked for instead.
+
+    Raises:
+        ValueError: naming argument, value, rule and fix.
+    """
+    value = " ".join(map(str, given)) if isinstance(given, list) else given
+    rule = f"is about {about}, not {here}"
+    require(is_used or given is None, name, value, rule, "leave it out")
+
+
+def decoding_options(
+    args: argparse.Namespace, *, remasking: str, **limits: float | None
+) -> DecodingOptions:
+    """Reads decoding options from arguments, with defaults of the student's. No model is loaded.
+
+    Args:
+        args: those of `add_model_arguments`.
+        remasking: rule.
+        limits: confidence_threshold, entropy_bound; None = the default.
+
+    Raises:
+        ValueError: a value out of its range, or there is no student.
+    """
+    from megatron_opdlm.generate.decoder import default_block_size
+    from megatron_opdlm.rollout.request import DecodingOptions
+
+    block_size = default_block_size(args.model) if args.block_size is None else args.block_size
+    steps = block_size if args.denoising_steps is None else args.denoising_steps
+    given = {name: getattr(args, name) for name in ("top_k", "top_p")} | limits
+    return DecodingOptions(
+        block_size=block_size,
+        denoising_steps=steps,
+        remasking=remasking,
+        temperature=args.temperature,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def open_decoder(args: argparse.Namespace, *, max_rows: int) -> Decoder:
+    """Loads the student that the arguments name. Call on all ranks."""
+    from megatron_opdlm.generate.decoder import Decoder
+
+    return Decoder.open(
+        args.model,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        params_dtype=args.params_dtype,
+        max_rows=max_rows,
+        kv_cache_gb=args.kv_cache_gb,
+        cuda_graphs=args.cuda_graphs,
+        import_cache=args.import_cache,
+    )
+
+
+def require_folder(path: str, name: str) -> None:
+    """Refuses an output file whose folder is missing, before any work."""
+    if not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"{name}={path}: there is no folder {Path(path).parent}; make it first")

@@ -1,0 +1,224 @@
+"""`opdlm generate`: responses of a student to your prompts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_opdlm.generate.arguments import (
+    MAX_ROWS,
+    REMASKING,
+    Parsers,
+    add_model_arguments,
+    check_arguments,
+    decoding_options,
+    open_decoder,
+    require_folder,
+    require_used,
+)
+
+if TYPE_CHECKING:
+    from megatron_opdlm.diffusion.trajectory import Trajectory
+    from megatron_opdlm.generate.decoder import Decoder
+    from megatron_opdlm.responses.prompts import Prompt, PromptTokens
+    from megatron_opdlm.rollout.request import DecodingOptions
+
+STEP_SECONDS = 0.06
+"""Least time that a step of --show-steps stays in a terminal: small models outrun the eye."""
+
+
+def add_generate_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
+    """Adds `generate`; it sets `run(args) -> exit status`."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="answer prompts with a student",
+        description="Decode block by block. Also under torchrun, with the same arguments.",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="one user turn")
+    source.add_argument("--prompts", metavar="FILE", help="prompt file, JSONL or JSON")
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--remasking", choices=REMASKING, default=REMASKING[0], help=f"default: {REMASKING[0]}"
+    )
+    parser.add_argument(
+        "--confidence-threshold",
+        type=float,
+        metavar="P",
+        help="low_confidence_dynamic keeps every token more probable than this; default: 0.9",
+    )
+    parser.add_argument(
+        "--entropy-bound",
+        type=float,
+        metavar="E",
+        help="entropy_bounded keeps tokens whose entropies sum to less, in nats; default: 0.35",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="with a temperature; default: 0")
+    parser.add_argument(
+        "--show-steps", action="store_true", help="draw the denoising, one response at a time"
+    )
+    parser.add_argument("--out", metavar="JSONL", help="write the responses to this file")
+    parser.set_defaults(run=run_generate)
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Runs `opdlm generate`."""
+    from megatron_opdlm.distributed import process_groups as parallel
+
+    _check(args)
+    prompts = _read_prompts(args)
+    options = decoding_options(
+        args,
+        remasking=args.remasking,
+        confidence_threshold=args.confidence_threshold,
+        entropy_bound=args.entropy_bound,
+    )
+    decoder = open_decoder(args, max_rows=1 if args.show_steps else args.max_rows or MAX_ROWS)
+    _generate(args, decoder, options, prompts)
+    # Only after success: leaving the groups is collective, and would wait for ranks that failed.
+    parallel.shutdown()
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses arguments that are out of range or change nothing, before any work."""
+    check_arguments(args, "seed")
+    of_rule = {
+        "confidence_threshold": "low_confidence_dynamic",
+        "entropy_bound": "entropy_bounded",
+    }
+    for name, rule in of_rule.items():
+        is_used, here = args.remasking == rule, f"remasking={args.remasking}"
+        require_used(is_used, name, getattr(args, name), f"remasking={rule}", here)
+    several, here = "many responses at once", "one after the other (--show-steps)"
+    require_used(not args.show_steps, "max_rows", args.max_rows, several, here)
+    if args.out is not None:
+        require_folder(args.out, "--out")
+
+
+def _read_prompts(args: argparse.Namespace) -> list[Prompt]:
+    from megatron_opdlm.responses.prompts import Prompt, load_prompts
+
+    if args.prompts is not None:
+        return load_prompts(args.prompts)
+    if not args.prompt.strip():
+        raise ValueError("--prompt is empty; write what the user asks")
+    return [Prompt(id="1", messages=[{"role": "user", "content": args.prompt}], line=1)]
+
+
+def _generate(
+    args: argparse.Namespace,
+    decoder: Decoder,
+    options: DecodingOptions,
+    prompts: Sequence[Prompt],
+) -> None:
+    import time
+
+    kept = decoder.tokenize(
+        prompts,
+        options,
+        response_limit=args.max_new_tokens,
+        enable_thinking=args.enable_thinking,
+    ).kept
+    start = time.perf_counter()
+    trajectories = _decode(args, decoder, options, kept)
+    seconds = time.perf_counter() - start
+    if not decoder.parallel.is_main:
+        return
+    texts = decoder.student.tokenizer.batch_decode(
+        [trajectory.text_ids.tolist() for trajectory in trajectories], skip_special_tokens=True
+    )
+    _report(trajectories, texts, seconds)
+    if args.out is not None:
+        questions = [prompts[prompt.index] for prompt in kept]
+        write_responses(args.out, questions, trajectories, texts)
+
+
+def _decode(
+    args: argparse.Namespace,
+    decoder: Decoder,
+    options: DecodingOptions,
+    prompts: Sequence[PromptTokens],
+) -> list[Trajectory]:
+    from rich.console import Console
+    from tqdm import tqdm
+
+    from megatron_opdlm.generate.display import DenoisingDisplay
+
+    limit, seed = args.max_new_tokens, args.seed or 0
+    if not args.show_steps:
+        total = len(prompts)
+        hide = not decoder.parallel.is_main or total == 1
+        with tqdm(total=total, desc="responses", disable=hide) as bar:
+            return decoder.decode(
+                prompts,
+                options,
+                response_limit=limit,
+                seed=seed,
+                on_progress=lambda done: bar.update(done - bar.n),
+            )
+    console = Console(quiet=not decoder.parallel.is_main)
+    lengths = [len(prompt.ids) for prompt in prompts]
+    with DenoisingDisplay(
+        decoder.student.tokenizer, lengths, console=console, seconds_per_step=STEP_SECONDS
+    ) as display:
+        return decoder.decode(prompts, options, response_limit=limit, seed=seed, observer=display)
+
+
+def _report(trajectories: Sequence[Trajectory], texts: Sequence[str], seconds: float) -> None:
+    """Prints every response, and one line for all of them."""
+    from rich.console import Console
+
+    from megatron_opdlm.rollout.engine import tokens_per_forward
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    for trajectory, text in zip(trajectories, texts, strict=True):
+        if len(trajectories) > 1:
+            console.print(f"--- {trajectory.prompt_id}", style="bold")
+        console.print(text)
+    tokens = sum(trajectory.num_response_tokens for trajectory in trajectories)
+    passes = sum(trajectory.num_passes for trajectory in trajectories)
+    console.print(
+        f"{tokens} tokens, {passes} denoising passes, "
+        f"{tokens_per_forward(trajectories):.2f} tokens per forward, {seconds:.2f} s, "
+        f"{tokens / seconds:.1f} tokens per second",
+        style="dim",
+    )
+
+
+def write_responses(
+    path: str,
+    questions: Sequence[Prompt],
+    trajectories: Sequence[Trajectory],
+    texts: Sequence[str],
+) -> None:
+    """Writes responses as JSON lines; the file appears when it is complete."""
+    partial = Path(f"{path}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        for question, trajectory, text in zip(questions, trajectories, texts, strict=True):
+            file.write(json.dumps(response_record(question, trajectory, text)) + "\n")
+    os.replace(partial, path)
+
+
+def response_record(question: Prompt, trajectory: Trajectory, text: str) -> dict[str, Any]:
+    """Returns one line of the output file.
+
+    `commit_step` has one entry per decoded position: the last block is decoded whole, so it may be
+    longer than the response.
+    """
+    return {
+        "prompt_id": trajectory.prompt_id,
+        "prompt": question.messages[-1]["content"],
+        "response": text,
+        "tokens": trajectory.num_response_tokens,
+        "passes": trajectory.num_passes,
+        "ended": trajectory.ended,
+        "block_size": trajectory.block_size,
+        "num_prompt_tokens": len(trajectory.prompt_ids),
+        "response_ids": trajectory.response_ids.tolist(),
+        "commit_step": trajectory.commit_step.tolist(),
+    }

@@ -1,0 +1,249 @@
+"""A loaded student that answers prompts: what `opdlm generate`, `opdlm eval` and evaluation during
+training share."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_opdlm.checkpoint.layout import CHECKPOINTS, read_description, resolve_iteration
+from megatron_opdlm.convert.import_cache import ImportCache
+from megatron_opdlm.convert.tokenizer import MASK_TOKEN
+from megatron_opdlm.diffusion import randomness
+from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.distill.student import DTYPES, Student, load_student, require_chat_template
+from megatron_opdlm.distributed import process_groups
+from megatron_opdlm.distributed.process_groups import ParallelState, from_main
+from megatron_opdlm.files.folders import read_json_object
+from megatron_opdlm.files.path_kind import CONFIG_FILE, LATEST_FILE, is_hf_directory
+from megatron_opdlm.files.signals import stopped_by_signals
+from megatron_opdlm.model.gpt import BuildOptions, has_transformer_engine, stream_multiple
+from megatron_opdlm.plan.ranks import find_model_config
+from megatron_opdlm.responses.prompts import (
+    Prompt,
+    PromptTokens,
+    TokenizedPrompts,
+    tokenize_prompts,
+)
+from megatron_opdlm.rollout.collector import collect
+from megatron_opdlm.rollout.decoding_memory import DecodingMemory
+from megatron_opdlm.rollout.engine import Observer, RolloutEngine
+from megatron_opdlm.rollout.graph_support import require_graphs
+from megatron_opdlm.rollout.request import DecodingOptions, Request
+
+DEFAULT_BLOCK_SIZE = 4
+"""For weights that were not trained for a block size yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """A student with its tokenizer and process groups; every decoding setting runs on it.
+
+    Attributes:
+        student: model, tokenizer and description.
+        parallel: process groups.
+        max_rows: sequences decoded at once on a data-parallel rank.
+        multiple: the length of a pass is padded to a multiple of this.
+        kv_cache_gb: most memory for keys and values on a rank; None: see `rollout.cache`.
+        memory: cache and captured passes.
+        cuda_graphs: whether to capture passes as CUDA graphs; None: where they can be.
+    """
+
+    student: Student
+    parallel: ParallelState
+    max_rows: int
+    memory: DecodingMemory
+    multiple: int = 1
+    kv_cache_gb: float | None = None
+    cuda_graphs: bool | None = None
+
+    @classmethod
+    def open(
+        cls,
+        path: str,
+        *,
+        tensor_model_parallel_size: int = 1,
+        pipeline_model_parallel_size: int = 1,
+        params_dtype: str = "auto",
+        max_rows: int = 256,
+        kv_cache_gb: float | None = None,
+        cuda_graphs: bool | None = None,
+        import_cache: str | None = None,
+    ) -> Decoder:
+        """Joins the job and loads a student. Call on all ranks.
+
+        Args:
+            path: run folder, checkpoint root, iteration folder, or Hugging Face directory.
+            tensor_model_parallel_size: tensor-parallel size.
+            pipeline_model_parallel_size: pipeline-parallel size.
+            params_dtype: "float32", "bfloat16", or "auto": bfloat16 on CUDA, else float32.
+            max_rows: most sequences decoded at once on a data-parallel rank.
+            kv_cache_gb: most memory for keys and values on a rank.
+            cuda_graphs: whether to capture passes as CUDA graphs; None: where they can be.
+            import_cache: where a Hugging Face directory is converted, to be found again; None = a
+                temporary folder, which is gone when this returns.
+
+        Raises:
+            ValueError: neither a checkpoint nor a model, no mask token or chat template, a model
+                that the parallel sizes do not divide, or CUDA graphs where there can be none.
+        """
+        source = find_checkpoint(path)
+        require_chat_template(str(source))
+        parallel = process_groups.initialize(
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
+        )
+        cuda = torch.cuda.is_available()
+        dtype = ("bfloat16" if cuda else "float32") if params_dtype == "auto" else params_dtype
+        options = BuildOptions(
+            layer_spec="transformer_engine" if has_transformer_engine() else "local",
+            params_dtype=DTYPES[dtype],
+        )
+        if cuda_graphs:
+            require_graphs(
+                options.params_dtype,
+                find_model_config(str(source)).kv_channels,
+                sequence_parallel=options.sequence_parallel,
+                fp8=options.fp8,
+            )
+        with _import_folder(import_cache, parallel) as folder:
+            cache = ImportCache(folder=folder, mask_token=MASK_TOKEN)
+            student = load_student(str(source), cache, options, parallel, mask_token=None)
+        return cls(
+            student=student,
+            parallel=parallel,
+            max_rows=max_rows,
+            memory=DecodingMemory(keep=True),
+            multiple=stream_multiple(options, parallel.tp_size),
+            kv_cache_gb=kv_cache_gb,
+            cuda_graphs=cuda_graphs,
+        )
+
+    def tokenize(
+        self,
+        prompts: Sequence[Prompt],
+        options: DecodingOptions,
+        *,
+        response_limit: int,
+        enable_thinking: bool = False,
+    ) -> TokenizedPrompts:
+        """Tokenises the prompts that leave room for a response in the model's positions.
+
+        Raises:
+            ValueError: no prompt does, or the response alone is too long.
+        """
+        positions = self.student.model.max_sequence_length
+        room = positions - response_limit - (options.block_size - 1)
+        if room < 1:
+            raise ValueError(
+                f"max_new_tokens={response_limit} with block_size={options.block_size} leaves no "
+                f"room for a prompt in the model's {positions} positions; use "
+                f"{max(1, positions // 2)} or less"
+            )
+        return tokenize_prompts(
+            prompts,
+            self.student.tokenizer,
+            enable_thinking=enable_thinking,
+            max_prompt_tokens=room,
+        )
+
+    def decode(
+        self,
+        prompts: Sequence[PromptTokens],
+        options: DecodingOptions,
+        *,
+        response_limit: int,
+        seed: int,
+        on_progress: Callable[[int], None] | None = None,
+        observer: Observer | None = None,
+    ) -> list[Trajectory]:
+        """Decodes one response per prompt. Call on all ranks with the same arguments.
+
+        Args:
+            prompts: tokenised prompts.
+            options: how blocks are denoised.
+            response_limit: most response tokens.
+            seed: with temperature > 0, a response is a function of this and the prompt's id.
+            on_progress: see `collect`.
+            observer: called after each denoising step of each row, in place of `on_progress`.
+                Data-parallel ranks then all decode everything, instead of a share each, so that
+                one of them sees it all.
+
+        Returns:
+            Trajectories in the order of the prompts; the same on every rank.
+        """
+        engine = RolloutEngine(
+            self.student.model,
+            self.parallel,
+            options,
+            mask_token_id=self.student.mask_token_id,
+            eos_token_ids=self.student.description.config.eos_token_ids,
+            max_rows=self.max_rows,
+            kv_cache_gb=self.kv_cache_gb,
+            stream_multiple=self.multiple,
+            cuda_graphs=self.cuda_graphs,
+            memory=self.memory,
+        )
+        requests = [
+            Request(
+                prompt_id=prompt.id,
+                sample=0,
+                prompt_ids=prompt.ids,
+                response_limit=response_limit,
+                key=randomness.key(seed, "generate", prompt.id, 0),
+            )
+            for prompt in prompts
+        ]
+        if observer is not None:
+            return engine.generate(requests, observer=observer)
+        return collect(engine, requests, self.parallel, on_progress=on_progress)[0]
+
+
+@contextlib.contextmanager
+def _import_folder(given: str | None, parallel: ParallelState) -> Iterator[Path]:
+    """The folder for imports: the given one, or one that goes when every rank has read it."""
+    if given is not None:
+        yield Path(given)
+        return
+    # On the main rank alone: a handler has to wait for a collective that the rank is in, and the
+    # others wait for this one most of the time. They end by the signal itself, and with them
+    # whatever collective holds this rank.
+    with stopped_by_signals() if parallel.is_main else contextlib.nullcontext():
+        scratch = from_main(lambda: tempfile.mkdtemp(prefix="opdlm_"), is_main=parallel.is_main)
+        try:
+            yield Path(scratch)
+            dist.barrier()
+        finally:
+            if parallel.is_main:
+                shutil.rmtree(scratch)
+
+
+def find_checkpoint(path: str) -> Path:
+    """Returns the checkpoint of a run folder; any other path as it is."""
+    checkpoints = Path(path) / CHECKPOINTS
+    return checkpoints if (checkpoints / LATEST_FILE).is_file() else Path(path)
+
+
+def default_block_size(path: str) -> int:
+    """Returns the block size to decode a student with unless someone asks for another: the one that
+    its weights were trained for. Only files of a few kilobytes are read.
+
+    Args:
+        path: run folder, checkpoint root, iteration folder, or Hugging Face directory.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    source = find_checkpoint(path)
+    if is_hf_directory(source):  # an export names it
+        trained = read_json_object(source / CONFIG_FILE).get("block_size")
+    else:
+        trained = read_description(resolve_iteration(source)).block_size
+    return trained or DEFAULT_BLOCK_SIZE

@@ -1,0 +1,242 @@
+"""Divergence and weighted gradient of a chunk of logits, by the kernels of `loss/kernels.py`.
+
+A pass over the logits gives records, one for every row and split; a few operations on these, which
+are small, give what the next pass needs. Passes over the logits, of which a pair takes 8 bytes:
+
+- forward and reverse KL, and mixtures: the softmaxes' denominators and the value come from one
+  pass, for E_p[log p - log q] = E_p[teacher - student] - (log-sum-exp's difference). Another makes
+  the gradient.
+- Jensen-Shannon: its terms need both denominators, so there is a pass more between the two.
+- the teacher's k likeliest tokens: one pass finds the best k of every split and sums up the others.
+  The k of the whole row are among them, and so few that all else about them is small, whatever the
+  divergence. Another pass makes the gradient.
+
+Shape letters: C rows of a chunk, V this rank's valid columns, S splits of a row, N sets of columns
+of which there are records, K the teacher's likeliest tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_opdlm.distributed.ranking import LAST, unpack
+from megatron_opdlm.distributed.vocab_shard import VocabShard
+from megatron_opdlm.loss import kernel_launch as launch
+from megatron_opdlm.loss.divergence import Divergence
+from megatron_opdlm.loss.divergence_rules import (
+    FORWARD_KL,
+    JSD,
+    MIXED,
+    RENORMALIZED,
+    REVERSE_KL,
+    TAIL,
+)
+from megatron_opdlm.loss.kernels import KINDS, MAX_TOP_K
+
+STUDENT, TEACHER = 0, 1
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What the gradient needs of every row.
+
+    Attributes:
+        values: [C] float32.
+        shift: [2, C] the largest logits, of student and teacher.
+        log_sum: [2, C] log-sum-exp of the shifted logits.
+        slope: [C] sum of q times the derivative by q, over all outcomes.
+        others: [C] what the gradient by a token outside the k is, over its q.
+        least: [C, 1] int64: the lowest rank among the k; None = all tokens are outcomes.
+    """
+
+    values: Tensor
+    shift: Tensor
+    log_sum: Tensor
+    slope: Tensor
+    others: Tensor
+    least: Tensor | None = None
+
+
+def why_not(divergence: Divergence) -> str | None:
+    """Why the kernels cannot compute a divergence; None = they can."""
+    if divergence.kind not in KINDS:
+        return f"no kernel knows divergence={divergence.kind}"
+    if divergence.top_k > MAX_TOP_K:
+        return f"top_k_logits={divergence.top_k} is above the kernels' {MAX_TOP_K}"
+    return None
+
+
+def divergence_and_weighted_gradient(
+    student_CV: Tensor,
+    teacher_CV: Tensor,
+    row_weight: Tensor,
+    divergence: Divergence,
+    shard: VocabShard,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Divergence of every row of a chunk, and the gradient times the row's weight.
+
+    Collectives: all-reduces of [2, C] maxima; [2, C] sums and as many of [C] as there are KLs, or
+    for Jensen-Shannon [2, C] more values. With top_k an all-gather of [C, k] integers, all-reduces
+    of [2, C] maxima, [2, C] sums ([4, C] with `tail`) and [2, C] values.
+
+    Args:
+        student_CV: [C, V_valid] float32 logits; the gradient overwrites them if `dtype` is float32.
+        teacher_CV: the same columns of the teacher; stays.
+        row_weight: [C] float32.
+        divergence: one that `why_not` has nothing against.
+        shard: which columns these are.
+        dtype: of the gradient.
+
+    Returns:
+        [C] float32 values, the same on all ranks of the group; [C, V_valid] gradient, with rows as
+        far apart as the logits'.
+    """
+    chunk = launch.Chunk(student_CV, teacher_CV, shard)
+    kind, share = _kind_and_share(divergence)
+    rows = _best(chunk, divergence) if divergence.top_k else _all(chunk, kind, share)
+    numbers = torch.cat(
+        [rows.shift, rows.log_sum, torch.stack([rows.slope, rows.others, row_weight])]
+    )
+    gradient = student_CV
+    if dtype != student_CV.dtype:
+        gradient = torch.empty_strided(
+            student_CV.shape, student_CV.stride(), dtype=dtype, device=student_CV.device
+        )
+    launch.write_gradient(chunk, numbers, rows.least, kind, share, gradient)
+    return rows.values, gradient
+
+
+def _kind_and_share(divergence: Divergence) -> tuple[str, float]:
+    """A mixture of one is that one; the number that the kernels need besides."""
+    if divergence.kind == MIXED and divergence.reverse_kl_weight in (0, 1):
+        return (REVERSE_KL if divergence.reverse_kl_weight else FORWARD_KL), 0.5
+    return divergence.kind, (
+        divergence.jsd_alpha if divergence.kind == JSD else divergence.reverse_kl_weight
+    )
+
+
+def _all(chunk: launch.Chunk, kind: str, share: float) -> _Rows:
+    """All tokens are outcomes."""
+    records = launch.whole_records(chunk, kind)
+    shift = _shift(records.largest, chunk.shard)
+    total = _scaled(records.largest, records.sums, shift).sum(2)
+    if kind == JSD:
+        chunk.shard.reduce(total, dist.ReduceOp.SUM)
+        log_sum = total.log()
+        terms = launch.term_sums(chunk, torch.cat([shift, log_sum]), kind, share).sum(2)
+        chunk.shard.reduce(terms, dist.ReduceOp.SUM)
+        return _Rows(terms[0], shift, log_sum, terms[1], torch.zeros_like(terms[0]))
+    models = {FORWARD_KL: [TEACHER], REVERSE_KL: [STUDENT], MIXED: [TEACHER, STUDENT]}[kind]
+    differences = [_difference(records, shift, model) for model in models]
+    total = torch.cat([total, torch.stack(differences)])
+    chunk.shard.reduce(total, dist.ReduceOp.SUM)
+    log_sum = total[:2].log()
+    values, slopes = [], []
+    for model, difference in zip(models, total[2:], strict=True):
+        value = difference / total[model] - log_sum[model] + log_sum[1 - model]
+        values.append(value)
+        slopes.append(-torch.ones_like(value) if model == TEACHER else value + 1)
+    if kind == MIXED:
+        values, slopes = (
+            [(1 - share) * of_forward + share * of_reverse]
+            for of_forward, of_reverse in (values, slopes)
+        )
+    return _Rows(values[0], shift, log_sum, slopes[0], torch.zeros_like(values[0]))
+
+
+def _shift(largest: Tensor, shard: VocabShard) -> Tensor:
+    """[2, C] largest logits of all ranks, from [2, C, N] of this one."""
+    shift = largest.amax(2)
+    shard.reduce(shift, dist.ReduceOp.MAX)
+    return shift
+
+
+def _scaled(largest: Tensor, sums: Tensor, shift: Tensor) -> Tensor:
+    """[2, C, N] sums of exponentials, each shifted by its own largest logit, shifted by `shift`."""
+    return sums * (largest - shift.unsqueeze(2)).exp()
+
+
+def _difference(records: launch.Records, shift: Tensor, model: int) -> Tensor:
+    """[C] sum over this rank's tokens of a model's exponentials times how far its logits are above
+    the other's, all shifted by `shift`.
+
+    A token that the other model excludes makes it infinite, unless its exponential is zero.
+    """
+    assert records.differences is not None and records.excluded is not None
+    below = (records.largest - shift.unsqueeze(2)).masked_fill_(records.sums == 0, 0.0)
+    # The records' logits are shifted by less: by how much less, times what has that shift.
+    rest = records.sums[model] * (below[model] - below[1 - model])
+    difference = ((records.differences[model] + rest) * below[model].exp()).sum(1)
+    excluded = records.excluded[model].amax(1)
+    return difference.masked_fill_((excluded - shift[model]).exp() > 0, torch.inf)
+
+
+def _best(chunk: launch.Chunk, divergence: Divergence) -> _Rows:
+    """Outcomes are the teacher's k likeliest tokens, and with `tail` all others together."""
+    shard, k = chunk.shard, divergence.top_k
+    found = launch.candidates(chunk, k)
+    best, place = found.ranks.topk(k, dim=1)
+    ranks = shard.gather(best).transpose(0, 1).flatten(1)
+    least = ranks.topk(k, dim=1).values[:, -1:].contiguous()
+    outside = (best < least) | (best == LAST)
+    members = torch.stack([found.logits.gather(1, place), unpack(best)[0]])
+    members.masked_fill_(outside, -torch.inf)
+    shift, total, others = _denominators(found, least, members, divergence, shard)
+    log_sum = total.log()
+    log_q, log_p = (members - shift.unsqueeze(2)) - log_sum.unsqueeze(2)
+    terms = torch.stack(divergence.terms(log_p, log_q, log_q.exp()))
+    sums = terms.masked_fill_(outside, 0.0).sum(2)
+    shard.reduce(sums, dist.ReduceOp.SUM)
+    values, slopes = sums
+    by_others = torch.zeros_like(values) if divergence.top_k_mode == RENORMALIZED else -slopes
+    if divergence.top_k_mode == TAIL:
+        # A mass that underflows counts as the smallest there is: its logarithm stays finite.
+        q, p = (others / total).clamp_(min=torch.finfo(total.dtype).tiny)
+        value, slope = divergence.terms(p.log(), q.log(), q)
+        values, slopes = values + value, slopes + slope
+        by_others = slope / q - slopes
+    return _Rows(values, shift, log_sum, slopes, by_others, least)
+
+
+def _denominators(
+    found: launch.Candidates,
+    least: Tensor,
+    members: Tensor,
+    divergence: Divergence,
+    shard: VocabShard,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both softmaxes' denominators, from the members' logits and the records of all others.
+
+    Args:
+        found: of this rank.
+        least: [C, 1] the lowest rank among the k.
+        members: [2, C, K] logits of student and teacher; -inf where another rank has the token.
+        divergence: says whether the others have a part in the softmaxes.
+        shard: which columns these are.
+
+    Returns:
+        [2, C] largest logits, of student and teacher; [2, C] sums of exponentials, shifted by
+        these; [2, C] the part of the others in them, of all ranks with `tail`.
+    """
+    largest = members.amax(2, keepdim=True)
+    finite = largest.masked_fill(largest == -torch.inf, 0.0)
+    sums = (members - finite).exp().sum(2, keepdim=True)
+    if divergence.top_k_mode != RENORMALIZED:
+        sets = found.others, launch.rejected_records(found, least)
+        largest = torch.cat([largest, *(records.largest for records in sets)], dim=2)
+        sums = torch.cat([sums, *(records.sums for records in sets)], dim=2)
+    shift = _shift(largest, shard)
+    scaled = _scaled(largest, sums, shift)
+    total, others = scaled.sum(2), scaled[:, :, 1:].sum(2)
+    if divergence.top_k_mode == TAIL:
+        both = torch.stack([total, others])
+        shard.reduce(both, dist.ReduceOp.SUM)
+        total, others = both
+    else:
+        shard.reduce(total, dist.ReduceOp.SUM)
+    return shift, total, others

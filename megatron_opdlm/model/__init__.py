@@ -1,0 +1,1 @@
+"""Qwen and Llama on Megatron's GPTModel, with attention over tags."""

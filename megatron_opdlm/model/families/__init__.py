@@ -1,0 +1,25 @@
+"""Model families that can be converted; a new dense family is one table, listed here."""
+
+from typing import Any
+
+from megatron_opdlm.files.errors import ConversionError
+from megatron_opdlm.model.families.llama import LLAMA
+from megatron_opdlm.model.families.qwen2 import QWEN2
+from megatron_opdlm.model.families.qwen3 import QWEN3
+from megatron_opdlm.model.tensors import Family
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (QWEN3, QWEN2, LLAMA)}
+
+
+def family_of(raw: dict[str, Any]) -> Family:
+    """The family that config.json's `model_type` belongs to.
+
+    Raises:
+        ConversionError: no family covers it.
+    """
+    model_type = raw.get("model_type")
+    for family in FAMILIES.values():
+        if model_type == family.name or model_type in family.aliases:
+            return family
+    known = sorted(name for f in FAMILIES.values() for name in (f.name, *f.aliases))
+    raise ConversionError(f"model_type={model_type!r} is not supported; one of {known}")

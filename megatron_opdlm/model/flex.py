@@ -1,0 +1,126 @@
+"""FlexAttention over tags: what a GPU runs instead of tiles (tiles.py).
+
+Shape letters: S stream tokens, n squares along one side of the mask, N query heads, M key/value
+heads, D head size."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_opdlm.diffusion.stream import BLOCK, DOCUMENT, NOISY
+
+FLEX_BLOCK = 128
+
+
+def make_block_mask(tags: Tensor) -> Any:
+    """Builds FlexAttention's sparse block mask from the tags, without a mask over pairs of tokens.
+
+    A FLEX_BLOCK x FLEX_BLOCK square is skipped if the ranges of its tags rule out every pair,
+    computed without the mask if they rule in every pair, and masked pair by pair otherwise.
+
+    Args:
+        tags: [S, 4] int64.
+
+    Returns:
+        A `BlockMask` over [1, 1, S, S].
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    documents, states, blocks = tags[:, DOCUMENT], tags[:, NOISY], tags[:, BLOCK]
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        # `visible` for scalars: FlexAttention traces one query and one key. A test holds the two
+        # equal.
+        same_block = blocks[key] == blocks[query]
+        earlier = (blocks[key] < blocks[query]) | (same_block & (states[query] == 0))
+        clean_key = (states[key] == 0) & earlier
+        noisy_key = (states[key] != 0) & (states[key] == states[query]) & same_block
+        return (documents[query] == documents[key]) & (clean_key | noisy_key)
+
+    some, every = _square_visibility(tags)
+    partial = some & ~every
+    return BlockMask.from_kv_blocks(
+        *_listed(partial), *_listed(every), BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod,
+        seq_lengths=(len(tags), len(tags)),
+    )  # fmt: skip
+
+
+def _square_visibility(tags: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns [n, n] bool twice: squares that may hold a visible pair, and squares full of them."""
+    num_squares = -(-len(tags) // FLEX_BLOCK)
+    missing = num_squares * FLEX_BLOCK - len(tags)
+    whole = torch.cat([tags, tags[-1:].expand(missing, -1)]).view(num_squares, FLEX_BLOCK, 4)
+    low, high = whole.amin(1), whole.amax(1)
+    query_low, query_high = low.unsqueeze(1), high.unsqueeze(1)
+    key_low, key_high = low.unsqueeze(0), high.unsqueeze(0)
+    same_document_possible = (query_low[..., DOCUMENT] <= key_high[..., DOCUMENT]) & (
+        key_low[..., DOCUMENT] <= query_high[..., DOCUMENT]
+    )
+    # A visible key is never of a later block than its query.
+    some = same_document_possible & (key_low[..., BLOCK] <= query_high[..., BLOCK])
+    # Noisy keys are for noisy queries of their own state and block.
+    all_noisy_keys = key_low[..., NOISY] >= 1
+    unused = (query_high[..., NOISY] < key_low[..., NOISY]) | (
+        query_low[..., NOISY] > key_high[..., NOISY]
+    )
+    unused |= key_high[..., BLOCK] < query_low[..., BLOCK]
+    some &= ~(all_noisy_keys & unused)
+    one_document = (
+        (query_low[..., DOCUMENT] == query_high[..., DOCUMENT])
+        & (key_low[..., DOCUMENT] == key_high[..., DOCUMENT])
+        & (query_low[..., DOCUMENT] == key_low[..., DOCUMENT])
+    )
+    all_clean_keys = key_high[..., NOISY] == 0
+    every = one_document & all_clean_keys & (key_high[..., BLOCK] < query_low[..., BLOCK])
+    if missing:  # the last square is not whole: masked pair by pair
+        every[-1, :] = False
+        every[:, -1] = False
+    return some, every
+
+
+def _listed(squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Turns [n, n] bool into FlexAttention's lists: counts [1, 1, n] and indices [1, 1, n, n]."""
+    counts = squares.sum(-1, dtype=torch.int32)
+    indices = torch.argsort(squares.int(), dim=-1, descending=True, stable=True).int()
+    return counts[None, None], indices[None, None]
+
+
+GRAPHS = 64
+"""So many kinds of inputs are compiled in one process. Student and teacher make up to three each,
+and torch stops at 8."""
+
+
+@functools.cache
+def _compiled_flex_attention() -> Any:
+    import torch._dynamo.config as compiler
+    import torch.fx.experimental._config as symbols
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Else torch takes sizes that are equal in the first stream, as its squares and the heads, for
+    # one size, and compiles again when they part.
+    symbols.use_duck_shape = False
+    compiler.recompile_limit = max(GRAPHS, compiler.recompile_limit)
+    # An error beyond that, not FlexAttention uncompiled, whose scores are as large as the mask.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+
+
+def flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scale: float
+) -> Tensor:
+    """Attention of a stream with itself through compiled FlexAttention.
+
+    The same contract as `tiled_attention`.
+    """
+    output = _compiled_flex_attention()(
+        query.transpose(0, 1).unsqueeze(0),
+        key.transpose(0, 1).unsqueeze(0),
+        value.transpose(0, 1).unsqueeze(0),
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.squeeze(0).transpose(0, 1)

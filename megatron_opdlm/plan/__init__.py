@@ -1,0 +1,1 @@
+"""What every rank of a run would hold, before it starts."""

@@ -1,0 +1,130 @@
+"""What rollouts would hold of keys and values, from the configuration alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_opdlm.checks import format_value
+from megatron_opdlm.config.run import Config
+from megatron_opdlm.diffusion.blocks import round_up
+from megatron_opdlm.model.hf_config import HFConfig
+from megatron_opdlm.rollout.cache import CPU_LIMIT_BYTES, share_slots, whole_pages
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """A rank's key/value cache at the longest prompts and responses that the limits allow."""
+
+    num_sequences: int
+    """That its replica decodes at once."""
+    has_spare: bool
+    """Whether there is room for one more, which CUDA graphs write to and nobody reads."""
+    capacity: int
+    """Tokens per sequence."""
+    bytes_per_token: int
+    is_kept: bool
+    """Whether it stays between rollouts for sure (`keep_kv_cache=true`)."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all sequences; only during a rollout, unless it is kept (`keep_kv_cache`)."""
+        return (self.num_sequences + self.has_spare) * self.capacity * self.bytes_per_token
+
+
+def student_layout(config: Config) -> tuple[int, int]:
+    """Tensor and pipeline parallel size of training."""
+    parallel = config.parallel
+    return parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+
+
+def rollout_layout(config: Config) -> tuple[int, int]:
+    """Tensor and pipeline parallel size of rollouts."""
+    parallel = config.parallel
+    if parallel.rollout_tensor_model_parallel_size is not None:
+        return parallel.rollout_tensor_model_parallel_size, 1
+    return student_layout(config)
+
+
+def decoder(config: Config, student: HFConfig, teacher: HFConfig) -> HFConfig:
+    """The model that writes the responses; the student, for evaluation, where the data do."""
+    return teacher if config.distill.responses == "teacher" else student
+
+
+def decoding_layout(config: Config) -> tuple[int, int]:
+    """Tensor and pipeline parallel size of that model: a teacher decodes where it is."""
+    if config.distill.responses == "teacher":
+        return config.parallel.teacher_layout
+    return rollout_layout(config)
+
+
+def plan_cache(config: Config, hf: HFConfig, num_replicas: int, cuda: bool) -> CachePlan:
+    """What `KVCache.for_model` allocates; it, too, refuses a limit below one sequence.
+
+    Without a limit of the user's a GPU has what is free, which nobody knows beforehand.
+    """
+    rollout, (tp_size, pp_size) = config.rollout, decoding_layout(config)
+    length, limit_gb = longest(config), rollout.kv_cache_gb
+    has_spare = expects_graphs(config, cuda)
+    capacity = whole_pages(length) if cuda else length
+    per_token = 2 * (hf.num_layers // pp_size) * (hf.num_query_groups // tp_size) * hf.kv_channels
+    per_token *= DTYPE_BYTES[config.model.params_dtype]
+    num_sequences = min(
+        rollout.rollout_batch_size, math.ceil(config.rows_per_rollout / num_replicas)
+    )
+    if limit_gb is not None or not cuda:
+        limit = CPU_LIMIT_BYTES if limit_gb is None else int(limit_gb * 1e9)
+        num_sequences, has_spare = share_slots(
+            limit // (per_token * capacity),
+            num_sequences,
+            None if rollout.cuda_graphs is None and has_spare else has_spare,
+        )
+    if num_sequences < 1:
+        spare = " and the spare one of cuda_graphs" if has_spare else ""
+        needed = per_token * capacity * (1 + has_spare)
+        usual = f", {CPU_LIMIT_BYTES / 1e9:.2f} on a CPU," if limit_gb is None else ""
+        raise ValueError(
+            f"kv_cache_gb={format_value(limit_gb)}{usual} must hold at least one sequence{spare}: "
+            f"{length} prompt and response tokens need {needed / 1e9:.10g} GB; raise it, "
+            f"{'set cuda_graphs=false, ' if has_spare else ''}or lower max_prompt_tokens or "
+            "max_response_tokens.end"
+        )
+    return CachePlan(
+        num_sequences=num_sequences,
+        has_spare=has_spare,
+        capacity=capacity,
+        bytes_per_token=per_token,
+        is_kept=bool(rollout.keep_kv_cache),
+    )
+
+
+def expects_graphs(config: Config, cuda: bool) -> bool:
+    """Whether passes will be captured, as far as a configuration can tell: where nothing is said,
+    a GPU is taken to have a decoding kernel.
+    """
+    wanted, parallel = config.rollout.cuda_graphs, config.parallel
+    if wanted is not None:
+        return wanted
+    shares, fp8 = parallel.sequence_parallel, config.model.fp8
+    if config.distill.responses == "teacher":
+        fp8 = fp8 if config.model.teacher_fp8 == "auto" else config.model.teacher_fp8
+        shares = shares and parallel.teacher_layout[0] > 1
+    elif parallel.has_rollout_layout:
+        shares = False
+    is_16_bit = DTYPE_BYTES[config.model.params_dtype] == 2
+    return cuda and is_16_bit and fp8 == "none" and not shares
+
+
+def num_replicas(config: Config, world_size: int) -> int:
+    """Copies of the model that decode, each on its share of the ranks."""
+    tp_size, pp_size = decoding_layout(config)
+    return world_size // (tp_size * pp_size)
+
+
+def longest(config: Config) -> int:
+    """Tokens that the longest prompt and response fill; the last block is decoded whole."""
+    rollout = config.rollout
+    tokens = rollout.max_prompt_tokens + rollout.max_response_tokens.end
+    return round_up(tokens, rollout.block_size)

@@ -1,0 +1,1 @@
+"""Metrics, what the work amounts to, progress."""

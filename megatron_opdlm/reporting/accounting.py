@@ -1,0 +1,243 @@
+"""Tokens and FLOPs: as the paper counts them, and as they are executed.
+
+The paper (Eq. 7) charges 2 N_teacher T + 6 N_student T FLOPs for T response tokens. What runs is
+more: the prompt, the doubled stream, the teacher's pass, the rollout with its commits, the LM head
+on the rows that need it, attention. Both are kept side by side; neither is derived from the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+
+from megatron_opdlm.diffusion.stream import Document, aligned
+from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.distill.batching import Runs
+from megatron_opdlm.model.families import FAMILIES
+from megatron_opdlm.model.hf_config import HFConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlops:
+    """FLOPs of a forward pass through one model, split by what they grow with."""
+
+    body: int
+    """Per stream token: the linear layers of all transformer layers."""
+    head: int
+    """Per row that meets the LM head."""
+    attention: int
+    """Per (query, key) pair that may attend, over all layers and heads."""
+    num_parameters: int
+    """N of Eq. 7: every parameter of the model, tied embeddings once."""
+
+    def forward(self, *, tokens: int, head_rows: int, attention_pairs: int) -> int:
+        """Returns the FLOPs of one forward pass."""
+        return self.body * tokens + self.head * head_rows + self.attention * attention_pairs
+
+
+NO_MODEL = ModelFlops(body=0, head=0, attention=0, num_parameters=0)
+
+
+def model_flops_per_token(hf_config: HFConfig) -> ModelFlops:
+    """Counts the forward FLOPs of a dense decoder; a multiply-add is two. Norms are left out.
+
+    Args:
+        hf_config: hyperparameters of the model.
+    """
+    family = FAMILIES[hf_config.family]
+    layer_matrices = sum(
+        math.prod(shape)
+        for entry in family.entries_for(hf_config)
+        for shape in entry.transform.hf_shapes(hf_config)
+        if entry.per_layer and len(shape) == 2
+    )
+    attention_width = hf_config.num_attention_heads * hf_config.kv_channels
+    return ModelFlops(
+        body=2 * hf_config.num_layers * layer_matrices,
+        head=2 * hf_config.vocab_size * hf_config.hidden_size,
+        attention=4 * hf_config.num_layers * attention_width,
+        num_parameters=sum(map(math.prod, family.hf_shapes(hf_config).values())),
+    )
+
+
+def rollout_attention_pairs(trajectory: Trajectory) -> int:
+    """Returns the (query, key) pairs of decoding a response, over all its passes, per layer.
+
+    Every finished block is passed once as clean tokens (the last one never is); a denoising step of
+    a block sees the finished blocks and the block itself.
+    """
+    size, first = trajectory.block_size, trajectory.first_block
+    num_steps = trajectory.num_steps.tolist()
+    last = first + len(num_steps) - 1
+    noisy = sum(steps * (first + place + 1) for place, steps in enumerate(num_steps))
+    return size * size * (last * (last + 1) // 2 + noisy)
+
+
+@dataclass(kw_only=True)
+class WorkCounters:
+    """Work done so far by all replicas: the same integers on every rank, saved with the checkpoint.
+
+    Attention pairs are per layer, as the mask allows them, not as tiles execute them.
+    """
+
+    response_tokens: int = 0
+    """T of Eq. 7: tokens of the responses, through the end of sequence."""
+    prompt_tokens: int = 0
+    """Tokens of the prompts, once per response."""
+    rollout_passes: int = 0
+    """Forward passes of the decoder on one data-parallel rank, summed over ranks."""
+    rollout_tokens: int = 0
+    """Stream tokens of those passes: prefill, denoising and commits."""
+    rollout_head_rows: int = 0
+    rollout_attention_pairs: int = 0
+    teacher_tokens: int = 0
+    """Stream tokens of the teacher's passes: on responses, and to decode its own."""
+    teacher_head_rows: int = 0
+    teacher_attention_pairs: int = 0
+    student_tokens: int = 0
+    """Stream tokens of the student's training passes: the doubled stream, padding included."""
+    student_head_rows: int = 0
+    student_attention_pairs: int = 0
+
+    def add_rollout(
+        self, trajectories: Iterable[Trajectory], *, passes: int, tokens: int, head_rows: int
+    ) -> None:
+        """Adds the decoding of responses: what was decoded, and what the engine counted."""
+        trajectories = list(trajectories)
+        self.add_responses(trajectories)
+        self.rollout_attention_pairs += sum(map(rollout_attention_pairs, trajectories))
+        self.rollout_passes += passes
+        self.rollout_tokens += tokens
+        self.rollout_head_rows += head_rows
+
+    def add_responses(self, trajectories: Iterable[Trajectory]) -> None:
+        """Adds responses that are trained on, whoever wrote them."""
+        for trajectory in trajectories:
+            self.response_tokens += trajectory.num_response_tokens
+            self.prompt_tokens += len(trajectory.prompt_ids)
+
+    def add_teacher_decoding(self, prompt_tokens: int, response_tokens: int) -> None:
+        """Adds a response that the teacher decoded: the prompt and every token but the last enter
+        its cache once, and the head is applied to one row per token.
+        """
+        num_tokens = prompt_tokens + response_tokens - 1
+        self.teacher_tokens += num_tokens
+        self.teacher_head_rows += response_tokens
+        self.teacher_attention_pairs += num_tokens * (num_tokens + 1) // 2
+
+    def add_teacher_step(self, documents: Sequence[Document], runs: Runs, *, multiple: int) -> None:
+        """Adds the teacher's forward passes of an optimizer step, on all its replicas.
+
+        Args:
+            documents: of the step.
+            runs: which of them are packed together.
+            multiple: streams are padded to a multiple of this.
+        """
+        self.teacher_tokens += _stream_tokens(documents, runs, multiple)
+        self.teacher_head_rows += sum(len(document.loss_rows) for document in documents)
+        self.teacher_attention_pairs += sum(d.attention_pairs(1) for d in documents)
+
+    def add_student_step(
+        self, documents: Sequence[Document], runs: Runs, *, multiple: int, block_size: int
+    ) -> None:
+        """Adds the student's passes, forward and backward, of an optimizer step, on all replicas.
+
+        Args:
+            documents: of the step.
+            runs: which of them are packed together.
+            multiple: streams are padded to a multiple of this.
+            block_size: tokens per block.
+        """
+        self.student_tokens += _stream_tokens(documents, runs, multiple)
+        self.student_head_rows += sum(len(document.loss_rows) for document in documents)
+        self.student_attention_pairs += sum(d.attention_pairs(block_size) for d in documents)
+
+    def add(self, other: WorkCounters) -> None:
+        """Adds the work of other steps."""
+        for field in fields(self):
+            total = getattr(self, field.name) + getattr(other, field.name)
+            setattr(self, field.name, total)
+
+    def to_json(self) -> dict[str, int]:
+        """Returns the counters by name, for the checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, int]) -> WorkCounters:
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: a counter is missing or unknown: the checkpoint is of another version.
+        """
+        names = {field.name for field in fields(cls)}
+        if names != set(values):
+            different = ", ".join(sorted(names ^ set(values)))
+            raise ValueError(
+                f"work counters of the checkpoint differ in {different}; start a new run"
+            )
+        return cls(**values)
+
+
+def _stream_tokens(documents: Sequence[Document], runs: Runs, multiple: int) -> int:
+    """Tokens of the streams of all ranks, alignment included."""
+    lengths = [len(document) for document in documents]
+    packed = (sum(lengths[i] for i in run) for of_rank in runs for run in of_rank)
+    return sum(aligned(num_tokens, multiple) for num_tokens in packed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlopsReport:
+    """Turns counters into the numbers that a run logs."""
+
+    student: ModelFlops
+    teacher: ModelFlops
+    recompute_granularity: str
+    """none, selective (attention runs once more in the backward pass) or full (the body too)."""
+
+    def paper(self, work: WorkCounters) -> int:
+        """Eq. 7: 2 N_teacher T + 6 N_student T."""
+        per_token = 2 * self.teacher.num_parameters + 6 * self.student.num_parameters
+        return per_token * work.response_tokens
+
+    def rollout(self, work: WorkCounters) -> int:
+        """FLOPs of decoding: prefill, denoising passes and commits."""
+        return self.student.forward(
+            tokens=work.rollout_tokens,
+            head_rows=work.rollout_head_rows,
+            attention_pairs=work.rollout_attention_pairs,
+        )
+
+    def teacher_pass(self, work: WorkCounters) -> int:
+        """FLOPs of the teacher's forward passes."""
+        return self.teacher.forward(
+            tokens=work.teacher_tokens,
+            head_rows=work.teacher_head_rows,
+            attention_pairs=work.teacher_attention_pairs,
+        )
+
+    def student_pass(self, work: WorkCounters) -> int:
+        """FLOPs of the student's forward and backward passes; backward is twice the forward."""
+        body_passes = 4 if self.recompute_granularity == "full" else 3
+        attention_passes = 3 if self.recompute_granularity == "none" else 4
+        return self.student.forward(
+            tokens=body_passes * work.student_tokens,
+            head_rows=3 * work.student_head_rows,
+            attention_pairs=attention_passes * work.student_attention_pairs,
+        )
+
+    def metrics(self, work: WorkCounters) -> dict[str, int]:
+        """Returns the totals since the start of the run, as metrics."""
+        rollout, teacher = self.rollout(work), self.teacher_pass(work)
+        student = self.student_pass(work)
+        return {
+            "perf/tokens_paper": work.response_tokens,
+            "perf/tokens_rollout": work.rollout_tokens,
+            "perf/tokens_teacher": work.teacher_tokens,
+            "perf/tokens_student": work.student_tokens,
+            "perf/flops_paper": self.paper(work),
+            "perf/flops_executed": rollout + teacher + student,
+            "perf/flops_rollout": rollout,
+            "perf/flops_teacher": teacher,
+            "perf/flops_student": student,
+        }

@@ -1,0 +1,1 @@
+"""Prompts, and where a rollout's responses come from."""

@@ -1,0 +1,87 @@
+"""Responses that the prompt file gives, for supervised fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_opdlm.reporting.accounting import WorkCounters
+from megatron_opdlm.responses.prompts import Prompt, PromptTokens
+from megatron_opdlm.responses.source import Collected, Response, RolloutSchedule
+
+
+class DataResponses:
+    """Those that the prompt file gives."""
+
+    def __init__(self, schedule: RolloutSchedule, responses: Sequence[Tensor]) -> None:
+        """Binds a source to data.
+
+        Args:
+            schedule: what rollouts ask for.
+            responses: [R] int64 each, through the end of sequence; aligned with the prompts.
+        """
+        self._schedule = schedule
+        self._responses = {
+            prompt.id: Response(ids, ended=True)
+            for prompt, ids in zip(schedule.prompts, responses, strict=True)
+        }
+
+    def collect(self, rollout_step: int) -> Collected:
+        """See `ResponseSource`."""
+        schedule, work = self._schedule, WorkCounters()
+        trajectories = [
+            schedule.on_grid(prompt, sample, self._responses[prompt.id], rollout_step)
+            for prompt, sample in schedule.rows(rollout_step)
+        ]
+        work.add_responses(trajectories)
+        return Collected(trajectories, work)
+
+
+def tokenize_responses(
+    prompts: Sequence[Prompt],
+    kept: Sequence[PromptTokens],
+    tokenizer: Any,
+    *,
+    path: str | Path,
+    eos_token_ids: Sequence[int],
+    mask_token_id: int,
+) -> list[Tensor]:
+    """Tokenises the given responses, once and for all, and appends the end of sequence.
+
+    Args:
+        prompts: from `load_prompts(with_responses=True)`.
+        kept: those that are trained on.
+        tokenizer: a transformers tokenizer.
+        path: of the prompts, for messages.
+        eos_token_ids: ids that end a response; the tokenizer's own is appended if it is one of
+            them, else the first.
+        mask_token_id: may stand in no response.
+
+    Returns:
+        [R] int64 for each of `kept`.
+
+    Raises:
+        ValueError: naming file and line; the tokenizer has no end of sequence.
+    """
+    if not eos_token_ids:
+        raise ValueError(
+            f"data={path}: the student names no eos_token_id, which must end every response; add "
+            "it to its config.json or generation_config.json"
+        )
+    own = tokenizer.eos_token_id
+    end = own if own in eos_token_ids else eos_token_ids[0]
+    taken = [prompts[tokens.index] for tokens in kept]
+    rows = tokenizer([prompt.response for prompt in taken], add_special_tokens=False)["input_ids"]
+    for prompt, ids in zip(taken, rows, strict=True):
+        for role, wrong in (("mask", {mask_token_id}), ("end-of-sequence", set(eos_token_ids))):
+            if found := wrong.intersection(ids):
+                text = tokenizer.convert_ids_to_tokens(min(found))
+                raise ValueError(
+                    f"{path}:{prompt.line}: response holds the {role} token {text!r}; remove it "
+                    "from the text"
+                )
+    return [torch.tensor([*ids, end], dtype=torch.int64) for ids in rows]

@@ -1,0 +1,359 @@
+"""Prompts: files, chat template, order of presentation.
+
+A prompt is tokenised once, here; from then on it is a tensor of ids, and its text is never read
+again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_opdlm.convert.chat_template import NO_CHAT_TEMPLATE
+from megatron_opdlm.diffusion import randomness
+
+logger = logging.getLogger(__name__)
+
+_TEXT_KEYS = ("prompt", "messages", "question")
+_ROLES = ("system", "user", "assistant", "tool")
+_CHUNK = 1024  # prompts per call of the tokenizer: its threads are busy, the progress bar moves
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt as the file gives it."""
+
+    id: str
+    """Unique name; the line number where the file gives none. Random numbers depend on it."""
+    messages: list[dict[str, str]]
+    """Conversation so far, ending with a turn that wants an answer."""
+    domain: str | None = None
+    """Subject, for reports."""
+    answer: str | None = None
+    """Reference answer, for evaluation."""
+    response: str | None = None
+    """Text to train on, where `load_prompts` was asked for it."""
+    line: int
+    """Line in a JSONL file, place in a JSON list; from 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTokens:
+    """A prompt ready to decode."""
+
+    index: int
+    """Place in the list that was tokenised."""
+    id: str
+    """The prompt's id."""
+    ids: Tensor
+    """[P] int64 on the CPU, chat template and generation prompt included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedPrompts:
+    """What `tokenize_prompts` kept, and what it left out."""
+
+    kept: list[PromptTokens]
+    """Prompts within the limit, in file order."""
+    dropped: list[tuple[str, int]]
+    """(id, number of tokens) of every prompt over the limit."""
+
+
+def load_prompts(path: str | Path, *, with_responses: bool = False) -> list[Prompt]:
+    """Reads a prompt file: JSONL, or one JSON list.
+
+    An entry is an object with `prompt` or `question` (text of one user turn) or `messages`, and
+    optionally `id`, `domain` and `answer`. Other keys are left alone.
+
+    Args:
+        path: file in UTF-8.
+        with_responses: whether every entry must have a `response`, too.
+
+    Returns:
+        The prompts in file order.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: an empty file, an empty or malformed entry, a duplicate id; names file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"prompt file {path} does not exist")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from None
+    prompts: list[Prompt] = []
+    seen: dict[str, str] = {}
+    read = _read_list if text.lstrip()[:1] == "[" else _read_lines
+    for where, number, entry in read(path, text):
+        prompt = _parse_entry(entry, where, number, with_responses)
+        if prompt.id in seen:
+            raise ValueError(
+                f"{where}: id={prompt.id} must be unique and stands at {seen[prompt.id]} too; "
+                "rename one"
+            )
+        seen[prompt.id] = where
+        prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompt; write one JSON object per line")
+    return prompts
+
+
+def tokenize_prompts(
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    *,
+    enable_thinking: bool,
+    max_prompt_tokens: int,
+    progress: bool = False,
+) -> TokenizedPrompts:
+    """Renders prompts with the chat template and tokenises them, once and for all.
+
+    Prompts over the limit are left out here, whole and with their ids, so nothing that follows can
+    slip out of step with the prompts it belongs to.
+
+    Args:
+        prompts: from `load_prompts`.
+        tokenizer: a transformers tokenizer with a chat template and a mask token.
+        enable_thinking: passed to the template.
+        max_prompt_tokens: longest prompt to keep, template included.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: no mask token or template; a prompt that contains the mask token or renders to
+            nothing; no prompt within the limit.
+    """
+    from tqdm import tqdm
+
+    mask_token_id = _require_tokenizer(tokenizer)
+    kept: list[PromptTokens] = []
+    dropped: list[tuple[str, int]] = []
+    with tqdm(total=len(prompts), desc="tokenising prompts", disable=not progress) as bar:
+        for start in range(0, len(prompts), _CHUNK):
+            chunk = prompts[start : start + _CHUNK]
+            rows = tokenizer.apply_chat_template(
+                [prompt.messages for prompt in chunk],
+                add_generation_prompt=True,
+                enable_thinking=enable_thinking,
+                tokenize=True,
+                return_dict=False,
+            )
+            for index, (prompt, ids) in enumerate(zip(chunk, rows, strict=True), start):
+                _check_ids(prompt, ids, mask_token_id, tokenizer.mask_token)
+                if len(ids) > max_prompt_tokens:
+                    dropped.append((prompt.id, len(ids)))
+                else:
+                    ids_P = torch.tensor(ids, dtype=torch.int64)
+                    kept.append(PromptTokens(index=index, id=prompt.id, ids=ids_P))
+            bar.update(len(chunk))
+    _report_dropped(dropped, len(prompts), max_prompt_tokens)
+    return TokenizedPrompts(kept=kept, dropped=dropped)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSampler:
+    """Which prompts each rollout takes: shuffled epochs, as a function of the rollout's index.
+
+    There is no state to save: a resumed run asks for the step it continues with. Prompts that do
+    not fill the last rollout of an epoch are left for other epochs, so one rollout never holds a
+    prompt twice.
+    """
+
+    num_prompts: int
+    """Prompts to choose from."""
+    prompts_per_rollout: int
+    """Prompts of one rollout."""
+    seed: int
+    """Seed of the run."""
+
+    def __post_init__(self) -> None:
+        if self.num_prompts < self.prompts_per_rollout:
+            raise ValueError(
+                f"prompts_per_rollout={self.prompts_per_rollout} must be at most the number of "
+                f"prompts, {self.num_prompts}; use {self.num_prompts} or less, or add prompts"
+            )
+
+    @property
+    def rollouts_per_epoch(self) -> int:
+        """Rollouts until the order is shuffled anew."""
+        return self.num_prompts // self.prompts_per_rollout
+
+    def batch(self, rollout_step: int) -> list[int]:
+        """Returns the places of a rollout's prompts, all different.
+
+        Args:
+            rollout_step: index of the rollout, from 0.
+        """
+        epoch, place = divmod(rollout_step, self.rollouts_per_epoch)
+        first = place * self.prompts_per_rollout
+        return self._order(epoch)[first : first + self.prompts_per_rollout]
+
+    def places_before(self, rollout_step: int) -> set[int]:
+        """Returns the places of all prompts that earlier rollouts took."""
+        epoch, place = divmod(rollout_step, self.rollouts_per_epoch)
+        taken = set(self._order(epoch)[: place * self.prompts_per_rollout])
+        whole = self.rollouts_per_epoch * self.prompts_per_rollout
+        for earlier in range(epoch):
+            if len(taken) == self.num_prompts:
+                break
+            taken.update(self._order(earlier)[:whole])
+        return taken
+
+    def _order(self, epoch: int) -> list[int]:
+        return randomness.permutation(
+            randomness.key(self.seed, "prompt order", epoch), self.num_prompts
+        )
+
+
+def _read_list(path: Path, text: str) -> Iterator[tuple[str, int, Any]]:
+    """Yields (where, place, entry) of a JSON list."""
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    for number, entry in enumerate(entries, 1):
+        yield f"{path}: entry {number}", number, entry
+
+
+def _read_lines(path: Path, text: str) -> Iterator[tuple[str, int, Any]]:
+    """Yields (where, line, entry) of a JSONL text."""
+    lines = text.split("\n")  # not splitlines(): JSON strings may hold other line separators
+    if lines[-1] == "":
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            raise ValueError(f"{where}: empty line; every line must hold a prompt; remove it")
+        try:
+            yield where, number, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{where}: not valid JSON: {error.msg} at column {error.colno}; "
+                'write one object per line, e.g. {"prompt": "..."}'
+            ) from None
+
+
+def _parse_entry(entry: Any, where: str, number: int, with_response: bool) -> Prompt:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: got {_short(entry)}; an entry must be an object with prompt")
+    given = [key for key in _TEXT_KEYS if key in entry]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise ValueError(f"{where}: needs exactly one of {', '.join(_TEXT_KEYS)}; found {found}")
+    value = entry[given[0]]
+    if given[0] == "messages":
+        messages = _parse_messages(value, where)
+    else:
+        messages = [{"role": "user", "content": _text(value, given[0], where)}]
+    return Prompt(
+        id=_label(entry, "id", where) or str(number),
+        messages=messages,
+        domain=_label(entry, "domain", where),
+        answer=_label(entry, "answer", where),
+        response=_text(entry.get("response"), "response", where) if with_response else None,
+        line=number,
+    )
+
+
+def _parse_messages(value: Any, where: str) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(
+            f"{where}: messages={_short(value)} must be a list of at least one message"
+        )
+    messages = []
+    for place, message in enumerate(value):
+        name = f"messages[{place}]"
+        if not isinstance(message, dict):
+            raise ValueError(f"{where}: {name}={_short(message)} must have a role and content")
+        role = message.get("role")
+        if role not in _ROLES:
+            raise ValueError(
+                f"{where}: {name}.role={_short(role)} must be one of {', '.join(_ROLES)}"
+            )
+        content = _text(message.get("content"), f"{name}.content", where)
+        messages.append({"role": role, "content": content})
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise ValueError(
+            f"{where}: the last message has role={messages[-1]['role']}; it must be the user's; "
+            "remove the answer, the student writes its own"
+        )
+    return messages
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: {name}={_short(value)} must be text, and not empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{where}: {name} holds half of a surrogate pair, which is no character; remove it"
+        ) from None
+    return value
+
+
+def _label(entry: dict[str, Any], name: str, where: str) -> str | None:
+    """Returns an optional text; a number is taken as its text."""
+    value = entry.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{where}: {name}={_short(value)} must be text or a number")
+    return str(value)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _require_tokenizer(tokenizer: Any) -> int:
+    """Returns the mask token's id."""
+    if tokenizer.mask_token_id is None:
+        raise ValueError(
+            "tokenizer has no mask_token; it must mark masked positions; "
+            "`opdlm convert import` adds it"
+        )
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several, by name
+        template = template.get("default")
+    if template is None:
+        raise ValueError(NO_CHAT_TEMPLATE)
+    return int(tokenizer.mask_token_id)
+
+
+def _check_ids(prompt: Prompt, ids: list[int], mask_token_id: int, mask_token: str) -> None:
+    where = f"prompt {prompt.id} (line {prompt.line})"
+    if not ids:
+        raise ValueError(f"{where} renders to no token; check the chat template")
+    if mask_token_id in ids:
+        raise ValueError(
+            f"{where} contains the mask token {mask_token}, which must stand for masked positions "
+            "only; remove it from the prompt"
+        )
+
+
+def _report_dropped(dropped: list[tuple[str, int]], total: int, limit: int) -> None:
+    if not dropped:
+        return
+    names = ", ".join(f"{name} ({length})" for name, length in dropped[:5])
+    names += ", ..." if len(dropped) > 5 else ""
+    if len(dropped) == total:
+        raise ValueError(
+            f"max_prompt_tokens={limit} leaves none of {total} prompts; the shortest has "
+            f"{min(length for _, length in dropped)} tokens; shorten them, raise the limit, or "
+            "ask for fewer new tokens"
+        )
+    logger.warning(
+        "%d of %d prompts have more than max_prompt_tokens=%d tokens and are left out: %s",
+        len(dropped), total, limit, names,
+    )  # fmt: skip

@@ -1,0 +1,91 @@
+"""Responses of the student itself, on its weights of now."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from megatron_opdlm.config.run import RolloutConfig
+from megatron_opdlm.diffusion import randomness
+from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.distill.student import Student
+from megatron_opdlm.distributed.process_groups import ParallelState
+from megatron_opdlm.reporting.accounting import WorkCounters
+from megatron_opdlm.reporting.progress import progress_bar
+from megatron_opdlm.responses.source import Collected, RolloutSchedule
+from megatron_opdlm.rollout.collector import collect
+from megatron_opdlm.rollout.engine import RolloutCounts, RolloutEngine
+from megatron_opdlm.rollout.layout import RolloutLayout
+from megatron_opdlm.rollout.request import DecodingOptions, Request
+
+
+class StudentResponses:
+    """The student's own, on its weights of now."""
+
+    def __init__(
+        self,
+        schedule: RolloutSchedule,
+        engine: RolloutEngine,
+        layout: RolloutLayout,
+        weights_version: Callable[[], int],
+    ) -> None:
+        """Binds a source to a student in training.
+
+        Args:
+            schedule: what rollouts ask for.
+            engine: of the student.
+            layout: the student as rollouts see it.
+            weights_version: another number after every change of the student's weights.
+        """
+        self._schedule, self._engine = schedule, engine
+        self._layout, self._weights_version = layout, weights_version
+
+    def collect(self, rollout_step: int) -> Collected:
+        """See `ResponseSource`."""
+        schedule = self._schedule
+        limit = schedule.response_limit(rollout_step)
+        requests = [
+            Request(
+                prompt_id=prompt.id,
+                sample=sample,
+                prompt_ids=prompt.ids,
+                response_limit=limit,
+                key=randomness.key(schedule.seed, "rollout", rollout_step, prompt.id, sample),
+            )
+            for prompt, sample in schedule.rows(rollout_step)
+        ]
+        self._layout.refresh(self._weights_version())
+        trajectories, counts = decode(self._engine, requests, self._layout.parallel, "responses")
+        work = WorkCounters()
+        work.add_rollout(
+            trajectories, passes=counts.passes, tokens=counts.tokens, head_rows=counts.head_rows
+        )
+        return Collected(trajectories, work)
+
+
+def decode(
+    engine: RolloutEngine, requests: Sequence[Request], parallel: ParallelState, name: str
+) -> tuple[list[Trajectory], RolloutCounts]:
+    """Decodes on all replicas, with a progress bar."""
+    bar = progress_bar(len(requests), name, is_main=parallel.is_main, leave=False)
+    with bar:
+        return collect(
+            engine, requests, parallel, on_progress=lambda done: bar.update(done - bar.n)
+        )
+
+
+def build_engine(config: RolloutConfig, student: Student, layout: RolloutLayout) -> RolloutEngine:
+    """Makes the engine that decodes training's responses."""
+    names = (field.name for field in dataclasses.fields(DecodingOptions))
+    return RolloutEngine(
+        layout.model,
+        layout.parallel,
+        DecodingOptions(**{name: getattr(config, name) for name in names}),
+        mask_token_id=student.mask_token_id,
+        eos_token_ids=student.description.config.eos_token_ids,
+        max_rows=config.rollout_batch_size,
+        kv_cache_gb=config.kv_cache_gb,
+        stream_multiple=layout.stream_multiple,
+        cuda_graphs=config.cuda_graphs,
+        memory=layout.memory,
+    )

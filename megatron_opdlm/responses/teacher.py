@@ -1,0 +1,155 @@
+"""Responses of the teacher: decoded when a rollout first asks for them, then read from a file."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from megatron_opdlm.config.run import Config
+from megatron_opdlm.diffusion import randomness
+from megatron_opdlm.distill.student import Student
+from megatron_opdlm.distill.teacher import Teacher
+from megatron_opdlm.distributed.process_groups import from_main
+from megatron_opdlm.reporting.accounting import WorkCounters
+from megatron_opdlm.responses.file import ResponseFile, ResponseKey
+from megatron_opdlm.responses.source import Collected, Response, RolloutSchedule
+from megatron_opdlm.responses.student import decode
+from megatron_opdlm.rollout.decoding_memory import DecodingMemory
+from megatron_opdlm.rollout.engine import RolloutEngine
+from megatron_opdlm.rollout.request import DecodingOptions, Request
+
+logger = logging.getLogger(__name__)
+
+
+class TeacherResponses:
+    """The teacher's: one for every prompt and sample, whatever the rollout."""
+
+    def __init__(
+        self,
+        schedule: RolloutSchedule,
+        engine: RolloutEngine,
+        teacher: Teacher,
+        file: ResponseFile,
+    ) -> None:
+        """Binds a source to a teacher. Call on all ranks.
+
+        Args:
+            schedule: what rollouts ask for.
+            engine: of the teacher.
+            teacher: who is asked.
+            file: rank 0 reads and writes it.
+
+        Raises:
+            ValueError: the file holds something else, or responses of other settings.
+        """
+        self._schedule, self._engine, self._teacher = schedule, engine, teacher
+        self._file = file
+        from_main(file.check, is_main=teacher.parallel.is_main)
+
+    def collect(self, rollout_step: int) -> Collected:
+        """See `ResponseSource`.
+
+        The decoding of a response is counted in the rollout that first takes its prompt, even if
+        the file had it: so runs that share a file can be compared, and a resumed run counts as one
+        that was never interrupted.
+        """
+        rows = self._schedule.rows(rollout_step)
+        keys = [ResponseKey.of(prompt.id, sample, prompt.ids) for prompt, sample in rows]
+        parallel = self._teacher.parallel
+        is_main = parallel.is_main
+        found = from_main(lambda: self._file.read(keys), is_main=is_main)
+        missing = {
+            key: self._request(*row)
+            for key, row in zip(keys, rows, strict=True)
+            if key not in found
+        }
+        if missing:
+            requests = list(missing.values())
+            with self._teacher.on_device():
+                decoded, _ = decode(self._engine, requests, parallel, "teacher's responses")
+            new = {
+                key: Response(t.text_ids, t.ended) for key, t in zip(missing, decoded, strict=True)
+            }
+            found |= from_main(lambda: self._file.add(new), is_main=is_main)
+        responses = [found[key] for key in keys]
+        trajectories = [
+            self._schedule.on_grid(prompt, sample, response, rollout_step)
+            for (prompt, sample), response in zip(rows, responses, strict=True)
+        ]
+        work = WorkCounters()
+        work.add_responses(trajectories)
+        is_first = self._schedule.first_uses(rollout_step)
+        for (prompt, _), response, first in zip(rows, responses, is_first, strict=True):
+            if first:
+                work.add_teacher_decoding(len(prompt.ids), len(response.token_ids))
+        return Collected(trajectories, work)
+
+    def _request(self, prompt: Any, sample: int) -> Request:
+        schedule = self._schedule
+        return Request(
+            prompt_id=prompt.id,
+            sample=sample,
+            prompt_ids=prompt.ids,
+            response_limit=schedule.config.max_response_tokens.end,
+            key=randomness.key(schedule.seed, "teacher", prompt.id, sample),
+        )
+
+
+def teacher_engine(
+    config: Config,
+    teacher: Teacher,
+    student: Student,
+) -> RolloutEngine:
+    """Makes the engine that decodes the teacher, token by token.
+
+    A response ends where the student's would, and never holds its mask token.
+    """
+    rollout = config.rollout
+    return RolloutEngine(
+        teacher.model,
+        teacher.parallel,
+        DecodingOptions(
+            block_size=1,
+            denoising_steps=1,
+            temperature=rollout.temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+        ),
+        mask_token_id=student.mask_token_id,
+        eos_token_ids=student.description.config.eos_token_ids,
+        max_rows=rollout.rollout_batch_size,
+        kv_cache_gb=rollout.kv_cache_gb,
+        stream_multiple=teacher.pass_multiple,
+        cuda_graphs=rollout.cuda_graphs,
+        causal=True,
+        # It decodes every prompt once, and weights that come from the host have other addresses
+        # every time.
+        memory=DecodingMemory(keep=bool(rollout.keep_kv_cache) and teacher.host is None),
+    )
+
+
+def response_settings(config: Config, teacher: Teacher, student: Student) -> dict[str, Any]:
+    """What all responses of a file depend on, apart from prompt and sample.
+
+    Parallel layout and batch are left out: they change rounding alone.
+
+    Args:
+        config: resolved configuration.
+        teacher: whose responses they are.
+        student: whose end and mask tokens hold.
+    """
+    rollout = config.rollout
+    return {
+        "teacher": str(teacher.fingerprint),
+        "tokenizer": teacher.description.tokenizer_fingerprint,
+        "params_dtype": config.model.params_dtype,
+        "fp8": config.model.teacher_fp8,
+        "fp8_recipe": config.model.fp8_recipe,
+        "eos_token_ids": list(student.description.config.eos_token_ids),
+        "mask_token_id": student.mask_token_id,
+        "temperature": rollout.temperature,
+        "top_k": rollout.top_k,
+        "top_p": rollout.top_p,
+        "response_limit": rollout.max_response_tokens.end,
+        "seed": config.train.seed,
+    }

@@ -1,0 +1,1 @@
+"""The training loop, from the command to the checkpoints."""

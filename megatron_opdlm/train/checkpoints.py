@@ -1,0 +1,172 @@
+"""The checkpoints of a run: weights and optimizer, written whole or not at all.
+
+    CHECKPOINTS/latest_checkpointed_iteration.txt
+    CHECKPOINTS/iter_0000010/     weights and optimizer (torch_dist), opdlm_model.json,
+                                  opdlm_state.json, tokenizer/
+
+The iteration is the number of finished rollouts. Weights load into any tensor and pipeline parallel
+size, and so does the optimizer.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from megatron_opdlm.checkpoint.layout import (
+    LATEST_FILE,
+    STATE_FILE,
+    TOKENIZER_DIR,
+    ModelDescription,
+    iteration_name,
+    resolve_iteration,
+    write_description,
+)
+from megatron_opdlm.checkpoint.weights import sharded_weights, take_weights
+from megatron_opdlm.distributed.process_groups import ParallelState, from_main
+from megatron_opdlm.files.folders import read_json_object, sync_tree, write_json
+from megatron_opdlm.model.gpt import BlockDiffusionModel
+from megatron_opdlm.train.optimizer import StudentOptimizer
+
+# Optimizer state in the shape of the parameters, so that it loads into any parallel layout.
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class CheckpointFolder:
+    """The `checkpoints/` folder of a run."""
+
+    def __init__(self, root: Path, *, keep: int, parallel: ParallelState) -> None:
+        """Names a folder; nothing is written yet.
+
+        Args:
+            root: the folder.
+            keep: newest checkpoints to keep.
+            parallel: process groups.
+        """
+        self.root = root
+        self.keep = keep
+        self.parallel = parallel
+
+    def latest(self) -> Path | None:
+        """Returns the newest complete iteration folder, or None before the first. On all ranks."""
+
+        def find() -> Path | None:
+            return resolve_iteration(self.root) if (self.root / LATEST_FILE).is_file() else None
+
+        return from_main(find, is_main=self.parallel.is_main)
+
+    def save(
+        self,
+        iteration: int,
+        model: BlockDiffusionModel,
+        optimizer: StudentOptimizer,
+        description: ModelDescription,
+        tokenizer_dir: Path,
+        state: Mapping[str, Any],
+    ) -> Path:
+        """Writes an iteration folder; call on all ranks.
+
+        It is written under another name and renamed when every rank is done, so a killed run leaves
+        no folder that looks complete.
+
+        Args:
+            iteration: number of finished rollouts.
+            model: the student's stage, not wrapped.
+            optimizer: its optimizer.
+            description: what the checkpoint holds.
+            tokenizer_dir: tokenizer files to copy.
+            state: JSON values of `opdlm_state.json`.
+
+        Returns:
+            The iteration folder.
+        """
+        final = self.root / iteration_name(iteration)
+        partial = self.root / f".{final.name}.partial"
+        if self.parallel.is_main:
+            for left_over in self.root.glob(".iter_*"):  # of runs that were killed while saving
+                shutil.rmtree(left_over)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        _save_in_this_process()
+        model_state = model.sharded_state_dict()
+        dist_checkpointing.save(
+            {
+                "model": model_state,
+                "optimizer": optimizer.optimizer.sharded_state_dict(
+                    model_state, metadata=dict(_OPTIMIZER_FORMAT)
+                ),
+                "checkpoint_version": 3.0,
+                "iteration": iteration,
+            },
+            str(partial),
+        )
+        if self.parallel.is_main:
+            write_description(partial, description)
+            write_json(partial / STATE_FILE, dict(state))
+            shutil.copytree(tokenizer_dir, partial / TOKENIZER_DIR)
+            sync_tree(partial)
+            if final.exists():  # the same iteration again: set aside until its successor is there
+                os.rename(final, self.root / f".{final.name}.old")
+            os.rename(partial, final)
+            self._point_to(iteration)
+            self._prune(iteration)
+        dist.barrier()
+        return final
+
+    def load(
+        self, iteration_dir: Path, model: BlockDiffusionModel, optimizer: StudentOptimizer
+    ) -> dict[str, Any]:
+        """Reads weights and optimizer of a run; call on all ranks.
+
+        Args:
+            iteration_dir: from `latest`.
+            model: the student's stage, not wrapped.
+            optimizer: its optimizer.
+
+        Returns:
+            The values of `opdlm_state.json`.
+        """
+        values = read_json_object(iteration_dir / STATE_FILE)
+        optimizer.prime_state()
+        model_state = sharded_weights(model)
+        loaded = dist_checkpointing.load(
+            {
+                "model": model_state,
+                "optimizer": optimizer.optimizer.sharded_state_dict(
+                    model_state, is_loading=True, metadata=dict(_OPTIMIZER_FORMAT)
+                ),
+            },
+            str(iteration_dir),
+        )
+        take_weights(model, loaded["model"])
+        optimizer.load(loaded["optimizer"], int(values["optimizer_steps"]))
+        return values
+
+    def _point_to(self, iteration: int) -> None:
+        pointer = self.root / LATEST_FILE
+        temporary = pointer.with_suffix(".partial")
+        temporary.write_text(str(iteration))
+        os.replace(temporary, pointer)
+
+    def _prune(self, iteration: int) -> None:
+        """Keeps the newest up to `iteration`; later ones belong to a run set back by hand."""
+        done = sorted(p for p in self.root.glob("iter_*") if p.name <= iteration_name(iteration))
+        for old in (*done[: -self.keep], *self.root.glob(".iter_*")):
+            shutil.rmtree(old)
+
+
+def _save_in_this_process() -> None:
+    """Spares Megatron's writer the server process that it starts for asynchronous saves.
+
+    We save synchronously; the server would cost seconds per rank and outlive a killed job.
+    """
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()

@@ -1,0 +1,173 @@
+"""The folder of a run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, rollouts/, and
+teacher_responses.jsonl if the teacher wrote responses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_opdlm.checkpoint.layout import CHECKPOINTS
+from megatron_opdlm.config.run import Config, load_config
+from megatron_opdlm.diffusion.trajectory import Trajectory
+
+CONFIG_FILE = "config.yaml"
+ROLLOUTS = "rollouts"
+TEACHER_RESPONSES = "teacher_responses.jsonl"
+IMPORTED = "imported"
+LOCK_FILE = ".lock"
+
+# What may change when a run goes on: where it runs and what it reports, not what it computes.
+_MAY_CHANGE = {
+    "train_rollouts", "save", "save_interval", "keep_checkpoints", "resume", "log_samples",
+    "eval_data", "eval_interval", "eval_questions", "wandb_project",
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel",
+    "micro_batch_tokens", "overlap_grad_reduce",
+    "distributed_timeout_minutes", "rollout_batch_size", "recompute_granularity", "import_cache",
+    "teacher_responses", "kv_cache_gb", "cuda_graphs", "keep_kv_cache", "bias_swiglu_fusion",
+    "gradient_accumulation_fusion",
+}  # fmt: skip
+
+
+class RunFolder:
+    """Paths of a run, and the check that the folder is this run's."""
+
+    def __init__(self, root: str | Path) -> None:
+        """Names the folder; nothing is written yet."""
+        self.root = Path(root)
+        self.checkpoints = self.root / CHECKPOINTS
+        self._undo: weakref.finalize[..., RunFolder] | None = None
+
+    def imported(self, config: Config) -> Path:
+        """The folder of imports: beside this one, so that the runs of a series share it."""
+        return Path(config.model.import_cache or self.root.absolute().parent / IMPORTED)
+
+    def teacher_responses(self, config: Config) -> Path:
+        """The file of the teacher's responses: here, or one that runs share."""
+        return Path(config.train.teacher_responses or self.root / TEACHER_RESPONSES)
+
+    def check(self, config: Config) -> None:
+        """Checks that the folder is free or this run's own; nothing is written. Main process only.
+
+        Raises:
+            ValueError: the folder holds another run, or something else.
+        """
+        if self.imported(config).resolve() == self.root.resolve():
+            raise ValueError(
+                f"save={self.root} is the folder for imports; choose another folder, or another "
+                "import_cache"
+            )
+        previous = self.root / CONFIG_FILE
+        if previous.is_file():
+            if config.train.resume == "never":
+                raise ValueError(
+                    f"save={self.root} already holds a run and resume=never; "
+                    "choose another folder, or set resume=auto to go on with it"
+                )
+            self._require_same_run(load_config(previous), config)
+            return
+        found = sorted(path.name for path in self.root.iterdir()) if self.root.exists() else []
+        # Conversions alone are left by a start that went no further.
+        if set(found) - {IMPORTED, LOCK_FILE}:
+            raise ValueError(
+                f"save={self.root} is not empty and holds no {CONFIG_FILE} "
+                f"(found {', '.join(found[:4])}); choose another folder"
+            )
+
+    def lock(self) -> None:
+        """Keeps other jobs out of the folder until this process ends. Main process only.
+
+        What this makes goes again with this object, or when the process exits, unless `claim` comes
+        first: a start that is refused leaves nothing behind.
+
+        Raises:
+            ValueError: another job is running there, or the file system has no locks.
+        """
+        root = self.root.absolute()
+        path = root / LOCK_FILE
+        made = [p for p in (path, root, *root.parents) if not p.exists()]
+        root.mkdir(parents=True, exist_ok=True)
+        self._lock = open(path, "w")  # noqa: SIM115  held until the process ends
+        self._undo = weakref.finalize(self, _remove, made, os.getpid())
+        if not self._try_lock(path):
+            self._undo.detach()  # all of it is the other job's
+            raise ValueError(
+                f"save={self.root} is in use by another job that is still running; "
+                "wait for it, stop it, or choose another folder"
+            )
+
+    def _try_lock(self, path: Path) -> bool:
+        """Whether the lock is ours: not held, nor removed by the job that held it."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise ValueError(
+                f"save={self.root}: no locks on this file system ({error.strerror}); choose a "
+                "folder where flock works"
+            ) from error
+        return path.exists() and os.path.samestat(path.stat(), os.fstat(self._lock.fileno()))
+
+    def claim(self, config: Config) -> None:
+        """Makes the folder this run's: writes its resolved configuration. Main process only."""
+        if self._undo is not None:
+            self._undo.detach()
+        (self.root / ROLLOUTS).mkdir(parents=True, exist_ok=True)
+        path = self.root / CONFIG_FILE
+        partial = path.with_suffix(".partial")
+        config.save_yaml(partial)
+        os.replace(partial, path)
+
+    def _require_same_run(self, before: Config, now: Config) -> None:
+        old, new = before.to_flat_dict(), now.to_flat_dict()
+        different = [k for k in new if k not in _MAY_CHANGE and old.get(k) != new[k]]
+        if "lr_decay_steps" in different and old["train_rollouts"] != new["train_rollouts"]:
+            raise ValueError(
+                f"save={self.root}: train_rollouts changed from {old['train_rollouts']} to "
+                f"{new['train_rollouts']}, which moves the learning-rate schedule; "
+                f"set lr_decay_steps={old['lr_decay_steps']} to keep it"
+            )
+        if different:
+            key = different[0]
+            raise ValueError(
+                f"save={self.root} already holds another run: {key} was {old.get(key)} and is now "
+                f"{new[key]}{f' ({len(different)} keys differ)' if len(different) > 1 else ''}; "
+                "choose another folder, or start with the old value"
+            )
+
+    def write_samples(
+        self, rollout_step: int, trajectories: Sequence[Trajectory], tokenizer: Any
+    ) -> None:
+        """Writes a few rollouts to look at, as JSON lines with text, ids and commit steps."""
+        path = self.root / ROLLOUTS / f"rollout_{rollout_step:06d}.jsonl"
+        with open(path, "w", encoding="utf-8") as file:
+            for trajectory in trajectories:
+                record = {
+                    "prompt_id": trajectory.prompt_id,
+                    "sample": trajectory.sample,
+                    "prompt": tokenizer.decode(trajectory.prompt_ids.tolist()),
+                    "response": tokenizer.decode(trajectory.text_ids.tolist()),
+                    "ended": trajectory.ended,
+                    "block_size": trajectory.block_size,
+                    "num_prompt_tokens": len(trajectory.prompt_ids),
+                    "num_response_tokens": trajectory.num_response_tokens,
+                    "response_ids": trajectory.response_ids.tolist(),
+                    "commit_step": trajectory.commit_step.tolist(),
+                }
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _remove(made: Sequence[Path], process_id: int) -> None:
+    """Removes the lock file and the folders that are empty without it; no child process does."""
+    if os.getpid() != process_id:
+        return
+    for path in made:
+        with contextlib.suppress(OSError):  # somebody else has put something there
+            path.rmdir() if path.is_dir() else path.unlink()

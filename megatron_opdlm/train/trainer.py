@@ -1,0 +1,400 @@
+"""One training loop: responses -> teacher -> student -> loss -> optimizer -> log -> save.
+
+Methods differ in who writes the responses (responses/student.py), the noisy states, and the target.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_opdlm.checkpoint.layout import ModelDescription, read_description
+from megatron_opdlm.config.run import Config
+from megatron_opdlm.convert.import_cache import ImportCache
+from megatron_opdlm.diffusion import randomness
+from megatron_opdlm.diffusion.example import TrainingState, training_state
+from megatron_opdlm.diffusion.noising import select_states
+from megatron_opdlm.diffusion.stream import to_device
+from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.distill.batching import Microbatch, Runs, group, make_microbatches, plan_runs
+from megatron_opdlm.distill.load_teacher import load_teacher
+from megatron_opdlm.distill.step import StepRows, forward_backward
+from megatron_opdlm.distill.student import build_options, load_student
+from megatron_opdlm.distill.teacher import Teacher
+from megatron_opdlm.distributed import process_groups
+from megatron_opdlm.distributed.process_groups import ParallelState, from_main
+from megatron_opdlm.evaluation.online import OnlineEvaluation
+from megatron_opdlm.loss.fused import Target, TokenTarget
+from megatron_opdlm.model.gpt import training_stream_multiple
+from megatron_opdlm.reporting.accounting import (
+    NO_MODEL,
+    FlopsReport,
+    WorkCounters,
+    model_flops_per_token,
+)
+from megatron_opdlm.reporting.logger import MaskedFractionHistogram, MetricsLogger, PhaseTimer
+from megatron_opdlm.reporting.progress import progress_bar, report_progress
+from megatron_opdlm.responses.source import response_metrics
+from megatron_opdlm.responses.sources import find_responses
+from megatron_opdlm.rollout.layout import RolloutLayout
+from megatron_opdlm.train.checkpoints import CheckpointFolder
+from megatron_opdlm.train.optimizer import StudentOptimizer
+from megatron_opdlm.train.run_folder import RunFolder
+from megatron_opdlm.train.setup import build_divergence, check_graphs, check_weights
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One run. Every rank holds the same trajectories and plans the same batches; rank 0 writes.
+
+    There is no random state: randomness is a function of (seed, step, prompt id, sample, block). So
+    the weights, the optimizer and three counters are all that a checkpoint needs.
+
+    Attributes:
+        config: resolved configuration.
+        parallel: process groups.
+        rollout_step: rollouts finished.
+        work: tokens and passes since the start of the run, over all ranks.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Joins the job, loads models and data, and resumes; input errors show here, before work.
+
+        Args:
+            config: resolved configuration.
+        """
+        self.config = config
+        self.parallel: ParallelState = process_groups.initialize(
+            tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+            seed=config.train.seed,
+            timeout_minutes=config.parallel.distributed_timeout_minutes,
+        )
+        self.folder = RunFolder(config.train.save)
+        from_main(self.folder.lock, is_main=self.parallel.is_main)
+        from_main(lambda: self.folder.check(config), is_main=self.parallel.is_main)
+        self.is_supervised = config.distill.method == "sft"
+        self.has_equal_counts = config.model.fp8_recipe == "delayed"
+        cache = ImportCache(
+            folder=self.folder.imported(config),
+            mask_token=config.model.mask_token,
+            mask_init=config.model.mask_init,
+        )
+        self._load_models(cache)
+        self.evaluation = OnlineEvaluation(config, self.student, self.layout)
+        self.optimizer = StudentOptimizer(
+            self.student.model,
+            config.optimizer,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+            decay_steps=config.lr_decay_steps,
+        )
+        self.schedule, self.source = find_responses(
+            config,
+            self.parallel,
+            response_file=self.folder.teacher_responses(config),
+            student=self.student,
+            layout=self.layout,
+            weights_version=lambda: self.optimizer.weights_version,
+            teacher=self.teacher,
+        )
+        self.checkpoints = CheckpointFolder(
+            self.folder.checkpoints, keep=config.train.keep_checkpoints, parallel=self.parallel
+        )
+        self.divergence = build_divergence(config.distill)
+        self.timer = PhaseTimer(torch.cuda.synchronize)
+        self.histogram = MaskedFractionHistogram(config.rollout.block_size)
+        self.metrics = MetricsLogger(
+            self.folder.root,
+            self.parallel.is_main,
+            wandb_project=config.train.wandb_project,
+            config=config.to_flat_dict(),
+        )
+        self.rollout_step = 0
+        self.work = WorkCounters()
+        self._resume()
+        self._first_figures = check_weights(
+            self.student, self.teacher, self.schedule.prompts, config.model
+        )
+        from_main(lambda: self.folder.claim(config), is_main=self.parallel.is_main)
+
+    def train(self) -> None:
+        """Runs the job to its last rollout."""
+        total = self.config.train.train_rollouts
+        self.metrics.open_at(self.rollout_step)
+        if self.rollout_step == 0:
+            self._log(self._first_figures)
+        is_main = self.parallel.is_main
+        bar = progress_bar(total, "rollouts", is_main=is_main, initial=self.rollout_step)
+        with self.metrics, bar:
+            while self.rollout_step < total:
+                self.evaluate_if_due()
+                trajectories = self.collect()
+                batches = self.cut(self.select_states(trajectories))
+                for batch in filter(has_loss, batches):
+                    runs = self.plan(batch)
+                    targets = self.run_teacher(batch, runs)
+                    rows = self.run_student(self.make_batch(batch, runs), targets)
+                    self.count(batch, runs)
+                    self.log_step(rows, *self.update(rows))
+                    bar.set_postfix(loss=f"{rows.loss:.4f}")
+                self.log_rollout(trajectories, batches)
+                self.rollout_step += 1
+                self.save_if_due()
+                bar.update()
+            self.evaluate_if_due()
+        if self.parallel.is_main:
+            logger.info("finished; the student is in %s", self.folder.checkpoints)
+
+    def collect(self) -> list[Trajectory]:
+        """Responses: one per row of the schedule; the same list on every rank."""
+        with self.timer.phase("rollout"):
+            collected = self.source.collect(self.rollout_step)
+        self.work.add(collected.work)
+        return collected.trajectories
+
+    def select_states(self, trajectories: Sequence[Trajectory]) -> list[TrainingState]:
+        """State selection: noisy states of every trajectory, laid out for student and teacher."""
+        config, seed = self.config.distill, self.config.train.seed
+        states = []
+        for trajectory in trajectories:
+            key = randomness.key(
+                seed, "state", self.rollout_step, trajectory.prompt_id, trajectory.sample
+            )
+            selected = select_states(
+                trajectory,
+                state_selection=config.state_selection,
+                key=key,
+                num_states=config.states_per_response,
+                at_least_one=not self.is_supervised,
+                mask_token_id=self.student.mask_token_id,
+            )
+            states.append(
+                training_state(
+                    trajectory,
+                    selected,
+                    mask_token_id=self.student.mask_token_id,
+                    include_eos=config.eos_loss == "include",
+                    nelbo=self.is_supervised,
+                )
+            )
+        return states
+
+    def cut(self, states: Sequence[TrainingState]) -> list[list[TrainingState]]:
+        """Cut: the rows of every optimizer step of a rollout."""
+        train = self.config.train
+        lengths = [len(state.student) for state in states]
+        key = randomness.key(train.seed, "optimizer steps", self.rollout_step)
+        by_length = key if train.group_by_length else None
+        groups = group(lengths, train.rows_per_optimizer_step, by_length)
+        return [[states[i] for i in rows] for rows in groups]
+
+    def plan(self, states: Sequence[TrainingState]) -> Runs:
+        """Plan: which rows of an optimizer step go into which microbatch of which rank."""
+        return plan_runs(
+            [len(state.student) for state in states],
+            dp_size=self.parallel.dp_size,
+            token_budget=self.config.parallel.micro_batch_tokens,
+            equal_counts=self.has_equal_counts,
+        )
+
+    def make_batch(self, states: Sequence[TrainingState], runs: Runs) -> list[Microbatch]:
+        """Stream: this data-parallel rank's share of an optimizer step, packed."""
+        return make_microbatches(
+            states,
+            runs,
+            dp_rank=self.parallel.dp_rank,
+            multiple=self.training_multiple,
+            loss_reduction=self.config.distill.loss_reduction,
+        )
+
+    def run_teacher(self, states: Sequence[TrainingState], runs: Runs) -> list[Target]:
+        """Teacher: targets of this rank's microbatches; the responses' tokens with `sft`."""
+        if self.is_supervised:
+            none, device = torch.empty(0, dtype=torch.int64), torch.cuda.current_device()
+            mine = runs[self.parallel.dp_rank]
+            ids = (torch.cat([none, *(states[i].target_ids for i in run)]) for run in mine)
+            return [TokenTarget(to_device(of_run, device)) for of_run in ids]
+        assert self.teacher is not None, "only data given for sft need none"
+        with self.timer.phase("teacher"):
+            hidden = self.teacher.hidden_rows([state.teacher for state in states], runs)
+            return self.teacher.targets(hidden)
+
+    def run_student(
+        self, microbatches: Sequence[Microbatch], targets: Sequence[Target]
+    ) -> StepRows:
+        """Student and loss: forward, divergence, backward."""
+        with self.timer.phase("student"):
+            self.optimizer.zero_grad()
+            return forward_backward(
+                self.optimizer.ddp,
+                microbatches,
+                targets,
+                self.parallel,
+                divergence=self.divergence,
+                mask_token_id=self.student.mask_token_id,
+            )
+
+    def count(self, states: Sequence[TrainingState], runs: Runs) -> None:
+        """Account: the passes of an optimizer step, of all ranks; the plan says them all."""
+        self.work.add_student_step(
+            [state.student for state in states],
+            runs,
+            multiple=self.training_multiple,
+            block_size=self.config.rollout.block_size,
+        )
+        if self.teacher is not None and not self.is_supervised:
+            documents = [state.teacher for state in states]
+            self.work.add_teacher_step(
+                documents,
+                self.teacher.shares(documents, runs),
+                multiple=self.teacher.stream_multiple,
+            )
+
+    def update(self, rows: StepRows) -> tuple[float, float]:
+        """Optimizer.
+
+        Clips and steps; refuses a loss or gradient that is not finite. Returns (gradient norm, lr).
+        """
+        lr = self.optimizer.next_lr()
+        with self.timer.phase("optimizer"):
+            norm = self.optimizer.step(rows.loss)
+            self.layout.memory.observe_training()
+        return norm, lr
+
+    def log_step(self, rows: StepRows, grad_norm: float, lr: float) -> None:
+        """Log: one record per optimizer step."""
+        self.histogram.add(rows.kl, rows.num_masked)
+        self._log(
+            {
+                "train/loss": rows.loss,
+                "train/kl": float(rows.kl.mean()),
+                "train/loss_rows": len(rows.kl),
+                "train/grad_norm": grad_norm,
+                "train/lr": lr,
+            }
+        )
+
+    def log_rollout(
+        self, trajectories: Sequence[Trajectory], batches: Sequence[Sequence[TrainingState]]
+    ) -> None:
+        """Log: one record per rollout, and a few responses to look at."""
+        by_student = self.config.distill.responses == "student"
+        of_responses = response_metrics(trajectories, by_student=by_student)
+        self._log(
+            {
+                **of_responses,
+                "rollout/response_limit": self.schedule.response_limit(self.rollout_step),
+                "rollout/states_without_loss": sum(s.num_rows == 0 for b in batches for s in b),
+                "rollout/batches_without_loss": sum(not has_loss(batch) for batch in batches),
+                **self.histogram.drain(),
+                **self.flops.metrics(self.work),
+                **self.timer.drain(),
+            }
+        )
+        if self.parallel.is_main:
+            speed = of_responses.get("rollout/tokens_per_forward")
+            report_progress(
+                f"rollout {self.rollout_step + 1} of {self.config.train.train_rollouts}, "
+                f"optimizer step {self.optimizer.num_steps}"
+                + ("" if speed is None else f": {speed:.2f} tokens per forward")
+            )
+            samples = trajectories[: self.config.train.log_samples]
+            self.folder.write_samples(self.rollout_step, samples, self.student.tokenizer)
+
+    def evaluate_if_due(self) -> None:
+        """Evaluate: accuracy of the weights as they are, every `eval_interval` rollouts."""
+        if self.evaluation.is_due(self.rollout_step):
+            self.layout.refresh(self.optimizer.weights_version)
+            self._log(self.evaluation.run())
+
+    def save_if_due(self) -> None:
+        """Save: weights, optimizer and counters, every `save_interval` rollouts and at the end."""
+        interval, done = self.config.train.save_interval, self.rollout_step
+        if done < self.config.train.train_rollouts and (not interval or done % interval):
+            return
+        with self.timer.phase("save"):
+            self.checkpoints.save(
+                done,
+                self.student.model,
+                self.optimizer,
+                self._description(),
+                self.student.tokenizer_dir,
+                {
+                    "rollout_step": done,
+                    "optimizer_steps": self.optimizer.num_steps,
+                    "seed": self.config.train.seed,
+                    "work": self.work.to_json(),
+                },
+            )
+
+    def _load_models(self, cache: ImportCache) -> None:
+        config = self.config.model
+        options = build_options(config, self.config.parallel)
+        check_graphs(self.config, options)
+        self.training_multiple = training_stream_multiple(options, self.parallel.tp_size)
+        self.student = load_student(
+            config.student, cache, options, self.parallel, config.mask_token
+        )
+        self.layout = RolloutLayout(
+            self.student.model,
+            self.student.description.config,
+            options,
+            self.parallel,
+            tensor_model_parallel_size=self.config.parallel.rollout_tensor_model_parallel_size,
+            keep_memory=self.config.rollout.keep_kv_cache,
+        )
+        self.teacher: Teacher | None = None
+        teacher_flops = NO_MODEL
+        if self.config.distill.responses != "data":
+            self.teacher = load_teacher(self.config, cache, options, self.parallel, self.student)
+            teacher_flops = model_flops_per_token(self.teacher.description.config)
+        self.flops = FlopsReport(
+            student=model_flops_per_token(self.student.description.config),
+            teacher=teacher_flops,
+            recompute_granularity=config.recompute_granularity,
+        )
+
+    def _resume(self) -> None:
+        latest = self.checkpoints.latest()
+        if latest is None:
+            return
+        if read_description(latest).config != self.student.description.config:
+            raise ValueError(
+                f"save={self.folder.root}: {latest} is a checkpoint of another model than "
+                f"student={self.config.model.student}; choose another folder"
+            )
+        values = self.checkpoints.load(latest, self.student.model, self.optimizer)
+        self.rollout_step = int(values["rollout_step"])
+        self.work = WorkCounters.from_json(values["work"])
+        logger.info("resumed from %s after %d rollouts", latest, self.rollout_step)
+
+    def _description(self) -> ModelDescription:
+        before = self.student.description
+        return dataclasses.replace(
+            before,
+            block_size=self.config.rollout.block_size,
+            lineage=before.lineage
+            | ({} if self.teacher is None else {"teacher": self.teacher.path})
+            | {
+                "data": self.config.train.data,
+                "method": self.config.distill.method,
+                "enable_thinking": self.config.rollout.enable_thinking,
+                "optimizer_steps": self.optimizer.num_steps,
+                "response_tokens": self.work.response_tokens,
+            },
+        )
+
+    def _log(self, numbers: dict[str, Any]) -> None:
+        step = self.optimizer.num_steps
+        self.metrics.log(numbers, rollout_step=self.rollout_step, optimizer_step=step)
+
+
+def has_loss(batch: Sequence[TrainingState]) -> bool:
+    """Whether an optimizer step has any loss position; one without is left out, and counted."""
+    return any(state.num_rows for state in batch)

@@ -1,0 +1,345 @@
+"""Decoding and grading on process groups, the transformers reference, evaluation in training."""
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import io
+import json
+import logging
+import warnings
+
+import pytest
+import torch
+
+from tests.helpers import run_ranks
+from tests.tiny import tiny_model, write_prompts
+
+LIMIT = 12
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """Prompts of several lengths, with answers that a random model rarely gives."""
+    path = write_prompts(tmp_path_factory.mktemp("questions") / "q.jsonl", count=10)
+    lines = [json.loads(line) | {"answer": "7"} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def student_answers(rank, path, questions, tp_size, pp_size, max_rows):
+    from megatron_opdlm.evaluation.runner import evaluate
+    from megatron_opdlm.evaluation.task import load_task
+    from megatron_opdlm.generate.decoder import Decoder
+    from megatron_opdlm.rollout.request import DecodingOptions
+
+    decoder = Decoder.open(
+        path,
+        tensor_model_parallel_size=tp_size,
+        pipeline_model_parallel_size=pp_size,
+        max_rows=max_rows,
+    )
+    greedy = DecodingOptions()
+    settings = {
+        "static": (greedy, 0),
+        "dynamic": (dataclasses.replace(greedy, remasking="low_confidence_dynamic"), 0),
+        "sampled": (dataclasses.replace(greedy, temperature=1.0), 0),
+        "another seed": (dataclasses.replace(greedy, temperature=1.0), 1),
+    }
+    task = load_task("t", questions)
+    found = {}
+    for name, (options, seed) in settings.items():
+        result = evaluate(decoder, task, options, response_limit=LIMIT, seed=seed)
+        ids = [answer.trajectory.response_ids.tolist() for answer in result.answers]
+        found[name] = (
+            ids,
+            result.num_passes,
+            result.to_json() | {"seconds": 0, "tokens_per_second": 0},
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_process(model, questions):
+    return run_ranks(student_answers, 1, str(model.checkpoint), questions, 1, 1, 256)[0]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "tp_size", "pp_size", "max_rows"),
+    [(1, 1, 1, 3), (2, 1, 1, 256), (2, 2, 1, 256), (2, 1, 2, 4)],
+)
+def test_answers_do_not_depend_on_the_layout(
+    model, questions, one_process, world_size, tp_size, pp_size, max_rows
+):
+    ranks = run_ranks(
+        student_answers, world_size, str(model.checkpoint), questions, tp_size, pp_size, max_rows
+    )
+    assert ranks == [one_process] * world_size
+
+
+def test_the_seed_matters_when_sampling_and_only_then(one_process):
+    assert one_process["sampled"][0] != one_process["another seed"][0]
+    assert one_process["sampled"][0] != one_process["static"][0]
+
+
+def test_a_hugging_face_directory_decodes_like_its_checkpoint(model, questions, one_process):
+    found = run_ranks(student_answers, 1, str(model.hf), questions, 1, 1, 256)[0]
+    assert found == one_process
+
+
+def test_temporary_conversions_are_removed(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def open_it(rank):
+        from megatron_opdlm.generate.decoder import Decoder
+
+        Decoder.open(str(model.hf))
+
+    run_ranks(open_it, 2)
+    assert list(tmp_path.glob("opdlm_*")) == []
+
+
+def test_a_prompt_that_is_too_long_counts_as_wrong(model, tmp_path):
+    path = tmp_path / "q.jsonl"
+    prompts = [{"prompt": "x", "answer": 1, "id": "short"}]
+    prompts += [{"prompt": "x" * 300, "answer": 1, "id": "long"}]
+    path.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+
+    def answer(rank):
+        from megatron_opdlm.evaluation.runner import evaluate
+        from megatron_opdlm.evaluation.task import load_task
+        from megatron_opdlm.generate.decoder import Decoder
+        from megatron_opdlm.rollout.request import DecodingOptions
+
+        decoder = Decoder.open(str(model.checkpoint))
+        task = load_task("t", str(path))
+        return evaluate(decoder, task, DecodingOptions(), response_limit=LIMIT).answers
+
+    short, long = run_ranks(answer, 1)[0]
+    assert short.trajectory is not None
+    assert (long.question.id, long.correct, long.num_tokens) == ("long", False, 0)
+
+
+def test_no_model_at_the_path(tmp_path):
+    def open_it(rank):
+        from megatron_opdlm.generate.decoder import Decoder
+
+        with pytest.raises(ValueError, match="nor a checkpoint"):
+            Decoder.open(str(tmp_path))
+        return True
+
+    assert run_ranks(open_it, 1) == [True]
+
+
+def reference_answers(rank, hf_dir, questions, padding_side):
+    """Batched answers of `evaluate_teacher`, and greedy ones by hand: one prompt, no cache."""
+    from megatron_opdlm.distributed import process_groups as parallel
+    from megatron_opdlm.evaluation.task import load_task
+    from megatron_opdlm.evaluation.teacher import evaluate_teacher, load_reference
+
+    warnings.simplefilter("ignore")
+    teacher = load_reference(hf_dir)
+    teacher.tokenizer.padding_side = padding_side
+    parallel.initialize()
+    task = load_task("t", questions)
+    result = evaluate_teacher(teacher, task, response_limit=LIMIT, batch_size=4)
+    by_hand = [greedy_by_hand(teacher, question) for question in task.questions]
+    return [(answer.response, answer.num_tokens) for answer in result.answers], by_hand
+
+
+@torch.no_grad()
+def greedy_by_hand(teacher, question):
+    ids = teacher.tokenizer.apply_chat_template(
+        question.messages, add_generation_prompt=True, return_dict=False
+    )
+    response = []
+    stops = teacher.model.generation_config.eos_token_id
+    while len(response) < LIMIT and (not response or response[-1] not in stops):
+        logits = teacher.model(torch.tensor([ids + response]), use_cache=False).logits
+        response.append(int(logits[0, -1].argmax()))
+    return teacher.tokenizer.decode(response, skip_special_tokens=True), len(response)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_reference_is_greedy_decoding(model, questions, world_size):
+    for batched, by_hand in run_ranks(
+        reference_answers, world_size, str(model.hf), questions, "left"
+    ):
+        assert batched == by_hand
+
+
+def test_padding_on_the_right_would_show(model, questions):
+    batched, by_hand = run_ranks(reference_answers, 1, str(model.hf), questions, "right")[0]
+    assert batched != by_hand
+
+
+def train(rank, model, prompts, run_dir, overrides):
+    from megatron_opdlm.config.run import load_config
+    from megatron_opdlm.reporting.logger import read_metrics
+    from megatron_opdlm.train.trainer import Trainer
+
+    warnings.simplefilter("ignore")
+    keys = [
+        f"student={model.checkpoint}", f"data={prompts}", f"save={run_dir}", "train_rollouts=3",
+        "prompts_per_rollout=4", "rows_per_optimizer_step=4", "max_prompt_tokens=64", "lr=1e-2",
+        "max_response_tokens.start=8", "max_response_tokens.end=8", "lr_warmup_steps=0",
+        "confidence_threshold=0.03",
+    ]  # fmt: skip
+    Trainer(load_config(None, keys + overrides).resolved(cuda=False)).train()
+    records = read_metrics(run_dir / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if "seconds" not in k} for r in records]
+
+
+def test_evaluation_does_not_change_the_training(model, questions, tmp_path):
+    evaluating = [f"eval_data={questions}", "eval_interval=2", "eval_questions=6"]
+    plain = run_ranks(train, 1, model, questions, tmp_path / "plain", [])[0]
+    found = run_ranks(train, 1, model, questions, tmp_path / "eval", evaluating)[0]
+    with_eval = [record for record in found if "eval/questions" in record]
+    assert [record for record in found if "eval/questions" not in record] == plain
+    assert [record["rollout_step"] for record in with_eval] == [0, 2, 3]
+    assert with_eval[0]["eval/questions"] == 6
+    assert {"eval/accuracy_static", "eval/accuracy_dynamic"} < with_eval[0].keys()
+    # Control: the weights that are evaluated are the live ones.
+    speeds = {record["eval/tokens_per_forward_dynamic"] for record in with_eval}
+    assert len(speeds) > 1
+
+
+def said_while_training(rank, model, questions, run_dir, overrides):
+    """Lines of evaluations, and their records."""
+    lines, logger = [], logging.getLogger("megatron_opdlm.evaluation.online")
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    records = train(rank, model, questions, run_dir, overrides)
+    return lines, [record for record in records if "eval/questions" in record]
+
+
+def test_an_evaluation_in_training_is_one_line_on_one_rank(model, questions, tmp_path):
+    evaluating = [f"eval_data={questions}", "eval_interval=2", "eval_questions=6"]
+    ranks = run_ranks(said_while_training, 2, model, questions, tmp_path / "run", evaluating)
+    (lines, records), (silent, _) = ranks
+    assert silent == []
+    assert lines == [
+        f"evaluation, 6 questions: static {100 * record['eval/accuracy_static']:.1f} % correct, "
+        f"{record['eval/tokens_per_forward_static']:.2f} tokens per forward; dynamic(0.03) "
+        f"{100 * record['eval/accuracy_dynamic']:.1f} % correct, "
+        f"{record['eval/tokens_per_forward_dynamic']:.2f} tokens per forward"
+        for record in records
+    ]
+    assert len(records) == 3
+
+
+def test_too_few_questions_show_before_the_training(model, questions, tmp_path):
+    evaluating = [f"eval_data={questions}", "eval_interval=2", "eval_questions=11"]
+
+    def refuse(rank):
+        with pytest.raises(ValueError, match="eval_questions=11 must be between 1 and .* 10"):
+            train(rank, model, questions, tmp_path / "run", evaluating)
+        return True
+
+    assert run_ranks(refuse, 1) == [True]
+
+
+@pytest.mark.parametrize("show", [[], ["--show-steps"]])
+def test_generate_writes_what_it_prints(model, questions, tmp_path, show):
+    out = tmp_path / "out.jsonl"
+
+    def generate(rank):
+        from megatron_opdlm.generate.cli import add_generate_parser
+
+        parser = argparse_parser(add_generate_parser)
+        args = parser.parse_args(
+            ["generate", "--model", str(model.checkpoint), "--prompts", questions]
+            + ["--max-new-tokens", str(LIMIT), "--out", str(out), *show]
+        )
+        return printed_by(args)
+
+    printed = run_ranks(generate, 1)[0]
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["prompt_id"] for record in records] == [f"p{i}" for i in range(10)]
+    assert all(record["response"] in printed for record in records)
+    tokens = sum(record["tokens"] for record in records)
+    passes = sum(record["passes"] for record in records)
+    assert f"{tokens} tokens, {passes} denoising passes, {tokens / passes:.2f} tokens" in printed
+    assert ("step   1" in printed) is bool(show)
+
+
+def argparse_parser(add):
+    parser = argparse.ArgumentParser()
+    add(parser.add_subparsers(required=True))
+    return parser
+
+
+def printed_by(args):
+    """Runs a subcommand inside a rank, whose process group outlives it."""
+    from megatron_opdlm.distributed import process_groups as parallel
+
+    parallel.shutdown = lambda: None
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert args.run(args) == 0
+    return printed.getvalue()
+
+
+def test_eval_writes_the_table_and_the_figures(model, questions, tmp_path):
+    out = tmp_path / "figures.json"
+
+    def evaluate(rank):
+        from megatron_opdlm.evaluation.cli import add_eval_parser
+
+        warnings.simplefilter("ignore")
+        args = argparse_parser(add_eval_parser).parse_args(
+            ["eval", "--model", str(model.checkpoint), "--task", f"mine={questions}"]
+            + ["--teacher", str(model.hf), "--num-questions", "6", "--temperature", "1"]
+            + ["--seeds", "3", "4", "--confidence-threshold", "0.5", "0.9"]
+            + ["--max-new-tokens", str(LIMIT), "--json", str(out), "--examples", "2"]
+        )
+        return printed_by(args)
+
+    printed = run_ranks(evaluate, 2)[0]
+    results = json.loads(out.read_text())["results"]
+    assert [(result["setting"], result["seed"]) for result in results] == [
+        ("teacher", 0), ("static", 3), ("static", 4), ("dynamic(0.5)", 3), ("dynamic(0.5)", 4),
+        ("dynamic(0.9)", 3), ("dynamic(0.9)", 4),
+    ]  # fmt: skip
+    assert all(len(result["examples"]) == 2 for result in results)
+    assert all(result["num_questions"] == 6 for result in results)
+    example = results[1]["examples"][0]
+    assert len(example["tokens"]) == len(example["passes_at"]) == len(example["commit_steps"])
+    assert max(example["passes_at"]) == example["passes"] - 1
+    assert "(std of seeds)" in printed
+
+
+def caches_beside_the_reference(rank, model, questions):
+    """Bytes of the student's caches whenever the reference is about to decode."""
+    from megatron_opdlm import cli
+    from megatron_opdlm.distributed import process_groups as parallel
+    from megatron_opdlm.evaluation import teacher
+    from megatron_opdlm.rollout.cache import KVCache
+
+    parallel.shutdown = lambda: None  # the group is the test's
+    held, evaluate_teacher = [], teacher.evaluate_teacher
+
+    def watch(*args, **options):
+        gc.collect()
+        held.append(sum(x.num_bytes for x in gc.get_objects() if isinstance(x, KVCache)))
+        return evaluate_teacher(*args, **options)
+
+    teacher.evaluate_teacher = watch
+    tasks = [f"--task=one={questions}", f"--task=two={questions}"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        status = cli.main(
+            ["eval", "--model", str(model.checkpoint), "--teacher", str(model.hf), *tasks]
+            + ["--max-new-tokens", "4", "--static", "--num-questions", "2"]
+        )
+    return status, held
+
+
+def test_the_reference_has_the_room_of_the_students_cache(model, questions):
+    ((status, held),) = run_ranks(caches_beside_the_reference, 1, model, questions)
+    assert status == 0 and held == [0, 0]

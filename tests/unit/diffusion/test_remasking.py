@@ -1,0 +1,171 @@
+"""Unmasking rules against a plain loop over rows."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_opdlm.diffusion.remasking import REMASKING, choose_commits, num_transfer_tokens
+
+THRESHOLD, BOUND = 0.9, 1.2
+
+
+def commits_of_row(confidence, entropy, masked, step, remasking, denoising_steps):
+    """The rule as a person would write it down, for one row."""
+    candidates = [p for p in range(len(masked)) if masked[p]]
+    if step == denoising_steps - 1:
+        return set(candidates)
+    if remasking == "entropy_bounded":
+        candidates.sort(key=lambda p: (entropy[p], p))
+    elif remasking != "sequential":
+        candidates.sort(key=lambda p: (-confidence[p], p))
+    chosen = set(candidates[: num_transfer_tokens(len(masked), denoising_steps, step)])
+    if remasking == "low_confidence_dynamic":
+        chosen |= {p for p in candidates if confidence[p] > THRESHOLD}
+    if remasking == "entropy_bounded":
+        total = 0.0
+        for p in candidates:
+            total += entropy[p]
+            if total >= BOUND:
+                break
+            chosen.add(p)
+    return chosen
+
+
+def choose(confidence, masked, step, remasking="low_confidence_static", steps=4, **settings):
+    entropy = torch.tensor(settings.pop("entropy", confidence))
+    return choose_commits(
+        torch.tensor(confidence),
+        torch.tensor(masked),
+        torch.tensor(step),
+        remasking=remasking,
+        denoising_steps=steps,
+        entropy_BK=entropy,
+        **settings,
+    ).tolist()
+
+
+@pytest.mark.parametrize("block_size", range(1, 9))
+def test_transfer_tokens_sum_to_the_block(block_size):
+    for steps in range(1, block_size + 3):
+        counts = [num_transfer_tokens(block_size, steps, step) for step in range(steps)]
+        assert sum(counts) == block_size
+        assert counts == sorted(counts, reverse=True) and max(counts) - min(counts) <= 1
+
+
+def test_transfer_tokens_by_hand():
+    assert [num_transfer_tokens(8, 3, step) for step in range(3)] == [3, 3, 2]
+
+
+@pytest.mark.parametrize("arguments", [(4, 0, 0), (0, 1, 0), (4, 2, 2), (4, 2, -1)])
+def test_transfer_tokens_rejects(arguments):
+    with pytest.raises(ValueError, match="must"):
+        num_transfer_tokens(*arguments)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data(), remasking=st.sampled_from(REMASKING))
+def test_matches_the_plain_loop(data, remasking):
+    num_rows, block_size = data.draw(st.integers(0, 4)), data.draw(st.integers(1, 6))
+    steps = data.draw(st.integers(1, 7))
+    level = st.sampled_from([0.0, 0.25, 0.5, 0.9, 0.95, 1.0])  # few values: many ties
+    confidence = [[data.draw(level) for _ in range(block_size)] for _ in range(num_rows)]
+    entropy = [[data.draw(level) for _ in range(block_size)] for _ in range(num_rows)]
+    masked = [[data.draw(st.booleans()) for _ in range(block_size)] for _ in range(num_rows)]
+    step = [data.draw(st.integers(0, steps - 1)) for _ in range(num_rows)]
+    commit = choose_commits(
+        torch.tensor(confidence).view(num_rows, block_size),
+        torch.tensor(masked, dtype=torch.bool).view(num_rows, block_size),
+        torch.tensor(step, dtype=torch.int64),
+        remasking=remasking,
+        denoising_steps=steps,
+        confidence_threshold=THRESHOLD,
+        entropy_BK=torch.tensor(entropy).view(num_rows, block_size),
+        entropy_bound=BOUND,
+    )
+    for row in range(num_rows):
+        arguments = confidence[row], entropy[row], masked[row], step[row], remasking, steps
+        assert set(commit[row].nonzero().flatten().tolist()) == commits_of_row(*arguments)
+
+
+def test_static_takes_the_most_confident():
+    assert choose([[0.1, 0.8, 0.3, 0.2]], [[True] * 4], [0]) == [[False, True, False, False]]
+
+
+def test_quota_above_masked_count_never_touches_prompt_positions():
+    """Block [p p p m], two steps of two tokens: the released samplers rewrite a prompt token."""
+    masked = [[False, False, False, True]]
+    assert choose([[0.9, 0.9, 0.9, 0.1]], masked, [0], steps=2) == masked
+    naive = torch.tensor([[0.9, 0.9, 0.9, 0.1]]).masked_fill(~torch.tensor(masked), -torch.inf)
+    assert set(naive.topk(2).indices[0].tolist()) != {3}  # control: top-k without the restriction
+
+
+def test_finished_row_commits_nothing():
+    for remasking in REMASKING:
+        assert choose([[1.0] * 4], [[False] * 4], [3], remasking) == [[False] * 4]
+
+
+def test_rows_have_their_own_step():
+    confidence = [[0.4, 0.3, 0.2, 0.1]] * 3
+    commit = choose(confidence, [[True] * 4] * 3, [0, 1, 2], steps=3)
+    assert [sum(row) for row in commit] == [2, 1, 4]  # 4 = 2 + 1 + 1; the last step takes all left
+
+
+def test_ties_go_to_the_lower_position():
+    assert choose([[0.5, 0.5, 0.5, 0.5]], [[False, True, True, True]], [0]) == [
+        [False, True, False, False]
+    ]
+
+
+def test_dynamic_threshold_is_strict_and_keeps_the_static_minimum():
+    rule = {"remasking": "low_confidence_dynamic", "confidence_threshold": 0.5}
+    commit = choose([[0.5, 0.6, 0.7, 0.1]], [[True] * 4], [0], **rule)
+    assert commit == [[False, True, True, False]]
+    commit = choose([[0.5, 0.4, 0.3, 0.1]], [[True] * 4], [0], **rule)
+    assert commit == [[True, False, False, False]]
+
+
+def test_entropies_sum_to_less_than_the_bound():
+    rule = {"remasking": "entropy_bounded", "entropy_bound": 0.35}
+    choices = {
+        (0.2, 0.3, 0.1, 0.4): [True, False, True, False],  # 0.1 + 0.2 < 0.35 <= 0.1 + 0.2 + 0.3
+        (0.5, 0.6, 0.4, 0.9): [False, False, True, False],  # none fits, one is taken all the same
+        (0.0, 0.0, 0.0, 0.0): [True] * 4,
+    }
+    for entropy, expected in choices.items():
+        assert choose([[0.5] * 4], [[True] * 4], [0], entropy=[entropy], **rule) == [expected]
+    with pytest.raises(ValueError, match="needs entropy_BK"):
+        choose([[0.5]], [[True]], [0], entropy=[0.5], **rule)
+
+
+def test_sequential_goes_from_left_to_right():
+    commit = choose([[0.1, 0.2, 0.3, 0.9]], [[False, True, True, True]], [0], "sequential", 2)
+    assert commit == [[False, True, True, False]]
+
+
+def test_every_block_finishes_within_its_steps():
+    generator = torch.Generator().manual_seed(0)
+    for remasking in REMASKING:
+        masked = torch.rand(32, 8, generator=generator) < 0.7
+        for step in range(3):
+            masked &= ~choose_commits(
+                torch.rand(32, 8, generator=generator),
+                masked,
+                torch.full((32,), step),
+                remasking=remasking,
+                denoising_steps=3,
+                entropy_BK=torch.rand(32, 8, generator=generator),
+            )
+        assert not masked.any()
+
+
+def test_unknown_rule_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'low_confidence_dynamic'"):
+        choose([[0.5]], [[True]], [0], "low_confidence_dynamics")
+
+
+def test_shape_mismatch_is_an_error():
+    with pytest.raises(ValueError, match="expected"):
+        choose([[0.5, 0.5]], [[True]], [0])
+    with pytest.raises(ValueError, match="expected"):
+        choose([[0.5]], [[True]], [0, 1])
