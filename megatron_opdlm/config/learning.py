@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_opdlm.checks import require
-from megatron_opdlm.config.schema import Section, require_default_unless
+from megatron_opdlm.config.annotations import MAY_CHANGE, PATH
+from megatron_opdlm.config.section import Section, require_default_unless
 from megatron_opdlm.loss.divergence_rules import JSD, MIXED, check_divergence
 
 
@@ -136,14 +137,14 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     """Data, length and outputs of the run."""
 
-    data: str
+    data: Annotated[str, PATH]
     """Prompt file: JSONL with prompt or messages, or a JSON list with question."""
-    save: str
+    save: Annotated[str, PATH, MAY_CHANGE]
     """Run folder; must be new or hold the same run."""
-    teacher_responses: str | None = None
+    teacher_responses: Annotated[str | None, PATH, MAY_CHANGE] = None
     """File that keeps the teacher's responses, for off_policy and sft; jobs may share it. null =
     teacher_responses.jsonl in save."""
-    train_rollouts: int
+    train_rollouts: Annotated[int, MAY_CHANGE]
     """Rollouts of the run; each is followed by its optimizer steps."""
     rows_per_optimizer_step: int = 8
     """Responses per optimizer step, over all ranks; must divide the responses of a rollout."""
@@ -152,21 +153,21 @@ class TrainConfig(Section):
     long for another, and takes the steps in random order; false = rows in the rollout's order."""
     seed: int = 1234
     """Every random choice is a function of it, the step, the prompt, the sample and the block."""
-    save_interval: int = 10
+    save_interval: Annotated[int, MAY_CHANGE] = 10
     """Rollouts between checkpoints; 0 = only at the end."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, MAY_CHANGE] = 2
     """Newest checkpoints to keep."""
-    resume: Literal["auto", "never"] = "auto"
+    resume: Annotated[Literal["auto", "never"], MAY_CHANGE] = "auto"
     """auto = continue from the run folder's newest checkpoint; never = refuse a used folder."""
-    log_samples: int = 4
+    log_samples: Annotated[int, MAY_CHANGE] = 4
     """Responses written to the run folder's rollouts/ per rollout."""
-    eval_data: str | None = None
+    eval_data: Annotated[str | None, PATH, MAY_CHANGE] = None
     """Prompt file with answers, for evaluation during training."""
-    eval_interval: int = 0
+    eval_interval: Annotated[int, MAY_CHANGE] = 0
     """Rollouts between evaluations; 0 = none. Needs eval_data."""
-    eval_questions: int = 128
+    eval_questions: Annotated[int, MAY_CHANGE] = 128
     """Questions of one evaluation, from the start of eval_data."""
-    wandb_project: str | None = None
+    wandb_project: Annotated[str | None, MAY_CHANGE] = None
     """Weights & Biases project; null = off. TensorBoard and metrics.jsonl are always written."""
 
     def _check(self) -> None:

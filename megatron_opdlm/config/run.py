@@ -20,9 +20,9 @@ from megatron_opdlm.config.schema import (
     collect_keys,
     flatten,
     parse_text,
-    require_default_unless,
     unknown_key_error,
 )
+from megatron_opdlm.config.section import require_default_unless
 from megatron_opdlm.config.sections import (
     ModelConfig,
     ParallelConfig,
@@ -191,13 +191,7 @@ class Config:
 
     def to_flat_dict(self) -> dict[str, Any]:
         """Returns every key and its value; nested keys have a dot."""
-        flat: dict[str, Any] = {}
-        for key in collect_keys(Config).values():
-            value: Any = self
-            for part in key.path:
-                value = getattr(value, part)
-            flat[key.name] = value
-        return flat
+        return {name: key.read(self) for name, key in collect_keys(Config).items()}
 
     def to_yaml(self) -> str:
         """Returns the configuration as the YAML text that `load_config` reads."""

@@ -17,9 +17,10 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from megatron_opdlm.checks import format_value, require, require_at_least
+from megatron_opdlm.checks import format_value, require
+from megatron_opdlm.config.annotations import MAY_CHANGE, OneOf, ParametersOf, split
 
 _TRUE_FALSE = {"true": True, "false": False}
 _NULL = ("null", "none", "~", "")
@@ -33,6 +34,8 @@ class Key:
     """Spelling, with a dot for a nested key: `lr`, `max_response_tokens.end`."""
     path: tuple[str, ...]
     """Attribute path from the root dataclass: ("rollout", "max_response_tokens", "end")."""
+    marks: tuple[Any, ...] = ()
+    """What the annotation says beyond the type, see annotations.py."""
     annotation: Any
     """Type of the value: bool, int, float, str, Literal[...] or one of them | None."""
     default: Any
@@ -44,6 +47,17 @@ class Key:
     def required(self) -> bool:
         """Whether the user must give a value."""
         return self.default is dataclasses.MISSING
+
+    @property
+    def may_change(self) -> bool:
+        """Whether a run that goes on may have another value."""
+        return MAY_CHANGE in self.marks
+
+    def read(self, root: Any) -> Any:
+        """Returns the key's value in a dataclass of sections."""
+        for part in self.path:
+            root = root[part] if isinstance(root, Mapping) else getattr(root, part)
+        return root
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -144,31 +158,69 @@ def collect_keys(root: type) -> dict[str, Key]:
     return keys
 
 
-@functools.cache
 def section_keys(cls: type, *path: str) -> tuple[Key, ...]:
-    """Lists the keys of one section, nested ones included.
+    """Lists the keys of one section, nested ones and parameters of tables included.
 
     Args:
         cls: dataclass of the section.
         path: attributes that lead to it from the root; all but the first name nested keys.
     """
-    hints, docs = typing.get_type_hints(cls), field_docs(cls)
+    annotations, docs = hints(cls), field_docs(cls)
     keys: list[Key] = []
     for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            keys += section_keys(hints[field.name], *path, field.name)
+        annotation, marks = split(annotations[field.name])
+        if dataclasses.is_dataclass(annotation):
+            keys += section_keys(typing.cast(type, annotation), *path, field.name)
             continue
-        full_path = (*path, field.name)
-        keys.append(
-            Key(
-                name=".".join(full_path[1:]),
-                path=full_path,
-                annotation=hints[field.name],
-                default=field.default,
-                doc=docs[field.name],
+        full_path, doc = (*path, field.name), docs[field.name]
+        for mark in marks:
+            if isinstance(mark, ParametersOf):
+                keys += parameter_keys(mark, full_path)
+                break
+            if isinstance(mark, OneOf):
+                doc = f"{doc} {mark.describe()}."
+        else:
+            name = ".".join(full_path[1:])
+            keys.append(
+                Key(
+                    name=name,
+                    path=full_path,
+                    annotation=annotation,
+                    default=field.default,
+                    doc=doc,
+                    marks=marks,
+                )
             )
-        )
     return tuple(keys)
+
+
+def parameter_keys(mark: ParametersOf, path: tuple[str, ...]) -> list[Key]:
+    """The keys of a table's parameters; one that several entries share is one key."""
+    keys: dict[str, Key] = {}
+    users: dict[str, list[str]] = {}
+    for entry_name, entry, field in mark.fields():
+        annotation, marks = split(hints(entry)[field.name])
+        users.setdefault(field.name, []).append(entry_name)
+        doc = f"{', '.join(users[field.name])}: {field_docs(entry)[field.name]}"
+        key = Key(
+            name=field.name,
+            path=(*path, field.name),
+            annotation=annotation,
+            default=field.default,
+            doc=doc,
+            marks=marks,
+        )
+        before = keys.setdefault(field.name, key)
+        is_same = (before.annotation, before.default) == (key.annotation, key.default)
+        assert is_same, f"{' and '.join(users[field.name])} differ in the parameter {field.name}"
+        keys[field.name] = dataclasses.replace(before, doc=doc)
+    return list(keys.values())
+
+
+@functools.cache
+def hints(cls: type) -> dict[str, Any]:
+    """Returns the annotations of a class's fields, with their marks."""
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def flatten(values: Mapping[Any, Any], known: Iterable[str]) -> dict[str, Any]:
@@ -221,16 +273,23 @@ def build(root: type, values: Mapping[str, Any]) -> Any:
     return _construct(root, tree)
 
 
+@functools.cache
 def field_docs(cls: type) -> dict[str, str]:
-    """Returns the string literal under each field of a class, on one line, by field name."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    body = tree.body[0].body  # type: ignore[attr-defined]
+    """Returns the text under each field of a dataclass, on one line, by field name.
+
+    Inherited fields are included.
+    """
     docs: dict[str, str] = {}
-    for field, below in zip(body, body[1:], strict=False):
-        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
             continue
-        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            docs[field.target.id] = " ".join(str(below.value.value).split())
+        tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        body = tree.body[0].body  # type: ignore[attr-defined]
+        for field, below in zip(body, body[1:], strict=False):
+            if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+                continue
+            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                docs[field.target.id] = " ".join(str(below.value.value).split())
     return docs
 
 
@@ -255,11 +314,11 @@ def keys_as_markdown(root: type) -> str:
 
 
 def _construct(cls: type, tree: Mapping[str, Any]) -> Any:
-    hints = typing.get_type_hints(cls)
     values = {}
     for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            inner = typing.cast(type, hints[field.name])
+        annotation, _ = split(hints(cls)[field.name])
+        if dataclasses.is_dataclass(annotation):
+            inner = typing.cast(type, annotation)
             values[field.name] = _construct(inner, tree.get(field.name, {}))
         elif field.name in tree:
             values[field.name] = tree[field.name]
@@ -285,48 +344,3 @@ def _raise_type(key: str, value: Any, annotation: Any, guess: str | None) -> typ
     got = "use one of them" if is_choice else f"got {type(value).__name__}"
     hint = f"did you mean {guess}?" if guess else got
     raise ValueError(f"{key}={format_value(value)} {rule}; {hint}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """Checks the type of every field, then the rules of the section."""
-
-    _path: ClassVar[tuple[str, ...]] = ("section",)
-
-    def __post_init__(self) -> None:
-        cls: Any = type(self)
-        for key in section_keys(cls, *self._path):
-            if len(key.path) > len(self._path) + 1:
-                continue  # of a nested section, which has checked itself
-            name = key.path[-1]
-            value = getattr(self, name)
-            object.__setattr__(self, name, check_value(key.name, value, key.annotation))
-        self._check()
-
-    def _check(self) -> None:
-        """Raises ValueError for a value outside its range."""
-
-    def _at_least(self, minimum: float, *names: str) -> None:
-        for name in names:
-            require_at_least(minimum, ".".join((*self._path[1:], name)), getattr(self, name))
-
-    def _positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            require(value > 0, name, value, "must be positive", "use a number above 0")
-
-    def _fraction(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            require(0 < value <= 1, name, value, "must lie in (0, 1]", "use e.g. 0.9")
-
-
-def require_default_unless(is_used: bool, section: Section, name: str, rule: str, fix: str) -> None:
-    """Refuses another value than the default where nothing reads it.
-
-    Raises:
-        ValueError: "name=value rule; fix".
-    """
-    value = getattr(section, name)
-    default = next(field.default for field in dataclasses.fields(section) if field.name == name)
-    require(is_used or value == default, name, value, rule, fix)

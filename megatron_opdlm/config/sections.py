@@ -7,10 +7,11 @@ A default lives on its field and nowhere else; the text under a field is its doc
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from megatron_opdlm.checks import require
-from megatron_opdlm.config.schema import Section
+from megatron_opdlm.config.annotations import MAY_CHANGE, PATH
+from megatron_opdlm.config.section import Section
 from megatron_opdlm.diffusion.temperature import TEMPERATURE_RULE, is_temperature
 from megatron_opdlm.distributed.vocab import rollout_divisor
 
@@ -19,9 +20,9 @@ from megatron_opdlm.distributed.vocab import rollout_divisor
 class ModelConfig(Section):
     """Which models, and in which number format they run."""
 
-    student: str
+    student: Annotated[str, PATH]
     """Model to convert: a Hugging Face directory or a checkpoint of `opdlm convert import`."""
-    teacher: str | None = None
+    teacher: Annotated[str | None, PATH] = None
     """Frozen autoregressive model, in the same two forms; null = the student's initial weights."""
     layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer implementation; auto = transformer_engine where CUDA is available, else local."""
@@ -34,25 +35,25 @@ class ModelConfig(Section):
     blocks of 128. mxfp8 is for Blackwell; Hopper has no such kernels."""
     teacher_fp8: Literal["auto", "none", "hybrid", "e4m3"] = "auto"
     """The same for the frozen teacher; auto = what fp8 says."""
-    teacher_offload: bool = False
+    teacher_offload: Annotated[bool, MAY_CHANGE] = False
     """Keeps the teacher's weights in pinned host memory but for its own phase; needs CUDA."""
-    max_teacher_nll: float | None = None
+    max_teacher_nll: Annotated[float | None, MAY_CHANGE] = None
     """Mean loss on the first prompts, in nats per token, above which a teacher is refused at the
     start; null = a warning if it is no better than a uniform guess."""
-    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    recompute_granularity: Annotated[Literal["none", "selective", "full"], MAY_CHANGE] = "none"
     """Activations to recompute in the backward pass: none, the core attention, or whole layers."""
     apply_rope_fusion: bool = False
     """Rotates queries and keys in one kernel of Transformer Engine, with angles in float32."""
-    bias_swiglu_fusion: bool = False
+    bias_swiglu_fusion: Annotated[bool, MAY_CHANGE] = False
     """Compiles Megatron's SwiGLU into one kernel; needs CUDA."""
-    gradient_accumulation_fusion: bool = False
+    gradient_accumulation_fusion: Annotated[bool, MAY_CHANGE] = False
     """Has Transformer Engine's layers add a weight's gradient to its float32 sum in the matrix
     product itself."""
     mask_token: str = "<|MASK|>"
     """Token that marks a masked position; import adds it to tokenizer and embeddings."""
     mask_init: Literal["keep", "mean"] | None = None
     """Its embedding at import: keep the free row, or a mean of the others; null = mean if new."""
-    import_cache: str | None = None
+    import_cache: Annotated[str | None, PATH, MAY_CHANGE] = None
     """Folder for imports of Hugging Face models, shared by jobs; null = imported/ beside save."""
 
     def _check(self) -> None:
@@ -82,28 +83,28 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     """How the models and the batch are spread over ranks."""
 
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: Annotated[int, MAY_CHANGE] = 1
     """Ranks that share every layer; must divide the key/value heads."""
-    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_size: Annotated[int, MAY_CHANGE] = 1
     """Ranks that hold consecutive groups of layers; must divide the number of layers."""
-    rollout_tensor_model_parallel_size: int | None = None
+    rollout_tensor_model_parallel_size: Annotated[int | None, MAY_CHANGE] = None
     """Tensor-parallel size of rollouts, which then have no pipeline: a second copy of the student,
     filled from rank to rank before each rollout. null = training's layout and no copy."""
-    teacher_tensor_model_parallel_size: int | None = None
+    teacher_tensor_model_parallel_size: Annotated[int | None, MAY_CHANGE] = None
     """Tensor-parallel size of the teacher; null = the student's."""
-    teacher_pipeline_model_parallel_size: int | None = None
+    teacher_pipeline_model_parallel_size: Annotated[int | None, MAY_CHANGE] = None
     """Pipeline-parallel size of the teacher; null = the student's."""
-    sequence_parallel: bool = False
+    sequence_parallel: Annotated[bool, MAY_CHANGE] = False
     """Splits activations between tensor-parallel ranks along the tokens; needs more than one."""
     use_distributed_optimizer: bool = True
     """Splits optimizer states between data-parallel ranks."""
-    micro_batch_tokens: int = 16384
+    micro_batch_tokens: Annotated[int, MAY_CHANGE] = 16384
     """Tokens of one packed microbatch on one data-parallel rank; the longest row must fit."""
-    overlap_grad_reduce: bool = False
+    overlap_grad_reduce: Annotated[bool, MAY_CHANGE] = False
     """Reduces gradients between data-parallel ranks during the backward pass."""
     make_vocab_size_divisible_by: int = 128
     """The padded vocabulary is a multiple of this times tensor_model_parallel_size."""
-    distributed_timeout_minutes: int = 60
+    distributed_timeout_minutes: Annotated[int, MAY_CHANGE] = 60
     """Minutes before a collective that one rank never joins is an error."""
 
     @property
@@ -206,17 +207,17 @@ class RolloutConfig(Section):
     """Prompts with more tokens, template included, are dropped once at the start and reported."""
     max_response_tokens: ResponseLengthConfig = field(default_factory=ResponseLengthConfig)
     """Longest response by rollout; a nested key: {start, end, ramp_steps, curve}."""
-    rollout_batch_size: int = 128
+    rollout_batch_size: Annotated[int, MAY_CHANGE] = 128
     """Most rows decoded at once on one data-parallel rank."""
-    kv_cache_gb: float | None = None
+    kv_cache_gb: Annotated[float | None, MAY_CHANGE] = None
     """Most memory for keys and values on one rank, in GB of 10^9 bytes; fewer rows are decoded at
     once if need be. null = 80 % of a GPU's free memory at the start of a rollout; 4 GiB, which is
     4.3 GB, on a CPU."""
-    cuda_graphs: bool | None = None
+    cuda_graphs: Annotated[bool | None, MAY_CHANGE] = None
     """Captures decoding passes as CUDA graphs, one per size; null = where that is possible: on CUDA
     with bfloat16, a decoding kernel, and neither fp8 nor sequence_parallel, unless the spare
     sequence that they need takes the room of one of a few."""
-    keep_kv_cache: bool | None = None
+    keep_kv_cache: Annotated[bool | None, MAY_CHANGE] = None
     """Keeps the key/value cache and the captured passes between rollouts, in memory that training
     then lacks; making them anew is expected to take seconds. null = where passes are captured, once
     training steps have shown that the cache takes at most half of what they leave free."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_opdlm.checkpoint.layout import CHECKPOINTS
 from megatron_opdlm.config.run import Config, load_config
+from megatron_opdlm.config.schema import collect_keys
 from megatron_opdlm.diffusion.trajectory import Trajectory
 
 CONFIG_FILE = "config.yaml"
@@ -22,17 +23,6 @@ ROLLOUTS = "rollouts"
 TEACHER_RESPONSES = "teacher_responses.jsonl"
 IMPORTED = "imported"
 LOCK_FILE = ".lock"
-
-# What may change when a run goes on: where it runs and what it reports, not what it computes.
-_MAY_CHANGE = {
-    "train_rollouts", "save", "save_interval", "keep_checkpoints", "resume", "log_samples",
-    "eval_data", "eval_interval", "eval_questions", "wandb_project",
-    "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel",
-    "micro_batch_tokens", "overlap_grad_reduce",
-    "distributed_timeout_minutes", "rollout_batch_size", "recompute_granularity", "import_cache",
-    "teacher_responses", "kv_cache_gb", "cuda_graphs", "keep_kv_cache", "bias_swiglu_fusion",
-    "gradient_accumulation_fusion",
-}  # fmt: skip
 
 
 class RunFolder:
@@ -127,7 +117,8 @@ class RunFolder:
 
     def _require_same_run(self, before: Config, now: Config) -> None:
         old, new = before.to_flat_dict(), now.to_flat_dict()
-        different = [k for k in new if k not in _MAY_CHANGE and old.get(k) != new[k]]
+        may_change = {name for name, key in collect_keys(Config).items() if key.may_change}
+        different = [k for k in new if k not in may_change and old.get(k) != new[k]]
         if "lr_decay_steps" in different and old["train_rollouts"] != new["train_rollouts"]:
             raise ValueError(
                 f"save={self.root}: train_rollouts changed from {old['train_rollouts']} to "
