@@ -20,6 +20,7 @@ from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions, stream_m
 from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.rollout.sampler import Draws
+from megatron_opdlm.rollout.scheduler import Scheduler
 from tests.oracle import decode, hf_logits
 
 MASK = 259
@@ -84,6 +85,7 @@ def make_engine(
     eos_token_ids: tuple[int, ...] = EOS,
     cuda_graphs: bool = False,
     causal: bool = False,
+    policy: type[Scheduler] = Scheduler,
 ) -> Any:
     """An engine over a loaded model."""
     engine = cls(
@@ -97,6 +99,7 @@ def make_engine(
         stream_multiple=stream_multiple(build or BuildOptions(), parallel.tp_size),
         cuda_graphs=cuda_graphs,
         causal=causal,
+        policy=policy,
     )
     if isinstance(engine, RecordingEngine):
         engine.recorded = {}

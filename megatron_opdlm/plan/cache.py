@@ -3,35 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from megatron_opdlm.checks import format_value
 from megatron_opdlm.config.run import Config
 from megatron_opdlm.diffusion.blocks import round_up
 from megatron_opdlm.model.hf_config import HFConfig
-from megatron_opdlm.rollout.cache import CPU_LIMIT_BYTES, share_slots, whole_pages
+from megatron_opdlm.rollout.cache_size import CPU_LIMIT_BYTES, CacheSize, cache_size
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CachePlan:
-    """A rank's key/value cache at the longest prompts and responses that the limits allow."""
-
-    num_sequences: int
-    """That its replica decodes at once."""
-    has_spare: bool
-    """Whether there is room for one more, which CUDA graphs write to and nobody reads."""
-    capacity: int
-    """Tokens per sequence."""
-    bytes_per_token: int
-    is_kept: bool
-    """Whether it stays between rollouts for sure (`keep_kv_cache=true`)."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all sequences; only during a rollout, unless it is kept (`keep_kv_cache`)."""
-        return (self.num_sequences + self.has_spare) * self.capacity * self.bytes_per_token
 
 
 def student_layout(config: Config) -> tuple[int, int]:
@@ -60,44 +39,43 @@ def decoding_layout(config: Config) -> tuple[int, int]:
     return rollout_layout(config)
 
 
-def plan_cache(config: Config, hf: HFConfig, num_replicas: int, cuda: bool) -> CachePlan:
-    """What `KVCache.for_model` allocates; it, too, refuses a limit below one sequence.
+def plan_cache(config: Config, hf: HFConfig, num_replicas: int, cuda: bool) -> CacheSize:
+    """Returns the cache that rollouts allocate for the longest prompts and responses.
 
     Without a limit of the user's a GPU has what is free, which nobody knows beforehand.
+
+    Raises:
+        ValueError: kv_cache_gb holds not even one sequence.
     """
     rollout, (tp_size, pp_size) = config.rollout, decoding_layout(config)
     length, limit_gb = longest(config), rollout.kv_cache_gb
-    has_spare = expects_graphs(config, cuda)
-    capacity = whole_pages(length) if cuda else length
-    per_token = 2 * (hf.num_layers // pp_size) * (hf.num_query_groups // tp_size) * hf.kv_channels
-    per_token *= DTYPE_BYTES[config.model.params_dtype]
-    num_sequences = min(
-        rollout.rollout_batch_size, math.ceil(config.rows_per_rollout / num_replicas)
-    )
+    has_spare: bool | None = expects_graphs(config, cuda)
+    limit = None
     if limit_gb is not None or not cuda:
         limit = CPU_LIMIT_BYTES if limit_gb is None else int(limit_gb * 1e9)
-        num_sequences, has_spare = share_slots(
-            limit // (per_token * capacity),
-            num_sequences,
-            None if rollout.cuda_graphs is None and has_spare else has_spare,
-        )
-    if num_sequences < 1:
-        spare = " and the spare one of cuda_graphs" if has_spare else ""
-        needed = per_token * capacity * (1 + has_spare)
+        has_spare = None if rollout.cuda_graphs is None and has_spare else has_spare
+    rows = math.ceil(config.rows_per_rollout / num_replicas)
+    size = cache_size(
+        num_tokens=length,
+        num_layers=hf.num_layers // pp_size,
+        num_heads=hf.num_query_groups // tp_size,
+        head_size=hf.kv_channels,
+        element_bytes=DTYPE_BYTES[config.model.params_dtype],
+        most_sequences=min(rollout.rollout_batch_size, rows),
+        has_spare=has_spare,
+        limit_bytes=limit,
+        on_cuda=cuda,
+    )
+    if size.num_sequences < 1:
+        spare = " and the spare one of cuda_graphs" if size.has_spare else ""
         usual = f", {CPU_LIMIT_BYTES / 1e9:.2f} on a CPU," if limit_gb is None else ""
         raise ValueError(
             f"kv_cache_gb={format_value(limit_gb)}{usual} must hold at least one sequence{spare}: "
-            f"{length} prompt and response tokens need {needed / 1e9:.10g} GB; raise it, "
-            f"{'set cuda_graphs=false, ' if has_spare else ''}or lower max_prompt_tokens or "
-            "max_response_tokens.end"
+            f"{length} prompt and response tokens need {size.least_bytes / 1e9:.10g} GB; raise "
+            f"it, {'set cuda_graphs=false, ' if size.has_spare else ''}or lower "
+            "max_prompt_tokens or max_response_tokens.end"
         )
-    return CachePlan(
-        num_sequences=num_sequences,
-        has_spare=has_spare,
-        capacity=capacity,
-        bytes_per_token=per_token,
-        is_kept=bool(rollout.keep_kv_cache),
-    )
+    return size
 
 
 def expects_graphs(config: Config, cuda: bool) -> bool:

@@ -23,7 +23,6 @@ from megatron_opdlm.model.hf_config import HFConfig, parse_config
 from megatron_opdlm.model.parameter_count import count_parameters, vocab_rows
 from megatron_opdlm.plan.cache import (
     DTYPE_BYTES,
-    CachePlan,
     decoder,
     longest,
     num_replicas,
@@ -31,6 +30,7 @@ from megatron_opdlm.plan.cache import (
     rollout_layout,
     student_layout,
 )
+from megatron_opdlm.rollout.cache_size import CacheSize
 
 _GIB = 2**30
 
@@ -58,14 +58,17 @@ class RankPlan:
     """The student's gradient buffer, float32."""
     optimizer_bytes: int
     """Adam's moments, and the float32 weights where params_dtype is bfloat16."""
-    kv_cache: CachePlan
+    kv_cache: CacheSize
+    """Of the model that decodes."""
+    keeps_cache: bool
+    """Whether it stays between rollouts for sure (`keep_kv_cache=true`)."""
 
     @property
     def total_bytes(self) -> int:
         """At the fullest phase, rollout or teacher; activations and work space come on top."""
         lasting = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
         cache, lent = self.kv_cache.num_bytes, self.offloaded_bytes
-        return lasting + (cache + lent if self.kv_cache.is_kept else max(cache, lent))
+        return lasting + (cache + lent if self.keeps_cache else max(cache, lent))
 
 
 def rank_table(
@@ -231,7 +234,7 @@ def _plan_rank(
     teacher: HFConfig,
     world_size: int,
     rank: int,
-    cache: CachePlan,
+    cache: CacheSize,
 ) -> RankPlan:
     grid = _grid(student_layout(config), world_size)
     tp_rank, dp_rank, pp_rank = grid.place(rank)
@@ -277,6 +280,7 @@ def _plan_rank(
         gradient_bytes=4 * student_parameters,
         optimizer_bytes=state_bytes,
         kv_cache=cache,
+        keeps_cache=bool(config.rollout.keep_kv_cache),
     )
 
 

@@ -17,18 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opdlm.diffusion.blocks import round_up
 from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.model.gpt import BlockDiffusionModel
+from megatron_opdlm.rollout.cache_size import CPU_LIMIT_BYTES, cache_size
 from megatron_opdlm.rollout.limits import PREFILL_TOKENS, SAMPLED_LOGITS, SAMPLER_BYTES
 
 logger = logging.getLogger(__name__)
 
-CUDA_PAGE = 256
-"""Capacities are a multiple of this on CUDA, where the attention kernel reads whole pages."""
-LEAST_BESIDE_SPARE = 8
-"""A spare slot among so many takes little from them."""
-CPU_LIMIT_BYTES = 4 * 2**30
 CUDA_SHARE = 0.8
 """Part of the free memory of a GPU that a cache may take; passes need the rest."""
 
@@ -100,32 +95,38 @@ class KVCache:
         weight = next(model.decoder.parameters())
         config, cuda = model.config, weight.is_cuda
         num_heads = config.num_query_groups // parallel.tp_size
-        capacity = whole_pages(capacity) if cuda else capacity
         layer_numbers = [layer.layer_number for layer in model.decoder.layers]
-        per_slot = capacity * len(layer_numbers) * 2 * num_heads * config.kv_channels
-        per_slot *= config.params_dtype.itemsize
         limit = smallest_in_replica(_limit_bytes(model, limit_gb), parallel)
-        num_slots, has_spare = share_slots(limit // per_slot, most_slots, has_spare)
-        if num_slots < 1:
-            needed = per_slot * (1 + has_spare)
-            verb = "and the spare one of cuda_graphs need" if has_spare else "needs"
-            way_out = "set cuda_graphs=false, " if has_spare else ""
+        size = cache_size(
+            num_tokens=capacity,
+            num_layers=len(layer_numbers),
+            num_heads=num_heads,
+            head_size=config.kv_channels,
+            element_bytes=config.params_dtype.itemsize,
+            most_sequences=most_slots,
+            has_spare=has_spare,
+            limit_bytes=limit,
+            on_cuda=cuda,
+        )
+        if size.num_sequences < 1:
+            verb = "and the spare one of cuda_graphs need" if size.has_spare else "needs"
+            way_out = "set cuda_graphs=false, " if size.has_spare else ""
             raise ValueError(
-                f"a sequence of {capacity} tokens {verb} {_size(needed)} of key/value cache, more "
-                f"than the {_size(limit)} there are; {way_out}shorten prompts or responses, raise "
-                "kv_cache_gb, or cut the model over more GPUs"
+                f"a sequence of {size.capacity} tokens {verb} {_size(size.least_bytes)} of "
+                f"key/value cache, more than the {_size(limit)} there are; {way_out}shorten "
+                "prompts or responses, raise kv_cache_gb, or cut the model over more GPUs"
             )
         cache: KVCache | None = None
         with contextlib.suppress(torch.OutOfMemoryError):
             cache = cls(
-                num_slots=num_slots, capacity=capacity, has_spare=has_spare,
+                num_slots=size.num_sequences, capacity=size.capacity, has_spare=size.has_spare,
                 layer_numbers=layer_numbers, num_heads=num_heads,
                 num_query_heads=config.num_attention_heads // parallel.tp_size,
                 head_size=config.kv_channels, dtype=config.params_dtype, device=weight.device,
             )  # fmt: skip
         if not smallest_in_replica(cache is not None, parallel) or cache is None:
             raise ValueError(
-                f"a key/value cache of {_size(per_slot * (num_slots + has_spare))} does not fit "
+                f"a key/value cache of {_size(size.num_bytes)} does not fit "
                 "into the memory of a rank; set kv_cache_gb to less"
             )
         logger.info("%s", str(cache))  # a record that somebody keeps would keep the cache
@@ -188,32 +189,6 @@ class KVCache:
     def move(self, source: int, target: int, num_tokens: int) -> None:
         """Copies the first tokens of a slot to another one, in all layers."""
         self._store[:, :, target, :, :num_tokens] = self._store[:, :, source, :, :num_tokens]
-
-
-def whole_pages(num_tokens: int) -> int:
-    """Returns the capacity of a slot on CUDA.
-
-    >>> whole_pages(257)
-    512
-    """
-    return round_up(num_tokens, CUDA_PAGE)
-
-
-def share_slots(num_fit: int, most_slots: int, has_spare: bool | None) -> tuple[int, bool]:
-    """Returns how many sequences are decoded at once, and whether there is a spare slot beside.
-
-    Args:
-        num_fit: slots that there is memory for.
-        most_slots: sequences to decode at once.
-        has_spare: whether there must be one; None: if all sequences have room beside it, or it is
-            one of many.
-
-    >>> share_slots(2, 2, None), share_slots(3, 2, None), share_slots(9, 99, None)
-    ((2, False), (2, True), (8, True))
-    """
-    if has_spare is None:
-        has_spare = num_fit > most_slots or num_fit > LEAST_BESIDE_SPARE
-    return min(most_slots, num_fit - has_spare), has_spare
 
 
 def _size(num_bytes: int) -> str:

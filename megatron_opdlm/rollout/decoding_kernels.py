@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_opdlm.diffusion.stream import BLOCK, DOCUMENT
-from megatron_opdlm.rollout.cache import CUDA_PAGE, KVCache
+from megatron_opdlm.rollout.cache import KVCache
+from megatron_opdlm.rollout.cache_size import CUDA_PAGE
 from megatron_opdlm.rollout.staged import Staged
 
 Function = Callable[..., Any]

@@ -15,7 +15,8 @@ import torch
 
 from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.model.gpt import BlockDiffusionModel
-from megatron_opdlm.rollout.cache import KVCache, smallest_in_replica, whole_pages
+from megatron_opdlm.rollout.cache import KVCache, smallest_in_replica
+from megatron_opdlm.rollout.cache_size import whole_pages
 from megatron_opdlm.rollout.graphs import PassGraphs
 
 logger = logging.getLogger(__name__)

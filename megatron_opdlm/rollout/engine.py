@@ -73,6 +73,7 @@ class RolloutEngine:
         cuda_graphs: bool | None = None,
         causal: bool = False,
         memory: DecodingMemory | None = None,
+        policy: type[Scheduler] = Scheduler,
     ) -> None:
         """Binds the engine to a model; nothing is allocated before decoding.
 
@@ -90,6 +91,7 @@ class RolloutEngine:
                 one. Blocks then are of one token.
             memory: cache and captured passes, shared with other engines of the model; None: this
                 engine's own.
+            policy: which sequences decode at a tick; no policy changes a response.
 
         Raises:
             ValueError: blocks of several tokens of a causal model; no CUDA graphs here.
@@ -115,6 +117,7 @@ class RolloutEngine:
         rules = {"sequence_parallel": config.sequence_parallel, "fp8": config.fp8}
         self.cuda_graphs = choose_graphs(cuda_graphs, dtype, head_size, **rules)
         self.memory = DecodingMemory() if memory is None else memory
+        self.policy = policy
         self.counts = RolloutCounts()
 
     def generate(
@@ -224,12 +227,12 @@ class RolloutEngine:
         num_slots: int,
         observer: Observer | None,
     ) -> Iterator[tuple[int, Trajectory]]:
-        """The loop: one tick of the pipeline each time."""
+        """The loop: schedule, push, commit, retire; one tick of the pipeline each time."""
         graphs = lent.graphs
         pipeline: DecodePipeline[DecodePass] = DecodePipeline(
             self.model, self.parallel, None if graphs is None else graphs.run
         )
-        scheduler = Scheduler(
+        scheduler = self.policy(
             queue,
             sequences,
             num_slots=num_slots,
@@ -237,25 +240,28 @@ class RolloutEngine:
             prompts_apart=graphs is not None,
         )
         while (entering := scheduler.schedule()) is not None:
-            leaving = pipeline.push(self._lay_out(sequences, entering, lent))
+            leaving = self._push(pipeline, sequences, entering, lent)
             if leaving is None:
                 continue
-            self.commit(sequences, *leaving)
-            slots = leaving[0].slots
+            decoded, hidden = leaving
+            self.commit(sequences, decoded, hidden)
             if observer is not None:
-                for slot in slots.tolist():
-                    observer(sequences.index[slot], *sequences.still_masked(slot))
-            finished = sequences.advance(slots, self.eos_token_ids)
-            scheduler.retire(slots.tolist(), [slot for slot, _ in finished])
-            for slot, trajectory in finished:
-                yield sequences.index[slot], trajectory
-            if not self._has_kernel:
-                scheduler.close_gaps(lent.cache)
+                _show(sequences, decoded.slots, observer)
+            yield from self._retire(scheduler, sequences, decoded.slots, lent)
 
-    def _lay_out(self, sequences: Sequences, slots: list[int], lent: Lent) -> DecodePass | None:
+    def _push(
+        self,
+        pipeline: DecodePipeline[DecodePass],
+        sequences: Sequences,
+        slots: list[int],
+        lent: Lent,
+    ) -> tuple[DecodePass, Tensor | None] | None:
+        """Starts a pass of some slots, if there are any; returns the pass that has left the last
+        stage by now, and what the model returned for it there.
+        """
         self.counts.ticks += 1
         if not slots:
-            return None
+            return pipeline.push(None)
         entering = lay_out(
             sequences,
             torch.tensor(slots),
@@ -266,7 +272,18 @@ class RolloutEngine:
         self.counts.passes += 1
         self.counts.tokens += len(entering.token_ids)
         self.counts.head_rows += len(entering.head_rows)
-        return entering
+        return pipeline.push(entering)
+
+    def _retire(
+        self, scheduler: Scheduler, sequences: Sequences, slots: Tensor, lent: Lent
+    ) -> Iterator[tuple[int, Trajectory]]:
+        """Moves the sequences of a pass to their next block, and yields those that are finished."""
+        finished = sequences.advance(slots, self.eos_token_ids)
+        scheduler.retire(slots.tolist(), [slot for slot, _ in finished])
+        for slot, trajectory in finished:
+            yield sequences.index[slot], trajectory
+        if not self._has_kernel:
+            scheduler.close_gaps(lent.cache)
 
     def commit(self, sequences: Sequences, decoded: DecodePass, hidden: Tensor | None) -> None:
         """Samples the masked positions of a pass and commits some of them.
@@ -342,6 +359,12 @@ class RolloutEngine:
             tp_group=self.parallel.tp_group,
             with_entropy=self.options.remasking == ENTROPY_BOUNDED,
         )
+
+
+def _show(sequences: Sequences, slots: Tensor, observer: Observer) -> None:
+    """Tells an observer what the sequences of a pass look like after its step."""
+    for slot in slots.tolist():
+        observer(sequences.index[slot], *sequences.still_masked(slot))
 
 
 def tokens_per_forward(trajectories: Sequence[Trajectory]) -> float:

@@ -22,7 +22,8 @@ from megatron_opdlm.diffusion.blocks import round_up
 from megatron_opdlm.diffusion.stream import make_tags
 from megatron_opdlm.loss import fused as fused_loss
 from megatron_opdlm.rollout import cached_attention, sampler
-from megatron_opdlm.rollout.cache import CUDA_PAGE, KVCache
+from megatron_opdlm.rollout.cache import KVCache
+from megatron_opdlm.rollout.cache_size import CUDA_PAGE
 from megatron_opdlm.rollout.cached_attention import AttentionLayout, CachedAttention
 from megatron_opdlm.rollout.decoding_kernels import KERNELS, DecodingKernel, PagedTorch, find_runs
 from megatron_opdlm.rollout.engine import RolloutEngine

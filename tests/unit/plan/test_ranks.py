@@ -14,7 +14,7 @@ from megatron_opdlm.plan.ranks import (
     format_totals,
     rank_table,
 )
-from megatron_opdlm.rollout.cache import CUDA_PAGE
+from megatron_opdlm.rollout.cache_size import CUDA_PAGE
 
 CONFIGS = Path(__file__).parents[3] / "examples" / "configs"
 HF = {

@@ -13,6 +13,7 @@ from megatron_opdlm.model.attention import TagAttention
 from megatron_opdlm.rollout import cached_attention, scheduler
 from megatron_opdlm.rollout.engine import tokens_per_forward
 from megatron_opdlm.rollout.request import DecodingOptions
+from megatron_opdlm.rollout.scheduler import Scheduler
 from tests.decoding_references import (
     decode_with,
     full_recompute,
@@ -195,8 +196,26 @@ def test_control_a_commit_that_is_not_written_is_seen(model):
 # --- composition of the batch ---
 
 
+class LongestFirst(Scheduler):
+    """Another order of the sequences in a pass."""
+
+    def schedule(self):
+        slots = super().schedule()
+        return slots and sorted(slots, key=lambda slot: -int(self._sequences.block[slot]))
+
+
+class OneAtATime(Scheduler):
+    """A pass for every sequence, the newest one first."""
+
+    def schedule(self):
+        slots = super().schedule()
+        if slots:
+            self._ready += slots[:-1]
+        return slots and slots[-1:]
+
+
 def decode_differently(rank, folder):
-    """The same requests under other batch sizes, orders and company."""
+    """The same requests under other batch sizes, orders, company and policies."""
     model, parallel, _ = load(folder.checkpoint)
     results = []
     for max_rows, order in ((1, 1), (2, 1), (4, -1), (100, 1)):
@@ -204,6 +223,9 @@ def decode_differently(rank, folder):
         got = engine.generate(REQUESTS[::order])[::order]
         results.append(got)
     alone = [make_engine(model, parallel, SAMPLED).generate([r])[0] for r in REQUESTS]
+    for policy in (LongestFirst, OneAtATime):
+        engine = make_engine(model, parallel, SAMPLED, max_rows=3, policy=policy)
+        results.append(engine.generate(REQUESTS))
     other_key = [dataclasses.replace(r, key=r.key + (1 << 40)) for r in REQUESTS]
     return [*results, alone], make_engine(model, parallel, SAMPLED).generate(other_key)
 
