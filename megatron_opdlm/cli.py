@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_opdlm import __version__
 from megatron_opdlm.checks import require_at_least
+from megatron_opdlm.distributed.launch import Launch, read_launch
 
 if TYPE_CHECKING:
     from megatron_opdlm.config.run import Config
@@ -48,8 +49,10 @@ def main(argv: Sequence[str]) -> int:
         Exit status: 0, or 2 after a user's error, which is printed as one line.
     """
     args = _parse(argv)
-    _set_up_logging()
+    launch = Launch()
     try:
+        launch = read_launch()
+        _set_up_logging(launch)
         status: int | None = args.run(args)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; a training run goes on when started again with its save\n")
@@ -63,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     ) as error:
         if args.traceback:
             raise
-        sys.stderr.write(f"{_error_prefix()}: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"{_error_prefix(launch)}: {' '.join(str(error).split())}\n")
         return 2
     return status or 0
 
@@ -172,7 +175,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _relaunch(args: argparse.Namespace, config: Config) -> NoReturn:
     """Replaces this process by torchrun with `--nproc` processes of the same command."""
-    if "WORLD_SIZE" in os.environ:
+    if read_launch().has_launcher:
         raise ValueError("--nproc is set and torchrun has started this process; drop one of them")
     if args.nproc < 1:
         raise ValueError(f"--nproc={args.nproc} must be at least 1")
@@ -196,9 +199,10 @@ def _relaunch(args: argparse.Namespace, config: Config) -> NoReturn:
 
 
 def _dry_run(args: argparse.Namespace, config: Config) -> int:
-    if os.environ.get("RANK", "0") != "0":
+    launch = read_launch()
+    if launch.rank:
         return 0  # one copy is enough
-    world_size = args.gpus or args.nproc or int(os.environ.get("WORLD_SIZE", "0"))
+    world_size = args.gpus or args.nproc or (launch.world_size if launch.has_launcher else 0)
     resolved, report = _report(args.config, config, world_size, on_gpus=args.gpus is not None)
     sys.stdout.write(resolved.to_yaml() + "\n" + report)
     return 0
@@ -259,15 +263,14 @@ def _describe_keys() -> str:
     return "\n".join(lines)
 
 
-def _set_up_logging() -> None:
+def _set_up_logging(launch: Launch) -> None:
     """Logs progress on the first rank, warnings on all."""
-    is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(
         level=logging.WARNING,  # what libraries say of themselves, at imports or at the end
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
-    logging.getLogger("megatron_opdlm").setLevel(logging.INFO if is_main else logging.WARNING)
+    logging.getLogger("megatron_opdlm").setLevel(logging.WARNING if launch.rank else logging.INFO)
     # megatron-core says this at import, six times over, on every machine without Apex.
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
     # What the libraries below say about each other's interfaces is nothing a user can act on.
@@ -276,6 +279,5 @@ def _set_up_logging() -> None:
             warnings.filterwarnings("ignore", category=category, module=module)
 
 
-def _error_prefix() -> str:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return "error" if world_size == 1 else f"error (rank {os.environ['RANK']})"
+def _error_prefix(launch: Launch) -> str:
+    return "error" if launch.world_size == 1 else f"error (rank {launch.rank})"

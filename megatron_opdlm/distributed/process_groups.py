@@ -6,7 +6,6 @@ The only file that reads Megatron's `parallel_state`. Everything else takes a `P
 from __future__ import annotations
 
 import datetime
-import os
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_opdlm.distributed import cpu_backend as cpu
+from megatron_opdlm.distributed.launch import read_launch
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -145,7 +145,8 @@ def initialize(
         The groups of this process.
 
     Raises:
-        ValueError: if the world size is not a multiple of tensor x pipeline parallel size.
+        ValueError: if the world size is not a multiple of tensor x pipeline parallel size, or the
+            environment holds half of a launcher's variables.
     """
     cpu.install()
     from megatron.core import parallel_state as mpu
@@ -315,8 +316,9 @@ def _own_group(
 
 def _init_process_group(timeout_minutes: float) -> None:
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    launch = read_launch()
+    if launch.has_launcher:
+        local_rank = launch.local_rank
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"process {local_rank} of this machine has no GPU of its own: there are "

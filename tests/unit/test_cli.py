@@ -68,9 +68,23 @@ def test_a_traceback_is_there_when_asked_for(position):
         cli.main(argv)
 
 
+def under_torchrun(monkeypatch, rank):
+    place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_half_of_a_launchers_variables_is_an_error_of_its_own(capsys, monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # left over in a shell
+    status, out, err = run(capsys, command, CONFIG, "--gpus", "8")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: WORLD_SIZE=2 is set in the environment without RANK"), err
+    assert "unset WORLD_SIZE" in err
+
+
 def test_errors_under_torchrun_name_the_rank(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
+    under_torchrun(monkeypatch, rank=1)
     assert run(capsys, "train", CONFIG, "lrr=1")[2].startswith("error (rank 1): unknown key")
 
 
@@ -118,8 +132,7 @@ def test_nproc_starts_torchrun_with_the_same_arguments(monkeypatch):
 
 
 def test_nproc_under_torchrun_is_refused(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+    under_torchrun(monkeypatch, rank=0)
     assert "torchrun has started this process" in run(capsys, "train", CONFIG, "--nproc", "2")[2]
 
 
@@ -140,7 +153,7 @@ def test_a_bad_start_stops_before_any_process_starts(capsys, monkeypatch, argume
 def test_only_this_package_reports_progress():
     """Libraries log what they do, also when an interrupted process ends."""
     program = (
-        "import logging; from megatron_opdlm import cli; cli._set_up_logging();"
+        "import logging; from megatron_opdlm import cli; cli._set_up_logging(cli.Launch());"
         "logging.getLogger('megatron_opdlm.train.trainer').info('ours');"
         "logging.getLogger('torch._subclasses.fake_tensor').info('theirs');"
         "logging.getLogger('torch').warning('a warning')"
@@ -175,8 +188,7 @@ def test_a_dry_run_prints_a_configuration_that_loads(capsys, tmp_path):
 
 
 def test_other_ranks_of_a_dry_run_are_silent(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
+    under_torchrun(monkeypatch, rank=1)
     assert run(capsys, "train", CONFIG, "--dry-run") == (0, "", "")
 
 

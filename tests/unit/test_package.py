@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in MODULES]
 
 # torchrun's interface is environment variables, and so is MKL's, for the CPU backend; no knob is.
-USES_ENVIRONMENT = {"cli.py", "distributed/process_groups.py", "distributed/cpu_backend.py"}
+USES_ENVIRONMENT = {"cli.py", "distributed/launch.py", "distributed/cpu_backend.py"}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,63 @@
+"""Which process of a job this is, as torchrun says in the environment.
+
+The standard library only: the command line asks, too.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+_TOGETHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun sets and torch.distributed needs, all of it or nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """A process's place in its job; without a launcher it is a job of one process."""
+
+    rank: int = 0
+    """Of this process, from 0."""
+    world_size: int = 1
+    """Processes of the job."""
+    local_rank: int = 0
+    """Of this process on its machine, from 0."""
+    has_launcher: bool = False
+    """Whether a launcher has started this process."""
+
+
+def read_launch() -> Launch:
+    """Reads the environment.
+
+    Raises:
+        ValueError: variables that contradict each other, or some of a launcher's without the
+            others: left over in a shell, most likely.
+    """
+    given = {name: os.environ[name] for name in _TOGETHER if name in os.environ}
+    if not given.keys() & {"RANK", "WORLD_SIZE"}:  # a cluster may name an address for all jobs
+        return Launch()
+    missing = [name for name in _TOGETHER if name not in given]
+    if missing:
+        said = " and ".join(f"{name}={given[name]}" for name in _TOGETHER[:2] if name in given)
+        raise ValueError(
+            f"{said} {'is' if ' and ' not in said else 'are'} set in the environment without "
+            f"{' and '.join(missing)}, so nobody knows which process of a job this is; "
+            f"unset {' '.join(name for name in _TOGETHER[:2] if name in given)}, or start with "
+            "torchrun"
+        )
+    numbers = {name: _number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    rank, world_size = numbers["RANK"], numbers["WORLD_SIZE"]
+    if not rank < world_size:
+        raise ValueError(
+            f"RANK={rank} must be below WORLD_SIZE={world_size}; unset both, or start with torchrun"
+        )
+    return Launch(
+        rank=rank, world_size=world_size, local_rank=numbers["LOCAL_RANK"], has_launcher=True
+    )
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "0")
+    if not text.isdecimal():
+        raise ValueError(f"{name}={text} must be a whole number; unset it, or start with torchrun")
+    return int(text)
