@@ -63,7 +63,8 @@ class Mark(Enum):
     """Facts about a key that need no more than a word."""
 
     MAY_CHANGE = "may change when a run goes on"
-    """It says where a run is computed or what it reports, not what it computes."""
+    """It says where a run is computed, what it reports, or where it finds what it is computed from,
+    which is known by its content (train/identity.py)."""
     PATH = "a path"
     """A leading ~ stands for the home folder."""
 

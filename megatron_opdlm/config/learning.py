@@ -137,7 +137,7 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     """Data, length and outputs of the run."""
 
-    data: Annotated[str, PATH]
+    data: Annotated[str, PATH, MAY_CHANGE]
     """Prompt file: JSONL with prompt or messages, or a JSON list with question."""
     save: Annotated[str, PATH, MAY_CHANGE]
     """Run folder; must be new or hold the same run."""

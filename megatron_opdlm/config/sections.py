@@ -20,9 +20,9 @@ from megatron_opdlm.distributed.vocab import rollout_divisor
 class ModelConfig(Section):
     """Which models, and in which number format they run."""
 
-    student: Annotated[str, PATH]
+    student: Annotated[str, PATH, MAY_CHANGE]
     """Model to convert: a Hugging Face directory or a checkpoint of `opdlm convert import`."""
-    teacher: Annotated[str | None, PATH] = None
+    teacher: Annotated[str | None, PATH, MAY_CHANGE] = None
     """Frozen autoregressive model, in the same two forms; null = the student's initial weights."""
     layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer implementation; auto = transformer_engine where CUDA is available, else local."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ class DataResponses:
             prompt.id: Response(ids, ended=True)
             for prompt, ids in zip(schedule.prompts, responses, strict=True)
         }
+
+    @property
+    def given(self) -> Mapping[str, Tensor]:
+        """See `ResponseSource`."""
+        return {name: response.token_ids for name, response in self._responses.items()}
 
     def collect(self, rollout_step: int) -> Collected:
         """See `ResponseSource`."""

@@ -6,7 +6,7 @@ are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -119,6 +119,10 @@ class Collected:
 
 class ResponseSource(Protocol):
     """Student, teacher or data."""
+
+    @property
+    def given(self) -> Mapping[str, Tensor]:
+        """Responses [R] int64 that the data give, by prompt id; empty where a model writes them."""
 
     def collect(self, rollout_step: int) -> Collected:
         """Returns the responses of a rollout. Call on all ranks."""

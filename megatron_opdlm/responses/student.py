@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
 
 from megatron_opdlm.config.run import RolloutConfig
 from megatron_opdlm.diffusion import randomness
@@ -39,6 +41,11 @@ class StudentResponses:
         """
         self._schedule, self._engine = schedule, engine
         self._layout, self._weights_version = layout, weights_version
+
+    @property
+    def given(self) -> Mapping[str, Tensor]:
+        """See `ResponseSource`."""
+        return {}
 
     def collect(self, rollout_step: int) -> Collected:
         """See `ResponseSource`."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from megatron_opdlm.config.run import Config
 from megatron_opdlm.diffusion import randomness
@@ -45,6 +48,11 @@ class TeacherResponses:
         self._schedule, self._engine, self._teacher = schedule, engine, teacher
         self._file = file
         from_main(file.check, is_main=teacher.parallel.is_main)
+
+    @property
+    def given(self) -> Mapping[str, Tensor]:
+        """See `ResponseSource`."""
+        return {}
 
     def collect(self, rollout_step: int) -> Collected:
         """See `ResponseSource`.

@@ -1,5 +1,5 @@
-"""The folder of a run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, rollouts/, and
-teacher_responses.jsonl if the teacher wrote responses.
+"""The folder of a run: config.yaml, identity.json, metrics.jsonl, tensorboard/, checkpoints/,
+rollouts/, and teacher_responses.jsonl if the teacher wrote responses.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from megatron_opdlm.checkpoint.layout import CHECKPOINTS
 from megatron_opdlm.config.run import Config, load_config
 from megatron_opdlm.config.schema import collect_keys
 from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.train.identity import RunIdentity
 
 CONFIG_FILE = "config.yaml"
+IDENTITY_FILE = "identity.json"
 ROLLOUTS = "rollouts"
 TEACHER_RESPONSES = "teacher_responses.jsonl"
 IMPORTED = "imported"
@@ -105,11 +107,39 @@ class RunFolder:
             ) from error
         return path.exists() and os.path.samestat(path.stat(), os.fstat(self._lock.fileno()))
 
-    def claim(self, config: Config) -> None:
-        """Makes the folder this run's: writes its resolved configuration. Main process only."""
+    def check_identity(self, identity: RunIdentity, config: Config) -> None:
+        """Refuses to go on with a run that was computed from something else. Main process only.
+
+        Args:
+            identity: of what was loaded now.
+            config: resolved; it says where from.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        path = self.root / IDENTITY_FILE
+        if not (self.root / CONFIG_FILE).is_file():
+            return  # a new run
+        if not path.is_file():
+            raise ValueError(
+                f"save={self.root} holds a run without {IDENTITY_FILE}, so nobody can say what it "
+                "was computed from; choose another folder"
+            )
+        paths = {
+            "data": config.train.data,
+            "student": config.model.student,
+            "teacher": config.model.teacher,
+        }
+        identity.require_same(RunIdentity.read(path), self.root, paths)
+
+    def claim(self, config: Config, identity: RunIdentity) -> None:
+        """Makes the folder this run's: writes its resolved configuration, and what it is computed
+        from. Main process only.
+        """
         if self._undo is not None:
             self._undo.detach()
         (self.root / ROLLOUTS).mkdir(parents=True, exist_ok=True)
+        identity.write(self.root / IDENTITY_FILE)
         path = self.root / CONFIG_FILE
         partial = path.with_suffix(".partial")
         config.save_yaml(partial)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 from megatron_opdlm.config.run import Config, DistillConfig, ModelConfig
 from megatron_opdlm.distill.load_teacher import teacher_options
 from megatron_opdlm.distill.student import Student
 from megatron_opdlm.distill.teacher import Teacher
 from megatron_opdlm.loss.divergence import Divergence
-from megatron_opdlm.model.fingerprint import fingerprint
+from megatron_opdlm.model.fingerprint import Fingerprint, fingerprint
 from megatron_opdlm.model.gpt import BuildOptions
 from megatron_opdlm.plan.ranks import find_model_config
-from megatron_opdlm.responses.prompts import PromptTokens
+from megatron_opdlm.responses.source import ResponseSource, RolloutSchedule
 from megatron_opdlm.rollout.graph_support import require_graphs
+from megatron_opdlm.train.identity import RunIdentity, digest_tokens
 
 
 def build_divergence(config: DistillConfig) -> Divergence:
@@ -54,10 +54,52 @@ def check_graphs(config: Config, options: BuildOptions) -> None:
         )
 
 
-def check_weights(
-    student: Student, teacher: Teacher | None, prompts: Sequence[PromptTokens], config: ModelConfig
+def identify(
+    weights: Fingerprint, teacher: Teacher | None, schedule: RolloutSchedule, source: ResponseSource
+) -> RunIdentity:
+    """Says what a run is computed from.
+
+    Args:
+        weights: of the student before training.
+        teacher: frozen; None: there is none.
+        schedule: with all prompts.
+        source: of the responses; those that the data give count, too.
+    """
+    given = source.given
+    return RunIdentity(
+        prompts={
+            prompt.id: digest_tokens([prompt.ids, *([given[prompt.id]] if given else [])])
+            for prompt in schedule.prompts
+        },
+        student=str(weights),
+        teacher=None if teacher is None else str(teacher.fingerprint),
+    )
+
+
+def student_weights(student: Student, path: str) -> Fingerprint:
+    """Reads all of the student's weights. Call on all ranks.
+
+    Raises:
+        ValueError: NaN or infinity, naming the model.
+    """
+    weights = fingerprint(student.model, student.description.config)
+    weights.require_finite("student", path)
+    return weights
+
+
+def check_teacher(
+    teacher: Teacher | None,
+    weights: Fingerprint,
+    schedule: RolloutSchedule,
+    config: ModelConfig,
 ) -> dict[str, float]:
-    """Says whose weights these are, and refuses those that cannot be right. Call on all ranks.
+    """Says whose weights these are, and refuses a teacher that cannot be right. Call on all ranks.
+
+    Args:
+        teacher: frozen; None: there is none.
+        weights: the student's.
+        schedule: with the prompts that the teacher is tried on.
+        config: resolved.
 
     Returns:
         What `Teacher.self_check` found; nothing without a teacher.
@@ -65,13 +107,11 @@ def check_weights(
     Raises:
         ValueError: naming the model.
     """
-    weights = fingerprint(student.model, student.description.config)
-    weights.require_finite("student", config.student)
     if teacher is None:
         return {}
     return teacher.self_check(
         weights,
-        [prompt.ids for prompt in prompts],
-        mask_token_id=student.mask_token_id,
+        [prompt.ids for prompt in schedule.prompts],
+        mask_token_id=schedule.mask_token_id,
         max_nll=config.max_teacher_nll,
     )

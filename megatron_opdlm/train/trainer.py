@@ -44,7 +44,13 @@ from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.train.checkpoints import CheckpointFolder
 from megatron_opdlm.train.optimizer import StudentOptimizer
 from megatron_opdlm.train.run_folder import RunFolder
-from megatron_opdlm.train.setup import build_divergence, check_graphs, check_weights
+from megatron_opdlm.train.setup import (
+    build_divergence,
+    check_graphs,
+    check_teacher,
+    identify,
+    student_weights,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -117,11 +123,15 @@ class Trainer:
         )
         self.rollout_step = 0
         self.work = WorkCounters()
-        self._resume()
-        self._first_figures = check_weights(
-            self.student, self.teacher, self.schedule.prompts, config.model
+        weights = student_weights(self.student, config.model.student)
+        identity = identify(weights, self.teacher, self.schedule, self.source)
+        from_main(
+            lambda: self.folder.check_identity(identity, config), is_main=self.parallel.is_main
         )
-        from_main(lambda: self.folder.claim(config), is_main=self.parallel.is_main)
+        if self._resume():
+            weights = student_weights(self.student, config.model.student)
+        self._first_figures = check_teacher(self.teacher, weights, self.schedule, config.model)
+        from_main(lambda: self.folder.claim(config, identity), is_main=self.parallel.is_main)
 
     def train(self) -> None:
         """Runs the job to its last rollout."""
@@ -360,10 +370,11 @@ class Trainer:
             recompute_granularity=config.recompute_granularity,
         )
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Goes on from the newest checkpoint; returns whether there is one."""
         latest = self.checkpoints.latest()
         if latest is None:
-            return
+            return False
         if read_description(latest).config != self.student.description.config:
             raise ValueError(
                 f"save={self.folder.root}: {latest} is a checkpoint of another model than "
@@ -373,6 +384,7 @@ class Trainer:
         self.rollout_step = int(values["rollout_step"])
         self.work = WorkCounters.from_json(values["work"])
         logger.info("resumed from %s after %d rollouts", latest, self.rollout_step)
+        return True
 
     def _description(self) -> ModelDescription:
         before = self.student.description

@@ -9,9 +9,9 @@ import signal
 import pytest
 import torch
 
-from megatron_opdlm.checkpoint import weights as checkpoint_module
-from megatron_opdlm.checkpoint.layout import LATEST_FILE, STATE_FILE, resolve_iteration
+from megatron_opdlm.checkpoint.layout import LATEST_FILE, MODEL_FILE, STATE_FILE, resolve_iteration
 from megatron_opdlm.reporting.logger import read_metrics
+from megatron_opdlm.train import checkpoints as checkpoint_module
 from megatron_opdlm.train.trainer import Trainer
 from tests.helpers import run_ranks
 from tests.tiny import tiny_model, write_prompts
@@ -141,20 +141,22 @@ class ForgetsAdam(Trainer):
     """Resumes the weights and not the optimizer."""
 
     def _resume(self):
-        super()._resume()
+        found = super()._resume()
         for adam in self.optimizer.optimizer.chained_optimizers:
             for values in adam.optimizer.state.values():
                 values["exp_avg"].zero_()
+        return found
 
 
 class ForgetsTheStep(Trainer):
     """Resumes the moments and not Adam's step, on which the bias correction depends."""
 
     def _resume(self):
-        super()._resume()
+        found = super()._resume()
         for adam in self.optimizer.optimizer.chained_optimizers:
             for values in adam.optimizer.state.values():
                 values["step"].zero_()
+        return found
 
 
 @pytest.mark.parametrize("cls", [ForgetsAdam, ForgetsTheStep])
@@ -222,17 +224,76 @@ def test_every_rank_says_why_a_folder_is_refused(make_config, uninterrupted):
     assert all("resume=never" in message for message in messages)
 
 
-def test_checkpoints_of_another_model(make_config, uninterrupted, tmp_path, tmp_path_factory):
+def test_checkpoints_of_another_model(make_config, uninterrupted, tmp_path):
     """The run folder's checkpoints were replaced by those of a model of another shape."""
-    other = tiny_model(tmp_path_factory.getbasetemp(), intermediate_size=48)
     save = rewound(uninterrupted, tmp_path, 3)
-    config = (save / "config.yaml").read_text()
-    student = str(make_config(save=save).model.student)
-    (save / "config.yaml").write_text(config.replace(student, str(other.checkpoint)))
-    of_other = functools.partial(tiny_config, other.checkpoint, **make_config.keywords)
-    of_other = functools.partial(of_other, make_config.args[1])
-    (message,) = run_ranks(start, 1, of_other, save, {})
+    path = save / "checkpoints" / "iter_0000003" / MODEL_FILE
+    description = json.loads(path.read_text())
+    description["config"]["ffn_hidden_size"] *= 2
+    path.write_text(json.dumps(description))
+    (message,) = run_ranks(start, 1, make_config, save, {})
     assert "iter_0000003 is a checkpoint of another model" in message
+
+
+# --- a run is known by what it reads ---
+
+
+def reading(make_config, *, student=None, data=None):
+    """The same configuration with other paths."""
+    paths = [given or path for given, path in zip((student, data), make_config.args, strict=True)]
+    return functools.partial(tiny_config, *paths, **make_config.keywords)
+
+
+def test_the_same_content_under_another_path_goes_on(make_config, model, uninterrupted, tmp_path):
+    save = rewound(uninterrupted, tmp_path, 2)
+    data = tmp_path / "moved.jsonl"
+    shutil.copy(make_config.args[1], data)
+    shutil.copytree(model.checkpoint, tmp_path / "copy")
+    moved = {"student": tmp_path / "copy", "data": data}
+    run_ranks(train, 1, reading(make_config, **moved), save, {})
+    assert records(save) == records(uninterrupted[0])
+    for name, path in moved.items():
+        assert f"{name}: {path}" in (save / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda lines: [lines[0].replace("x0", "y0"), *lines[1:]], '1 changed ("p0")'),
+        (lambda lines: lines[1:], '1 gone ("p0")'),
+        (lambda lines: lines[::-1], "the same in another order"),
+    ],
+    ids=["changed", "gone", "order"],
+)
+def test_other_prompts_under_the_same_path_are_refused(
+    edit, said, make_config, uninterrupted, tmp_path
+):
+    data = tmp_path / "prompts.jsonl"
+    lines = make_config.args[1].read_text().splitlines()
+    data.write_text("\n".join(edit(lines)) + "\n")
+    (message,) = run_ranks(start, 1, reading(make_config, data=data), uninterrupted[0], {})
+    assert "holds a run on other prompts" in message and said in message
+
+
+def test_a_chat_template_that_writes_the_date_is_noticed(
+    make_config, model, uninterrupted, tmp_path
+):
+    shutil.copytree(model.checkpoint, tmp_path / "copy")
+    for path in (tmp_path / "copy").rglob("chat_template.jinja"):
+        path.write_text("{{ '2026-11-28' }}" + path.read_text())
+    today = reading(make_config, student=tmp_path / "copy")
+    (message,) = run_ranks(start, 1, today, uninterrupted[0], {})
+    assert '16 changed ("p0", "p1", "p2", "p3", ...)' in message and "the date" in message
+
+
+def test_other_weights_are_refused(make_config, uninterrupted, tmp_path_factory):
+    other = tiny_model(tmp_path_factory.getbasetemp(), seed=7)
+    (message,) = run_ranks(
+        start, 1, reading(make_config, student=other.checkpoint), uninterrupted[0], {}
+    )
+    assert "holds a run whose student had other weights" in message
+    (message,) = run_ranks(start, 1, make_config, uninterrupted[0], {"teacher": other.checkpoint})
+    assert "holds a run whose teacher had other weights" in message
 
 
 def test_a_checkpoint_without_state(make_config, uninterrupted, tmp_path):

@@ -12,9 +12,19 @@ import pytest
 import torch
 
 from megatron_opdlm.config.run import load_config
-from megatron_opdlm.train.run_folder import CONFIG_FILE, IMPORTED, LOCK_FILE, ROLLOUTS, RunFolder
+from megatron_opdlm.train.identity import RunIdentity
+from megatron_opdlm.train.run_folder import (
+    CONFIG_FILE,
+    IDENTITY_FILE,
+    IMPORTED,
+    LOCK_FILE,
+    ROLLOUTS,
+    RunFolder,
+)
 from tests.training import tiny_config
 from tests.unit.diffusion.test_trajectory import make_trajectory
+
+IDENTITY = RunIdentity(prompts={"p": "0"}, student="1", teacher=None)
 
 
 @pytest.fixture
@@ -30,7 +40,8 @@ def take(save, **values):
     """Checks and claims, as a run does."""
     config, folder = make(save, **values), RunFolder(save)
     folder.check(config)
-    folder.claim(config)
+    folder.check_identity(IDENTITY, config)
+    folder.claim(config, IDENTITY)
     return config
 
 
@@ -38,7 +49,7 @@ def test_a_new_folder_gets_the_resolved_configuration(save):
     config = take(save)
     assert load_config(save / CONFIG_FILE) == config
     assert (save / ROLLOUTS).is_dir()
-    assert sorted(path.name for path in save.iterdir()) == [CONFIG_FILE, ROLLOUTS]
+    assert sorted(path.name for path in save.iterdir()) == [CONFIG_FILE, IDENTITY_FILE, ROLLOUTS]
 
 
 def test_check_writes_nothing(save):
@@ -63,6 +74,8 @@ def test_the_same_run_goes_on(save):
         {"log_samples": 0},
         {"recompute_granularity": "full"},
         {"import_cache": "elsewhere"},
+        {"teacher_tensor_model_parallel_size": 2, "max_teacher_nll": 9.0},
+        {"rollout_tensor_model_parallel_size": 2},
         {"kv_cache_gb": 0.5, "cuda_graphs": False, "keep_kv_cache": True},
     ],
     ids=str,
@@ -186,9 +199,11 @@ def test_the_folder_of_a_run_that_started_stays(tmp_path):
     save = tmp_path / "run"
     folder = RunFolder(save)
     folder.lock()
-    folder.claim(make(save))
+    folder.claim(make(save), IDENTITY)
     del folder
-    assert sorted(path.name for path in save.iterdir()) == [LOCK_FILE, CONFIG_FILE, ROLLOUTS]
+    assert sorted(path.name for path in save.iterdir()) == [
+        LOCK_FILE, CONFIG_FILE, IDENTITY_FILE, ROLLOUTS,
+    ]  # fmt: skip
 
 
 def test_a_child_process_removes_nothing(tmp_path):

@@ -1,0 +1,112 @@
+"""What a run is computed from, by content: its prompts as tokens, and the weights it begins with.
+
+A path says little: the file behind it may change, and the same file has several. So a run folder
+keeps digests, and a run that goes on must have the same ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_opdlm.files.folders import read_json_object, write_json
+
+_NAMED = 4
+"""Prompts that an error names of each kind."""
+_DIGEST_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """Digests of everything that a run reads and that its configuration only points to."""
+
+    prompts: Mapping[str, str]
+    """Digest of the token ids by prompt id, in the order of the file, which the rollouts follow."""
+    student: str
+    """Fingerprint of the student's weights before training."""
+    teacher: str | None
+    """Fingerprint of the teacher's weights; None: there is none."""
+
+    @classmethod
+    def read(cls, path: Path) -> RunIdentity:
+        """Reads what `write` wrote.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        values = read_json_object(path)
+        if set(values) != {"prompts", "student", "teacher"}:
+            raise ValueError(f"{path}: holds {sorted(values)}; it is not what a run wrote there")
+        return cls(**values)
+
+    def write(self, path: Path) -> None:
+        """Writes a JSON file, whole or not at all."""
+        partial = path.with_suffix(".partial")
+        values = {"prompts": self.prompts, "student": self.student, "teacher": self.teacher}
+        write_json(partial, values)
+        os.replace(partial, path)
+
+    def require_same(
+        self, before: RunIdentity, save: Path, paths: Mapping[str, str | None]
+    ) -> None:
+        """Refuses to go on with a run that was computed from something else.
+
+        Args:
+            before: of the run so far.
+            save: its folder.
+            paths: where `data`, `student` and `teacher` are now.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        for role in ("student", "teacher"):
+            old, new = getattr(before, role), getattr(self, role)
+            if old != new:
+                raise ValueError(
+                    f"save={save} holds a run whose {role} had other weights (fingerprint {old}) "
+                    f"than {role}={paths[role]} has now ({new}); give the weights that it began "
+                    "with, or choose another folder"
+                )
+        if difference := _difference(before.prompts, self.prompts):
+            raise ValueError(
+                f"save={save} holds a run on other prompts than data={paths['data']} gives now: "
+                f"{difference}; give the file, the tokenizer and the chat template that it began "
+                "with (a template that writes the date changes every day), or choose another folder"
+            )
+
+
+def digest_tokens(parts: Sequence[Tensor]) -> str:
+    """Returns a short digest of token ids.
+
+    Args:
+        parts: [L] int64 each: a prompt, and its response where the data give one.
+    """
+    whole = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for part in parts:
+        whole.update(len(part).to_bytes(8, "little"))
+        whole.update(part.numpy().astype("<i8").tobytes())
+    return whole.hexdigest()
+
+
+def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What changed, with the first ids of each kind; empty if nothing did."""
+    kinds = {
+        "changed": [name for name in now if before.get(name, now[name]) != now[name]],
+        "new": [name for name in now if name not in before],
+        "gone": [name for name in before if name not in now],
+    }
+    found = [f"{len(names)} {kind} ({_names(names)})" for kind, names in kinds.items() if names]
+    if not found and list(before) != list(now):
+        return "they are the same in another order"
+    return ", ".join(found)
+
+
+def _names(names: Sequence[str]) -> str:
+    more = ", ..." if len(names) > _NAMED else ""
+    return ", ".join(json.dumps(name, ensure_ascii=False) for name in names[:_NAMED]) + more
