@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_opdlm.checks import require, require_at_least
+from megatron_opdlm.evaluation.kinds import DEFAULT_KIND, KINDS, find_kind
 from megatron_opdlm.generate.arguments import (
     MAX_ROWS,
     REMASKING,
@@ -23,6 +25,7 @@ from megatron_opdlm.generate.arguments import (
 )
 
 if TYPE_CHECKING:
+    from megatron_opdlm.evaluation.kinds.kind import TaskKind
     from megatron_opdlm.evaluation.task import EvalResult, Task
     from megatron_opdlm.evaluation.teacher import Teacher
     from megatron_opdlm.generate.decoder import Decoder
@@ -37,14 +40,18 @@ def add_eval_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
         "eval",
         help="accuracy and tokens per forward on questions with answers",
         description="Decode and grade; static and dynamic decoding side by side unless one is "
-        "asked for. Also under torchrun, with the same arguments.",
+        "asked for.\nAlso under torchrun, with the same arguments.",
+        epilog=_describe_kinds(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--task",
         action="append",
         required=True,
-        metavar="NAME=FILE",
-        help="prompt file whose entries have an answer, a number; may be given several times",
+        metavar="NAME[:KIND]=FILE",
+        help=f"prompt file with answers, under a name of your choice; KIND, one of "
+        f"{', '.join(KINDS)}, says how they are read and graded; default: the KIND that is called "
+        f"NAME, else {DEFAULT_KIND.name}; may be given several times",
     )
     add_model_arguments(parser)
     _add_setting_arguments(parser)
@@ -105,7 +112,10 @@ def run_eval(args: argparse.Namespace) -> int:
     from megatron_opdlm.evaluation.teacher import load_reference
 
     _check(args)
-    tasks = [load_task(*_split_task(text), args.num_questions) for text in args.task]
+    tasks = [
+        load_task(name, path, args.num_questions, kind=kind)
+        for name, kind, path in map(_split_task, args.task)
+    ]
     settings = _settings(args)
     teacher = None if args.teacher is None else load_reference(args.teacher)
     decoder = open_decoder(args, max_rows=args.max_rows or MAX_ROWS)
@@ -143,11 +153,26 @@ def _has_dynamic(args: argparse.Namespace) -> bool:
     return args.dynamic or not (args.static or args.entropy_bounded or args.sequential)
 
 
-def _split_task(text: str) -> tuple[str, str]:
-    name, equals, path = text.partition("=")
-    if not (name and equals and path):
-        raise ValueError(f"--task {text} must be NAME=FILE, e.g. gsm8k=data/gsm8k.jsonl")
-    return name, path
+def _split_task(text: str) -> tuple[str, TaskKind, str]:
+    """Returns name, kind and file of a task."""
+    label, _, path = text.partition("=")
+    name, colon, kind = label.partition(":")
+    if not (name and path) or bool(colon) != bool(kind):
+        raise ValueError(
+            f"--task {text} must be NAME=FILE or NAME:KIND=FILE, e.g. gsm8k=data/gsm8k.jsonl or "
+            f"gsm8k:{DEFAULT_KIND.name}=data/gsm8k.jsonl"
+        )
+    return name, find_kind(name, kind or None), path
+
+
+def _describe_kinds() -> str:
+    """Returns the list of kinds for the help text."""
+    lines = ["kinds of tasks:"]
+    for kind in KINDS.values():
+        text = f"an entry has {kind.reads}; a response is correct if {kind.accepts}"
+        lines.append(textwrap.fill(text, 96, initial_indent=f"  {kind.name}: ",
+                                   subsequent_indent="      "))  # fmt: skip
+    return "\n".join(lines)
 
 
 def _settings(args: argparse.Namespace) -> list[DecodingOptions]:

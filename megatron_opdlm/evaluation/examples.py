@@ -33,7 +33,7 @@ def example_record(answer: Answer, tokenizer: Any) -> dict[str, Any]:
     record = {
         "id": answer.question.id,
         "question": answer.question.messages[-1]["content"],
-        "reference": answer.question.answer,
+        "reference": str(answer.question.reference),
         "response": answer.response,
         "correct": answer.correct,
         "ended": answer.ended,

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.evaluation.labels import setting_name
-from megatron_opdlm.evaluation.task import Answer, EvalResult, Task, grade
+from megatron_opdlm.evaluation.task import Answer, EvalResult, Task
 from megatron_opdlm.generate.decoder import Decoder
 from megatron_opdlm.responses.prompts import PromptTokens
 from megatron_opdlm.rollout.request import DecodingOptions
@@ -60,6 +60,7 @@ def evaluate(
     seconds = time.perf_counter() - start
     return EvalResult(
         task=task.name,
+        kind=task.kind.name,
         options=options,
         response_limit=response_limit,
         enable_thinking=enable_thinking,
@@ -77,9 +78,9 @@ def _grade_all(
     texts = tokenizer.batch_decode(
         [trajectory.text_ids.tolist() for trajectory in trajectories], skip_special_tokens=True
     )
-    answers = [grade(question, "", num_tokens=0, ended=False) for question in task.questions]
+    answers = [task.grade(question, "", num_tokens=0, ended=False) for question in task.questions]
     for prompt, trajectory, text in zip(prompts, trajectories, texts, strict=True):
-        answers[prompt.index] = grade(
+        answers[prompt.index] = task.grade(
             task.questions[prompt.index],
             text,
             num_tokens=trajectory.num_response_tokens,

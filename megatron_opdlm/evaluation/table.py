@@ -37,7 +37,7 @@ def result_table(results: Sequence[EvalResult]) -> Table:
 
 def example_text(label: str, answer: Answer) -> Text:
     """Returns a question, the response to it and the verdict."""
-    verdict = "correct" if answer.correct else f"wrong, the answer is {answer.question.answer}"
+    verdict = "correct" if answer.correct else f"wrong, the answer is {answer.question.reference}"
     text = Text(f"[{label}] {answer.question.messages[-1]['content']}\n", style="dim")
     text.append(f"    {answer.response}\n", style="default")
     text.append(f"    {verdict}", style="green" if answer.correct else "red")

@@ -9,95 +9,104 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_opdlm.diffusion.trajectory import Trajectory
-from megatron_opdlm.evaluation.graders import is_correct, parse_number
+from megatron_opdlm.evaluation.kinds import DEFAULT_KIND
+from megatron_opdlm.evaluation.kinds.kind import TaskKind
 from megatron_opdlm.evaluation.labels import setting_name
-from megatron_opdlm.responses.prompts import Prompt, load_prompts
+from megatron_opdlm.responses.entries import read_entries
+from megatron_opdlm.responses.prompts import Prompt, make_prompts
 from megatron_opdlm.rollout.request import DecodingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """A set of questions.
+class Question(Prompt):
+    """A prompt with the reference that its response is compared with."""
 
-    Attributes:
-        name: what reports call it.
-        questions: prompts that all have an answer.
-    """
+    reference: Any
+    """What the task's kind read; `str(reference)` is for people."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One graded response."""
+
+    question: Question
+    """What was asked."""
+    response: str
+    """Text of the response; empty for a prompt that was too long to decode."""
+    correct: bool
+    """Verdict of the grader."""
+    num_tokens: int
+    """Response tokens, end of sequence included."""
+    ended: bool
+    """Whether the response ended by itself, within the limit."""
+    trajectory: Trajectory | None = None
+    """How it was decoded; None for an autoregressive teacher."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A set of questions, and how they are graded."""
 
     name: str
-    questions: list[Prompt]
+    """What reports call it."""
+    kind: TaskKind
+    """Whose questions these are."""
+    questions: list[Question]
+    """In the order of the file."""
+
+    def grade(
+        self,
+        question: Question,
+        response: str,
+        *,
+        num_tokens: int,
+        ended: bool,
+        trajectory: Trajectory | None = None,
+    ) -> Answer:
+        """Grades one response."""
+        return Answer(
+            question=question,
+            response=response,
+            correct=self.kind.grade(response, question.reference),
+            num_tokens=num_tokens,
+            ended=ended,
+            trajectory=trajectory,
+        )
 
 
 def load_task(
-    name: str, path: str, num_questions: int | None = None, *, key: str = "--num-questions"
+    name: str,
+    path: str,
+    num_questions: int | None = None,
+    *,
+    kind: TaskKind = DEFAULT_KIND,
+    key: str = "--num-questions",
 ) -> Task:
     """Reads the first questions of a prompt file.
 
     Args:
         name: what reports call it.
-        path: prompt file whose entries have `answer`.
+        path: prompt file whose entries have what the kind reads.
         num_questions: how many; None for all.
+        kind: how entries are read, asked and graded.
         key: what the user calls that number.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a malformed file, a question without a number as its answer, or too few.
+        ValueError: a malformed file, a question without what the kind reads, or too few.
     """
-    prompts = load_prompts(path)
-    if num_questions is not None and not 1 <= num_questions <= len(prompts):
+    entries = read_entries(path)
+    if num_questions is not None and not 1 <= num_questions <= len(entries):
         raise ValueError(
             f"{key}={num_questions} must be between 1 and the number of questions in {path}, "
-            f"which is {len(prompts)}"
+            f"which is {len(entries)}"
         )
-    questions = prompts[:num_questions]
-    for prompt in questions:
-        if prompt.answer is None or parse_number(prompt.answer) is None:
-            raise ValueError(
-                f"{path}: prompt {prompt.id} (line {prompt.line}) has answer={prompt.answer!r}; an "
-                'evaluation needs a number; write e.g. "answer": "14"'
-            )
-    return Task(name=name, questions=questions)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """One graded response.
-
-    Attributes:
-        question: the prompt.
-        response: its text; empty for a prompt that was too long to decode.
-        correct: verdict of the grader.
-        num_tokens: response tokens, end of sequence included.
-        ended: whether the response ended by itself, within the limit.
-        trajectory: how it was decoded; None for an autoregressive teacher.
-    """
-
-    question: Prompt
-    response: str
-    correct: bool
-    num_tokens: int
-    ended: bool
-    trajectory: Trajectory | None = None
-
-
-def grade(
-    question: Prompt,
-    response: str,
-    *,
-    num_tokens: int,
-    ended: bool,
-    trajectory: Trajectory | None = None,
-) -> Answer:
-    """Grades one response."""
-    assert question.answer is not None, "load_task checked it"
-    return Answer(
-        question=question,
-        response=response,
-        correct=is_correct(response, question.answer),
-        num_tokens=num_tokens,
-        ended=ended,
-        trajectory=trajectory,
-    )
+    prompts = make_prompts(entries, kind.messages)[:num_questions]
+    questions = [
+        Question(**vars(prompt), reference=kind.read(entry))
+        for prompt, entry in zip(prompts, entries, strict=False)
+    ]
+    return Task(name=name, kind=kind, questions=questions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +115,7 @@ class EvalResult:
 
     Attributes:
         task: name of the task.
+        kind: name of its kind.
         options: how blocks were denoised; None for an autoregressive teacher, which is greedy.
         response_limit: most response tokens.
         enable_thinking: what the chat template was told.
@@ -116,6 +126,7 @@ class EvalResult:
     """
 
     task: str
+    kind: str
     options: DecodingOptions | None
     response_limit: int
     enable_thinking: bool
@@ -168,6 +179,7 @@ class EvalResult:
         """Returns the numbers and how they came about, without the responses."""
         return {
             "task": self.task,
+            "kind": self.kind,
             "setting": setting_name(self.options),
             "options": None if self.options is None else dataclasses.asdict(self.options),
             "max_new_tokens": self.response_limit,

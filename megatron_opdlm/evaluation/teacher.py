@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_opdlm.evaluation.task import Answer, EvalResult, Task, grade
-from megatron_opdlm.responses.prompts import Prompt
+from megatron_opdlm.evaluation.task import Answer, EvalResult, Question, Task
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def evaluate_teacher(
         for first in range(0, len(mine), batch_size):
             batch = mine[first : first + batch_size]
             questions = [task.questions[index] for index in batch]
-            found = _answer(teacher, questions, response_limit, enable_thinking)
+            found = _answer(teacher, task, questions, response_limit, enable_thinking)
             answers |= dict(zip(batch, found, strict=True))
             bar.update(len(batch))
     parts: list[Any] = [None] * world_size
@@ -99,6 +98,7 @@ def evaluate_teacher(
     ordered = [everyone[index] for index in range(task_size)]
     return EvalResult(
         task=task.name,
+        kind=task.kind.name,
         options=None,
         response_limit=response_limit,
         enable_thinking=enable_thinking,
@@ -111,7 +111,8 @@ def evaluate_teacher(
 
 def _answer(
     teacher: Teacher,
-    questions: Sequence[Prompt],
+    task: Task,
+    questions: Sequence[Question],
     response_limit: int,
     enable_thinking: bool,
 ) -> list[Answer]:
@@ -136,5 +137,5 @@ def _answer(
         ended = bool(stop.any())
         length = int(stop.nonzero()[0]) + 1 if ended else len(ids)
         text = tokenizer.decode(ids[:length].tolist(), skip_special_tokens=True)
-        answers.append(grade(question, text, num_tokens=length, ended=ended))
+        answers.append(task.grade(question, text, num_tokens=length, ended=ended))
     return answers

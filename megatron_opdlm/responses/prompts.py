@@ -6,9 +6,8 @@ again.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from torch import Tensor
 
 from megatron_opdlm.convert.chat_template import NO_CHAT_TEMPLATE
 from megatron_opdlm.diffusion import randomness
+from megatron_opdlm.responses.entries import Entry, Messages, read_entries
 
 logger = logging.getLogger(__name__)
 
-_TEXT_KEYS = ("prompt", "messages", "question")
-_ROLES = ("system", "user", "assistant", "tool")
 _CHUNK = 1024  # prompts per call of the tokenizer: its threads are busy, the progress bar moves
 
 
@@ -32,12 +30,10 @@ class Prompt:
 
     id: str
     """Unique name; the line number where the file gives none. Random numbers depend on it."""
-    messages: list[dict[str, str]]
+    messages: Messages
     """Conversation so far, ending with a turn that wants an answer."""
     domain: str | None = None
     """Subject, for reports."""
-    answer: str | None = None
-    """Reference answer, for evaluation."""
     response: str | None = None
     """Text to train on, where `load_prompts` was asked for it."""
     line: int
@@ -70,7 +66,7 @@ def load_prompts(path: str | Path, *, with_responses: bool = False) -> list[Prom
     """Reads a prompt file: JSONL, or one JSON list.
 
     An entry is an object with `prompt` or `question` (text of one user turn) or `messages`, and
-    optionally `id`, `domain` and `answer`. Other keys are left alone.
+    optionally `id` and `domain`. Other keys are left alone.
 
     Args:
         path: file in UTF-8.
@@ -83,28 +79,42 @@ def load_prompts(path: str | Path, *, with_responses: bool = False) -> list[Prom
         FileNotFoundError: there is no such file.
         ValueError: an empty file, an empty or malformed entry, a duplicate id; names file and line.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"prompt file {path} does not exist")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from None
+    return make_prompts(read_entries(path), Entry.messages, with_responses=with_responses)
+
+
+def make_prompts(
+    entries: Sequence[Entry],
+    messages: Callable[[Entry], Messages],
+    *,
+    with_responses: bool = False,
+) -> list[Prompt]:
+    """Makes one prompt of each entry.
+
+    Args:
+        entries: from `read_entries`.
+        messages: how an entry becomes a conversation.
+        with_responses: whether every entry must have a `response`, too.
+
+    Raises:
+        ValueError: a malformed entry or a duplicate id; names file and line.
+    """
     prompts: list[Prompt] = []
     seen: dict[str, str] = {}
-    read = _read_list if text.lstrip()[:1] == "[" else _read_lines
-    for where, number, entry in read(path, text):
-        prompt = _parse_entry(entry, where, number, with_responses)
+    for entry in entries:
+        prompt = Prompt(
+            id=entry.label("id") or str(entry.number),
+            messages=messages(entry),
+            domain=entry.label("domain"),
+            response=entry.text("response") if with_responses else None,
+            line=entry.number,
+        )
         if prompt.id in seen:
             raise ValueError(
-                f"{where}: id={prompt.id} must be unique and stands at {seen[prompt.id]} too; "
-                "rename one"
+                f"{entry.where}: id={prompt.id} must be unique and stands at {seen[prompt.id]} "
+                "too; rename one"
             )
-        seen[prompt.id] = where
+        seen[prompt.id] = entry.where
         prompts.append(prompt)
-    if not prompts:
-        raise ValueError(f"{path}: holds no prompt; write one JSON object per line")
     return prompts
 
 
@@ -212,108 +222,6 @@ class PromptSampler:
         return randomness.permutation(
             randomness.key(self.seed, "prompt order", epoch), self.num_prompts
         )
-
-
-def _read_list(path: Path, text: str) -> Iterator[tuple[str, int, Any]]:
-    """Yields (where, place, entry) of a JSON list."""
-    try:
-        entries = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    for number, entry in enumerate(entries, 1):
-        yield f"{path}: entry {number}", number, entry
-
-
-def _read_lines(path: Path, text: str) -> Iterator[tuple[str, int, Any]]:
-    """Yields (where, line, entry) of a JSONL text."""
-    lines = text.split("\n")  # not splitlines(): JSON strings may hold other line separators
-    if lines[-1] == "":
-        lines.pop()
-    for number, line in enumerate(lines, 1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            raise ValueError(f"{where}: empty line; every line must hold a prompt; remove it")
-        try:
-            yield where, number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{where}: not valid JSON: {error.msg} at column {error.colno}; "
-                'write one object per line, e.g. {"prompt": "..."}'
-            ) from None
-
-
-def _parse_entry(entry: Any, where: str, number: int, with_response: bool) -> Prompt:
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where}: got {_short(entry)}; an entry must be an object with prompt")
-    given = [key for key in _TEXT_KEYS if key in entry]
-    if len(given) != 1:
-        found = " and ".join(given) or "none"
-        raise ValueError(f"{where}: needs exactly one of {', '.join(_TEXT_KEYS)}; found {found}")
-    value = entry[given[0]]
-    if given[0] == "messages":
-        messages = _parse_messages(value, where)
-    else:
-        messages = [{"role": "user", "content": _text(value, given[0], where)}]
-    return Prompt(
-        id=_label(entry, "id", where) or str(number),
-        messages=messages,
-        domain=_label(entry, "domain", where),
-        answer=_label(entry, "answer", where),
-        response=_text(entry.get("response"), "response", where) if with_response else None,
-        line=number,
-    )
-
-
-def _parse_messages(value: Any, where: str) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(
-            f"{where}: messages={_short(value)} must be a list of at least one message"
-        )
-    messages = []
-    for place, message in enumerate(value):
-        name = f"messages[{place}]"
-        if not isinstance(message, dict):
-            raise ValueError(f"{where}: {name}={_short(message)} must have a role and content")
-        role = message.get("role")
-        if role not in _ROLES:
-            raise ValueError(
-                f"{where}: {name}.role={_short(role)} must be one of {', '.join(_ROLES)}"
-            )
-        content = _text(message.get("content"), f"{name}.content", where)
-        messages.append({"role": role, "content": content})
-    if messages[-1]["role"] not in ("user", "tool"):
-        raise ValueError(
-            f"{where}: the last message has role={messages[-1]['role']}; it must be the user's; "
-            "remove the answer, the student writes its own"
-        )
-    return messages
-
-
-def _text(value: Any, name: str, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: {name}={_short(value)} must be text, and not empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(
-            f"{where}: {name} holds half of a surrogate pair, which is no character; remove it"
-        ) from None
-    return value
-
-
-def _label(entry: dict[str, Any], name: str, where: str) -> str | None:
-    """Returns an optional text; a number is taken as its text."""
-    value = entry.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"{where}: {name}={_short(value)} must be text or a number")
-    return str(value)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _require_tokenizer(tokenizer: Any) -> int:

@@ -1,10 +1,11 @@
-"""Final numbers of responses."""
+"""Verdicts of graders: final numbers of responses, and whole texts."""
 
 from fractions import Fraction
 
 import pytest
 
-from megatron_opdlm.evaluation.graders import final_number, is_correct, parse_number
+from megatron_opdlm.evaluation.kinds.number import final_number, is_correct, parse_number
+from megatron_opdlm.evaluation.kinds.text import is_same_text
 
 
 @pytest.mark.parametrize(
@@ -32,14 +33,43 @@ from megatron_opdlm.evaluation.graders import final_number, is_correct, parse_nu
         ("12,34", "34"),
         ("The answer is 5. No: the answer is 6.", "6"),
         ("#### 5\nThe answer is 6", "6"),
+        ("The answer is 1e-5.", "1/100000"),
+        ("so 1E+3 apples", "1000"),
+        ("The answer is -2.5e3", "-2500"),
+        (r"\boxed{1.5 \times 10^{-5}}", "3/200000"),
+        (r"\boxed{-2\cdot10^3}", "-2000"),
+        ("The answer is 3 \u00d7 10^4.", "30000"),
+        ("2.5x10^\u22123", "1/400"),
+        ("The answer is 10^3", "1000"),
+        ("12 x 10 = 120", "120"),
+        ("12e", "12"),
+        ("1e5x 7", "7"),
+        ("9" * 1000, "9" * 1000),
+        ("The answer is 1e1000", "1e1000"),
     ],
 )
 def test_final_number(text, number):
     assert final_number(text) == Fraction(number)
 
 
-@pytest.mark.parametrize("text", ["", "no number", "The answer is unknown", "#### ", "1/0"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no number",
+        "The answer is unknown",
+        "#### ",
+        "1/0",
+        "9" * 5000,
+        "1/" + "9" * 5000,
+        "The answer is 9e999999999",
+        "1e" + "9" * 5000,
+        "2 x 10^{-999999999}",
+    ],
+    ids=lambda text: text[:24],
+)
 def test_no_final_number(text):
+    """A model that repeats a digit must not stop the evaluation, nor keep it busy for hours."""
     assert final_number(text) is None
 
 
@@ -57,12 +87,34 @@ def test_a_marker_without_a_number_does_not_fall_back_to_the_working():
         ("The answer is 140", "14", False),
         ("The answer is -14", "14", False),
         ("The answer is 14", "fourteen", False),
+        ("The answer is 0.00001", "1e-5", True),
+        ("The answer is 1e-5", "0.00001", True),
+        ("The answer is 1e-5", "1", False),
+        ("The answer is 100000", "1E5", True),
+        ("The answer is 12345678901234567890", "12345678901234567891", False),
     ],
 )
 def test_numbers_are_compared_exactly(response, answer, verdict):
     assert is_correct(response, answer) is verdict
 
 
-@pytest.mark.parametrize("text", ["12 apples", "", "1,2", "a", "1 2"])
+@pytest.mark.parametrize("text", ["12 apples", "", "1,2", "a", "1 2", "1e", "e5", "1e5 2", "nan"])
 def test_a_reference_is_a_number_and_nothing_else(text):
     assert parse_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "verdict"),
+    [
+        ("yes", "yes", True),
+        (" a\n b\t c ", "a b c", True),
+        ("Caf\u00e9", "Cafe\u0301", True),
+        ("ab c", "a b c", False),
+        ("Yes", "yes", False),
+        ("yes.", "yes", False),
+        ("yes, it is", "yes", False),
+        ("", "yes", False),
+    ],
+)
+def test_a_text_is_the_whole_response(response, answer, verdict):
+    assert is_same_text(response, answer) is verdict

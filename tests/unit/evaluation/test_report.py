@@ -11,8 +11,7 @@ from megatron_opdlm.evaluation.labels import labels
 from megatron_opdlm.evaluation.plots import smooth
 from megatron_opdlm.evaluation.report import SUMMARY_KEYS, ReportRow, write_report
 from megatron_opdlm.evaluation.table import HEADER, accuracy_text, result_rows
-from megatron_opdlm.evaluation.task import Answer, EvalResult, load_task
-from megatron_opdlm.responses.prompts import Prompt
+from megatron_opdlm.evaluation.task import Answer, EvalResult, Question, load_task
 from megatron_opdlm.rollout.request import DecodingOptions
 
 EVIL = "</script><img src=x onerror=alert(1)> & @DATA@ @TABLE@ \u2028"
@@ -111,13 +110,13 @@ def result(correct, seed=0, limit=64, thinking=False, **options):
     """A result with one answer per entry of `correct`, of 10 tokens each in 5 passes."""
     answers = [
         Answer(
-            question=Prompt(id=str(i), messages=[], answer="1", line=i),
+            question=Question(id=str(i), messages=[], reference="1", line=i),
             response="", correct=bool(good), num_tokens=10, ended=bool(good),
         )
         for i, good in enumerate(correct)
     ]  # fmt: skip
     return EvalResult(
-        task="t", options=DecodingOptions(**options), response_limit=limit,
+        task="t", kind="number", options=DecodingOptions(**options), response_limit=limit,
         enable_thinking=thinking, seed=seed, answers=answers, num_passes=5 * len(answers),
         seconds=1.0,
     )  # fmt: skip
@@ -196,8 +195,12 @@ def test_the_figures_hold_every_option():
 @pytest.mark.parametrize(
     ("line", "count", "rule"),
     [
-        ('{"prompt": "a", "id": "q"}', None, "prompt q .line 1. has answer=None"),
-        ('{"prompt": "a", "answer": "two"}', None, "answer='two'.*needs a number"),
+        ('{"prompt": "a", "id": "q"}', None, "q.jsonl:1: answer=null must be a number; write"),
+        (
+            '{"prompt": "a", "answer": "two"}',
+            None,
+            'q.jsonl:1: answer="two" must be a number',
+        ),
         ('{"prompt": "a", "answer": 2}', 2, "--num-questions=2 must be between 1 and .* 1"),
     ],
 )

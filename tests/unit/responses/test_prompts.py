@@ -69,7 +69,6 @@ def test_every_documented_form_of_a_line_loads(tmp_path):
     assert [p.id for p in prompts] == ["x", "2", "3", "4"]
     assert [p.line for p in prompts] == [1, 2, 3, 4]
     assert prompts[0].domain == "math"
-    assert prompts[0].answer == "4"
     assert prompts[1].messages == messages
     assert prompts[2].messages == [{"role": "user", "content": "b"}]
 
@@ -106,12 +105,23 @@ GOOD = '{"prompt": "a"}\n'
         ('{"messages": [{"role": "bot", "content": "a"}]}', r'messages\[0\].role="bot" must be'),
         ('{"messages": [{"role": "user", "content": ""}]}', r"messages\[0\].content="),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "it must be the user's"),
-        ('{"prompt": "a", "answer": [4]}', r":1: answer=\[4\] must be text or a number"),
+        ('{"prompt": "a", "domain": [4]}', r":1: domain=\[4\] must be text or a number"),
+        ('{"prompt": "a", "id": NaN}', ":1: id=NaN must be text or a number"),
+        ('{"prompt": "a", "id": true}', ":1: id=true must be text or a number"),
+        ('{"prompt": "a", "id": "\\ud800"}', ":1: id holds half of a surrogate pair"),
+        ('{"prompt": 0.00001}', ":1: prompt=0.00001 must be text"),
+        (
+            GOOD + '{"prompt": "a", "n": ' + "1" * 5000 + "}",
+            ":2: JSON that cannot be read: .*digits",
+        ),
+        ('[{"n": ' + "1" * 5000 + "}]", "jsonl: JSON that cannot be read: .*digits"),
+        (GOOD + '{"prompt": ' + "[" * 100000, ":2: JSON that cannot be read: .*recursion"),
         ('{"prompt": "a", "id": "2"}\n' + GOOD, ":2: id=2 must be unique and stands at .*:1 too"),
         (GOOD.encode() + b'{"prompt": "\xff"}', ":2: not UTF-8"),
         ('[{"question": "a"}, {"question": ""}]', ": entry 2: question="),
         ('[{"question": "a"},\n {"question"]', ":2: not valid JSON"),
     ],
+    ids=lambda value: str(value)[:60],
 )
 def test_a_bad_line_is_named(tmp_path, text, rule):
     with pytest.raises(ValueError, match=rule) as caught:

@@ -2,7 +2,7 @@ r"""Grades a response by its final number.
 
 A response gives its answer as "The answer is 14.", "#### 14" or "\boxed{14}", whichever comes last;
 without any of them, its last number counts. Numbers are compared as exact fractions: 1,200 equals
-1200.0, and nothing is rounded.
+1200.0 and 1.2e3, and nothing is rounded.
 """
 
 from __future__ import annotations
@@ -10,11 +10,25 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from megatron_opdlm.evaluation.kinds.kind import TaskKind
+from megatron_opdlm.responses.entries import Entry
+
 # A minus sign after a digit, a letter or a bracket is a subtraction: "17-3" holds 17 and 3.
 _SIGN = r"(?:(?<![\w)\]}.])[-\u2212])?"
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d+)?|(?<!\d)\.\d+)"
-_NUMBER = re.compile(rf"(?P<sign>{_SIGN})\s?\$?(?P<value>{_DECIMAL})(?:\s?/\s?(?P<below>\d+))?")
+_POWER = r"(?:[eE](?P<power>[-+]?\d+)(?!\w))?"
+_NUMBER = re.compile(
+    rf"(?P<sign>{_SIGN})\s?\$?(?P<value>{_DECIMAL}){_POWER}(?:\s?/\s?(?P<below>\d+))?"
+)
+_EXPONENT = r"[-+\u2212]?\d+"
+_SCIENTIFIC = re.compile(
+    r"(?:(?<=\d)(?P<times>\s*(?:\\times|\\cdot|[\u00d7\u22c5*x])\s*)|(?<![\w.^]))10\s*\^\s*"
+    rf"(?:\{{\s*(?P<braced>{_EXPONENT})\s*\}}|(?P<bare>{_EXPONENT})(?!\w|\.\d))"
+)
+_MOST_DIGITS = 1000
+"""Of a number and of its power of ten as a number. Longer ones are no answer, and Python refuses
+to read them or takes hours."""
 _FRACTION = re.compile(r"\\[dt]?frac\{\s*(-?\d+)\s*\}\{\s*(\d+)\s*\}")
 _MARKER = re.compile(r"answer\s*(?:is|:)|####|\\boxed\s*(?=\{)", re.IGNORECASE)
 _LATEX_SPACES = re.compile(r"\\[,;!:]|\\(?:text|mathrm|mathbf)\b|[{}]|\*\*")
@@ -60,14 +74,41 @@ def _pick(text: str, *, last: bool) -> Fraction | None:
 
 
 def _plain(text: str) -> str:
-    r"""Writes \frac{a}{b} as a/b and drops the braces and spacing of LaTeX."""
-    return _LATEX_SPACES.sub(" ", _FRACTION.sub(r" \1/\2 ", text))
+    r"""Writes \frac{a}{b} as a/b and 2 \times 10^{3} as 2e3; drops LaTeX's braces and spacing."""
+    return _LATEX_SPACES.sub(" ", _FRACTION.sub(r" \1/\2 ", _SCIENTIFIC.sub(_short_power, text)))
+
+
+def _short_power(match: re.Match[str]) -> str:
+    power = (match["braced"] or match["bare"]).replace("\u2212", "-")
+    return f"e{power} " if match["times"] else f"1e{power} "
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    value = Fraction(match["value"].replace(",", ""))
-    if match["below"] is not None:
-        if int(match["below"]) == 0:
+    digits, power, below = match["value"].replace(",", ""), match["power"] or "0", match["below"]
+    if max(map(len, (digits, power, below or ""))) > _MOST_DIGITS:
+        return None
+    if abs(int(power)) > _MOST_DIGITS:
+        return None
+    value = Fraction(f"{digits}e{int(power)}")
+    if below is not None:
+        if int(below) == 0:
             return None
-        value /= int(match["below"])
+        value /= int(below)
     return -value if match["sign"] else value
+
+
+def _read(entry: Entry) -> str:
+    answer = entry.written("answer")
+    if answer is None or parse_number(answer) is None:
+        raise entry.refusal("answer", "must be a number", 'write e.g. "answer": "14"')
+    return answer
+
+
+NUMBER = TaskKind(
+    name="number",
+    reads="`answer`, a number",
+    accepts='its number equals the answer exactly; that is the one after the last "answer is", '
+    '"answer:", "####" or `\\boxed`, without any of them its last number',
+    read=_read,
+    grade=is_correct,
+)
