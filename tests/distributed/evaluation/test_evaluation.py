@@ -152,17 +152,23 @@ def reference_answers(rank, hf_dir, questions, padding_side):
     return [(answer.response, answer.num_tokens) for answer in result.answers], by_hand
 
 
-@torch.no_grad()
 def greedy_by_hand(teacher, question):
+    response = greedy_ids(teacher, question)
+    return teacher.tokenizer.decode(response, skip_special_tokens=True), len(response)
+
+
+@torch.no_grad()
+def greedy_ids(teacher, question, suffix=""):
     ids = teacher.tokenizer.apply_chat_template(
         question.messages, add_generation_prompt=True, return_dict=False
     )
+    ids = ids + teacher.tokenizer.encode(suffix)
     response = []
     stops = teacher.model.generation_config.eos_token_id
     while len(response) < LIMIT and (not response or response[-1] not in stops):
         logits = teacher.model(torch.tensor([ids + response]), use_cache=False).logits
         response.append(int(logits[0, -1].argmax()))
-    return teacher.tokenizer.decode(response, skip_special_tokens=True), len(response)
+    return response
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -176,6 +182,63 @@ def test_the_reference_is_greedy_decoding(model, questions, world_size):
 def test_padding_on_the_right_would_show(model, questions):
     batched, by_hand = run_ranks(reference_answers, 1, str(model.hf), questions, "right")[0]
     assert batched != by_hand
+
+
+STOP = 229
+"""A byte that some responses of the random teacher come to, and others do not."""
+
+
+def reference_figures(rank, hf_dir, questions, folder):
+    """Figures of the reference with thoughts, and its responses by hand with and without them.
+
+    Every third question has a reference that is not the response.
+    """
+    from megatron_opdlm.distributed import process_groups as parallel
+    from megatron_opdlm.evaluation.kinds.text import TEXT
+    from megatron_opdlm.evaluation.task import load_task
+    from megatron_opdlm.evaluation.teacher import evaluate_teacher, load_reference
+
+    warnings.simplefilter("ignore")
+    teacher = load_reference(hf_dir)
+    teacher.model.generation_config.eos_token_id = [STOP]
+    parallel.initialize()
+    asked = load_task("t", questions).questions
+    by_hand, thoughtless = (
+        [greedy_ids(teacher, question, suffix) for question in asked] for suffix in ("think", "")
+    )
+    lines = []
+    for number, (question, ids) in enumerate(zip(asked, by_hand, strict=True)):
+        text = teacher.tokenizer.decode(ids, skip_special_tokens=True)
+        answer = f"not {text}" if number % 3 == 0 else text
+        lines.append({"id": question.id, "messages": question.messages, "answer": answer})
+    path = folder / f"{rank}.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    teacher.tokenizer.chat_template += "{% if enable_thinking %}think{% endif %}"
+    task = load_task("t", str(path), kind=TEXT)
+    result = evaluate_teacher(
+        teacher, task, response_limit=LIMIT, batch_size=4, enable_thinking=True
+    )
+    return result.to_json(), by_hand, thoughtless
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_figures_of_the_reference_are_sums_by_hand(model, questions, tmp_path, world_size):
+    for figures, by_hand, thoughtless in run_ranks(
+        reference_figures, world_size, str(model.hf), questions, tmp_path
+    ):
+        tokens = [len(ids) for ids in by_hand]
+        ended = [ids[-1] == STOP for ids in by_hand]
+        assert by_hand != thoughtless and 0 < sum(ended) < 10 and 1 < max(tokens) > min(tokens)
+        right = ["p1", "p2", "p4", "p5", "p7", "p8"]
+        assert (figures["correct_ids"], figures["accuracy"]) == (right, 0.6)
+        assert figures["num_questions"] == 10
+        assert figures["standard_error"] == pytest.approx((0.6 * 0.4 / 10) ** 0.5)
+        assert figures["eos_rate"] == sum(ended) / 10
+        assert figures["tokens_per_forward"] == 1.0
+        assert figures["response_tokens_mean"] == sum(tokens) / 10
+        assert figures["tokens_per_second"] == pytest.approx(sum(tokens) / figures["seconds"])
+        assert (figures["setting"], figures["options"], figures["seed"]) == ("teacher", None, 0)
+        assert (figures["max_new_tokens"], figures["enable_thinking"]) == (LIMIT, True)
 
 
 def train(rank, model, prompts, run_dir, overrides):

@@ -36,18 +36,24 @@ def question(number):
     return f"{number} + {number}?"
 
 
-def oracle(rank, model, limit, suffix):
-    """By rule, one row of figures per question."""
+def oracle(rank, model):
+    """Rows of figures by rule: at the end of the curriculum, and of a few questions otherwise."""
+    decoder = open_student(model)
+    return {
+        "end": answer_all(decoder, ASKED, limit=END, suffix="think"),
+        "start": answer_all(decoder, 3, limit=START, suffix="think"),
+        "thoughtless": answer_all(decoder, 3, limit=END),
+    }
+
+
+def answer_all(decoder, count, **choice):
     from megatron_opdlm.evaluation.kinds.number import final_number
     from megatron_opdlm.rollout.request import DecodingOptions
 
-    decoder, found = open_student(model), {}
+    found = {}
     for name in ("static", "dynamic"):
         options = DecodingOptions(remasking=f"low_confidence_{name}", **SETTING)
-        rows = [
-            by_hand(decoder, f"q{number}", question(number), options, limit=limit, suffix=suffix)
-            for number in range(ASKED)
-        ]
+        rows = [by_hand(decoder, f"q{n}", question(n), options, **choice) for n in range(count)]
         found[name] = [row | {"number": final_number(row["text"])} for row in rows]
     return found
 
@@ -72,13 +78,13 @@ def train(rank, model, prompts, questions, run_dir):
 
 @pytest.fixture(scope="module")
 def figures(model):
-    return run_ranks(oracle, 1, model, END, "think")[0]
+    return run_ranks(oracle, 1, model)[0]
 
 
 @pytest.fixture(scope="module")
 def references(figures):
     """The student's own number where it gives one, static or dynamic; none is right elsewhere."""
-    numbers = [row["number"] for row in figures["static"]]
+    numbers = [row["number"] for row in figures["end"]["static"]]
     return ["7777777" if number is None else str(number) for number in numbers]
 
 
@@ -100,7 +106,7 @@ def before(model, references, tmp_path_factory):
 @pytest.mark.parametrize("name", ["static", "dynamic"])
 def test_the_first_evaluation_is_that_of_the_student_itself(before, figures, references, name):
     """At the end of the curriculum, greedy, with the run's blocks, steps, threshold, thoughts."""
-    rows = figures[name]
+    rows = figures["end"][name]
     right = sum(
         row["number"] is not None and str(row["number"]) == reference
         for row, reference in zip(rows, references, strict=True)
@@ -111,11 +117,8 @@ def test_the_first_evaluation_is_that_of_the_student_itself(before, figures, ref
     assert before[f"eval/tokens_per_forward_{name}"] == pytest.approx(speed)
 
 
-def test_control_limits_rules_and_thoughts_show_in_the_figures(model, figures, before):
-    shorter = run_ranks(oracle, 1, model, START, "think")[0]
-    thoughtless = run_ranks(oracle, 1, model, END, "")[0]
+def test_control_limits_rules_and_thoughts_show_in_the_figures(figures, before):
     for name in ("static", "dynamic"):
-        passes = [sum(row["passes"] for row in found[name]) for found in (figures, shorter)]
-        assert passes[0] > passes[1]
-        assert [row["text"] for row in figures[name]] != [row["text"] for row in thoughtless[name]]
+        texts = {of: [row["text"] for row in figures[of][name][:3]] for of in figures}
+        assert texts["start"] != texts["end"] != texts["thoughtless"]
     assert 0 < before["eval/accuracy_dynamic"] < before["eval/accuracy_static"] < 1
