@@ -85,9 +85,7 @@ def _short_power(match: re.Match[str]) -> str:
 
 def _value(match: re.Match[str]) -> Fraction | None:
     digits, power, below = match["value"].replace(",", ""), match["power"] or "0", match["below"]
-    if max(map(len, (digits, power, below or ""))) > _MOST_DIGITS:
-        return None
-    if abs(int(power)) > _MOST_DIGITS:
+    if max(map(len, (digits, power, below or ""))) > _MOST_DIGITS or abs(int(power)) > _MOST_DIGITS:
         return None
     value = Fraction(f"{digits}e{int(power)}")
     if below is not None:
