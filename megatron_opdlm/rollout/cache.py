@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.model.gpt import BlockDiffusionModel
-from megatron_opdlm.rollout.cache_size import CPU_LIMIT_BYTES, cache_size
+from megatron_opdlm.rollout.cache_size import CPU_LIMIT_BYTES, CacheSize, cache_size
 from megatron_opdlm.rollout.limits import PREFILL_TOKENS, SAMPLED_LOGITS, SAMPLER_BYTES
 
 logger = logging.getLogger(__name__)
@@ -109,13 +109,7 @@ class KVCache:
             on_cuda=cuda,
         )
         if size.num_sequences < 1:
-            verb = "and the spare one of cuda_graphs need" if size.has_spare else "needs"
-            way_out = "set cuda_graphs=false, " if size.has_spare else ""
-            raise ValueError(
-                f"a sequence of {size.capacity} tokens {verb} {_size(size.least_bytes)} of "
-                f"key/value cache, more than the {_size(limit)} there are; {way_out}shorten "
-                "prompts or responses, raise kv_cache_gb, or cut the model over more GPUs"
-            )
+            raise _too_small(size, limit)
         cache: KVCache | None = None
         with contextlib.suppress(torch.OutOfMemoryError):
             cache = cls(
@@ -189,6 +183,16 @@ class KVCache:
     def move(self, source: int, target: int, num_tokens: int) -> None:
         """Copies the first tokens of a slot to another one, in all layers."""
         self._store[:, :, target, :, :num_tokens] = self._store[:, :, source, :, :num_tokens]
+
+
+def _too_small(size: CacheSize, limit: int) -> ValueError:
+    verb = "and the spare one of cuda_graphs need" if size.has_spare else "needs"
+    way_out = "set cuda_graphs=false, " if size.has_spare else ""
+    return ValueError(
+        f"a sequence of {size.capacity} tokens {verb} {_size(size.least_bytes)} of key/value "
+        f"cache, more than the {_size(limit)} there are; {way_out}shorten prompts or responses, "
+        "raise kv_cache_gb, or cut the model over more GPUs"
+    )
 
 
 def _size(num_bytes: int) -> str:

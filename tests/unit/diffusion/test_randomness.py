@@ -31,7 +31,7 @@ def test_key_golden():
 
 
 def test_key_is_stable_across_processes():
-    code = "from megatron_opdlm import randomness; print(randomness.key(3, 'é', -1))"
+    code = "from megatron_opdlm.diffusion import randomness; print(randomness.key(3, 'é', -1))"
     output = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
     )

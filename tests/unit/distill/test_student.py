@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from megatron_opdlm.checkpoint.layout import TOKENIZER_DIR, read_description, resolve_iteration
-from megatron_opdlm.distill import student as setup_models
 from megatron_opdlm.distill.load_teacher import check_same_language
 from megatron_opdlm.distill.student import build_options, check_mask_token, load_tokenizer
+from megatron_opdlm.train import setup
 from megatron_opdlm.train.setup import check_graphs
 from tests.rollouts import MASK
 from tests.tiny import tiny_model
@@ -88,7 +88,7 @@ def test_graphs_are_judged_by_the_models_that_decode(
     config = tiny_config(**models, method=method, cuda_graphs=wanted)
     seen = []
     monkeypatch.setattr(
-        setup_models, "require_graphs", lambda dtype, size, **rest: seen.append((size, rest))
+        setup, "require_graphs", lambda dtype, size, **rest: seen.append((size, rest))
     )
     check_graphs(config, build_options(config.model, config.parallel))
     rest = {"sequence_parallel": False, "fp8": None}

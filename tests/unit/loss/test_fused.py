@@ -300,6 +300,7 @@ def test_logits_are_float32_whatever_the_weights_are():
     )  # fmt: skip
     student, teacher = (x.double() @ weight.double().t() for x in (close, hidden))
     expected = dense_divergence(student, teacher, FORWARD)
-    torch.testing.assert_close(values.double(), expected, rtol=2e-3, atol=1e-6)
+    error = (values.double() - expected).abs().max()
+    assert error < 4e-6  # of logits up to 16, which float32 holds to 1e-6
     rounded = dense_divergence(*(x.bfloat16() for x in (student, teacher)), FORWARD)
-    assert ((rounded - expected).abs() / expected).max() > 0.05  # control
+    assert (rounded - expected).abs().max() > 10 * error  # control
