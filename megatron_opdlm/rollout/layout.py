@@ -88,7 +88,7 @@ class RolloutLayout:
         memory, or gloo between machines.
 
         Args:
-            version: of the student's weights, `StudentOptimizer.weights_version`; None: unknown.
+            version: of the student's weights, `StudentOptimizer.weights_version()`; None: unknown.
         """
         if self.is_second and (version is None or version != self._version):
             self._copy_weights()

@@ -39,7 +39,6 @@ class StudentOptimizer:
     Attributes:
         ddp: the model wrapped for training.
         num_steps: optimizer steps taken.
-        weights_version: another number after every step and every checkpoint that was loaded.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class StudentOptimizer:
         self.config = config
         self.warmup_steps = config.lr_warmup_steps
         self.decay_steps = decay_steps
-        self.num_steps = self.weights_version = 0
+        self.num_steps = self._weights_version = 0
         self.ddp = DistributedDataParallel(
             config=model.config,
             ddp_config=DistributedDataParallelConfig(
@@ -182,13 +181,17 @@ class StudentOptimizer:
         self._weights_changed()
         self.num_steps = num_steps
 
+    def weights_version(self) -> int:
+        """Returns another number after every step and every checkpoint that was loaded."""
+        return self._weights_version
+
     def _weights_changed(self) -> None:
         """Tells those who keep copies of the weights.
 
         Transformer Engine keeps FP8 copies between forward passes, and only Megatron's schedules,
         which the rollout does not always use, tell it when to drop them.
         """
-        self.weights_version += 1
+        self._weights_version += 1
         self.ddp.module.set_is_first_microbatch()
 
 

@@ -106,7 +106,7 @@ class Trainer:
             response_file=self.folder.teacher_responses(config),
             student=self.student,
             layout=self.layout,
-            weights_version=lambda: self.optimizer.weights_version,
+            weights_version=self.optimizer.weights_version,
             teacher=self.teacher,
         )
         self.checkpoints = CheckpointFolder(
@@ -320,7 +320,7 @@ class Trainer:
     def evaluate_if_due(self) -> None:
         """Evaluate: accuracy of the weights as they are, every `eval_interval` rollouts."""
         if self.evaluation.is_due(self.rollout_step):
-            self.layout.refresh(self.optimizer.weights_version)
+            self.layout.refresh(self.optimizer.weights_version())
             self._log(self.evaluation.run())
 
     def save_if_due(self) -> None:
