@@ -93,7 +93,7 @@ class Trainer:
         )
         self._load_models(cache)
         self.evaluation = OnlineEvaluation(config, self.student, self.layout)
-        self.optimizer = StudentOptimizer(
+        self.optimizer = optimizer = StudentOptimizer(
             self.student.model,
             config.optimizer,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
@@ -106,7 +106,7 @@ class Trainer:
             response_file=self.folder.teacher_responses(config),
             student=self.student,
             layout=self.layout,
-            weights_version=lambda: self.optimizer.weights_version,
+            weights_version=lambda: optimizer.weights_version,  # not self: a cycle
             teacher=self.teacher,
         )
         self.checkpoints = CheckpointFolder(
