@@ -17,6 +17,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_opdlm.evaluation.task import Answer, EvalResult, Question, Task
+from megatron_opdlm.files.errors import ConversionError
+from megatron_opdlm.files.path_kind import describe, is_hf_directory
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,12 @@ def load_reference(hf_dir: str) -> Teacher:
         hf_dir: Hugging Face directory; no code from it is run.
 
     Raises:
-        FileNotFoundError: there is no model at `hf_dir`.
+        ConversionError: there is no Hugging Face directory at `hf_dir`.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    if not (Path(hf_dir) / "config.json").is_file():
-        raise FileNotFoundError(f"teacher={hf_dir} is no Hugging Face directory (no config.json)")
+    if not is_hf_directory(Path(hf_dir)):
+        raise ConversionError(f"teacher={hf_dir}: {describe(Path(hf_dir))}")
     tokenizer = AutoTokenizer.from_pretrained(hf_dir, trust_remote_code=False)
     tokenizer.padding_side = "left"
     model = AutoModelForCausalLM.from_pretrained(hf_dir, trust_remote_code=False).eval()
