@@ -8,6 +8,7 @@ from megatron_opdlm.config.run import Config, ModelConfig
 from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.distill.vocabulary import check_same_language
 from megatron_opdlm.distributed import process_groups
+from megatron_opdlm.evaluation.online import load_questions
 from megatron_opdlm.model.fp8 import check_fp8_device
 from megatron_opdlm.model.gpt import has_transformer_engine, require_transformer_engine
 from megatron_opdlm.plan.ranks import check_models
@@ -56,8 +57,8 @@ def check(config: Config) -> Config:
         cuda=torch.cuda.is_available(),
     )
     student.response_ends.require(student.path)
-    if (questions := resolved.train.eval_data) is not None:
-        prompts += load_prompts(questions)[: resolved.train.eval_questions]
+    if (task := load_questions(resolved)) is not None:
+        prompts += task.questions
     check_rendering(prompts, student, enable_thinking=resolved.rollout.enable_thinking)
     return resolved
 
