@@ -92,7 +92,8 @@ def test_the_evaluations_questions_are_rendered_too(hf: Path, data: Path, tmp_pa
     fine.write_text("".join(json.dumps({"prompt": f"b{i}"}) + "\n" for i in range(10)))
     start.check(tiny_config(hf, fine, tmp_path / "run"))
     with pytest.raises(ValueError, match=r"prompts.jsonl:2: the student's chat template refuses"):
-        start.check(tiny_config(hf, fine, tmp_path / "run", eval_data=data, eval_questions=3))
+        keys = {"eval_data": data, "eval_interval": 1, "eval_questions": 3}
+        start.check(tiny_config(hf, fine, tmp_path / "run", **keys))
 
 
 def test_what_is_rendered_early_is_what_is_tokenised(hf: Path, data: Path) -> None:
