@@ -232,20 +232,26 @@ def _report(
     """
     import torch
 
-    from megatron_opdlm.plan.ranks import find_model_config, format_table, format_totals, rank_table
+    from megatron_opdlm.convert.model_source import ModelSource
+    from megatron_opdlm.distill.vocabulary import shared_vocab_size
+    from megatron_opdlm.plan.ranks import format_table, format_totals, rank_table
 
     cuda = on_gpus or torch.cuda.is_available()
     config = config.resolved(cuda=cuda)
     parallel = config.parallel
     fewest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     bundled = Path(config_path).resolve().parent / _MODEL_CONFIGS
-    mask_token = config.model.mask_token
     student, teacher = (
-        find_model_config(model, mask_token=mask_token, bundled=bundled)
+        ModelSource.open(model, mask_token=config.model.mask_token, bundled=bundled)
         for model in (config.model.student, config.model.teacher or config.model.student)
     )
+    shared_vocab_size(student, teacher, teacher.path)
     plans = rank_table(
-        config, student=student, teacher=teacher, world_size=world_size or fewest, cuda=cuda
+        config,
+        student=student.config,
+        teacher=teacher.config,
+        world_size=world_size or fewest,
+        cuda=cuda,
     )
     return config, format_table(plans) + "\n" + format_totals(config, plans, cuda=cuda)
 

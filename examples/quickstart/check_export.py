@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_opdlm.diffusion.stream import make_tags
 from megatron_opdlm.diffusion.trajectory import Trajectory
-from megatron_opdlm.generate.decoder import Decoder, default_block_size
+from megatron_opdlm.generate.decoder import Decoder
 from megatron_opdlm.responses.prompts import load_prompts
 from megatron_opdlm.rollout.request import DecodingOptions
 
@@ -51,7 +51,8 @@ def check_export(
         response_limit: most response tokens.
     """
     decoder = Decoder.open(str(checkpoint), params_dtype="float32")
-    block_size = default_block_size(str(checkpoint))
+    block_size = decoder.student.description.block_size
+    assert block_size is not None, "a trained student has one"
     options = DecodingOptions(block_size=block_size, denoising_steps=block_size)
     prompts = decoder.tokenize(
         load_prompts(questions)[:num_questions], options, response_limit=response_limit

@@ -15,14 +15,12 @@ from typing import Any
 from megatron_opdlm.files.dcp_metadata import METADATA_FILE
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.files.folders import read_json_object, write_json
-from megatron_opdlm.files.path_kind import LATEST_FILE, describe, is_checkpoint
+from megatron_opdlm.files.path_kind import LATEST_FILE, checkpoint_root, describe, is_checkpoint
 from megatron_opdlm.model.hf_config import HFConfig
 
 MODEL_FILE = "opdlm_model.json"
 STATE_FILE = "opdlm_state.json"
 TOKENIZER_DIR = "tokenizer"
-CHECKPOINTS = "checkpoints"
-"""Checkpoint root in a run's folder."""
 FORMAT_VERSION = 1
 
 
@@ -117,7 +115,7 @@ def resolve_iteration(checkpoint_dir: str | Path, iteration: int | None = None) 
     """Find the iteration folder that a path means.
 
     Args:
-        checkpoint_dir: checkpoint root, or an iteration folder itself.
+        checkpoint_dir: run folder, checkpoint root, or an iteration folder itself.
         iteration: which one; None for the latest.
 
     Returns:
@@ -128,9 +126,9 @@ def resolve_iteration(checkpoint_dir: str | Path, iteration: int | None = None) 
     """
     if iteration is not None and iteration < 0:
         raise ConversionError(f"iteration={iteration} must be 0 or more")
-    root = Path(checkpoint_dir)
-    if not is_checkpoint(root):
-        raise ConversionError(describe(root))
+    if not is_checkpoint(Path(checkpoint_dir)):
+        raise ConversionError(describe(Path(checkpoint_dir)))
+    root = checkpoint_root(Path(checkpoint_dir))
     if (root / METADATA_FILE).is_file():
         if iteration is not None:
             raise ConversionError(

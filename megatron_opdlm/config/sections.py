@@ -21,9 +21,9 @@ class ModelConfig(Section):
     """Which models, and in which number format they run."""
 
     student: Annotated[str, PATH, MAY_CHANGE]
-    """Model to convert: a Hugging Face directory or a checkpoint of `opdlm convert import`."""
+    """Model to convert: a Hugging Face directory, a checkpoint, or the folder of a run."""
     teacher: Annotated[str | None, PATH, MAY_CHANGE] = None
-    """Frozen autoregressive model, in the same two forms; null = the student's initial weights."""
+    """Frozen autoregressive model, in the same forms; null = the student's initial weights."""
     layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer implementation; auto = transformer_engine where CUDA is available, else local."""
     params_dtype: Literal["auto", "float32", "bfloat16"] = "auto"

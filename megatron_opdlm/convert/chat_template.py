@@ -1,16 +1,13 @@
-"""The chat template of a tokenizer directory: whether it has one, and giving it another."""
+"""The chat template of a tokenizer directory: what it is, how it is rendered, giving it another."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from megatron_opdlm.convert.tokenizer import has_tokenizer
-from megatron_opdlm.convert.tokenizer_files import (
-    TOKENIZER_CONFIG,
-    read_tokenizer_config,
-    special_tokens,
-)
+from megatron_opdlm.convert.tokenizer_files import TOKENIZER_CONFIG, TokenizerFiles
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.files.folders import write_json
 
@@ -19,33 +16,78 @@ NO_CHAT_TEMPLATE = (
     "tokenizer has no chat_template; prompts are rendered with it; use an instruct model, or give "
     "it one: opdlm convert import --chat-template FILE"
 )
-_PROBE = "probe"
-"""What the user says in a trial of a template."""
-_FAILURES = (
+TEMPLATE_ERRORS = (
     *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError),
     *(SyntaxError, TypeError, ValueError),
 )
-"""Of a template, which applies operators and filters to what it likes."""
+"""What rendering may raise: a template applies operators and filters to what it likes."""
+_PROBE = "probe"
+"""What the user says in a trial of a template."""
+_ANSWER = "rejoinder"
+"""What the assistant says in it."""
 
 
-def has_chat_template(directory: Path) -> bool:
-    """Whether prompts can be rendered with the tokenizer files of a directory.
+def read_chat_template(files: TokenizerFiles) -> str | None:
+    """The template that prompts are rendered with; None if there is none.
 
     Of several named templates the one called `default` counts, as for transformers; those in
     `additional_chat_templates` stand beside a default one, and an import leaves them behind.
 
     Args:
-        directory: Hugging Face directory or tokenizer folder.
+        files: of a Hugging Face directory or a tokenizer folder.
 
     Raises:
-        ConversionError: a malformed tokenizer_config.json.
+        ConversionError: a malformed tokenizer_config.json, or a template that is no text.
     """
-    if (directory / TEMPLATE_FILE).is_file():
-        return True
-    found: Any = read_tokenizer_config(directory).get("chat_template")
+    if (files.folder / TEMPLATE_FILE).is_file():
+        return _read_text(files.folder / TEMPLATE_FILE)
+    found: Any = files.config.get("chat_template")
     if isinstance(found, list):
-        return any(isinstance(item, dict) and item.get("name") == "default" for item in found)
-    return found is not None
+        named = (item for item in found if isinstance(item, dict) and item.get("name") == "default")
+        found = next(named, {}).get("template")
+    if not isinstance(found, str | None):
+        raise ConversionError(f"{files.folder / TOKENIZER_CONFIG}: chat_template must be text")
+    return found
+
+
+def template_renderer(template: str, files: TokenizerFiles) -> Any:
+    """A transformers tokenizer without a vocabulary, whose `apply_chat_template` renders as that of
+    the real one does: with transformers' sandbox, functions and tags. It takes no time to make.
+
+    Args:
+        template: the chat template.
+        files: whose named tokens the template may write.
+    """
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), **files.named)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def end_of_turn(files: TokenizerFiles) -> str | None:
+    """The special token that closes the assistant's turn in the rendered chat template.
+
+    It is the one that directly follows the assistant's words, spaces apart. So what is found ends
+    a response whatever it is called: nothing behind it is the assistant's.
+
+    Returns:
+        Its text; None without a template, for one that takes no such conversation, and for one
+        that closes the turn with ordinary text.
+    """
+    template = read_chat_template(files)
+    if template is None:
+        return None
+    turns = [("user", _PROBE), ("assistant", _ANSWER)]
+    try:
+        rendered = _render(template, files, turns, add_generation_prompt=False)
+    except TEMPLATE_ERRORS:  # said where prompts are rendered
+        return None
+    _, words, rest = rendered.rpartition(_ANSWER)
+    rest = rest.lstrip()
+    found = [text for text in files.special if words and text and rest.startswith(text)]
+    return max(found, key=len, default=None)
 
 
 def set_chat_template(directory: Path, template_file: Path) -> None:
@@ -61,16 +103,17 @@ def set_chat_template(directory: Path, template_file: Path) -> None:
     """
     if not has_tokenizer(directory):
         raise ConversionError(f"{directory}: there is no tokenizer to give a chat template")
+    files = TokenizerFiles(directory)
     try:
-        text = template_file.read_text(encoding="utf-8")
-        rendered = _render(text, special_tokens(directory))
+        text = _read_text(template_file)
+        rendered = _render(text, files, [("user", _PROBE)], add_generation_prompt=True)
     except FileNotFoundError:
         raise ConversionError(f"{template_file}: file not found") from None
-    except UnicodeDecodeError as error:
-        raise ConversionError(f"{template_file}: not UTF-8 text (byte {error.start})") from None
     except jinja2.TemplateSyntaxError as error:
         raise ConversionError(f"{template_file}:{error.lineno}: {error.message}") from None
-    except _FAILURES as error:
+    except ConversionError:
+        raise
+    except TEMPLATE_ERRORS as error:
         raise ConversionError(
             f"{template_file}: fails for a conversation of one user message: {error}"
         ) from None
@@ -81,21 +124,26 @@ def set_chat_template(directory: Path, template_file: Path) -> None:
         )
     (directory / TEMPLATE_FILE).write_text(text, encoding="utf-8")
     # transformers before 4.43 and some engines read the key, later ones prefer the file
-    write_json(
-        directory / TOKENIZER_CONFIG, read_tokenizer_config(directory) | {"chat_template": text}
-    )
+    write_json(directory / TOKENIZER_CONFIG, files.config | {"chat_template": text})
 
 
-def _render(template: str, named: dict[str, str]) -> str:
-    """A prompt of one user message, by transformers: its sandbox, functions and tags."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{path}: not UTF-8 text (byte {error.start})") from None
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), **named)
-    rendered: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _PROBE}],
-        chat_template=template,
-        add_generation_prompt=True,
+
+def _render(
+    template: str,
+    files: TokenizerFiles,
+    turns: Sequence[tuple[str, str]],
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    rendered: str = template_renderer(template, files).apply_chat_template(
+        [{"role": role, "content": content} for role, content in turns],
+        add_generation_prompt=add_generation_prompt,
         enable_thinking=False,
         tokenize=False,
     )

@@ -21,7 +21,7 @@ from megatron_opdlm.convert.formats.files import write_files
 from megatron_opdlm.convert.formats.format import ExportedModel, ExportFormat
 from megatron_opdlm.convert.mask_relocation import UntiedTensors
 from megatron_opdlm.convert.model_tensors import SHARD_BYTES, ModelTensors, write_weights
-from megatron_opdlm.convert.tokenizer import pad_token_id
+from megatron_opdlm.convert.tokenizer_files import TokenizerFiles
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.files.folders import atomic_directory, read_json_object, require_writable_output
 from megatron_opdlm.model.hf_config import DTYPES, SHIFT_KEYS
@@ -200,6 +200,7 @@ def _exported_model(
     tied = description.config.tie_word_embeddings and not isinstance(source, UntiedTensors)
     moved_from, moved_to = source.moved_row or (None, description.mask_token_id)
     pad = description.config.pad_token_id
+    files = TokenizerFiles(checkpoint.folder / TOKENIZER_DIR)
     return ExportedModel(
         name=name,
         config=replace(description.config, tie_word_embeddings=tied),
@@ -208,7 +209,7 @@ def _exported_model(
         block_size=block_size,
         is_trained=description.block_size is not None,
         dtype=dtype or str(source.dtype).removeprefix("torch."),
-        pad_token_id=pad_token_id(checkpoint.folder / TOKENIZER_DIR) if pad is None else pad,
+        pad_token_id=files.id_of("pad_token") if pad is None else pad,
         lineage=description.lineage,
         state=checkpoint.state,
     )

@@ -27,6 +27,7 @@ from typing import Any, TextIO
 
 from megatron_opdlm.checkpoint.layout import FORMAT_VERSION, read_description, resolve_iteration
 from megatron_opdlm.convert.importer import import_hf
+from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.distributed.process_groups import from_main
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.files.folders import atomic_directory, read_json_object, write_json
@@ -34,7 +35,7 @@ from megatron_opdlm.files.signals import stopped_by_signals
 
 logger = logging.getLogger(__name__)
 
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """To be raised when `import_hf` writes other values or files for the same input."""
 
 RECORD_FILE = "import.json"
@@ -66,7 +67,7 @@ class ImportCache:
         Rank 0 looks, and converts if it must; the others take its word, so that all nodes agree.
 
         Args:
-            path: checkpoint root, iteration folder, or Hugging Face directory.
+            path: run folder, checkpoint root, iteration folder, or Hugging Face directory.
             is_main: whether this is rank 0. Call on all ranks.
 
         Returns:
@@ -90,9 +91,10 @@ class ImportCache:
         Raises:
             ConversionError: nothing there, it cannot be converted, or the conversion is damaged.
         """
-        source = Path(path)
-        if not (source / "config.json").is_file():
-            return resolve_iteration(source)
+        found = ModelSource.open(path)
+        if not found.is_hf:
+            return found.folder
+        source = found.folder
         try:
             entry = self.entry(source)
             if _is_there(entry):

@@ -22,15 +22,15 @@ from megatron_opdlm.checkpoint.layout import (
 )
 from megatron_opdlm.convert.chat_template import set_chat_template
 from megatron_opdlm.convert.mask_row import MaskRow, mean_row
+from megatron_opdlm.convert.response_ends import ResponseEnds
 from megatron_opdlm.convert.tokenizer import (
     MASK_TOKEN,
     add_mask_token,
     copy_tokenizer,
-    find_mask_token,
     has_tokenizer,
     tokenizer_fingerprint,
 )
-from megatron_opdlm.convert.tokenizer_files import TOKENIZER_CONFIG
+from megatron_opdlm.convert.tokenizer_files import TOKENIZER_CONFIG, TokenizerFiles
 from megatron_opdlm.convert.torch_dist import Piece, write_torch_dist
 from megatron_opdlm.convert.weights import HFWeights, check_tensors, row_slices
 from megatron_opdlm.files.errors import ConversionError
@@ -90,26 +90,13 @@ def import_hf(
             mask = _add_tokenizer(source, iteration_dir, config, mask_token if add_mask else None)
             if chat_template is not None:
                 set_chat_template(iteration_dir / TOKENIZER_DIR, Path(chat_template))
+            config = _with_response_ends(source, iteration_dir / TOKENIZER_DIR, config, mask)
             row = None if mask is None else MaskRow.plan(mask, config.vocab_size, mask_init)
             grown = row is not None and row.is_new
             config = replace(config, vocab_size=config.vocab_size + grown)
             write_description(iteration_dir, _describe(source, config, row, mask_token))
             _write_weights(iteration_dir, weights, config, row, progress)
             (folder / LATEST_FILE).write_text("0")
-
-
-def imported_config(hf_dir: str | Path, mask_token: str = MASK_TOKEN) -> HFConfig:
-    """Hyperparameters that an import will have, with the mask token's row where one is added.
-
-    Raises:
-        ConversionError: as `import_hf`; only config.json and the tokenizer are read.
-    """
-    source = Path(hf_dir)
-    config = read_config(source)
-    if not has_tokenizer(source):
-        return config
-    _, mask_token_id = find_mask_token(source, config.vocab_size, mask_token)
-    return replace(config, vocab_size=max(config.vocab_size, mask_token_id + 1))
 
 
 def _add_tokenizer(
@@ -127,14 +114,24 @@ def _add_tokenizer(
         if has_tokenizer(source):
             copy_tokenizer(source, target)
         return None
-    mask_token_id = add_mask_token(source, target, config.vocab_size, mask_token)
-    special = {config.pad_token_id, config.bos_token_id, *config.eos_token_ids}
-    if mask_token_id in special:
+    return add_mask_token(source, target, config.vocab_size, mask_token)
+
+
+def _with_response_ends(
+    source: Path, tokenizer_dir: Path, config: HFConfig, mask: int | None
+) -> HFConfig:
+    """Give the config all ids that end a response; a student needs one, and one of its own."""
+    files = TokenizerFiles(tokenizer_dir) if has_tokenizer(tokenizer_dir) else None
+    ends = ResponseEnds.read(config.eos_token_ids, files)
+    if mask is not None:
+        ends.require(source)
+    if mask is not None and mask in {config.pad_token_id, config.bos_token_id, *ends.ids}:
         raise ConversionError(
-            f"{source}: mask token id {mask_token_id} is an eos, pad or bos id of the model; "
+            f"{source}: mask token id {mask} is an eos, pad or bos id of the model; "
             "choose another with --mask-token"
         )
-    return mask_token_id
+    ends.warn(source)
+    return replace(config, eos_token_ids=ends.ids)
 
 
 def _describe(
@@ -146,7 +143,7 @@ def _describe(
         config=config,
         mask_token_id=None if row is None else row.token_id,
         tokenizer_fingerprint=(
-            tokenizer_fingerprint(source, mask_token if row else MASK_TOKEN)
+            tokenizer_fingerprint(TokenizerFiles(source), mask_token if row else MASK_TOKEN)
             if has_tokenizer(source)
             else None
         ),

@@ -5,19 +5,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from megatron_opdlm.checkpoint.layout import (
-    STATE_FILE,
-    TOKENIZER_DIR,
-    read_description,
-    resolve_iteration,
-)
-from megatron_opdlm.convert.tokenizer import has_tokenizer, mask_token_id, tokenizer_fingerprint
+from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.convert.torch_dist import TorchDistReader
 from megatron_opdlm.convert.weights import HFWeights
-from megatron_opdlm.files.folders import read_json_object
-from megatron_opdlm.files.path_kind import CONFIG_FILE, is_hf_directory
 from megatron_opdlm.model.families import FAMILIES
-from megatron_opdlm.model.hf_config import HFConfig, read_config
+from megatron_opdlm.model.hf_config import HFConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +61,13 @@ def inspect(path: str | Path) -> Inspection:
     """Describe a checkpoint or a Hugging Face directory; reads headers, not weights.
 
     Args:
-        path: checkpoint root, iteration folder or Hugging Face directory.
+        path: run folder, checkpoint root, iteration folder or Hugging Face directory.
 
     Raises:
         ConversionError: neither, or damaged.
     """
-    source = Path(path)
-    if is_hf_directory(source):
-        return _inspect_hf(source)
-    return _inspect_checkpoint(resolve_iteration(source))
+    source = ModelSource.open(path)
+    return _inspect_hf(source) if source.is_hf else _inspect_checkpoint(source)
 
 
 def _parameters(config: HFConfig) -> int:
@@ -88,47 +78,43 @@ def _size(paths: list[Path]) -> int:
     return sum(path.stat().st_size for path in paths)
 
 
-def _inspect_hf(source: Path) -> Inspection:
-    config = read_config(source)
-    raw = read_json_object(source / CONFIG_FILE)
-    with HFWeights(source) as weights:
+def _inspect_hf(source: ModelSource) -> Inspection:
+    config = source.stored_config
+    with HFWeights(source.folder) as weights:
         shapes = weights.shapes
         dtypes = {str(weights.dtype(name)).removeprefix("torch.") for name in shapes}
-    found = has_tokenizer(source)
     return Inspection(
-        kind="Hugging Face directory",
-        path=str(source),
-        parameters=_parameters(config),
-        bytes_on_disk=_size(list(source.glob("*.safetensors"))),
+        **_common(source),
+        bytes_on_disk=_size(list(source.folder.glob("*.safetensors"))),
         dtypes=sorted(dtypes),
-        mask_token_id=mask_token_id(source) if found else None,
-        block_size=raw.get("block_size"),
-        tokenizer_fingerprint=tokenizer_fingerprint(source) if found else None,
-        config={"model_type": raw.get("model_type")} | config.to_json_dict(),
+        config={"model_type": source.raw_config.get("model_type")} | config.to_json_dict(),
         tensors={name: list(shape) for name, shape in shapes.items()},
     )
 
 
-def _inspect_checkpoint(folder: Path) -> Inspection:
-    description = read_description(folder)
-    reader = TorchDistReader(folder)
+def _inspect_checkpoint(source: ModelSource) -> Inspection:
+    config = source.stored_config
+    reader = TorchDistReader(source.folder)
     model_keys = [key for key in reader.keys if "optimizer" not in key]
-    state_path = folder / STATE_FILE
-    tokenizer = folder / TOKENIZER_DIR
     return Inspection(
-        kind="torch_dist checkpoint",
-        path=str(folder),
-        parameters=_parameters(description.config),
-        bytes_on_disk=_size(list(folder.glob("*.distcp"))),
+        **_common(source),
+        bytes_on_disk=_size(list(source.folder.glob("*.distcp"))),
         dtypes=sorted({str(reader.dtype(key)).removeprefix("torch.") for key in model_keys}),
-        mask_token_id=description.mask_token_id,
-        block_size=description.block_size,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer)
-        if has_tokenizer(tokenizer)
-        else None,
-        config=description.config.to_json_dict(),
+        config=config.to_json_dict(),
         tensors={key: list(reader.shape(key)) for key in model_keys},
         optimizer_tensors=len(reader.keys) - len(model_keys),
-        lineage=description.lineage,
-        state=read_json_object(state_path) if state_path.is_file() else {},
+        lineage={} if source.description is None else source.description.lineage,
+        state=source.state,
     )
+
+
+def _common(source: ModelSource) -> dict[str, Any]:
+    """What both kinds answer alike."""
+    return {
+        "kind": source.kind,
+        "path": str(source.folder),
+        "parameters": _parameters(source.stored_config),
+        "mask_token_id": source.mask_token_id,
+        "block_size": source.block_size,
+        "tokenizer_fingerprint": source.fingerprint,
+    }

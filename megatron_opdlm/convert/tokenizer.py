@@ -17,10 +17,8 @@ from megatron_opdlm.convert.tokenizer_files import (
     NAMED_TOKENS,
     TOKENIZER_CONFIG,
     TOKENIZER_JSON,
+    TokenizerFiles,
     content_of,
-    read_tokenizer,
-    read_tokenizer_config,
-    special_tokens,
     token_ids,
 )
 from megatron_opdlm.files.errors import ConversionError
@@ -84,58 +82,65 @@ def add_mask_token(
         ConversionError: no tokenizer.json, a tokenizer that names another mask token or has more
             tokens than the embedding rows, or the id is that of eos, pad, bos or unk.
     """
-    src, dst = Path(src_dir), Path(dst_dir)
-    tokenizer = read_tokenizer(src)
-    mask, mask_id = _find_mask_token(src, tokenizer, vocab_size, mask_token)
-    copy_tokenizer(src, dst)
-    _patch_tokenizer_json(dst, tokenizer, mask, mask_id)
-    _patch_config(dst, read_tokenizer_config(src), tokenizer["added_tokens"], mask)
-    loaded = _load(dst, src)
+    files, dst = TokenizerFiles(src_dir), Path(dst_dir)
+    mask, mask_id = find_mask_token(files, vocab_size, mask_token)
+    copy_tokenizer(files.folder, dst)
+    _patch_tokenizer_json(dst, files.tokenizer, mask, mask_id)
+    _patch_config(dst, files.config, files.tokenizer["added_tokens"], mask)
+    loaded = _load(dst, files.folder)
     if loaded.token_to_id(mask) != mask_id:  # a vocabulary with holes numbers new tokens otherwise
         raise ConversionError(
-            f"{src}: the tokenizers library gives {mask!r} id {loaded.token_to_id(mask)} where "
-            f"{mask_id} is free; the vocabulary has holes"
+            f"{files.folder}: the tokenizers library gives {mask!r} id {loaded.token_to_id(mask)} "
+            f"where {mask_id} is free; the vocabulary has holes"
         )
     return mask_id
 
 
-def find_mask_token(src: Path, vocab_size: int, mask_token: str) -> tuple[str, int]:
+def find_mask_token(files: TokenizerFiles, vocab_size: int, mask_token: str) -> tuple[str, int]:
     """Text and id that `add_mask_token` gives the mask token; nothing is written.
 
     Raises:
         ConversionError: as `add_mask_token`.
     """
-    return _find_mask_token(src, read_tokenizer(src), vocab_size, mask_token)
-
-
-def _find_mask_token(
-    src: Path, tokenizer: dict[str, Any], vocab_size: int, mask_token: str
-) -> tuple[str, int]:
-    config = read_tokenizer_config(src)
-    ids = token_ids(src, tokenizer)
-    mask = _mask_text(src, config, mask_token)
-    if (top := max(token_id for token, token_id in ids.items() if token != mask)) >= vocab_size:
-        raise ConversionError(
-            f"{src}: the tokenizer has ids up to {top}, the embedding only {vocab_size} rows; "
-            "they are not of one model"
-        )
+    src, ids = files.folder, files.ids
+    mask = _mask_text(files, mask_token)
+    _require_rows(files, mask, vocab_size)
     mask_id = ids.get(mask, max(ids.values()) + 1)
     if mask_id > vocab_size:
         raise ConversionError(
             f"{src}: mask token {mask!r} has id {mask_id}, the embedding only {vocab_size} rows; "
-            "they are not of one model"
+            f"remove it from {TOKENIZER_JSON}, so that it gets the first free id, or enlarge the "
+            f"embedding: model.resize_token_embeddings({mask_id + 1})"
         )
-    named = special_tokens(src)
-    for key, name in named.items():
+    for key, name in files.named.items():
         if key != "mask_token" and ids.get(name) == mask_id:
             raise ConversionError(f"{src}: mask token {mask!r} is also the {key}; they must differ")
-    added = {token["content"] for token in tokenizer["added_tokens"]}
-    if "mask_token" not in named and mask in ids and mask not in added:
+    added = {token["content"] for token in files.tokenizer["added_tokens"]}
+    if "mask_token" not in files.named and mask in ids and mask not in added:
         raise ConversionError(
             f"{src}: mask token {mask!r} is an ordinary token of the vocabulary, which prompts "
             "contain; choose another with --mask-token (training: mask_token)"
         )
     return mask, mask_id
+
+
+def _require_rows(files: TokenizerFiles, mask: str, vocab_size: int) -> None:
+    """Refuses ids without a row of the embedding; the mask token apart, which may get a new one."""
+    beyond = {i: token for token, i in files.ids.items() if i >= vocab_size and token != mask}
+    if not beyond:
+        return
+    top, first = max(beyond), beyond[min(beyond)]
+    added = {token["content"] for token in files.tokenizer["added_tokens"]}
+    has = f"{files.folder}: the tokenizer has ids up to {top}, the embedding only {vocab_size} rows"
+    if not added.issuperset(beyond.values()):
+        raise ConversionError(f"{has}; they are not of one model")
+    roles = [f"{key} of {TOKENIZER_CONFIG}" for key, text in files.named.items() if text == first]
+    named = f", and make another token {' and '.join(roles)}" if roles else ""
+    raise ConversionError(
+        f"{has}: the model never saw the added token {first!r} (id {min(beyond)}); if nothing "
+        f"needs it, remove it from added_tokens of {TOKENIZER_JSON}{named}; else enlarge the "
+        f"embedding: model.resize_token_embeddings({top + 1})"
+    )
 
 
 def replace_mask_token(src_dir: Path, dst_dir: Path, text: str, token_id: int) -> None:
@@ -154,8 +159,10 @@ def replace_mask_token(src_dir: Path, dst_dir: Path, text: str, token_id: int) -
     Raises:
         ConversionError: the text or the id is another token's, or the mask token cannot change.
     """
-    tokenizer, config = read_tokenizer(src_dir), read_tokenizer_config(src_dir)
-    ids, old = token_ids(src_dir, tokenizer), content_of(config.get("mask_token"))
+    files = TokenizerFiles(src_dir)
+    tokenizer, config, ids, old = (
+        files.tokenizer, files.config, files.ids, files.named.get("mask_token"),
+    )  # fmt: skip
     others = {token: i for token, i in ids.items() if token != old}
     if text in others:
         raise ConversionError(
@@ -187,13 +194,13 @@ def replace_mask_token(src_dir: Path, dst_dir: Path, text: str, token_id: int) -
 
 
 @without_garbage_collection()
-def tokenizer_fingerprint(directory: str | Path, mask_token: str = MASK_TOKEN) -> str:
+def tokenizer_fingerprint(files: TokenizerFiles, mask_token: str = MASK_TOKEN) -> str:
     """Hash of what maps text to ids: vocabulary, merges and added tokens, without the mask token.
 
     Student and teacher may differ in the mask token, the chat template and file formatting only.
 
     Args:
-        directory: directory with tokenizer.json.
+        files: of the tokenizer.
         mask_token: text of the mask token that an import will name, where none is named yet.
 
     Returns:
@@ -202,17 +209,13 @@ def tokenizer_fingerprint(directory: str | Path, mask_token: str = MASK_TOKEN) -
     Raises:
         ConversionError: no tokenizer.json, or a malformed one.
     """
-    path = Path(directory)
-    tokenizer = read_tokenizer(path)
-    mask = mask_token_text(path) or mask_token
-    model = tokenizer["model"]
+    mask = files.named.get("mask_token") or mask_token
+    model = files.tokenizer["model"]
     merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
     content = {
         "type": model.get("type"),
         "ids": sorted(
-            (i, token)
-            for token, i in token_ids(path, tokenizer).items()
-            if token not in (mask, _unused_token(i))
+            (i, token) for token, i in files.ids.items() if token not in (mask, _unused_token(i))
         ),
         "merges": merges,
     }
@@ -224,24 +227,9 @@ def _unused_token(token_id: int) -> str:
     return f"<|unused_{token_id}|>"
 
 
-def pad_token_id(directory: str | Path) -> int | None:
-    """Id of the tokenizer's pad token; None if it names none."""
-    return _named_id(Path(directory), "pad_token")
-
-
-def mask_token_text(directory: str | Path) -> str | None:
-    """Text of the tokenizer's mask token; None if it names none."""
-    return content_of(read_tokenizer_config(Path(directory)).get("mask_token"))
-
-
-def mask_token_id(directory: str | Path) -> int | None:
-    """Id of the tokenizer's mask token; None if it names none."""
-    return _named_id(Path(directory), "mask_token")
-
-
-def _mask_text(src: Path, config: dict[str, Any], mask_token: str) -> str:
+def _mask_text(files: TokenizerFiles, mask_token: str) -> str:
     """The mask token that the tokenizer names, else the requested one."""
-    named = content_of(config.get("mask_token"))
+    src, named = files.folder, files.named.get("mask_token")
     if not (named or mask_token):
         raise ConversionError(f"{src}: the mask token needs a text")
     if named is None:
@@ -256,11 +244,6 @@ def _mask_text(src: Path, config: dict[str, Any], mask_token: str) -> str:
             "leave --mask-token away to use it"
         )
     return named
-
-
-def _named_id(directory: Path, key: str) -> int | None:
-    name = content_of(read_tokenizer_config(directory).get(key))
-    return None if name is None else token_ids(directory, read_tokenizer(directory)).get(name)
 
 
 def _load(directory: Path, source: Path) -> Tokenizer:

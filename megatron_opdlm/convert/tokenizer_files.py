@@ -1,6 +1,7 @@
 """The JSON files of a tokenizer, read with errors a person can act on."""
 
 import reprlib
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,50 @@ from megatron_opdlm.files.folders import read_json_object
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
+
+
+class TokenizerFiles:
+    """The files of one tokenizer, each read once, when something first asks for it.
+
+    A large tokenizer.json is a third of a second and 100 MB of objects: keep none of these for
+    long.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Names the folder; nothing is read yet."""
+        self.folder = Path(folder)
+
+    @cached_property
+    def tokenizer(self) -> dict[str, Any]:
+        """tokenizer.json, see `read_tokenizer`."""
+        return read_tokenizer(self.folder)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """tokenizer_config.json, see `read_tokenizer_config`."""
+        return read_tokenizer_config(self.folder)
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Every token string -> id, added tokens included."""
+        return token_ids(self.folder, self.tokenizer)
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Key -> text of the tokens that tokenizer_config.json names; those it names alone."""
+        texts = {key: content_of(self.config.get(key)) for key in NAMED_TOKENS}
+        return {key: text for key, text in texts.items() if text is not None}
+
+    @property
+    def special(self) -> dict[str, int]:
+        """Text -> id of the added tokens that no text of a user or a model spells."""
+        added = self.tokenizer["added_tokens"]
+        return {token["content"]: token["id"] for token in added if token.get("special")}
+
+    def id_of(self, key: str) -> int | None:
+        """Id of a token that tokenizer_config.json names, e.g. "eos_token"; None if it does not."""
+        text = self.named.get(key)
+        return None if text is None else self.ids.get(text)
 
 
 def read_tokenizer_config(directory: Path) -> dict[str, Any]:
@@ -41,13 +86,6 @@ def _is_token(token: Any) -> bool:
     return isinstance(token, str) or (
         isinstance(token, dict) and isinstance(token.get("content"), str)
     )
-
-
-def special_tokens(directory: Path) -> dict[str, str]:
-    """Text of the tokens that tokenizer_config.json names; those it names alone."""
-    config = read_tokenizer_config(directory)
-    texts = {key: content_of(config.get(key)) for key in NAMED_TOKENS}
-    return {key: text for key, text in texts.items() if text is not None}
 
 
 def read_tokenizer(directory: Path) -> dict[str, Any]:

@@ -6,16 +6,22 @@ import dataclasses
 
 import torch
 
-from megatron_opdlm.checkpoint.layout import ModelDescription, read_description
 from megatron_opdlm.checkpoint.weights import freeze, load_head, load_model
 from megatron_opdlm.config.run import Config, ModelConfig
 from megatron_opdlm.convert.import_cache import ImportCache
+from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.distill.host_weights import HostWeights
 from megatron_opdlm.distill.student import Student
 from megatron_opdlm.distill.teacher import Teacher
+from megatron_opdlm.distill.vocabulary import check_same_language
 from megatron_opdlm.distributed.process_groups import ParallelState, second_layout
 from megatron_opdlm.model.fingerprint import fingerprint
-from megatron_opdlm.model.gpt import BuildOptions, stream_multiple, training_stream_multiple
+from megatron_opdlm.model.gpt import (
+    BuildOptions,
+    padded_vocab_size,
+    stream_multiple,
+    training_stream_multiple,
+)
 
 
 def load_teacher(
@@ -26,6 +32,9 @@ def load_teacher(
     student: Student,
 ) -> Teacher:
     """Loads the frozen teacher, after checking that it speaks the student's language.
+
+    From here on ids that only one of the two has are in no softmax of either, see
+    `distill.vocabulary`.
 
     Args:
         config: resolved.
@@ -39,7 +48,9 @@ def load_teacher(
     """
     path = config.model.teacher or config.model.student
     folder = cache.checkpoint(path, is_main=parallel.is_main)
-    check_same_language(student.description, read_description(folder), path)
+    vocab_size = check_same_language(
+        ModelSource.open(student.folder), ModelSource.open(folder), path
+    )
     own = parallel
     if config.parallel.has_teacher_layout:
         tp_size, pp_size = config.parallel.teacher_layout
@@ -54,8 +65,17 @@ def load_teacher(
     freeze(model)
     weights = fingerprint(model, description.config)
     weights.require_finite("teacher", path)
+    student.model.vocab_size_unpadded = model.vocab_size_unpadded = vocab_size
+    padded = {
+        padded_vocab_size(
+            described.config.vocab_size,
+            divisor=options.make_vocab_size_divisible_by,
+            tp_size=parallel.tp_size,
+        )
+        for described in (student.description, description)
+    }
     head = None
-    if own is not parallel:
+    if own is not parallel or len(padded) > 1:  # it is cut in another way than the student's
         columns = len(student.model.head_weight()) if parallel.is_last_stage else None
         head = load_head(folder, columns, options.params_dtype, parallel)
         if own.is_last_stage and config.distill.responses != "teacher":
@@ -68,6 +88,7 @@ def load_teacher(
     return Teacher(
         path=path,
         model=model,
+        vocab_size=vocab_size,
         description=description,
         fingerprint=weights,
         parallel=own,
@@ -97,27 +118,3 @@ def teacher_options(model: ModelConfig, options: BuildOptions, tp_size: int) -> 
         gradient_accumulation_fusion=False,
         sequence_parallel=options.sequence_parallel and tp_size > 1,
     )
-
-
-def check_same_language(
-    student: ModelDescription, teacher: ModelDescription, teacher_path: str
-) -> None:
-    """Refuses a teacher whose ids do not mean what the student's mean."""
-    if student.config.vocab_size != teacher.config.vocab_size:
-        raise ValueError(
-            f"teacher={teacher_path} has vocab_size={teacher.config.vocab_size}, the student "
-            f"{student.config.vocab_size}; they must be equal: distillation compares whole "
-            "distributions; use two models of one family, both imported with a mask token"
-        )
-    require_same_fingerprint(
-        student.tokenizer_fingerprint, teacher.tokenizer_fingerprint, teacher_path
-    )
-
-
-def require_same_fingerprint(student: str | None, teacher: str | None, teacher_path: str) -> None:
-    """Refuses a teacher whose tokenizer maps text to other ids than the student's."""
-    if student != teacher:
-        raise ValueError(
-            f"teacher={teacher_path} has another tokenizer than the student (fingerprints "
-            f"{str(teacher)[:12]} and {str(student)[:12]}); use two models of one family"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,11 @@ from megatron_opdlm.checkpoint.layout import (
     TOKENIZER_DIR,
     ModelDescription,
     read_description,
-    resolve_iteration,
 )
 from megatron_opdlm.checkpoint.weights import load_model
 from megatron_opdlm.config.run import ModelConfig, ParallelConfig
-from megatron_opdlm.convert.chat_template import NO_CHAT_TEMPLATE, has_chat_template
 from megatron_opdlm.convert.import_cache import ImportCache
-from megatron_opdlm.convert.tokenizer import has_tokenizer
+from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions
 
@@ -33,13 +32,18 @@ class Student:
         model: this rank's pipeline stage.
         description: what the checkpoint says about it.
         tokenizer: transformers tokenizer with the mask token.
-        tokenizer_dir: its files.
+        folder: the iteration folder that it was loaded from.
     """
 
     model: BlockDiffusionModel
     description: ModelDescription
     tokenizer: Any
-    tokenizer_dir: Path
+    folder: Path
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The tokenizer's files."""
+        return self.folder / TOKENIZER_DIR
 
     @property
     def mask_token_id(self) -> int:
@@ -76,23 +80,30 @@ def load_student(
     """Loads a student and its tokenizer.
 
     Args:
-        path: checkpoint or Hugging Face directory.
+        path: run folder, checkpoint, or Hugging Face directory.
         cache: where a Hugging Face directory is converted.
         options: how to build the model.
         parallel: process groups.
         mask_token: text of the mask token; None takes the checkpoint's, whatever it is.
 
     Raises:
-        ValueError: there is no mask token, or it collides with another special token.
+        ValueError: there is no mask token, or it collides with another special token; or no token
+            ends a response.
     """
     folder = cache.checkpoint(path, is_main=parallel.is_main)
-    description = read_description(folder)
-    tokenizer_dir = folder / TOKENIZER_DIR
-    tokenizer = load_tokenizer(tokenizer_dir)
-    check_mask_token(description, tokenizer, mask_token, path)
+    tokenizer = load_tokenizer(folder / TOKENIZER_DIR)
+    check_mask_token(read_description(folder), tokenizer, mask_token, path)
+    ends = ModelSource.open(folder).response_ends
+    ends.require(path)
+    if parallel.is_main:
+        ends.warn(path)
     model, description = load_model(folder, options, parallel)
+    config = dataclasses.replace(description.config, eos_token_ids=ends.ids)
     return Student(
-        model=model, description=description, tokenizer=tokenizer, tokenizer_dir=tokenizer_dir
+        model=model,
+        description=dataclasses.replace(description, config=config),
+        tokenizer=tokenizer,
+        folder=folder,
     )
 
 
@@ -101,23 +112,6 @@ def load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-
-
-def tokenizer_folder(model: str) -> Path:
-    """Where the tokenizer of a checkpoint or a Hugging Face directory is."""
-    is_hf = (Path(model) / "config.json").is_file()
-    return Path(model) if is_hf else resolve_iteration(model) / TOKENIZER_DIR
-
-
-def require_chat_template(student: str) -> None:
-    """Refuses a student that cannot render prompts, before an import that may take minutes.
-
-    Args:
-        student: checkpoint root, iteration folder, or Hugging Face directory.
-    """
-    folder = tokenizer_folder(student)
-    if has_tokenizer(folder) and not has_chat_template(folder):
-        raise ValueError(f"student={student}: {NO_CHAT_TEMPLATE}")
 
 
 def check_mask_token(

@@ -44,6 +44,7 @@ class Teacher:
     Attributes:
         path: where it comes from, for people.
         model: this rank's stage in the teacher's layout.
+        vocab_size: ids that teacher and student both have; others are in no softmax.
         description: what its checkpoint says.
         fingerprint: of its weights.
         parallel: the teacher's layout; the student's own if it is the same.
@@ -58,6 +59,7 @@ class Teacher:
 
     path: str
     model: BlockDiffusionModel
+    vocab_size: int
     description: ModelDescription
     fingerprint: Fingerprint
     parallel: ParallelState
@@ -172,7 +174,7 @@ class Teacher:
                 TokenTarget(ids.to(device)),
                 torch.ones(len(rows), device=device),
                 Divergence(),
-                vocab_size=self.description.config.vocab_size,
+                vocab_size=self.vocab_size,
                 mask_token_id=mask_token_id,
                 tp_group=student.tp_group,
             )
@@ -206,7 +208,7 @@ class Teacher:
         """
         probe = prompts[:PROBE_PROMPTS]
         loss = self.mean_loss(probe, mask_token_id)
-        uniform = math.log(self.description.config.vocab_size)
+        uniform = math.log(self.vocab_size)
         on_them = f"nats per token on the first {len(probe)} prompts"
         of_them = f"teacher={self.path} has a loss of {loss:.4g} {on_them}"
         if not math.isfinite(loss):

@@ -25,6 +25,7 @@ from megatron_opdlm.generate.arguments import (
 )
 
 if TYPE_CHECKING:
+    from megatron_opdlm.convert.model_source import ModelSource
     from megatron_opdlm.evaluation.kinds.kind import TaskKind
     from megatron_opdlm.evaluation.task import EvalResult, Task
     from megatron_opdlm.evaluation.teacher import Teacher
@@ -107,16 +108,21 @@ def _add_setting_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_eval(args: argparse.Namespace) -> int:
     """Runs `opdlm eval`."""
+    from megatron_opdlm.convert.model_source import ModelSource
     from megatron_opdlm.distributed import process_groups as parallel
     from megatron_opdlm.evaluation.task import load_task
     from megatron_opdlm.evaluation.teacher import load_reference
+    from megatron_opdlm.responses.rendering import check_rendering
 
     _check(args)
     tasks = [
         load_task(name, path, args.num_questions, kind=kind)
         for name, kind, path in map(_split_task, args.task)
     ]
-    settings = _settings(args)
+    source = ModelSource.open(args.model)
+    settings = _settings(args, source)
+    for task in tasks:
+        check_rendering(task.questions, source, enable_thinking=args.enable_thinking)
     teacher = None if args.teacher is None else load_reference(args.teacher)
     decoder = open_decoder(args, max_rows=args.max_rows or MAX_ROWS)
     results = _run_settings(args, decoder, teacher, tasks, settings)
@@ -175,7 +181,7 @@ def _describe_kinds() -> str:
     return "\n".join(lines)
 
 
-def _settings(args: argparse.Namespace) -> list[DecodingOptions]:
+def _settings(args: argparse.Namespace, source: ModelSource) -> list[DecodingOptions]:
     chosen: list[dict[str, Any]] = []
     if args.static or not (args.dynamic or args.entropy_bounded or args.sequential):
         chosen.append({"remasking": STATIC})
@@ -191,7 +197,7 @@ def _settings(args: argparse.Namespace) -> list[DecodingOptions]:
         ]
     if args.sequential:
         chosen.append({"remasking": SEQUENTIAL})
-    return [decoding_options(args, **setting) for setting in chosen]
+    return [decoding_options(args, source, **setting) for setting in chosen]
 
 
 def _run_settings(

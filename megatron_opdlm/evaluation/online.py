@@ -19,6 +19,23 @@ from megatron_opdlm.rollout.request import DecodingOptions
 logger = logging.getLogger(__name__)
 
 
+def load_questions(config: Config) -> Task | None:
+    """Reads the first questions of `eval_data`; None where nothing is evaluated.
+
+    Args:
+        config: resolved configuration.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: see `load_task`.
+    """
+    if config.train.eval_data is None:
+        return None
+    return load_task(
+        "eval", config.train.eval_data, config.train.eval_questions, key="eval_questions"
+    )
+
+
 class OnlineEvaluation:
     """Greedy static and dynamic decoding of `eval_data`, every `eval_interval` rollouts.
 
@@ -43,14 +60,7 @@ class OnlineEvaluation:
             denoising_steps=config.rollout.denoising_steps,
             confidence_threshold=config.rollout.confidence_threshold,
         )
-        self.task: Task | None = None
-        if config.train.eval_data is not None:
-            self.task = load_task(
-                "eval",
-                config.train.eval_data,
-                config.train.eval_questions,
-                key="eval_questions",
-            )
+        self.task = load_questions(config)
         self.decoder = Decoder(
             student=dataclasses.replace(student, model=layout.model),
             parallel=layout.parallel,

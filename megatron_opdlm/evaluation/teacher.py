@@ -16,7 +16,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.evaluation.task import Answer, EvalResult, Question, Task
+from megatron_opdlm.files.errors import ConversionError
+from megatron_opdlm.files.path_kind import describe
 
 
 @dataclass(frozen=True)
@@ -36,19 +39,20 @@ def load_reference(hf_dir: str) -> Teacher:
         hf_dir: Hugging Face directory; no code from it is run.
 
     Raises:
-        FileNotFoundError: there is no model at `hf_dir`.
+        ConversionError: there is no Hugging Face directory at `hf_dir`, or nothing ends a response.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    if not (Path(hf_dir) / "config.json").is_file():
-        raise FileNotFoundError(f"teacher={hf_dir} is no Hugging Face directory (no config.json)")
+    source = ModelSource.open(hf_dir)
+    if not source.is_hf:
+        raise ConversionError(f"teacher={hf_dir}: {describe(Path(hf_dir))}")
+    source.response_ends.require(hf_dir)
     tokenizer = AutoTokenizer.from_pretrained(hf_dir, trust_remote_code=False)
     tokenizer.padding_side = "left"
     model = AutoModelForCausalLM.from_pretrained(hf_dir, trust_remote_code=False).eval()
-    stops = model.generation_config.eos_token_id
     model.generation_config = GenerationConfig(
         do_sample=False,
-        eos_token_id=tokenizer.eos_token_id if stops is None else stops,
+        eos_token_id=list(source.response_ends.ids),  # those of a student
         pad_token_id=tokenizer.pad_token_id,
     )
     return Teacher(model, tokenizer)

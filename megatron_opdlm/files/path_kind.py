@@ -9,6 +9,8 @@ from megatron_opdlm.files.dcp_metadata import METADATA_FILE
 
 CONFIG_FILE = "config.json"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
+CHECKPOINTS = "checkpoints"
+"""Checkpoint root in a run's folder."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LISTED = 5
 
@@ -18,9 +20,16 @@ def is_hf_directory(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file()
 
 
+def checkpoint_root(path: Path) -> Path:
+    """Returns where the checkpoints of a run's folder are; any other path as it is."""
+    checkpoints = path / CHECKPOINTS
+    return checkpoints if (checkpoints / LATEST_FILE).is_file() else path
+
+
 def is_checkpoint(path: Path) -> bool:
-    """Whether it is a checkpoint's root, or the folder of one iteration."""
-    return (path / LATEST_FILE).is_file() or (path / METADATA_FILE).is_file()
+    """Whether it is a run's folder, a checkpoint's root, or the folder of one iteration."""
+    root = checkpoint_root(path)
+    return (root / LATEST_FILE).is_file() or (root / METADATA_FILE).is_file()
 
 
 def describe(path: Path) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_opdlm.checks import require, require_at_least
 
 if TYPE_CHECKING:
+    from megatron_opdlm.convert.model_source import ModelSource
     from megatron_opdlm.generate.decoder import Decoder
     from megatron_opdlm.rollout.request import DecodingOptions
 
@@ -22,6 +23,8 @@ REMASKING = (
 )
 
 MAX_ROWS = 256
+DEFAULT_BLOCK_SIZE = 4
+"""For weights that were not trained for a block size yet."""
 
 Parsers = argparse._SubParsersAction  # the type of argparse's `subparsers`
 
@@ -140,22 +143,24 @@ def require_used(is_used: bool, name: str, given: Any, about: str, here: str) ->
 
 
 def decoding_options(
-    args: argparse.Namespace, *, remasking: str, **limits: float | None
+    args: argparse.Namespace, source: ModelSource, *, remasking: str, **limits: float | None
 ) -> DecodingOptions:
     """Reads decoding options from arguments, with defaults of the student's. No model is loaded.
 
     Args:
         args: those of `add_model_arguments`.
+        source: the student; it is decoded with the block that its weights were trained for, unless
+            the arguments say another.
         remasking: rule.
         limits: confidence_threshold, entropy_bound; None = the default.
 
     Raises:
-        ValueError: a value out of its range, or there is no student.
+        ValueError: a value out of its range.
     """
-    from megatron_opdlm.generate.decoder import default_block_size
     from megatron_opdlm.rollout.request import DecodingOptions
 
-    block_size = default_block_size(args.model) if args.block_size is None else args.block_size
+    trained = source.block_size or DEFAULT_BLOCK_SIZE
+    block_size = trained if args.block_size is None else args.block_size
     steps = block_size if args.denoising_steps is None else args.denoising_steps
     given = {name: getattr(args, name) for name in ("top_k", "top_p")} | limits
     return DecodingOptions(

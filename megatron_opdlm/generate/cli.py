@@ -67,16 +67,21 @@ def add_generate_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
 
 def run_generate(args: argparse.Namespace) -> int:
     """Runs `opdlm generate`."""
+    from megatron_opdlm.convert.model_source import ModelSource
     from megatron_opdlm.distributed import process_groups as parallel
+    from megatron_opdlm.responses.rendering import check_rendering
 
     _check(args)
     prompts = _read_prompts(args)
+    source = ModelSource.open(args.model)
     options = decoding_options(
         args,
+        source,
         remasking=args.remasking,
         confidence_threshold=args.confidence_threshold,
         entropy_bound=args.entropy_bound,
     )
+    check_rendering(prompts, source, enable_thinking=args.enable_thinking)
     decoder = open_decoder(args, max_rows=1 if args.show_steps else args.max_rows or MAX_ROWS)
     _generate(args, decoder, options, prompts)
     # Only after success: leaving the groups is collective, and would wait for ranks that failed.
@@ -107,7 +112,7 @@ def _read_prompts(args: argparse.Namespace) -> list[Prompt]:
         return load_prompts(args.prompts)
     if not args.prompt.strip():
         raise ValueError("--prompt is empty; write what the user asks")
-    return [Prompt(id="1", messages=[{"role": "user", "content": args.prompt}], line=1)]
+    return [Prompt(id="1", messages=[{"role": "user", "content": args.prompt}], where="--prompt")]
 
 
 def _generate(

@@ -13,19 +13,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_opdlm.checkpoint.layout import CHECKPOINTS, read_description, resolve_iteration
 from megatron_opdlm.convert.import_cache import ImportCache
+from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.convert.tokenizer import MASK_TOKEN
 from megatron_opdlm.diffusion import randomness
 from megatron_opdlm.diffusion.trajectory import Trajectory
-from megatron_opdlm.distill.student import DTYPES, Student, load_student, require_chat_template
+from megatron_opdlm.distill.student import DTYPES, Student, load_student
 from megatron_opdlm.distributed import process_groups
 from megatron_opdlm.distributed.process_groups import ParallelState, from_main
-from megatron_opdlm.files.folders import read_json_object
-from megatron_opdlm.files.path_kind import CONFIG_FILE, LATEST_FILE, is_hf_directory
 from megatron_opdlm.files.signals import stopped_by_signals
 from megatron_opdlm.model.gpt import BuildOptions, has_transformer_engine, stream_multiple
-from megatron_opdlm.plan.ranks import find_model_config
 from megatron_opdlm.responses.prompts import (
     Prompt,
     PromptTokens,
@@ -37,9 +34,6 @@ from megatron_opdlm.rollout.decoding_memory import DecodingMemory
 from megatron_opdlm.rollout.engine import Observer, RolloutEngine
 from megatron_opdlm.rollout.graph_support import require_graphs
 from megatron_opdlm.rollout.request import DecodingOptions, Request
-
-DEFAULT_BLOCK_SIZE = 4
-"""For weights that were not trained for a block size yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +88,8 @@ class Decoder:
             ValueError: neither a checkpoint nor a model, no mask token or chat template, a model
                 that the parallel sizes do not divide, or CUDA graphs where there can be none.
         """
-        source = find_checkpoint(path)
-        require_chat_template(str(source))
+        source = ModelSource.open(path)
+        source.require_chat_template()
         parallel = process_groups.initialize(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
@@ -109,13 +103,13 @@ class Decoder:
         if cuda_graphs:
             require_graphs(
                 options.params_dtype,
-                find_model_config(str(source)).kv_channels,
+                source.stored_config.kv_channels,
                 sequence_parallel=options.sequence_parallel,
                 fp8=options.fp8,
             )
         with _import_folder(import_cache, parallel) as folder:
             cache = ImportCache(folder=folder, mask_token=MASK_TOKEN)
-            student = load_student(str(source), cache, options, parallel, mask_token=None)
+            student = load_student(path, cache, options, parallel, mask_token=None)
         return cls(
             student=student,
             parallel=parallel,
@@ -223,27 +217,3 @@ def _import_folder(given: str | None, parallel: ParallelState) -> Iterator[Path]
         finally:
             if parallel.is_main:
                 shutil.rmtree(scratch)
-
-
-def find_checkpoint(path: str) -> Path:
-    """Returns the checkpoint of a run folder; any other path as it is."""
-    checkpoints = Path(path) / CHECKPOINTS
-    return checkpoints if (checkpoints / LATEST_FILE).is_file() else Path(path)
-
-
-def default_block_size(path: str) -> int:
-    """Returns the block size to decode a student with unless someone asks for another: the one that
-    its weights were trained for. Only files of a few kilobytes are read.
-
-    Args:
-        path: run folder, checkpoint root, iteration folder, or Hugging Face directory.
-
-    Raises:
-        ValueError: it is none of them.
-    """
-    source = find_checkpoint(path)
-    if is_hf_directory(source):  # an export names it
-        trained = read_json_object(source / CONFIG_FILE).get("block_size")
-    else:
-        trained = read_description(resolve_iteration(source)).block_size
-    return trained or DEFAULT_BLOCK_SIZE

@@ -101,7 +101,8 @@ class HFConfig:
             if not is_id:
                 raise ConversionError(
                     f"{key}={reprlib.repr(token)} must be null or an id in [0, "
-                    f"vocab_size={self.vocab_size})"
+                    f"vocab_size={self.vocab_size}); set another in {CONFIG_FILE} or "
+                    "generation_config.json, or enlarge the embedding"
                 )
 
     @property

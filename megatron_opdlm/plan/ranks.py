@@ -7,19 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
-from megatron_opdlm.checkpoint.layout import read_description, resolve_iteration
 from megatron_opdlm.config.run import Config
 from megatron_opdlm.config.schedules import response_limit
-from megatron_opdlm.convert.importer import imported_config
-from megatron_opdlm.convert.tokenizer import MASK_TOKEN
 from megatron_opdlm.distributed.process_groups import RankGrid
-from megatron_opdlm.files.folders import read_json_object
-from megatron_opdlm.files.path_kind import describe, is_checkpoint, is_hf_directory
 from megatron_opdlm.model.fp8 import check_fp8_fit
 from megatron_opdlm.model.gpt import check_parallel_fit, padded_vocab_size
-from megatron_opdlm.model.hf_config import HFConfig, parse_config
+from megatron_opdlm.model.hf_config import HFConfig
 from megatron_opdlm.model.parameter_count import count_parameters, vocab_rows
 from megatron_opdlm.plan.cache import (
     DTYPE_BYTES,
@@ -115,7 +109,8 @@ def rank_table(
 def check_models(
     config: Config, *, student: HFConfig, teacher: HFConfig, cuda: bool = True
 ) -> None:
-    """Refuses models that do not go with each other or with the configuration.
+    """Refuses models that do not go with the configuration; whether they go with each other is
+    `distill.vocabulary`'s to say.
 
     Args:
         config: resolved configuration.
@@ -126,10 +121,10 @@ def check_models(
     Raises:
         ValueError: naming field, value, rule and fix.
     """
-    top_k = config.distill.top_k_logits
-    if top_k >= teacher.vocab_size:
+    top_k, vocab_size = config.distill.top_k_logits, min(student.vocab_size, teacher.vocab_size)
+    if top_k >= vocab_size:
         raise ValueError(
-            f"top_k_logits={top_k} must be below the teacher's vocabulary of {teacher.vocab_size} "
+            f"top_k_logits={top_k} must be below the teacher's vocabulary of {vocab_size} "
             "tokens; use 0 for all of them"
         )
     tp_size, pp_size = config.parallel.teacher_layout
@@ -142,36 +137,7 @@ def check_models(
         _check_lengths(config, hf)
     if (size := config.parallel.rollout_tensor_model_parallel_size) is not None:
         check_parallel_fit(student, tp_size=size, pp_size=1, prefix="rollout_")
-    if student.vocab_size != teacher.vocab_size:
-        raise ValueError(
-            f"teacher has vocab_size={teacher.vocab_size}, which must equal the student's "
-            f"{student.vocab_size}; use two models of one family, both imported with a mask token"
-        )
     plan_cache(config, decoder(config, student, teacher), 1, cuda)
-
-
-def find_model_config(
-    model: str, *, mask_token: str = MASK_TOKEN, bundled: Path | None = None
-) -> HFConfig:
-    """Reads the hyperparameters of a checkpoint, or those that a Hugging Face directory will have.
-
-    Args:
-        model: path of the directory.
-        mask_token: that its import will add.
-        bundled: folder with `<directory name>.config.json` for models that are not on this machine.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: what is there is no model of a known family.
-    """
-    path = Path(model)
-    if is_hf_directory(path):
-        return imported_config(path, mask_token)
-    if is_checkpoint(path):
-        return read_description(resolve_iteration(path)).config
-    if bundled is not None and (copy := bundled / f"{path.name}.config.json").is_file():
-        return parse_config(read_json_object(copy), {})
-    raise FileNotFoundError(describe(path))
 
 
 def format_table(plans: list[RankPlan]) -> str:
@@ -243,7 +209,7 @@ def _plan_rank(
     student_parameters = count_parameters(
         student, divisor=divisor, tp_size=tp_size, pp_size=pp_size, pp_rank=pp_rank
     )
-    head, body = _teacher_parameters(config, teacher, grid, rank)
+    head, body = _teacher_parameters(config, student, teacher, grid, rank)
     rollout_tp_size, rollout_pp_size = rollout_layout(config)
     copied = 0
     if (rollout_tp_size, rollout_pp_size) != (tp_size, pp_size):
@@ -285,17 +251,22 @@ def _plan_rank(
 
 
 def _teacher_parameters(
-    config: Config, teacher: HFConfig, student_grid: RankGrid, rank: int
+    config: Config, student: HFConfig, teacher: HFConfig, student_grid: RankGrid, rank: int
 ) -> tuple[int, int]:
     """The LM head that stays on a rank, and all else of the teacher.
 
-    In a second layout the head is where the student's is, and nowhere else.
+    A head that is cut in another way than the student's, because of a second layout or of another
+    number of rows, is read once more: as the student's is cut, and where that is.
     """
     if config.distill.responses == "data":
         return 0, 0
     divisor = config.parallel.make_vocab_size_divisible_by
     tp_size, pp_size = config.parallel.teacher_layout
-    second = config.parallel.has_teacher_layout
+    columns, own_columns = (
+        padded_vocab_size(hf.vocab_size, divisor=divisor, tp_size=student_grid.tp_size)
+        for hf in (student, teacher)
+    )
+    apart = config.parallel.has_teacher_layout or columns != own_columns
     _, _, pp_rank = _grid((tp_size, pp_size), student_grid.world_size).place(rank)
     body = count_parameters(
         teacher,
@@ -303,14 +274,13 @@ def _teacher_parameters(
         tp_size=tp_size,
         pp_size=pp_size,
         pp_rank=pp_rank,
-        with_head=not second or config.distill.responses == "teacher",
+        with_head=not apart or config.distill.responses == "teacher",
     )
     tp_rank, _, pp_rank = student_grid.place(rank)
     if pp_rank != student_grid.pp_size - 1:
         return 0, body
-    columns = padded_vocab_size(teacher.vocab_size, divisor=divisor, tp_size=student_grid.tp_size)
     head = columns // student_grid.tp_size * teacher.hidden_size
-    return head, body if second else body - head
+    return head, body if apart else body - head
 
 
 def _grid(layout: tuple[int, int], world_size: int) -> RankGrid:

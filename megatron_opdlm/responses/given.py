@@ -86,7 +86,7 @@ def tokenize_responses(
             if found := wrong.intersection(ids):
                 text = tokenizer.convert_ids_to_tokens(min(found))
                 raise ValueError(
-                    f"{path}:{prompt.line}: response holds the {role} token {text!r}; remove it "
+                    f"{prompt.where}: response holds the {role} token {text!r}; remove it "
                     "from the text"
                 )
     return [torch.tensor([*ids, end], dtype=torch.int64) for ids in rows]

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opdlm.convert.chat_template import NO_CHAT_TEMPLATE
+from megatron_opdlm.convert.chat_template import NO_CHAT_TEMPLATE, TEMPLATE_ERRORS
 from megatron_opdlm.diffusion import randomness
 from megatron_opdlm.responses.entries import Entry, Messages, read_entries
+from megatron_opdlm.responses.rendering import require_rendering
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ class Prompt:
     """Subject, for reports."""
     response: str | None = None
     """Text to train on, where `load_prompts` was asked for it."""
-    line: int
-    """Line in a JSONL file, place in a JSON list; from 1."""
+    where: str
+    """File and line, or place in a JSON list, for messages; from 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,7 @@ def make_prompts(
             messages=messages(entry),
             domain=entry.label("domain"),
             response=entry.text("response") if with_responses else None,
-            line=entry.number,
+            where=entry.where,
         )
         if prompt.id in seen:
             raise ValueError(
@@ -139,8 +140,8 @@ def tokenize_prompts(
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: no mask token or template; a prompt that contains the mask token or renders to
-            nothing; no prompt within the limit.
+        ValueError: no mask token or template; a prompt that the template refuses, that contains the
+            mask token or renders to nothing; no prompt within the limit.
     """
     from tqdm import tqdm
 
@@ -150,13 +151,17 @@ def tokenize_prompts(
     with tqdm(total=len(prompts), desc="tokenising prompts", disable=not progress) as bar:
         for start in range(0, len(prompts), _CHUNK):
             chunk = prompts[start : start + _CHUNK]
-            rows = tokenizer.apply_chat_template(
-                [prompt.messages for prompt in chunk],
-                add_generation_prompt=True,
-                enable_thinking=enable_thinking,
-                tokenize=True,
-                return_dict=False,
-            )
+            try:
+                rows = tokenizer.apply_chat_template(
+                    [prompt.messages for prompt in chunk],
+                    add_generation_prompt=True,
+                    enable_thinking=enable_thinking,
+                    tokenize=True,
+                    return_dict=False,
+                )
+            except TEMPLATE_ERRORS:
+                require_rendering(chunk, tokenizer, enable_thinking=enable_thinking)
+                raise  # the template is not the cause
             for index, (prompt, ids) in enumerate(zip(chunk, rows, strict=True), start):
                 _check_ids(prompt, ids, mask_token_id, tokenizer.mask_token)
                 if len(ids) > max_prompt_tokens:
@@ -240,12 +245,12 @@ def _require_tokenizer(tokenizer: Any) -> int:
 
 
 def _check_ids(prompt: Prompt, ids: list[int], mask_token_id: int, mask_token: str) -> None:
-    where = f"prompt {prompt.id} (line {prompt.line})"
+    name = f"{prompt.where}: prompt {prompt.id}"
     if not ids:
-        raise ValueError(f"{where} renders to no token; check the chat template")
+        raise ValueError(f"{name} renders to no token; check the chat template")
     if mask_token_id in ids:
         raise ValueError(
-            f"{where} contains the mask token {mask_token}, which must stand for masked positions "
+            f"{name} contains the mask token {mask_token}, which must stand for masked positions "
             "only; remove it from the prompt"
         )
 

@@ -78,8 +78,7 @@ def find_responses(
             _warn_of_cuts(responses, config.rollout.max_response_tokens.end)
         return schedule, DataResponses(schedule, responses)
     settings = response_settings(config, teacher, student)
-    vocab_size = teacher.description.config.vocab_size
-    file = ResponseFile(response_file, settings, vocab_size=vocab_size)
+    file = ResponseFile(response_file, settings, vocab_size=teacher.vocab_size)
     engine = teacher_engine(config, teacher, student)
     return schedule, TeacherResponses(schedule, engine, teacher, file)
 

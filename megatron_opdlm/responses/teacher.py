@@ -147,7 +147,9 @@ def response_settings(config: Config, teacher: Teacher, student: Student) -> dic
         student: whose end and mask tokens hold.
     """
     rollout = config.rollout
+    is_cut = teacher.vocab_size < teacher.description.config.vocab_size
     return {
+        **({"vocab_size": teacher.vocab_size} if is_cut else {}),
         "teacher": str(teacher.fingerprint),
         "tokenizer": teacher.description.tokenizer_fingerprint,
         "params_dtype": config.model.params_dtype,

@@ -69,6 +69,7 @@ class RolloutLayout:
                 parallel, tensor_model_parallel_size=size, prefix="rollout_"
             )
             self.model = build_model(hf, options, self.parallel)
+            self.model.vocab_size_unpadded = student.vocab_size_unpadded
             self.model.requires_grad_(False)
             self._one_host = on_one_host()
             self.num_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())

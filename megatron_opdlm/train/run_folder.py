@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_opdlm.checkpoint.layout import CHECKPOINTS
 from megatron_opdlm.config.run import Config, load_config
 from megatron_opdlm.config.schema import collect_keys
 from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.files.path_kind import CHECKPOINTS
 from megatron_opdlm.train.identity import RunIdentity
 
 CONFIG_FILE = "config.yaml"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 from megatron_opdlm.config.run import Config, DistillConfig, ModelConfig
+from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.distill.load_teacher import teacher_options
 from megatron_opdlm.distill.student import Student
 from megatron_opdlm.distill.teacher import Teacher
 from megatron_opdlm.loss.divergence import Divergence
 from megatron_opdlm.model.fingerprint import Fingerprint, fingerprint
 from megatron_opdlm.model.gpt import BuildOptions
-from megatron_opdlm.plan.ranks import find_model_config
 from megatron_opdlm.responses.source import ResponseSource, RolloutSchedule
 from megatron_opdlm.rollout.graph_support import require_graphs
 from megatron_opdlm.train.identity import RunIdentity, digest_tokens
@@ -45,10 +45,9 @@ def check_graphs(config: Config, options: BuildOptions) -> None:
         tp_size, _ = config.parallel.teacher_layout
         decoders.append((teacher, teacher_options(config.model, options, tp_size)))
     for model, built in decoders:
-        hf = find_model_config(model, mask_token=config.model.mask_token)
         require_graphs(
             built.params_dtype,
-            hf.kv_channels,
+            ModelSource.open(model).stored_config.kv_channels,
             sequence_parallel=built.sequence_parallel,
             fp8=built.fp8,
         )

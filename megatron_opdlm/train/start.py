@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
-from megatron_opdlm.checkpoint.layout import read_description, resolve_iteration
-from megatron_opdlm.config.run import Config
-from megatron_opdlm.convert.tokenizer import mask_token_text, tokenizer_fingerprint
-from megatron_opdlm.distill.load_teacher import require_same_fingerprint
-from megatron_opdlm.distill.student import require_chat_template, tokenizer_folder
+from megatron_opdlm.config.run import Config, ModelConfig
+from megatron_opdlm.convert.model_source import ModelSource
+from megatron_opdlm.distill.vocabulary import check_same_language
 from megatron_opdlm.distributed import process_groups
+from megatron_opdlm.evaluation.online import load_questions
 from megatron_opdlm.model.fp8 import check_fp8_device
 from megatron_opdlm.model.gpt import has_transformer_engine, require_transformer_engine
-from megatron_opdlm.plan.ranks import check_models, find_model_config
+from megatron_opdlm.plan.ranks import check_models
 from megatron_opdlm.responses.prompts import PromptSampler, load_prompts
+from megatron_opdlm.responses.rendering import check_rendering
 from megatron_opdlm.train.run_folder import RunFolder
 from megatron_opdlm.train.trainer import Trainer
 
@@ -49,18 +47,19 @@ def check(config: Config) -> Config:
         prompts_per_rollout=resolved.rollout.prompts_per_rollout,
         seed=resolved.train.seed,
     )
-    student = resolved.model.student
-    teacher = resolved.model.teacher or student
+    student, teacher = _open_models(resolved.model)
+    _require_mask_token(student)
+    check_same_language(student, teacher, teacher.path)
     check_models(
         resolved,
-        student=find_model_config(student, mask_token=resolved.model.mask_token),
-        teacher=find_model_config(teacher, mask_token=resolved.model.mask_token),
+        student=student.config,
+        teacher=teacher.config,
         cuda=torch.cuda.is_available(),
     )
-    _require_mask_token(student, resolved.model.mask_token)
-    ours, theirs = (_fingerprint(m, resolved.model.mask_token) for m in (student, teacher))
-    require_same_fingerprint(ours, theirs, teacher)
-    require_chat_template(student)
+    student.response_ends.require(student.path)
+    if (task := load_questions(resolved)) is not None:
+        prompts += task.questions
+    check_rendering(prompts, student, enable_thinking=resolved.rollout.enable_thinking)
     return resolved
 
 
@@ -76,18 +75,19 @@ def main(config: Config) -> None:
     process_groups.shutdown()
 
 
-def _fingerprint(model: str, mask_token: str) -> str | None:
-    """What a model's tokenizer maps to what; of a Hugging Face directory or a checkpoint."""
-    if (Path(model) / "config.json").is_file():
-        return tokenizer_fingerprint(model, mask_token)
-    return read_description(resolve_iteration(model)).tokenizer_fingerprint
+def _open_models(config: ModelConfig) -> tuple[ModelSource, ModelSource]:
+    """Student and teacher; the same object where they are the same."""
+    student = ModelSource.open(config.student, mask_token=config.mask_token)
+    if config.teacher in (None, config.student):
+        return student, student
+    return student, ModelSource.open(config.teacher, mask_token=config.mask_token)
 
 
-def _require_mask_token(student: str, mask_token: str) -> None:
+def _require_mask_token(student: ModelSource) -> None:
     """Says so before an import if the student's tokenizer names another mask token."""
-    named = mask_token_text(tokenizer_folder(student))
-    if named not in (None, mask_token):
+    named = student.named_mask_token
+    if named not in (None, student.mask_token):
         raise ValueError(
-            f"mask_token={mask_token!r} must be the one that the tokenizer of {student} "
-            f"names, {named!r}; set mask_token={named!r}"
+            f"mask_token={student.mask_token!r} must be the one that the tokenizer of "
+            f"{student.path} names, {named!r}; set mask_token={named!r}"
         )

@@ -351,6 +351,11 @@ class Trainer:
         self.student = load_student(
             config.student, cache, options, self.parallel, config.mask_token
         )
+        self.teacher: Teacher | None = None
+        teacher_flops = NO_MODEL
+        if self.config.distill.responses != "data":
+            self.teacher = load_teacher(self.config, cache, options, self.parallel, self.student)
+            teacher_flops = model_flops_per_token(self.teacher.description.config)
         self.layout = RolloutLayout(
             self.student.model,
             self.student.description.config,
@@ -359,11 +364,6 @@ class Trainer:
             tensor_model_parallel_size=self.config.parallel.rollout_tensor_model_parallel_size,
             keep_memory=self.config.rollout.keep_kv_cache,
         )
-        self.teacher: Teacher | None = None
-        teacher_flops = NO_MODEL
-        if self.config.distill.responses != "data":
-            self.teacher = load_teacher(self.config, cache, options, self.parallel, self.student)
-            teacher_flops = model_flops_per_token(self.teacher.description.config)
         self.flops = FlopsReport(
             student=model_flops_per_token(self.student.description.config),
             teacher=teacher_flops,

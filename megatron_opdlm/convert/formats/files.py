@@ -5,7 +5,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from megatron_opdlm.convert.chat_template import has_chat_template
+from megatron_opdlm.convert.chat_template import read_chat_template
 from megatron_opdlm.convert.formats.card import model_card
 from megatron_opdlm.convert.formats.format import ExportedModel, ExportFormat
 from megatron_opdlm.convert.tokenizer import (
@@ -14,6 +14,7 @@ from megatron_opdlm.convert.tokenizer import (
     has_tokenizer,
     replace_mask_token,
 )
+from megatron_opdlm.convert.tokenizer_files import TokenizerFiles
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.files.folders import read_json_object, write_json
 
@@ -51,9 +52,8 @@ def write_files(
     write_json(out_dir / _GENERATION_FILE, _generation_config(base, config, model))
     texts = {name: _code(name) for name in export_format.code_files}
     texts |= export_format.other_files(model)
-    texts["README.md"] = model_card(
-        model, export_format, has_chat_template=has_chat_template(tokenizer_dir)
-    )
+    template = read_chat_template(TokenizerFiles(tokenizer_dir))
+    texts["README.md"] = model_card(model, export_format, has_chat_template=template is not None)
     for name, text in texts.items():
         (out_dir / name).write_text(text, encoding="utf-8")
 

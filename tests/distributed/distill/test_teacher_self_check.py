@@ -9,8 +9,9 @@ import torch
 
 from megatron_opdlm.convert import weights as weights_module
 from megatron_opdlm.convert.importer import import_hf
+from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.distill.teacher import PROBE_PROMPTS
-from megatron_opdlm.plan.ranks import find_model_config, rank_table
+from megatron_opdlm.plan.ranks import rank_table
 from megatron_opdlm.reporting.logger import read_metrics
 from tests.distributed.train.test_parallel_training import Recorder
 from tests.helpers import run_ranks
@@ -59,7 +60,9 @@ def test_the_loss_at_the_start_is_that_of_transformers(layout, teachers, tmp_pat
     assert abs(with_mask / without_mask - 1) > 1e-4  # the mask token shows
 
     config = teachers.config_of(UNTIED)(save=tmp_path, **values)
-    student, teacher = (find_model_config(m) for m in (config.model.student, config.model.teacher))
+    student, teacher = (
+        ModelSource.open(m).config for m in (config.model.student, config.model.teacher)
+    )
     plans = rank_table(config, student=student, teacher=teacher, world_size=world_size, cuda=False)
     assert [plan.teacher_parameters for plan in plans] == [count for *_, count in results]
 

@@ -7,6 +7,7 @@ import gc
 import io
 import json
 import logging
+import shutil
 import warnings
 
 import pytest
@@ -177,6 +178,21 @@ def test_the_reference_is_greedy_decoding(model, questions, world_size):
         reference_answers, world_size, str(model.hf), questions, "left"
     ):
         assert batched == by_hand
+
+
+def test_the_reference_stops_where_a_student_does(model, tmp_path):
+    """Also where its files disagree: what the chat template ends a turn with is an end."""
+    from megatron_opdlm.evaluation.teacher import load_reference
+    from megatron_opdlm.files.errors import ConversionError
+
+    hf = tmp_path / "hf"
+    shutil.copytree(model.hf, hf)
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((hf / name).read_text())
+        (hf / name).write_text(json.dumps(values | {"eos_token_id": 3}))
+    assert load_reference(str(hf)).model.generation_config.eos_token_id == [3, 256]
+    with pytest.raises(ConversionError, match="is a checkpoint, not a Hugging Face directory"):
+        load_reference(str(model.checkpoint))
 
 
 def test_padding_on_the_right_would_show(model, questions):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_opdlm.config.run import load_config
-from megatron_opdlm.plan.ranks import find_model_config, rank_table
+from megatron_opdlm.convert.model_source import ModelSource
+from megatron_opdlm.plan.ranks import rank_table
 from tests.helpers import run_ranks
 
 CONFIGS = Path(__file__).parents[3] / "examples" / "configs" / "qwen3"
@@ -20,7 +21,7 @@ CAPACITY = 6000
 @pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 2), (2, 1), (2, 2)])
 def test_every_rank_holds_what_the_table_says(tied, graphs, tp_size, pp_size):
     hf = dataclasses.replace(
-        find_model_config("Qwen3-0.6B", bundled=CONFIGS),
+        ModelSource.open("Qwen3-0.6B", bundled=CONFIGS).config,
         num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=8,
         num_query_groups=4, kv_channels=16, vocab_size=301, tie_word_embeddings=tied,
         eos_token_ids=(), bos_token_id=None,

@@ -21,11 +21,12 @@ import torch.distributed as dist
 
 from megatron_opdlm.config.run import load_config
 from megatron_opdlm.convert import importer
+from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.model.families import FAMILIES
 from megatron_opdlm.model.gpt import check_parallel_fit
 from megatron_opdlm.model.hf_config import HFConfig
 from megatron_opdlm.model.tensors import Shape, VocabRows
-from megatron_opdlm.plan.ranks import find_model_config, rank_table
+from megatron_opdlm.plan.ranks import rank_table
 from tests.helpers import run_ranks
 
 CONFIGS = Path(__file__).parents[3] / "examples" / "configs" / "qwen3"
@@ -64,7 +65,7 @@ class Rank:
 
 @functools.cache
 def config_of(size: str) -> HFConfig:
-    return find_model_config(f"Qwen3-{size}", bundled=CONFIGS)
+    return ModelSource.open(f"Qwen3-{size}", bundled=CONFIGS).config
 
 
 # --- what import writes ---

@@ -285,9 +285,19 @@ def named(**tokens: Any) -> Damage:
     return lambda hf: edit_json(hf / "tokenizer_config.json", **tokens)
 
 
-def fewer_rows(hf: Path) -> None:
-    write_hf(hf, vocab_size=259, eos_token_id=None, **LAYERS)
-    write_json(hf / "generation_config.json", {})
+def rows(number: int, **names: Any) -> Damage:
+    """A model with fewer rows than its tokenizer has ids."""
+
+    def damage(hf: Path) -> None:
+        write_hf(hf, vocab_size=number, eos_token_id=None, pad_token_id=None, **LAYERS)
+        write_json(hf / "generation_config.json", {})
+        edit_json(hf / "tokenizer_config.json", **names)
+
+    return damage
+
+
+BEYOND = "; if nothing needs it, remove it from added_tokens of tokenizer.json"
+RESIZE = "; else enlarge the embedding: model.resize_token_embeddings(261)"
 
 
 TOKENIZERS: dict[str, tuple[Damage, str]] = {
@@ -311,8 +321,31 @@ TOKENIZERS: dict[str, tuple[Damage, str]] = {
     "mask is the model's pad": (config(pad_token_id=MASK), f"mask token id {MASK} is an eos, pad"),
     "mask is the model's bos": (config(bos_token_id=MASK), f"mask token id {MASK} is an eos, pad"),
     "more tokens than rows": (
-        fewer_rows,
-        "the tokenizer has ids up to 260, the embedding only 259 rows; they are not of one model",
+        rows(256),
+        "the tokenizer has ids up to 260, the embedding only 256 rows; they are not of one model",
+    ),
+    "added token beyond the rows": (
+        rows(260),
+        "ids up to 260, the embedding only 260 rows: the model never saw the added token '<think>' "
+        f"(id 260){BEYOND}{RESIZE}",
+    ),
+    "pad token beyond the rows": (
+        rows(260, pad_token="<think>"),
+        f"(id 260){BEYOND}, and make another token pad_token of tokenizer_config.json{RESIZE}",
+    ),
+    "pad id beyond the rows": (
+        config(pad_token_id=300),
+        "pad_token_id=300 must be null or an id in [0, vocab_size=300); set another in config.json "
+        "or generation_config.json, or enlarge the embedding",
+    ),
+    "no end at all": (
+        both(
+            config(eos_token_id=None),
+            lambda hf: write_json(hf / "generation_config.json", {}),
+            lambda hf: edit_json(hf / "tokenizer_config.json", eos_token=None),
+        ),
+        "no token ends a response, so every one would run to its limit; name one: eos_token_id in "
+        "generation_config.json, before an import, or eos_token in tokenizer_config.json",
     ),
     "git-LFS pointer": (
         lambda hf: (hf / "tokenizer.json").write_bytes(LFS_POINTER),

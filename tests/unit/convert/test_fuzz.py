@@ -28,11 +28,10 @@ from megatron_opdlm.convert.chat_template import set_chat_template
 from megatron_opdlm.convert.tokenizer import (
     MASK_TOKEN,
     add_mask_token,
-    mask_token_id,
-    pad_token_id,
     replace_mask_token,
     tokenizer_fingerprint,
 )
+from megatron_opdlm.convert.tokenizer_files import TokenizerFiles
 from megatron_opdlm.convert.weights import HFWeights
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.files.safetensors_file import read_header
@@ -315,15 +314,15 @@ def tokenizer_calls(folder: Path, out: Path) -> None:
     """All that is done with a tokenizer, each call a valid result or a ConversionError."""
     mask = read_or_refuse(lambda: add_mask_token(folder, out, 40))
     if mask is not None:
-        assert mask <= 40 and mask_token_id(out) == mask
+        assert mask <= 40 and TokenizerFiles(out).id_of("mask_token") == mask
         assert Tokenizer.from_file(str(out / "tokenizer.json")).token_to_id(MASK_TOKEN) in (
             *(mask, None),  # None: the tokenizer has a mask token of its own
         )
         read_or_refuse(lambda: replace_mask_token(out, out / "moved", "<moved>", 45))
-    fingerprint = read_or_refuse(lambda: tokenizer_fingerprint(folder))
+    fingerprint = read_or_refuse(lambda: tokenizer_fingerprint(TokenizerFiles(folder)))
     assert fingerprint is None or len(fingerprint) == 64
-    for read in (pad_token_id, mask_token_id):
-        found = read_or_refuse(lambda read=read: read(folder))
+    for key in ("pad_token", "mask_token"):
+        found = read_or_refuse(lambda key=key: TokenizerFiles(folder).id_of(key))
         assert found is None or type(found) is int
 
 

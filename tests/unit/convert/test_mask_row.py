@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from megatron_opdlm.checkpoint.layout import read_description, resolve_iteration
-from megatron_opdlm.convert.importer import import_hf, imported_config
+from megatron_opdlm.convert.importer import import_hf
 from megatron_opdlm.convert.mask_row import MaskRow
+from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.convert.torch_dist import TorchDistReader
 from megatron_opdlm.files.errors import ConversionError
 from tests.unit.convert.models import MASK, edit_json, write_hf
@@ -59,11 +60,11 @@ def test_the_vocabulary_grows_by_a_row(tmp_path: Path, tied: bool, monkeypatch) 
 @pytest.mark.parametrize(("vocab_size", "expected"), [(MASK, MASK + 1), (300, 300)])
 def test_the_grown_size_is_known_before(tmp_path: Path, vocab_size: int, expected: int) -> None:
     write_hf(tmp_path / "hf", vocab_size=vocab_size)
-    assert imported_config(tmp_path / "hf").vocab_size == expected
+    assert ModelSource.open(tmp_path / "hf").config.vocab_size == expected
     import_hf(tmp_path / "hf", tmp_path / "ckpt", progress=False)
     description = read_description(resolve_iteration(tmp_path / "ckpt"))
-    assert imported_config(tmp_path / "hf") == description.config
-    assert imported_config(tmp_path / "hf", "<think>").vocab_size == vocab_size
+    assert ModelSource.open(tmp_path / "hf").config == description.config
+    assert ModelSource.open(tmp_path / "hf", mask_token="<think>").vocab_size == vocab_size
 
 
 def test_growth_at_a_border_of_the_padding(tmp_path: Path) -> None:

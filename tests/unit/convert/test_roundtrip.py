@@ -25,6 +25,7 @@ from megatron_opdlm.convert.exporter import export
 from megatron_opdlm.convert.importer import import_hf
 from megatron_opdlm.convert.inspect import inspect
 from megatron_opdlm.convert.tokenizer import tokenizer_fingerprint
+from megatron_opdlm.convert.tokenizer_files import TokenizerFiles
 from megatron_opdlm.convert.torch_dist import Piece, TorchDistReader
 from megatron_opdlm.convert.weights import HFWeights
 from megatron_opdlm.files.errors import ConversionError
@@ -169,7 +170,9 @@ def test_description_of_an_import(tmp_path: Path) -> None:
     description = read_description(folder)
     assert description.mask_token_id == MASK and description.block_size is None
     assert description.config.eos_token_ids == (EOS, PAD)
-    assert description.tokenizer_fingerprint == tokenizer_fingerprint(tmp_path / "hf")
+    assert description.tokenizer_fingerprint == tokenizer_fingerprint(
+        TokenizerFiles(tmp_path / "hf")
+    )
     assert description.lineage == {"source": "hf", "mask_row": "free, kept"}
     assert ModelDescription.from_json_dict(description.to_json_dict()) == description
 

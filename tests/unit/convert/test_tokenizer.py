@@ -10,10 +10,9 @@ from megatron_opdlm.convert.chat_template import set_chat_template
 from megatron_opdlm.convert.tokenizer import (
     MASK_TOKEN,
     add_mask_token,
-    mask_token_id,
-    pad_token_id,
     tokenizer_fingerprint,
 )
+from megatron_opdlm.convert.tokenizer_files import TokenizerFiles
 from megatron_opdlm.files.errors import ConversionError
 from tests.unit.convert.models import EOS, MASK, PAD, edit_json, write_json, write_tokenizer
 
@@ -35,7 +34,10 @@ def test_mask_gets_the_first_free_id(tmp_path: Path) -> None:
     assert after.get_vocab() == before.get_vocab() | {MASK_TOKEN: MASK}
     assert after.encode("ab<think><|MASK|>x").ids[:3] == [256, 260, MASK]
     assert "MASK" not in after.decode([256, MASK], skip_special_tokens=True)
-    assert mask_token_id(tmp_path / "b") == MASK and pad_token_id(tmp_path / "b") == PAD
+    assert (
+        TokenizerFiles(tmp_path / "b").id_of("mask_token") == MASK
+        and TokenizerFiles(tmp_path / "b").id_of("pad_token") == PAD
+    )
 
 
 def test_layout_is_that_of_version_4(tmp_path: Path) -> None:
@@ -101,8 +103,12 @@ def test_fingerprint_of_an_ordinary_token_as_mask(tmp_path: Path) -> None:
     """Importing with such a token, and importing the result again, is the same language."""
     write_tokenizer(tmp_path / "a")
     add_mask_token(tmp_path / "a", tmp_path / "b", 300, "<think>")
-    assert tokenizer_fingerprint(tmp_path / "b") == tokenizer_fingerprint(tmp_path / "a", "<think>")
-    assert tokenizer_fingerprint(tmp_path / "b") != tokenizer_fingerprint(tmp_path / "a")
+    assert tokenizer_fingerprint(TokenizerFiles(tmp_path / "b")) == tokenizer_fingerprint(
+        TokenizerFiles(tmp_path / "a"), "<think>"
+    )
+    assert tokenizer_fingerprint(TokenizerFiles(tmp_path / "b")) != tokenizer_fingerprint(
+        TokenizerFiles(tmp_path / "a")
+    )
 
 
 def test_template_with_generation_marks(tmp_path: Path) -> None:
@@ -143,7 +149,9 @@ def test_fingerprint_ignores_mask_template_and_formatting(tmp_path: Path) -> Non
     values["model"]["merges"] = ["a b"]  # the older spelling of ["a", "b"]
     write_json(path, values)
     edit_json(tmp_path / "b/tokenizer_config.json", chat_template="other")
-    assert tokenizer_fingerprint(tmp_path / "a") == tokenizer_fingerprint(tmp_path / "b")
+    assert tokenizer_fingerprint(TokenizerFiles(tmp_path / "a")) == tokenizer_fingerprint(
+        TokenizerFiles(tmp_path / "b")
+    )
 
 
 def test_fingerprint_sees_tokens_and_merges(tmp_path: Path) -> None:
@@ -154,7 +162,7 @@ def test_fingerprint_sees_tokens_and_merges(tmp_path: Path) -> None:
     values = json.loads((tmp_path / "c/tokenizer.json").read_text())
     values["model"]["merges"] = []
     write_json(tmp_path / "c/tokenizer.json", values)
-    assert len({tokenizer_fingerprint(tmp_path / name) for name in "abc"}) == 3
+    assert len({tokenizer_fingerprint(TokenizerFiles(tmp_path / name)) for name in "abc"}) == 3
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"model": {}}', '{"model": {"vocab": {}}}'])

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from megatron_opdlm.checkpoint.layout import TOKENIZER_DIR, read_description, resolve_iteration
-from megatron_opdlm.distill.load_teacher import check_same_language
 from megatron_opdlm.distill.student import build_options, check_mask_token, load_tokenizer
 from megatron_opdlm.train import setup
 from megatron_opdlm.train.setup import check_graphs
@@ -46,20 +45,6 @@ def test_mask_tokens_that_are_refused(mask_token_id, mask_token, message, studen
     description = dataclasses.replace(description, mask_token_id=mask_token_id)
     with pytest.raises(ValueError, match=message):
         check_mask_token(description, tokenizer, mask_token, "path")
-
-
-def test_a_teacher_must_speak_the_same_language(student):
-    description, _ = student
-    check_same_language(description, description, "teacher")
-    larger = dataclasses.replace(description.config, hidden_size=64)
-    check_same_language(description, dataclasses.replace(description, config=larger), "teacher")
-    other = dataclasses.replace(description.config, vocab_size=400)
-    with pytest.raises(ValueError, match="teacher=path has vocab_size=400, the student 301"):
-        check_same_language(description, dataclasses.replace(description, config=other), "path")
-    with pytest.raises(ValueError, match="another tokenizer than the student"):
-        check_same_language(
-            description, dataclasses.replace(description, tokenizer_fingerprint="x"), "path"
-        )
 
 
 def test_options_of_a_configuration():

@@ -110,7 +110,7 @@ def result(correct, seed=0, limit=64, thinking=False, **options):
     """A result with one answer per entry of `correct`, of 10 tokens each in 5 passes."""
     answers = [
         Answer(
-            question=Question(id=str(i), messages=[], reference="1", line=i),
+            question=Question(id=str(i), messages=[], reference="1", where=f"q.jsonl:{i}"),
             response="", correct=bool(good), num_tokens=10, ended=bool(good),
         )
         for i, good in enumerate(correct)

@@ -15,7 +15,10 @@ from megatron_opdlm.rollout.request import DecodingOptions
 
 def answer(name, correct, tokens=1, ended=True, trajectory=None):
     question = Question(
-        id=name, messages=[{"role": "user", "content": f"{name}?"}], reference=name, line=1
+        id=name,
+        messages=[{"role": "user", "content": f"{name}?"}],
+        reference=name,
+        where="q.jsonl:1",
     )
     return Answer(
         question=question, response=f"{name}!", correct=correct, num_tokens=tokens, ended=ended,
@@ -100,8 +103,9 @@ def test_the_first_questions_have_their_own_references(tmp_path):
     lines = [{"id": name, "prompt": name, "answer": n} for n, name in enumerate("abcd", 10)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     task = load_task("t", str(path), 3)
-    found = [(q.id, q.messages[0]["content"], q.reference, q.line) for q in task.questions]
-    assert found == [("a", "a", "10", 1), ("b", "b", "11", 2), ("c", "c", "12", 3)]
+    found = [(q.id, q.messages[0]["content"], q.reference, q.where) for q in task.questions]
+    places = [f"{path}:{line}" for line in (1, 2, 3)]
+    assert found == list(zip("abc", "abc", ("10", "11", "12"), places, strict=True))
 
 
 def test_questions_beyond_those_that_are_asked_need_no_reference(tmp_path):

@@ -8,22 +8,22 @@ import pytest
 from megatron_opdlm.checkpoint.layout import resolve_iteration
 from megatron_opdlm.convert.importer import import_hf
 from megatron_opdlm.convert.inspect import inspect
+from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.model.hf_config import read_config
-from megatron_opdlm.plan.ranks import find_model_config
 from tests.unit.convert.models import write_hf
 
 READERS: dict[str, Callable[[Path], object]] = {
     "import --hf": read_config,
     "export --checkpoint": resolve_iteration,
     "inspect": inspect,
-    "train, plan": lambda path: find_model_config(str(path)),
+    "train, plan, generate": ModelSource.open,
 }
 NEITHER = "holds neither a Hugging Face config.json nor a checkpoint"
 
 
 def refusal(name: str, path: Path) -> str:
-    with pytest.raises((ConversionError, FileNotFoundError)) as error:
+    with pytest.raises(ConversionError) as error:
         READERS[name](path)
     assert "\n" not in str(error.value)
     return str(error.value)

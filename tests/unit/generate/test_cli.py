@@ -225,7 +225,7 @@ def trajectory():
 def test_responses_are_written_whole(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text("before")
-    question = Prompt(id="a", messages=[{"role": "user", "content": "q\u20ac"}], line=1)
+    question = Prompt(id="a", messages=[{"role": "user", "content": "q\u20ac"}], where="q.jsonl:1")
     write_responses(str(path), [question], [trajectory()], ["r"])
     assert json.loads(path.read_text()) == {
         "prompt_id": "a", "prompt": "q\u20ac", "response": "r", "tokens": 4, "passes": 3,

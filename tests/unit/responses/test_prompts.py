@@ -47,7 +47,7 @@ def write(tmp_path, text, name="prompts.jsonl"):
 
 
 def prompt(text, name="1"):
-    return Prompt(id=name, messages=[{"role": "user", "content": text}], line=int(name))
+    return Prompt(id=name, messages=[{"role": "user", "content": text}], where=f"p.jsonl:{name}")
 
 
 def tokenize(prompts, tokenizer, enable_thinking=False, max_prompt_tokens=100):
@@ -67,7 +67,7 @@ def test_every_documented_form_of_a_line_loads(tmp_path):
     path = write(tmp_path, "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
     prompts = load_prompts(path)
     assert [p.id for p in prompts] == ["x", "2", "3", "4"]
-    assert [p.line for p in prompts] == [1, 2, 3, 4]
+    assert [p.where for p in prompts] == [f"{path}:{i}" for i in (1, 2, 3, 4)]
     assert prompts[0].domain == "math"
     assert prompts[1].messages == messages
     assert prompts[2].messages == [{"role": "user", "content": "b"}]
@@ -166,7 +166,7 @@ def test_a_limit_that_leaves_nothing_is_an_error(tokenizer):
 
 
 def test_a_prompt_with_the_mask_token_is_refused_by_line(tokenizer):
-    with pytest.raises(ValueError, match=r"prompt 2 \(line 2\) contains the mask token <\|MASK\|>"):
+    with pytest.raises(ValueError, match=r"^p.jsonl:2: prompt 2 contains the mask token"):
         tokenize([prompt("a"), prompt("b <|MASK|>", "2")], tokenizer)
 
 
@@ -204,7 +204,7 @@ def test_a_prompt_that_renders_to_nothing_is_refused(tokenizer):
         def apply_chat_template(self, conversations, **options):
             return [[] for _ in conversations]
 
-    with pytest.raises(ValueError, match=r"prompt 1 \(line 1\) renders to no token"):
+    with pytest.raises(ValueError, match=r"^p.jsonl:1: prompt 1 renders to no token"):
         tokenize([prompt("a")], Silent())
 
 
@@ -249,9 +249,9 @@ def test_responses_of_the_kept_prompts_end():
 
 
 def test_bad_responses():
-    with pytest.raises(ValueError, match="p:2: response holds the mask token 'm'; remove it"):
+    with pytest.raises(ValueError, match="p.jsonl:2: response holds the mask token 'm'; remove it"):
         tokenized_responses("a", "a", "am")
-    with pytest.raises(ValueError, match="p:1: response holds the end-of-sequence token 'b'"):
+    with pytest.raises(ValueError, match="p.jsonl:1: response holds the end-of-sequence token 'b'"):
         tokenized_responses("a", "ab", eos_token_ids=(1, ord("b")))
     with pytest.raises(ValueError, match="the student names no eos_token_id"):
         tokenized_responses("a", "ab", eos_token_ids=())

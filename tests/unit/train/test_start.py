@@ -13,7 +13,7 @@ import pytest
 from megatron_opdlm import cli
 from megatron_opdlm.convert.exporter import export
 from megatron_opdlm.convert.importer import import_hf
-from megatron_opdlm.distill.student import require_chat_template
+from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.distributed import process_groups
 from megatron_opdlm.model.gpt import BlockDiffusionModel
 from megatron_opdlm.train import start
@@ -104,7 +104,7 @@ def test_a_chat_template_is_looked_for_before_the_import(
     tokenizer = load_tokenizer(tmp_path / "checkpoint/iter_0000000/tokenizer")
     if has_template:
         for student in (hf, tmp_path / "checkpoint"):
-            require_chat_template(str(student))
+            ModelSource.open(student).require_chat_template()
         _require_tokenizer(tokenizer)
         return
     rule = "no chat_template; .* opdlm convert import --chat-template FILE"
@@ -112,7 +112,7 @@ def test_a_chat_template_is_looked_for_before_the_import(
         _require_tokenizer(tokenizer)
     for student in (hf, tmp_path / "checkpoint"):
         with pytest.raises(ValueError, match=f"student={student}: tokenizer has {rule}"):
-            require_chat_template(str(student))
+            ModelSource.open(student).require_chat_template()
 
 
 def test_commands_look_for_it_before_the_import(
@@ -136,6 +136,27 @@ def train(rank: int, arguments: list[str]) -> tuple[int, str]:
     with contextlib.redirect_stderr(said):
         status = cli.main(["train", *arguments])
     return status, said.getvalue()
+
+
+def test_a_run_folder_is_a_student(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its newest checkpoint is what training starts from, as decoding does."""
+    run, path = tmp_path / "earlier", tmp_path / "config.yaml"
+    shutil.copytree(tiny_model(tmp_path_factory.getbasetemp()).checkpoint, run / "checkpoints")
+    (run / "config.yaml").touch()
+    data = write_prompts(tmp_path / "prompts.jsonl")
+    tiny_config(run, data, tmp_path / "run").save_yaml(path)
+    folders = []
+    monkeypatch.setattr(process_groups, "shutdown", lambda: None)
+    monkeypatch.setattr(Trainer, "train", lambda self: folders.append(self.student.folder))
+
+    def start_it(rank: int) -> tuple[int, str, list[Path]]:
+        return *train(rank, [str(path)]), folders
+
+    ((status, said, folders),) = run_ranks(start_it, 1)
+    assert status == 0, said
+    assert folders == [run / "checkpoints/iter_0000000"]
 
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
