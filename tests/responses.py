@@ -18,18 +18,19 @@ def open_student(model):
 def _decode_one(decoder, name, text, options, *, seed=0, limit, suffix=""):
     """(token ids up to the end, commit steps up to the end of the block, prompt length)."""
     from megatron_opdlm.diffusion import randomness
+    from megatron_opdlm.rollout.decodable import Decodable
     from megatron_opdlm.rollout.engine import RolloutEngine
     from megatron_opdlm.rollout.request import Request
 
     tokenizer = decoder.student.tokenizer
     ids = tokenizer.encode(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{suffix}")
-    engine = RolloutEngine(
-        decoder.student.model,
-        decoder.parallel,
-        options,
+    decodable = Decodable(
+        model=decoder.student.model,
+        parallel=decoder.parallel,
         mask_token_id=tokenizer.mask_token_id,
         eos_token_ids=EOS_TOKEN_IDS,
     )
+    engine = RolloutEngine(decodable, options)
     request = Request(
         prompt_id=name,
         sample=0,

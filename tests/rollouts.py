@@ -17,6 +17,7 @@ from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.distributed import process_groups
 from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions, stream_multiple
+from megatron_opdlm.rollout.decodable import Decodable
 from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from megatron_opdlm.rollout.sampler import Draws
@@ -88,17 +89,20 @@ def make_engine(
     policy: type[Scheduler] = Scheduler,
 ) -> Any:
     """An engine over a loaded model."""
-    engine = cls(
-        model,
-        parallel,
-        options,
+    decodable = Decodable(
+        model=model,
+        parallel=parallel,
         mask_token_id=MASK,
         eos_token_ids=eos_token_ids,
+        stream_multiple=stream_multiple(build or BuildOptions(), parallel.tp_size),
+        is_causal=causal,
+    )
+    engine = cls(
+        decodable,
+        options,
         max_rows=max_rows,
         kv_cache_gb=kv_cache_gb,
-        stream_multiple=stream_multiple(build or BuildOptions(), parallel.tp_size),
         cuda_graphs=cuda_graphs,
-        causal=causal,
         policy=policy,
     )
     if isinstance(engine, RecordingEngine):

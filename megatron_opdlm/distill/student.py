@@ -20,6 +20,8 @@ from megatron_opdlm.convert.import_cache import ImportCache
 from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions
+from megatron_opdlm.rollout.decodable import Decodable
+from megatron_opdlm.rollout.layout import RolloutLayout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -50,6 +52,17 @@ class Student:
         """Id of masked positions."""
         assert self.description.mask_token_id is not None, "checked when the student was loaded"
         return self.description.mask_token_id
+
+    def decodable(self, layout: RolloutLayout) -> Decodable:
+        """The student as rollouts see it."""
+        return Decodable(
+            model=layout.model,
+            parallel=layout.parallel,
+            mask_token_id=self.mask_token_id,
+            eos_token_ids=self.description.config.eos_token_ids,
+            stream_multiple=layout.stream_multiple,
+            memory=layout.memory,
+        )
 
 
 def build_options(model: ModelConfig, parallel: ParallelConfig) -> BuildOptions:

@@ -214,7 +214,7 @@ def _run_settings(
     results = []
     for task in tasks:
         if teacher is not None:
-            decoder.memory.drop()  # the reference may need the room
+            decoder.decodable.memory.drop()  # the reference may need the room
             results.append(
                 evaluate_teacher(
                     teacher,

@@ -62,13 +62,11 @@ class OnlineEvaluation:
         )
         self.task = load_questions(config)
         self.decoder = Decoder(
-            student=dataclasses.replace(student, model=layout.model),
-            parallel=layout.parallel,
+            student=student,
+            decodable=student.decodable(layout),
             max_rows=config.rollout.rollout_batch_size,
-            multiple=layout.stream_multiple,
             kv_cache_gb=config.rollout.kv_cache_gb,
             cuda_graphs=config.rollout.cuda_graphs,
-            memory=layout.memory,
         )
 
     def is_due(self, rollouts_done: int) -> bool:

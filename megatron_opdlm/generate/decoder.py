@@ -22,7 +22,7 @@ from megatron_opdlm.distill.student import DTYPES, Student, load_student
 from megatron_opdlm.distributed import process_groups
 from megatron_opdlm.distributed.process_groups import ParallelState, from_main
 from megatron_opdlm.files.signals import stopped_by_signals
-from megatron_opdlm.model.gpt import BuildOptions, has_transformer_engine, stream_multiple
+from megatron_opdlm.model.gpt import BuildOptions, has_transformer_engine
 from megatron_opdlm.responses.prompts import (
     Prompt,
     PromptTokens,
@@ -30,33 +30,32 @@ from megatron_opdlm.responses.prompts import (
     tokenize_prompts,
 )
 from megatron_opdlm.rollout.collector import collect
-from megatron_opdlm.rollout.decoding_memory import DecodingMemory
+from megatron_opdlm.rollout.decodable import Decodable
 from megatron_opdlm.rollout.engine import Observer, RolloutEngine
 from megatron_opdlm.rollout.graph_support import require_graphs
+from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """A student with its tokenizer and process groups; every decoding setting runs on it.
-
-    Attributes:
-        student: model, tokenizer and description.
-        parallel: process groups.
-        max_rows: sequences decoded at once on a data-parallel rank.
-        multiple: the length of a pass is padded to a multiple of this.
-        kv_cache_gb: most memory for keys and values on a rank; None: see `rollout.cache`.
-        memory: cache and captured passes.
-        cuda_graphs: whether to capture passes as CUDA graphs; None: where they can be.
-    """
+    """A student with its tokenizer and process groups; every decoding setting runs on it."""
 
     student: Student
-    parallel: ParallelState
+    """Model, tokenizer and description."""
+    decodable: Decodable
+    """The student in the layout that it is decoded in."""
     max_rows: int
-    memory: DecodingMemory
-    multiple: int = 1
+    """Most sequences decoded at once on a data-parallel rank."""
     kv_cache_gb: float | None = None
+    """Most memory for keys and values on a rank; None: see `rollout.cache`."""
     cuda_graphs: bool | None = None
+    """Whether to capture passes as CUDA graphs; None: where they can be."""
+
+    @property
+    def parallel(self) -> ParallelState:
+        """Process groups."""
+        return self.decodable.parallel
 
     @classmethod
     def open(
@@ -110,12 +109,18 @@ class Decoder:
         with _import_folder(import_cache, parallel) as folder:
             cache = ImportCache(folder=folder, mask_token=MASK_TOKEN)
             student = load_student(path, cache, options, parallel, mask_token=None)
+        layout = RolloutLayout(
+            student.model,
+            student.description.config,
+            options,
+            parallel,
+            tensor_model_parallel_size=None,
+            keep_memory=True,
+        )
         return cls(
             student=student,
-            parallel=parallel,
+            decodable=student.decodable(layout),
             max_rows=max_rows,
-            memory=DecodingMemory(keep=True),
-            multiple=stream_multiple(options, parallel.tp_size),
             kv_cache_gb=kv_cache_gb,
             cuda_graphs=cuda_graphs,
         )
@@ -174,16 +179,11 @@ class Decoder:
             Trajectories in the order of the prompts; the same on every rank.
         """
         engine = RolloutEngine(
-            self.student.model,
-            self.parallel,
+            self.decodable,
             options,
-            mask_token_id=self.student.mask_token_id,
-            eos_token_ids=self.student.description.config.eos_token_ids,
             max_rows=self.max_rows,
             kv_cache_gb=self.kv_cache_gb,
-            stream_multiple=self.multiple,
             cuda_graphs=self.cuda_graphs,
-            memory=self.memory,
         )
         requests = [
             Request(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron_opdlm.responses.source import ResponseSource, RolloutSchedule
 from megatron_opdlm.responses.student import StudentResponses, build_engine
 from megatron_opdlm.responses.teacher import TeacherResponses, response_settings, teacher_engine
 from megatron_opdlm.rollout.layout import RolloutLayout
+from megatron_opdlm.rollout.request import DecodingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +65,9 @@ def find_responses(
         mask_token_id=student.mask_token_id,
     )
     if writer == "student":
-        engine = build_engine(config.rollout, student, layout)
+        names = (field.name for field in dataclasses.fields(DecodingOptions))
+        options = DecodingOptions(**{name: getattr(config.rollout, name) for name in names})
+        engine = build_engine(student.decodable(layout), options, config.rollout)
         return schedule, StudentResponses(schedule, engine, layout, weights_version)
     if teacher is None:
         responses = tokenize_responses(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
@@ -10,12 +9,12 @@ from torch import Tensor
 from megatron_opdlm.config.run import RolloutConfig
 from megatron_opdlm.diffusion import randomness
 from megatron_opdlm.diffusion.trajectory import Trajectory
-from megatron_opdlm.distill.student import Student
 from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.reporting.accounting import WorkCounters
 from megatron_opdlm.reporting.progress import progress_bar
 from megatron_opdlm.responses.source import Collected, RolloutSchedule
 from megatron_opdlm.rollout.collector import collect
+from megatron_opdlm.rollout.decodable import Decodable
 from megatron_opdlm.rollout.engine import RolloutCounts, RolloutEngine
 from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.rollout.request import DecodingOptions, Request
@@ -81,18 +80,14 @@ def decode(
         )
 
 
-def build_engine(config: RolloutConfig, student: Student, layout: RolloutLayout) -> RolloutEngine:
-    """Makes the engine that decodes training's responses."""
-    names = (field.name for field in dataclasses.fields(DecodingOptions))
+def build_engine(
+    decodable: Decodable, options: DecodingOptions, config: RolloutConfig
+) -> RolloutEngine:
+    """Makes an engine that decodes training's responses, within the limits of the configuration."""
     return RolloutEngine(
-        layout.model,
-        layout.parallel,
-        DecodingOptions(**{name: getattr(config, name) for name in names}),
-        mask_token_id=student.mask_token_id,
-        eos_token_ids=student.description.config.eos_token_ids,
+        decodable,
+        options,
         max_rows=config.rollout_batch_size,
         kv_cache_gb=config.kv_cache_gb,
-        stream_multiple=layout.stream_multiple,
         cuda_graphs=config.cuda_graphs,
-        memory=layout.memory,
     )

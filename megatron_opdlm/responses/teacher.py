@@ -16,7 +16,8 @@ from megatron_opdlm.distributed.process_groups import from_main
 from megatron_opdlm.reporting.accounting import WorkCounters
 from megatron_opdlm.responses.file import ResponseFile, ResponseKey
 from megatron_opdlm.responses.source import Collected, Response, RolloutSchedule
-from megatron_opdlm.responses.student import decode
+from megatron_opdlm.responses.student import build_engine, decode
+from megatron_opdlm.rollout.decodable import Decodable
 from megatron_opdlm.rollout.decoding_memory import DecodingMemory
 from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.request import DecodingOptions, Request
@@ -103,37 +104,31 @@ class TeacherResponses:
         )
 
 
-def teacher_engine(
-    config: Config,
-    teacher: Teacher,
-    student: Student,
-) -> RolloutEngine:
+def teacher_engine(config: Config, teacher: Teacher, student: Student) -> RolloutEngine:
     """Makes the engine that decodes the teacher, token by token.
 
     A response ends where the student's would, and never holds its mask token.
     """
     rollout = config.rollout
-    return RolloutEngine(
-        teacher.model,
-        teacher.parallel,
-        DecodingOptions(
-            block_size=1,
-            denoising_steps=1,
-            temperature=rollout.temperature,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
-        ),
+    decodable = Decodable(
+        model=teacher.model,
+        parallel=teacher.parallel,
         mask_token_id=student.mask_token_id,
         eos_token_ids=student.description.config.eos_token_ids,
-        max_rows=rollout.rollout_batch_size,
-        kv_cache_gb=rollout.kv_cache_gb,
         stream_multiple=teacher.pass_multiple,
-        cuda_graphs=rollout.cuda_graphs,
-        causal=True,
+        is_causal=True,
         # It decodes every prompt once, and weights that come from the host have other addresses
         # every time.
         memory=DecodingMemory(keep=bool(rollout.keep_kv_cache) and teacher.host is None),
     )
+    options = DecodingOptions(
+        block_size=1,
+        denoising_steps=1,
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+    )
+    return build_engine(decodable, options, rollout)
 
 
 def response_settings(config: Config, teacher: Teacher, student: Student) -> dict[str, Any]:

@@ -21,11 +21,10 @@ from torch import Tensor
 from megatron_opdlm.diffusion.blocks import num_decoded_tokens
 from megatron_opdlm.diffusion.remasking import ENTROPY_BOUNDED, choose_commits
 from megatron_opdlm.diffusion.trajectory import Trajectory
-from megatron_opdlm.distributed.process_groups import ParallelState
-from megatron_opdlm.model.gpt import BlockDiffusionModel
 from megatron_opdlm.model.pipeline import DecodePipeline
+from megatron_opdlm.rollout.decodable import Decodable
 from megatron_opdlm.rollout.decode_pass import DecodePass, lay_out
-from megatron_opdlm.rollout.decoding_memory import DecodingMemory, Lent, Need
+from megatron_opdlm.rollout.decoding_memory import Lent, Need
 from megatron_opdlm.rollout.graph_support import choose_graphs
 from megatron_opdlm.rollout.kernel_choice import decoding_kernel, log_choice
 from megatron_opdlm.rollout.request import DecodingOptions, Request
@@ -61,62 +60,48 @@ class RolloutEngine:
 
     def __init__(
         self,
-        model: BlockDiffusionModel,
-        parallel: ParallelState,
+        decodable: Decodable,
         options: DecodingOptions,
         *,
-        mask_token_id: int,
-        eos_token_ids: Sequence[int],
         max_rows: int = 128,
         kv_cache_gb: float | None = None,
-        stream_multiple: int = 1,
         cuda_graphs: bool | None = None,
-        causal: bool = False,
-        memory: DecodingMemory | None = None,
         policy: type[Scheduler] = Scheduler,
     ) -> None:
         """Binds the engine to a model; nothing is allocated before decoding.
 
         Args:
-            model: this rank's pipeline stage, not wrapped.
-            parallel: process groups.
+            decodable: the model, and what is special about it.
             options: how blocks are denoised.
-            mask_token_id: id of masked positions; never sampled.
-            eos_token_ids: ids that end a response.
             max_rows: most sequences decoded at once on this replica.
             kv_cache_gb: most memory for keys and values on this rank, see `KVCache.for_model`.
-            stream_multiple: the length of a pass is padded to a multiple of this.
             cuda_graphs: whether to capture passes; None: where they can be.
-            causal: whether the model is autoregressive: its output at a token predicts the next
-                one. Blocks then are of one token.
-            memory: cache and captured passes, shared with other engines of the model; None: this
-                engine's own.
             policy: which sequences decode at a tick; no policy changes a response.
 
         Raises:
             ValueError: blocks of several tokens of a causal model; no CUDA graphs here.
         """
-        if causal and options.block_size != 1:
+        if decodable.is_causal and options.block_size != 1:
             raise ValueError(
                 f"block_size={options.block_size} must be 1 where the model is causal: it predicts "
                 "one token after the other"
             )
-        self.causal = causal
-        self.model = model
-        self.parallel = parallel
+        self.causal = decodable.is_causal
+        self.model = decodable.model
+        self.parallel = decodable.parallel
         self.options = options
-        self.mask_token_id = mask_token_id
-        self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64)
+        self.mask_token_id = decodable.mask_token_id
+        self.eos_token_ids = torch.tensor(list(decodable.eos_token_ids), dtype=torch.int64)
         self.max_rows = max_rows
         self.kv_cache_gb = kv_cache_gb
-        self.stream_multiple = stream_multiple
-        config, device = model.config, torch.cuda.current_device()
+        self.stream_multiple = decodable.stream_multiple
+        config, device = self.model.config, torch.cuda.current_device()
         dtype, head_size = config.params_dtype, config.kv_channels
         self._has_kernel = decoding_kernel(device, dtype, head_size) is not None
         log_choice(device, dtype, head_size)
         rules = {"sequence_parallel": config.sequence_parallel, "fp8": config.fp8}
         self.cuda_graphs = choose_graphs(cuda_graphs, dtype, head_size, **rules)
-        self.memory = DecodingMemory() if memory is None else memory
+        self.memory = decodable.memory
         self.policy = policy
         self.counts = RolloutCounts()
 

@@ -50,6 +50,7 @@ from megatron_opdlm.distributed import process_groups
 from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions, build_model
 from megatron_opdlm.model.hf_config import parse_config
+from megatron_opdlm.rollout.decodable import Decodable
 from megatron_opdlm.rollout.engine import RolloutCounts, RolloutEngine, tokens_per_forward
 from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.rollout.request import DecodingOptions, Request
@@ -92,11 +93,10 @@ class Bench:
     def engine(self, max_rows: int = 128) -> RolloutEngine:
         """An engine that never meets an end of sequence, so lengths are the limits."""
         return RolloutEngine(
-            self.model,
-            self.parallel,
+            Decodable(
+                model=self.model, parallel=self.parallel, mask_token_id=MASK, eos_token_ids=()
+            ),
             OPTIONS,
-            mask_token_id=MASK,
-            eos_token_ids=(),
             max_rows=max_rows,
         )
 

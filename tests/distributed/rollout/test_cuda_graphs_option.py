@@ -65,7 +65,8 @@ def test_evaluation_during_training_does_as_training(wanted, tmp_path):
     from megatron_opdlm.evaluation.online import OnlineEvaluation
 
     config = tiny_config(tmp_path / "m", tmp_path / "d", tmp_path / "s", cuda_graphs=wanted)
-    student = Student(model=None, description=None, tokenizer=None, folder=tmp_path)
+    description = SimpleNamespace(mask_token_id=1, config=SimpleNamespace(eos_token_ids=()))
+    student = Student(model=None, description=description, tokenizer=None, folder=tmp_path)
     layout = SimpleNamespace(model=None, parallel=None, stream_multiple=1, memory=object())
     decoder = OnlineEvaluation(config, student, layout).decoder
-    assert decoder.cuda_graphs is wanted and decoder.memory is layout.memory
+    assert decoder.cuda_graphs is wanted and decoder.decodable.memory is layout.memory

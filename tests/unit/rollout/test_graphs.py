@@ -6,13 +6,12 @@ import torch
 from megatron_opdlm.rollout import cached_attention, decoding_memory, graphs
 from megatron_opdlm.rollout.decode_pass import captured_size
 from megatron_opdlm.rollout.decoding_memory import DecodingMemory, Need, _DeviceMemory
-from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.request import DecodingOptions
 from megatron_opdlm.rollout.request_queue import LocalQueue
 from megatron_opdlm.rollout.staged import Staged
 from tests.helpers import run_ranks
 from tests.plain_kernels import PLAIN_FLAT
-from tests.rollouts import MASK, all_same, load, make_engine, make_request
+from tests.rollouts import all_same, load, make_engine, make_request
 from tests.tiny import tiny_model
 
 REQUESTS = [make_request(i, 1 + 2 * i, 9 + i) for i in range(7)]
@@ -274,7 +273,7 @@ def test_engines_of_a_model_share_its_memory_one_after_the_other(model):
 
 def ask_for_graphs(rank, checkpoint):
     model, parallel, _ = load(checkpoint)
-    RolloutEngine(model, parallel, SAMPLED, mask_token_id=MASK, eos_token_ids=(), cuda_graphs=True)
+    make_engine(model, parallel, SAMPLED, cuda_graphs=True)
 
 
 def test_graphs_need_cuda(model):
