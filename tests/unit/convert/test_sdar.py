@@ -266,8 +266,8 @@ def test_generate_equals_full_recompute(
 
 RULE_CASES = [
     LowConfidenceStatic(),
-    *(LowConfidenceDynamic(confidence_threshold=value) for value in (0.02, 0.05)),
-    *(EntropyBounded(entropy_bound=value) for value in (4.0, 10.0, 1000.0)),
+    *(LowConfidenceDynamic(confidence_threshold=value) for value in (0.015, 0.02)),
+    *(EntropyBounded(entropy_bound=value) for value in (4.0, 12.0, 17.0)),
     Sequential(),
 ]
 
