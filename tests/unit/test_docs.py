@@ -26,7 +26,8 @@ NO_PAGE = REPOSITORY / "docs" / "LOG.md"
 """A log of what was: it may name what is gone."""
 MADE_BY_RUNS = re.compile(
     r"^(report|modeling_|configuration_block|decoding_block|remasking_block|runs/|"
-    r"config\.yaml|metrics\.jsonl|table\.md|summary\.json|scores\.json|teacher_responses\.jsonl|sglang_dllm\.yaml)"
+    r"config\.yaml|metrics\.jsonl|table\.md|summary\.json|scores\.json|teacher_responses\.jsonl|"
+    r"sglang_dllm\.yaml)"
 )
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
