@@ -10,7 +10,8 @@ from typing import Any
 import megatron_opdlm.train.trainer as trainer_module
 from megatron_opdlm.config.run import Config
 from megatron_opdlm.diffusion.example import TrainingState
-from megatron_opdlm.diffusion.noising import NoisyStates, select_states
+from megatron_opdlm.diffusion.noising import select_states
+from megatron_opdlm.diffusion.state_selection import NoisyStates
 from megatron_opdlm.train.trainer import Trainer
 from tests.distributed.train.test_parallel_training import LAYOUTS, Recorder
 from tests.helpers import run_ranks

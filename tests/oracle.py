@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm.diffusion import randomness
+from megatron_opdlm.diffusion.remasking import rule_name
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 
 Logits = Callable[[Tensor, Tensor], Tensor]
@@ -122,15 +123,16 @@ def _commits(
     if step == options.denoising_steps - 1:
         return list(drawn)
     quota = size // options.denoising_steps + (step < size % options.denoising_steps)
-    if options.remasking == "sequential":
+    rule: Any = options.rule
+    if rule_name(rule) == "sequential":
         return sorted(drawn)[:quota]
-    if options.remasking == "entropy_bounded":
+    if rule_name(rule) == "entropy_bounded":
         order = sorted(drawn, key=lambda position: (drawn[position][2], position))
         totals = list(itertools.accumulate(drawn[position][2] for position in order))
-        within = sum(total < options.entropy_bound for total in totals)
+        within = sum(total < rule.entropy_bound for total in totals)
         return order[: max(quota, within)]
     order = sorted(drawn, key=lambda position: (-drawn[position][1], position))
     chosen = order[:quota]
-    if options.remasking == "low_confidence_dynamic":
-        chosen += [p for p in order[quota:] if drawn[p][1] > options.confidence_threshold]
+    if rule_name(rule) == "low_confidence_dynamic":
+        chosen += [p for p in order[quota:] if drawn[p][1] > rule.confidence_threshold]
     return chosen

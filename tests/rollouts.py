@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_opdlm.checkpoint.layout import resolve_iteration
 from megatron_opdlm.checkpoint.weights import load_model
 from megatron_opdlm.diffusion import randomness
+from megatron_opdlm.diffusion.remasking import LowConfidenceDynamic
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.distributed import process_groups
 from megatron_opdlm.distributed.process_groups import ParallelState
@@ -26,9 +27,7 @@ from tests.oracle import decode, hf_logits
 
 MASK = 259
 EOS = tuple(range(0, 256, 16))
-SAMPLED = DecodingOptions(
-    temperature=1.0, remasking="low_confidence_dynamic", confidence_threshold=0.06
-)
+SAMPLED = DecodingOptions(temperature=1.0, rule=LowConfidenceDynamic(confidence_threshold=0.06))
 
 
 class RecordingEngine(RolloutEngine):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm.diffusion.example import TrainingState, training_state
-from megatron_opdlm.diffusion.noising import NoisyStates
+from megatron_opdlm.diffusion.state_selection import NoisyStates
 from megatron_opdlm.diffusion.stream import BLOCK, NOISY, POSITION, Document, pack
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.distributed.process_groups import ParallelState

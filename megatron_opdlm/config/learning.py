@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from megatron_opdlm.checks import require
-from megatron_opdlm.config.annotations import MAY_CHANGE, PATH
+from megatron_opdlm.config.annotations import MAY_CHANGE, PATH, OneOf
 from megatron_opdlm.config.section import Section, require_default_unless
+from megatron_opdlm.diffusion.state_selection import STATE_SELECTIONS
 from megatron_opdlm.loss.divergence_rules import JSD, MIXED, check_divergence
+from megatron_opdlm.loss.reduction import LOSS_REDUCTIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +38,14 @@ class DistillConfig(Section):
     top_k_mode: Literal["tail", "raw", "renormalized"] = "tail"
     """The other tokens: one outcome together; left out of the sum (as released; no divergence, and
     with reverse_kl it is least where the student is elsewhere); or of both distributions."""
-    state_selection: Literal["per_block", "trajectory", "all", "random"] = "per_block"
-    """Noisy states: a denoising step drawn per block; one drawn for the whole trajectory; every
-    step; or random masks, which all methods but opdlm have."""
+    state_selection: Annotated[str, OneOf(STATE_SELECTIONS)] = "per_block"
+    """Noisy states of a response:"""
     states_per_response: int = 1
     """Noisy states of one response; they share its clean pass. Not with state_selection: all."""
     eos_loss: Literal["include", "exclude"] = "include"
     """Whether the end-of-sequence position carries loss."""
-    loss_reduction: Literal["sequence_mean", "token_mean", "token_sum"] = "sequence_mean"
-    """Mean over responses of each one's mean; mean over all loss tokens; or the sum over a
-    response's loss tokens, averaged over its noisy states and over all responses."""
+    loss_reduction: Annotated[str, OneOf(LOSS_REDUCTIONS)] = "sequence_mean"
+    """The loss of an optimizer step:"""
 
     @property
     def responses(self) -> Literal["student", "teacher", "data"]:
@@ -53,6 +53,11 @@ class DistillConfig(Section):
         if self.method in ("opdlm", "opdlm_off"):
             return "student"
         return "data" if self.sft_responses == "data" else "teacher"
+
+    @property
+    def takes_every_step(self) -> bool:
+        """Whether a response is seen at every denoising step."""
+        return STATE_SELECTIONS[self.state_selection].takes_every_step
 
     def _check(self) -> None:
         self._at_least(1, "states_per_response")
@@ -66,8 +71,8 @@ class DistillConfig(Section):
         rule, fix = "is about method=sft", f"leave it out with method={self.method}"
         is_used = self.method == "sft" or self.sft_responses == "teacher"
         require(is_used, "sft_responses", self.sft_responses, rule, fix)
-        rule = "goes not with state_selection=all, which takes every denoising step"
-        is_free = self.states_per_response == 1 or self.state_selection != "all"
+        rule = f"goes not with state_selection={self.state_selection}, which takes every step"
+        is_free = self.states_per_response == 1 or not self.takes_every_step
         require(is_free, "states_per_response", self.states_per_response, rule, "use 1")
 
     def _check_loss(self) -> None:

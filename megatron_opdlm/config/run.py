@@ -125,7 +125,7 @@ class Config:
         """
         prompt, response = self.rollout.max_prompt_tokens, self.rollout.max_response_tokens.end
         states = self.distill.states_per_response
-        if self.distill.state_selection == "all":
+        if self.distill.takes_every_step:
             states = self.rollout.denoising_steps
         more = self.rollout.block_size - 1
         return prompt + response + more + states * (response + 2 * more)

@@ -3,8 +3,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
-CURVES = ("linear", "cos", "sin")
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Shape of the ramp of the length curriculum."""
+
+    summary: str
+    """Share of the way at progress x, for help texts and tables."""
+    rise: Callable[[int, int, int], int]
+    """(rollouts done, rollouts of the ramp, tokens from start to end) -> tokens above the start."""
+
+
+CURVES = {
+    "linear": Curve(
+        summary="x",
+        # in integers: 29 / 100 * 100 is below 29 in floating point
+        rise=lambda done, steps, span: done * span // steps,
+    ),
+    "cos": Curve(
+        summary="1 - cos(x pi/2), a slow start",
+        rise=lambda done, steps, span: math.floor((1.0 - math.cos(_angle(done, steps))) * span),
+    ),
+    "sin": Curve(
+        summary="sin(x pi/2), a fast start",
+        rise=lambda done, steps, span: math.floor(math.sin(_angle(done, steps)) * span),
+    ),
+}
+"""By the name that users choose them by."""
+
+
+def _angle(done: int, steps: int) -> float:
+    return math.pi / 2 * done / steps
 
 
 def learning_rate(
@@ -47,10 +79,9 @@ def learning_rate(
 def response_limit(rollout_step: int, *, start: int, end: int, ramp_steps: int, curve: str) -> int:
     """Returns the most tokens that a response may have at a rollout step (paper, section 4.3).
 
-    min(end, start + floor(f(s / ramp_steps) * (end - start))), where f is the identity (`linear`,
-    the paper), 1 - cos(pi/2 x) (`cos`, slow start, the released code's default) or sin(pi/2 x)
-    (`sin`, fast start). It is not rounded to the block size: the last block is decoded whole, and
-    tokens beyond the limit are not response.
+    min(end, start + floor(f(s / ramp_steps) * (end - start))), where f is the curve: `linear` in
+    the paper, `cos` by default in the released code. It is not rounded to the block size: the last
+    block is decoded whole, and tokens beyond the limit are not response.
 
     >>> [response_limit(s, start=100, end=4000, ramp_steps=100, curve="linear") for s in (0, 1, 99)]
     [100, 139, 3961]
@@ -60,7 +91,7 @@ def response_limit(rollout_step: int, *, start: int, end: int, ramp_steps: int, 
         start: limit of the first rollout, in tokens.
         end: limit from rollout ramp_steps on, in tokens.
         ramp_steps: length of the ramp in rollouts; 0 means `end` from the start.
-        curve: one of CURVES.
+        curve: a name of CURVES.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -76,8 +107,4 @@ def response_limit(rollout_step: int, *, start: int, end: int, ramp_steps: int, 
         raise ValueError(f"rollout_step={rollout_step} and ramp_steps={ramp_steps} must be >= 0")
     if rollout_step >= ramp_steps:
         return end
-    if curve == "linear":  # in integers: 29 / 100 * 100 is below 29 in floating point
-        return start + rollout_step * (end - start) // ramp_steps
-    angle = math.pi / 2 * rollout_step / ramp_steps
-    fraction = 1.0 - math.cos(angle) if curve == "cos" else math.sin(angle)
-    return start + math.floor(fraction * (end - start))
+    return start + CURVES[curve].rise(rollout_step, ramp_steps, end - start)

@@ -6,12 +6,15 @@ A default lives on its field and nowhere else; the text under a field is its doc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from megatron_opdlm.checks import require
-from megatron_opdlm.config.annotations import MAY_CHANGE, PATH
+from megatron_opdlm.config.annotations import MAY_CHANGE, PATH, OneOf, ParametersOf
+from megatron_opdlm.config.schedules import CURVES
 from megatron_opdlm.config.section import Section
+from megatron_opdlm.diffusion.remasking import RULES, RemaskingRule
 from megatron_opdlm.diffusion.temperature import TEMPERATURE_RULE, is_temperature
 from megatron_opdlm.distributed.vocab import rollout_divisor
 
@@ -165,8 +168,8 @@ class ResponseLengthConfig(Section):
     """Longest response once the ramp is over, in tokens."""
     ramp_steps: int = 100
     """Rollouts until `end` is reached; 0 = from the first one. The paper's table says 10."""
-    curve: Literal["linear", "cos", "sin"] = "cos"
-    """Shape of the ramp at progress x: x, 1 - cos(x pi/2) (slow start) or sin(x pi/2)."""
+    curve: Annotated[str, OneOf(CURVES)] = "cos"
+    """Shape of the ramp at progress x:"""
 
     def _check(self) -> None:
         self._at_least(1, "start")
@@ -184,15 +187,12 @@ class RolloutConfig(Section):
     """Tokens decoded together."""
     denoising_steps: int = 4
     """Most student forwards on one block; at most block_size."""
-    remasking: Literal[
-        "low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "sequential"
-    ] = "low_confidence_dynamic"
-    """What becomes a token: the n surest; also all above a threshold; also as many as keep the sum
-    of entropies below a bound; the n leftmost."""
-    confidence_threshold: float = 0.9
-    """Probability above which low_confidence_dynamic keeps a token, in (0, 1]."""
-    entropy_bound: float = 0.35
-    """Entropies, in nats, of the positions that entropy_bounded keeps at once sum to less."""
+    remasking: Annotated[str, OneOf(RULES)] = "low_confidence_dynamic"
+    """What becomes a token at a denoising step, n = block_size / denoising_steps:"""
+    remasking_parameters: Annotated[Mapping[str, Any], ParametersOf(RULES)] = field(
+        default_factory=dict
+    )
+    """Parameters of the remasking rules: keys of their own."""
     temperature: float = 1.0
     """Sampling temperature; 0 = the most likely token."""
     top_k: int = 0
@@ -224,13 +224,23 @@ class RolloutConfig(Section):
     enable_thinking: bool = False
     """Passed to the chat template (Qwen3: whether the response begins with thoughts)."""
 
+    @property
+    def rule(self) -> RemaskingRule:
+        """The remasking rule with its parameters."""
+        return self.rule_of(self.remasking)
+
+    def rule_of(self, name: str) -> RemaskingRule:
+        """Returns a remasking rule with the parameters that it has in this configuration."""
+        rule: RemaskingRule = ParametersOf(RULES).make(name, self.remasking_parameters)
+        return rule
+
     def _check(self) -> None:
         self._at_least(1, "block_size", "denoising_steps", "prompts_per_rollout")
         self._at_least(1, "samples_per_prompt", "max_prompt_tokens", "rollout_batch_size")
-        self._at_least(0, "top_k", "entropy_bound")
+        self._at_least(0, "top_k")
         rule, temperature = f"must be {TEMPERATURE_RULE}", self.temperature
         require(is_temperature(temperature), "temperature", temperature, rule, "use e.g. 1.0")
-        self._fraction("confidence_threshold", "top_p")
+        self._fraction("top_p")
         if self.kv_cache_gb is not None:
             self._positive("kv_cache_gb")
         require(

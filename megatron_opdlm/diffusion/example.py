@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_opdlm.diffusion.noising import NoisyStates
+from megatron_opdlm.diffusion.state_selection import NoisyStates
 from megatron_opdlm.diffusion.stream import NOISY, Document, make_tags
 from megatron_opdlm.diffusion.trajectory import Trajectory
 

@@ -1,38 +1,215 @@
-"""Unmasking rules: which masked positions of a block become tokens at a denoising step.
+"""Remasking rules: which masked positions of a block become tokens at a denoising step.
 
-A position that is not masked is never chosen, whatever the step asks for, so prompt tokens that
-share a block with the response survive.
+A rule is a frozen dataclass in the table `RULES`; its fields are its parameters. It says in which
+order masked positions are committed, and which of them beyond the step's quota; `choose_commits`
+does all the rest, so no rule can overwrite a prompt token or leave a mask behind. Whatever lets
+somebody choose a rule derives from the table: a new rule is one class and its line there.
+
+This file imports no torch when it is loaded, so that commands can offer the rules at once, and
+nothing else of its package: exported models carry it as it is.
 
 Shape letters: B blocks (one per sequence in the batch), K block size.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-
-LOW_CONFIDENCE_STATIC = "low_confidence_static"
-LOW_CONFIDENCE_DYNAMIC = "low_confidence_dynamic"
-ENTROPY_BOUNDED = "entropy_bounded"
-SEQUENTIAL = "sequential"
-REMASKING = (LOW_CONFIDENCE_STATIC, LOW_CONFIDENCE_DYNAMIC, ENTROPY_BOUNDED, SEQUENTIAL)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def check_remasking(remasking: str) -> None:
-    """Raises a ValueError naming the nearest rule if `remasking` is not one of REMASKING."""
-    if remasking in REMASKING:
-        return
-    nearest = difflib.get_close_matches(remasking, REMASKING, n=1, cutoff=0.0)[0]
-    raise ValueError(
-        f"remasking={remasking!r} is not a rule; use one of {', '.join(REMASKING)} "
-        f"(did you mean {nearest!r}?)"
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """The tokens that were sampled at the positions of some blocks."""
+
+    confidence_BK: Tensor
+    """[B, K] float, finite: the probability of each token; of no meaning where nothing is
+    masked."""
+    known_entropy_BK: Tensor | None = None
+    """[B, K] float, nats, of the distribution of each; None where the rule does not need it."""
+
+    @property
+    def entropy_BK(self) -> Tensor:
+        """[B, K] float, nats.
+
+        Raises:
+            ValueError: a rule reads it that does not say so.
+        """
+        if self.known_entropy_BK is None:
+            raise ValueError("this rule reads entropies; set needs_entropy = True in its class")
+        return self.known_entropy_BK
+
+    def in_order(self, order_BK: Tensor) -> Candidates:
+        """Returns them with the positions of every row in another order, [B, K] int64."""
+        entropy_BK = self.known_entropy_BK
+        return Candidates(
+            confidence_BK=self.confidence_BK.gather(1, order_BK),
+            known_entropy_BK=None if entropy_BK is None else entropy_BK.gather(1, order_BK),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemaskingRule(ABC):
+    """Base of the rules. Every step commits at least the first n masked positions in its order."""
+
+    summary: ClassVar[str]
+    """What it keeps at a step, for help texts and tables."""
+    label: ClassVar[str]
+    """Short name in tables of results."""
+    flag: ClassVar[str] = ""
+    """Option of `opdlm eval`, without dashes; empty = the label."""
+    needs_entropy: ClassVar[bool] = False
+    """Whether it reads the entropies, which are then computed."""
+
+    @abstractmethod
+    def score(self, candidates: Candidates) -> Tensor:
+        """Returns [B, K] float, finite: masked positions are committed highest first.
+
+        Ties go to the lower position.
+        """
+
+    def beyond_quota(self, ordered: Candidates) -> Tensor | None:
+        """Returns [B, K] bool: what is committed however many there are; None = nothing.
+
+        Args:
+            ordered: the candidates in the order of commitment, so that index 0 is the position that
+                is committed first; those that are not masked come last, and count in no way.
+        """
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowConfidenceStatic(RemaskingRule):
+    """By confidence, highest first; no more than the quota (SDAR)."""
+
+    summary: ClassVar[str] = "the n surest"
+    label: ClassVar[str] = "static"
+
+    def score(self, candidates: Candidates) -> Tensor:
+        """Returns the confidence."""
+        return candidates.confidence_BK
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowConfidenceDynamic(RemaskingRule):
+    """By confidence; and every position whose confidence exceeds a threshold (SDAR, JetEngine)."""
+
+    summary: ClassVar[str] = "the n surest, and all above confidence_threshold"
+    label: ClassVar[str] = "dynamic"
+
+    confidence_threshold: float = 0.9
+    """Probability above which a token is kept, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        value = self.confidence_threshold
+        if not 0 < value <= 1:
+            raise ValueError(f"confidence_threshold={value} must lie in (0, 1]; use e.g. 0.9")
+
+    def score(self, candidates: Candidates) -> Tensor:
+        """Returns the confidence."""
+        return candidates.confidence_BK
+
+    def beyond_quota(self, ordered: Candidates) -> Tensor:
+        """Returns what is above the threshold."""
+        return ordered.confidence_BK > self.confidence_threshold
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyBounded(RemaskingRule):
+    """By entropy, lowest first; and as many more as keep the sum of the entropies below a bound
+    (EB-Sampler, arXiv 2505.24857, in the form of SDAR's engines).
+    """
+
+    summary: ClassVar[str] = (
+        "the n of lowest entropy, and as many more as keep the sum of entropies below entropy_bound"
     )
+    label: ClassVar[str] = "entropy"
+    flag: ClassVar[str] = "entropy-bounded"
+    needs_entropy: ClassVar[bool] = True
+
+    entropy_bound: float = 0.35
+    """Entropies of the tokens that are kept at once sum to less, in nats."""
+
+    def __post_init__(self) -> None:
+        value = self.entropy_bound
+        if not 0 <= value < math.inf:
+            raise ValueError(f"entropy_bound={value} must be 0 or more, and finite; use e.g. 0.35")
+
+    def score(self, candidates: Candidates) -> Tensor:
+        """Returns the negative entropy."""
+        return -candidates.entropy_BK
+
+    def beyond_quota(self, ordered: Candidates) -> Tensor:
+        """Returns the first positions whose entropies sum to less than the bound."""
+        return ordered.entropy_BK.double().cumsum(1) < self.entropy_bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequential(RemaskingRule):
+    """From left to right; no more than the quota."""
+
+    summary: ClassVar[str] = "the n leftmost"
+    label: ClassVar[str] = "sequential"
+
+    def score(self, candidates: Candidates) -> Tensor:
+        """Returns equal scores: ties go to the lower position."""
+        return candidates.confidence_BK.new_zeros(candidates.confidence_BK.shape)
+
+
+RULES: dict[str, type[RemaskingRule]] = {
+    "low_confidence_static": LowConfidenceStatic,
+    "low_confidence_dynamic": LowConfidenceDynamic,
+    "entropy_bounded": EntropyBounded,
+    "sequential": Sequential,
+}
+"""All rules, by the name that users choose them by."""
+
+
+def make_rule(name: str, **parameters: Any) -> RemaskingRule:
+    """Returns the rule of a name.
+
+    Args:
+        name: a name of RULES.
+        parameters: some of its parameters; the others have their defaults.
+
+    Raises:
+        ValueError: there is no such rule, the rule has no such parameter, or a value is out of its
+            range.
+    """
+    if name not in RULES:
+        nearest = difflib.get_close_matches(name, RULES, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"remasking={name!r} is not a rule; use one of {', '.join(RULES)} "
+            f"(did you mean {nearest!r}?)"
+        )
+    known = [field.name for field in dataclasses.fields(RULES[name])]
+    for parameter, value in parameters.items():
+        if parameter not in known:
+            fix = f"use {', '.join(known)}" if known else "leave it out"
+            raise ValueError(f"{parameter}={value} is no option of remasking={name}; {fix}")
+    return RULES[name](**parameters)
+
+
+def rule_name(rule: RemaskingRule) -> str:
+    """Returns the name of a rule's class in RULES.
+
+    Raises:
+        ValueError: it has none.
+    """
+    for name, entry in RULES.items():
+        if entry is type(rule):
+            return name
+    raise ValueError(f"rule={rule} must be of a class in RULES; add {type(rule).__name__} there")
 
 
 def num_transfer_tokens(block_size: int, denoising_steps: int, step: int) -> int:
-    """Returns how many tokens the static rule commits at a denoising step of a fully masked block.
+    """Returns how many tokens every rule commits at least at a step of a fully masked block.
 
     block_size // denoising_steps, plus one for the first block_size % denoising_steps steps, so the
     steps sum to the block.
@@ -59,60 +236,50 @@ def choose_commits(
     masked_BK: Tensor,
     step_B: Tensor,
     *,
-    remasking: str,
+    rule: RemaskingRule,
     denoising_steps: int,
-    confidence_threshold: float = 0.9,
     entropy_BK: Tensor | None = None,
-    entropy_bound: float = 0.35,
 ) -> Tensor:
     """Chooses the positions that are committed at this denoising step.
 
-    With n = `num_transfer_tokens` of the row's step, every rule commits at least the first
-    min(n, masked positions) of the row in its own order, and the last step commits whatever is
-    still masked:
-
-    - `low_confidence_static`: by confidence, highest first; no more.
-    - `low_confidence_dynamic`: by confidence; and every position whose confidence exceeds the
-      threshold.
-    - `entropy_bounded`: by entropy, lowest first; and as many more as keep the sum of the entropies
-      below the bound (EB-Sampler, arXiv 2505.24857, in the form of SDAR's engines).
-    - `sequential`: from left to right; no more.
-
-    Ties go to the lower position. Rules: SDAR, JetEngine, with the two defects fixed that overwrite
-    prompt tokens (n above the masked count) and leave masks behind (steps used up).
+    With n = `num_transfer_tokens` of the row's step, every rule commits the first
+    min(n, masked positions) of the row in its own order, and what it wants beyond them; the last
+    step commits whatever is still masked. Ties go to the lower position. The two defects of SDAR's
+    and JetEngine's samplers are fixed that overwrite prompt tokens (n above the masked count) and
+    leave masks behind (steps used up).
 
     Args:
         confidence_BK: [B, K] float, finite, of the sampled token; ignored where not masked.
         masked_BK: [B, K] bool, True where the position is still masked.
         step_B: [B] int64, denoising step of each block from 0.
-        remasking: one of REMASKING.
+        rule: in which order, and what beyond the quota.
         denoising_steps: steps per block.
-        confidence_threshold: a probability; `low_confidence_dynamic` commits what is above it.
-        entropy_BK: [B, K] float, nats; needed by `entropy_bounded`, ignored where not masked.
-        entropy_bound: nats.
+        entropy_BK: [B, K] float, nats, for rules that need it; ignored where not masked.
 
     Returns:
         [B, K] bool, a subset of masked_BK; at least one position in every row that has a masked
         one, if denoising_steps <= K.
 
     Raises:
-        ValueError: an unknown rule, denoising_steps below 1, or shapes that do not match.
+        ValueError: denoising_steps below 1, shapes that do not match, or no entropy for a rule that
+            needs it.
     """
-    check_remasking(remasking)
     _check_shapes(confidence_BK, masked_BK, step_B)
+    if not rule.needs_entropy:
+        entropy_BK = None
+    elif entropy_BK is None or entropy_BK.shape != confidence_BK.shape:
+        name = type(rule).__name__
+        raise ValueError(f"{name} needs entropy_BK, shaped like confidence_BK; compute it")
+    candidates = Candidates(confidence_BK=confidence_BK, known_entropy_BK=entropy_BK)
+    # Unmasked positions sort last, so a quota above the masked count only ever reaches them.
+    score_BK = rule.score(candidates).masked_fill(~masked_BK, -math.inf)
+    order_BK = score_BK.argsort(dim=1, descending=True, stable=True)
+    place_BK = step_B.new_ones(masked_BK.shape).cumsum(1)  # from 1, in the order of commitment
     quota_B = _quota(confidence_BK.shape[1], denoising_steps, step_B)
-    if remasking == ENTROPY_BOUNDED:
-        entropy_BK = _required(entropy_BK, confidence_BK)
-        chosen_BK = _first(-entropy_BK, masked_BK, quota_B)
-        chosen_BK |= _within_bound(entropy_BK, masked_BK, entropy_bound)
-    elif remasking == SEQUENTIAL:
-        positions = torch.arange(confidence_BK.shape[1], device=confidence_BK.device)
-        chosen_BK = _first(-positions.expand_as(confidence_BK).float(), masked_BK, quota_B)
-    else:
-        chosen_BK = _first(confidence_BK, masked_BK, quota_B)
-        if remasking == LOW_CONFIDENCE_DYNAMIC:
-            chosen_BK |= confidence_BK > confidence_threshold
-    return chosen_BK & masked_BK
+    ordered_BK = place_BK <= quota_B.unsqueeze(1)
+    if (beyond_BK := rule.beyond_quota(candidates.in_order(order_BK))) is not None:
+        ordered_BK |= beyond_BK
+    return masked_BK.new_zeros(masked_BK.shape).scatter(1, order_BK, ordered_BK) & masked_BK
 
 
 def _check_shapes(confidence_BK: Tensor, masked_BK: Tensor, step_B: Tensor) -> None:
@@ -123,37 +290,11 @@ def _check_shapes(confidence_BK: Tensor, masked_BK: Tensor, step_B: Tensor) -> N
         )
 
 
-def _required(entropy_BK: Tensor | None, confidence_BK: Tensor) -> Tensor:
-    if entropy_BK is None or entropy_BK.shape != confidence_BK.shape:
-        raise ValueError("entropy_bounded needs entropy_BK, shaped like confidence_BK")
-    return entropy_BK
-
-
 def _quota(block_size: int, denoising_steps: int, step_B: Tensor) -> Tensor:
     """`num_transfer_tokens` for one step per row; the last step takes what is left."""
     _check_steps(block_size, denoising_steps)
     quota_B = block_size // denoising_steps + (step_B < block_size % denoising_steps).long()
-    return torch.where(step_B >= denoising_steps - 1, block_size, quota_B)
-
-
-def _first(score_BK: Tensor, masked_BK: Tensor, quota_B: Tensor) -> Tensor:
-    """The `quota` masked positions of highest score in every row, the lower one on ties."""
-    # Unmasked positions sort last, so a quota above the masked count only ever reaches them.
-    order_BK = _order(score_BK, masked_BK)
-    return order_BK.argsort(dim=1) < quota_B.unsqueeze(1)
-
-
-def _within_bound(entropy_BK: Tensor, masked_BK: Tensor, bound: float) -> Tensor:
-    """The masked positions of lowest entropy whose entropies sum to less than the bound."""
-    order_BK = _order(-entropy_BK, masked_BK)
-    total_BK = entropy_BK.gather(1, order_BK).double().cumsum(1)
-    return torch.zeros_like(masked_BK).scatter(1, order_BK, total_BK < bound)
-
-
-def _order(score_BK: Tensor, masked_BK: Tensor) -> Tensor:
-    """Positions of every row: the masked ones by score, highest first, then the others."""
-    score_BK = score_BK.masked_fill(~masked_BK, -torch.inf)
-    return score_BK.argsort(dim=1, descending=True, stable=True)
+    return quota_B.masked_fill(step_B >= denoising_steps - 1, block_size)
 
 
 def _check_steps(block_size: int, denoising_steps: int) -> None:

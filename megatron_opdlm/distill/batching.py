@@ -15,10 +15,10 @@ from torch import Tensor
 from megatron_opdlm.diffusion import randomness
 from megatron_opdlm.diffusion.example import TrainingState
 from megatron_opdlm.diffusion.stream import PackedStream, pack
+from megatron_opdlm.loss.reduction import row_weights
 
 Runs = Sequence[Sequence[Sequence[int]]]
 """For every data-parallel rank, for every microbatch, the indices of its documents."""
-LOSS_REDUCTION = ("sequence_mean", "token_mean", "token_sum")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,37 +35,6 @@ class Microbatch:
     student: PackedStream
     row_weight: Tensor
     num_masked: Tensor
-
-
-def row_weights(states: Sequence[TrainingState], loss_reduction: str) -> list[float]:
-    """Returns the weight of the loss rows of each response.
-
-    The denominators are those of the whole optimizer step, over all data-parallel ranks, so
-    gradients just add up. With n a response's `TrainingState.denominator`:
-
-    - `sequence_mean`: sum over a response's rows / n, mean over responses (the released code);
-    - `token_mean`: sum over all rows / sum of n;
-    - `token_sum`: sum over a response's rows, mean over its noisy states and over all responses,
-      where one without a loss row adds zero (the paper's Eq. 5 with w(t) = 1).
-
-    In the first two, responses with n = 0 count in no denominator.
-
-    Args:
-        states: all responses of the optimizer step, of every data-parallel rank.
-        loss_reduction: one of LOSS_REDUCTION.
-
-    Returns:
-        One weight per response, to be multiplied by `TrainingState.row_scale`; 0 without rows.
-    """
-    num_sequences = sum(state.denominator > 0 for state in states)
-    total = sum(state.denominator for state in states)
-    if loss_reduction == "sequence_mean":
-        return [1.0 / (num_sequences * s.denominator) if s.num_rows else 0.0 for s in states]
-    if loss_reduction == "token_mean":
-        return [1.0 / total if s.num_rows else 0.0 for s in states]
-    if loss_reduction == "token_sum":
-        return [1.0 / (len(states) * s.num_states) if s.num_rows else 0.0 for s in states]
-    raise ValueError(f"loss_reduction={loss_reduction!r}: use one of {', '.join(LOSS_REDUCTION)}")
 
 
 def group(lengths: Sequence[int], rows_per_step: int, key: int | None) -> list[list[int]]:
@@ -171,7 +140,7 @@ def make_microbatches(
         runs: from `plan_runs`, by the lengths of the student's documents.
         dp_rank: this rank on the data-parallel axis.
         multiple: streams are padded to a multiple of this.
-        loss_reduction: one of LOSS_REDUCTION.
+        loss_reduction: a name of LOSS_REDUCTIONS.
 
     Returns:
         At least one microbatch; a rank without rows gets one of padding, whose loss is zero.

@@ -12,27 +12,28 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_opdlm.checks import require, require_at_least
 from megatron_opdlm.evaluation.kinds import DEFAULT_KIND, KINDS, find_kind
+from megatron_opdlm.evaluation.settings import (
+    add_setting_arguments,
+    check_settings,
+    chosen_rules,
+)
 from megatron_opdlm.generate.arguments import (
     MAX_ROWS,
-    REMASKING,
     Parsers,
     add_model_arguments,
     check_arguments,
     decoding_options,
     open_decoder,
+    parameter_users,
     require_folder,
-    require_used,
 )
 
 if TYPE_CHECKING:
-    from megatron_opdlm.convert.model_source import ModelSource
     from megatron_opdlm.evaluation.kinds.kind import TaskKind
     from megatron_opdlm.evaluation.task import EvalResult, Task
     from megatron_opdlm.evaluation.teacher import Teacher
     from megatron_opdlm.generate.decoder import Decoder
     from megatron_opdlm.rollout.request import DecodingOptions
-
-STATIC, DYNAMIC, ENTROPY_BOUNDED, SEQUENTIAL = REMASKING
 
 
 def add_eval_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
@@ -55,7 +56,7 @@ def add_eval_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
         f"NAME, else {DEFAULT_KIND.name}; may be given several times",
     )
     add_model_arguments(parser)
-    _add_setting_arguments(parser)
+    add_setting_arguments(parser)
     parser.add_argument(
         "--teacher", metavar="HF_DIR", help="decode this model too, greedily, with transformers"
     )
@@ -80,32 +81,6 @@ def add_eval_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=run_eval)
 
 
-def _add_setting_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which decoding rules to compare; read by `_settings`."""
-    parser.add_argument(
-        "--static",
-        action="store_true",
-        help="low_confidence_static decoding; default of the four: this and --dynamic",
-    )
-    parser.add_argument("--dynamic", action="store_true", help="low_confidence_dynamic decoding")
-    parser.add_argument("--entropy-bounded", action="store_true", help="entropy_bounded decoding")
-    parser.add_argument("--sequential", action="store_true", help="from left to right")
-    parser.add_argument(
-        "--confidence-threshold",
-        type=float,
-        nargs="+",
-        metavar="P",
-        help="of --dynamic; several make several settings; default: 0.9",
-    )
-    parser.add_argument(
-        "--entropy-bound",
-        type=float,
-        nargs="+",
-        metavar="E",
-        help="of --entropy-bounded, in nats; several make several settings; default: 0.35",
-    )
-
-
 def run_eval(args: argparse.Namespace) -> int:
     """Runs `opdlm eval`."""
     from megatron_opdlm.convert.model_source import ModelSource
@@ -120,7 +95,7 @@ def run_eval(args: argparse.Namespace) -> int:
         for name, kind, path in map(_split_task, args.task)
     ]
     source = ModelSource.open(args.model)
-    settings = _settings(args, source)
+    settings = [decoding_options(args, source, rule) for rule in chosen_rules(args)]
     for task in tasks:
         check_rendering(task.questions, source, enable_thinking=args.enable_thinking)
     teacher = None if args.teacher is None else load_reference(args.teacher)
@@ -137,26 +112,17 @@ def _check(args: argparse.Namespace) -> None:
     """Refuses arguments that are out of range or change nothing, before any work."""
     check_arguments(args, "seeds")
     require_at_least(0, "examples", args.examples)
-    require_used(_has_dynamic(args), "confidence_threshold", args.confidence_threshold,
-                 "--dynamic", "the decoding asked for")  # fmt: skip
-    require_used(args.entropy_bounded, "entropy_bound", args.entropy_bound,
-                 "--entropy-bounded", "the decoding asked for")  # fmt: skip
+    check_settings(args)
     names = [_split_task(text)[0] for text in args.task]
     for name, values in (
         ("seeds", args.seeds),
-        ("confidence_threshold", args.confidence_threshold),
-        ("entropy_bound", args.entropy_bound),
         ("task", names),
+        *((name, getattr(args, name)) for name in parameter_users()),
     ):
         for value in values or ():
             require(values.count(value) == 1, name, value, "is given twice", "give it once")
     if args.json is not None:
         require_folder(args.json, "--json")
-
-
-def _has_dynamic(args: argparse.Namespace) -> bool:
-    """Whether dynamic decoding is asked for; static and dynamic are where nothing is."""
-    return args.dynamic or not (args.static or args.entropy_bounded or args.sequential)
 
 
 def _split_task(text: str) -> tuple[str, TaskKind, str]:
@@ -179,25 +145,6 @@ def _describe_kinds() -> str:
         lines.append(textwrap.fill(text, 96, initial_indent=f"  {kind.name}: ",
                                    subsequent_indent="      "))  # fmt: skip
     return "\n".join(lines)
-
-
-def _settings(args: argparse.Namespace, source: ModelSource) -> list[DecodingOptions]:
-    chosen: list[dict[str, Any]] = []
-    if args.static or not (args.dynamic or args.entropy_bounded or args.sequential):
-        chosen.append({"remasking": STATIC})
-    if _has_dynamic(args):
-        chosen += [
-            {"remasking": DYNAMIC, "confidence_threshold": threshold}
-            for threshold in args.confidence_threshold or [None]
-        ]
-    if args.entropy_bounded:
-        chosen += [
-            {"remasking": ENTROPY_BOUNDED, "entropy_bound": bound}
-            for bound in args.entropy_bound or [None]
-        ]
-    if args.sequential:
-        chosen.append({"remasking": SEQUENTIAL})
-    return [decoding_options(args, source, **setting) for setting in chosen]
 
 
 def _run_settings(

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from megatron_opdlm.diffusion.remasking import (
-    ENTROPY_BOUNDED,
-    LOW_CONFIDENCE_DYNAMIC,
-    LOW_CONFIDENCE_STATIC,
-    SEQUENTIAL,
-)
 from megatron_opdlm.rollout.request import DecodingOptions
 
 if TYPE_CHECKING:
@@ -29,16 +24,14 @@ class _Detail(NamedTuple):
 
 
 def setting_name(options: DecodingOptions | None) -> str:
-    """Returns the short name of a decoding rule: static, dynamic(0.9), entropy(0.35), sequential;
-    teacher for None.
+    """Returns the short name of a remasking rule, with its parameters: static, dynamic(0.9),
+    entropy(0.35); teacher for None.
     """
     if options is None:
         return TEACHER
-    if options.remasking == LOW_CONFIDENCE_DYNAMIC:
-        return f"dynamic({options.confidence_threshold:g})"
-    if options.remasking == ENTROPY_BOUNDED:
-        return f"entropy({options.entropy_bound:g})"
-    return {LOW_CONFIDENCE_STATIC: "static", SEQUENTIAL: "sequential"}[options.remasking]
+    values = dataclasses.asdict(options.rule).values()
+    text = ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+    return f"{options.rule.label}({text})" if text else options.rule.label
 
 
 def labels(results: Sequence[EvalResult]) -> list[str]:

@@ -7,10 +7,10 @@ import logging
 import time
 
 from megatron_opdlm.config.run import Config
-from megatron_opdlm.diffusion.remasking import LOW_CONFIDENCE_DYNAMIC, LOW_CONFIDENCE_STATIC
 from megatron_opdlm.distill.student import Student
 from megatron_opdlm.evaluation.labels import setting_name
 from megatron_opdlm.evaluation.runner import evaluate
+from megatron_opdlm.evaluation.settings import DEFAULT_RULES
 from megatron_opdlm.evaluation.task import Task, load_task
 from megatron_opdlm.generate.decoder import Decoder
 from megatron_opdlm.rollout.layout import RolloutLayout
@@ -55,11 +55,14 @@ class OnlineEvaluation:
         self.response_limit = config.rollout.max_response_tokens.end
         self.enable_thinking = config.rollout.enable_thinking
         self.total = config.train.train_rollouts
-        self.options = DecodingOptions(
-            block_size=config.rollout.block_size,
-            denoising_steps=config.rollout.denoising_steps,
-            confidence_threshold=config.rollout.confidence_threshold,
-        )
+        self.settings = [
+            DecodingOptions(
+                block_size=config.rollout.block_size,
+                denoising_steps=config.rollout.denoising_steps,
+                rule=config.rollout.rule_of(name),
+            )
+            for name in DEFAULT_RULES
+        ]
         self.task = load_questions(config)
         self.decoder = Decoder(
             student=student,
@@ -90,11 +93,8 @@ class OnlineEvaluation:
         start = time.perf_counter()
         metrics: dict[str, float] = {"eval/questions": len(self.task.questions)}
         said = []
-        for name, remasking in (
-            ("static", LOW_CONFIDENCE_STATIC),
-            ("dynamic", LOW_CONFIDENCE_DYNAMIC),
-        ):
-            options = dataclasses.replace(self.options, remasking=remasking)
+        for options in self.settings:
+            name = options.rule.label
             result = evaluate(
                 self.decoder,
                 self.task,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -181,7 +180,7 @@ class EvalResult:
             "task": self.task,
             "kind": self.kind,
             "setting": setting_name(self.options),
-            "options": None if self.options is None else dataclasses.asdict(self.options),
+            "options": None if self.options is None else self.options.to_json(),
             "max_new_tokens": self.response_limit,
             "enable_thinking": self.enable_thinking,
             "seed": self.seed,

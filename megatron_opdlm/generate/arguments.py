@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_opdlm.checks import require, require_at_least
+from megatron_opdlm.config.annotations import ParametersOf
+from megatron_opdlm.config.schema import Key, parameter_keys, parse_text
+from megatron_opdlm.diffusion.remasking import RULES, RemaskingRule
 
 if TYPE_CHECKING:
     from megatron_opdlm.convert.model_source import ModelSource
     from megatron_opdlm.generate.decoder import Decoder
     from megatron_opdlm.rollout.request import DecodingOptions
-
-# Of denoise.REMASKING, which imports torch; the parser must not.
-REMASKING = (
-    "low_confidence_static",
-    "low_confidence_dynamic",
-    "entropy_bounded",
-    "sequential",
-)
 
 MAX_ROWS = 256
 DEFAULT_BLOCK_SIZE = 4
@@ -96,6 +92,44 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_parameter_arguments(parser: argparse._ActionsContainer, *, several: bool) -> None:
+    """Adds an option for every parameter of a remasking rule; None where nobody gives it.
+
+    Args:
+        parser: a parser, or a group of its arguments.
+        several: whether an option takes a list of values.
+    """
+    more = "; several make several settings" if several else ""
+    for key in parameter_keys(ParametersOf(RULES), ()):
+        parser.add_argument(
+            f"--{key.name.replace('_', '-')}",
+            type=_reader(key),
+            nargs="+" if several else None,
+            metavar="X",
+            help=f"{key.doc.rstrip('.')}{more}; default: {key.default}".replace("%", "%%"),
+        )
+
+
+def _reader(key: Key) -> Callable[[str], Any]:
+    """Reads a parameter's text as the configuration does."""
+
+    def read(text: str) -> Any:
+        try:
+            return parse_text(key.name, text, key.annotation)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
+
+
+def parameter_users() -> dict[str, list[str]]:
+    """Returns, for every parameter of remasking rules, the names of the rules that have it."""
+    users: dict[str, list[str]] = {}
+    for name, _, field in ParametersOf(RULES).fields():
+        users.setdefault(field.name, []).append(name)
+    return users
+
+
 def check_arguments(args: argparse.Namespace, seeds: str) -> None:
     """Refuses what no student can be decoded with; nothing is read.
 
@@ -143,7 +177,7 @@ def require_used(is_used: bool, name: str, given: Any, about: str, here: str) ->
 
 
 def decoding_options(
-    args: argparse.Namespace, source: ModelSource, *, remasking: str, **limits: float | None
+    args: argparse.Namespace, source: ModelSource, rule: RemaskingRule
 ) -> DecodingOptions:
     """Reads decoding options from arguments, with defaults of the student's. No model is loaded.
 
@@ -151,8 +185,7 @@ def decoding_options(
         args: those of `add_model_arguments`.
         source: the student; it is decoded with the block that its weights were trained for, unless
             the arguments say another.
-        remasking: rule.
-        limits: confidence_threshold, entropy_bound; None = the default.
+        rule: which positions a denoising step commits.
 
     Raises:
         ValueError: a value out of its range.
@@ -162,11 +195,11 @@ def decoding_options(
     trained = source.block_size or DEFAULT_BLOCK_SIZE
     block_size = trained if args.block_size is None else args.block_size
     steps = block_size if args.denoising_steps is None else args.denoising_steps
-    given = {name: getattr(args, name) for name in ("top_k", "top_p")} | limits
+    given = {name: getattr(args, name) for name in ("top_k", "top_p")}
     return DecodingOptions(
         block_size=block_size,
         denoising_steps=steps,
-        remasking=remasking,
+        rule=rule,
         temperature=args.temperature,
         **{name: value for name, value in given.items() if value is not None},
     )

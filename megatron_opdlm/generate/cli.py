@@ -9,14 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_opdlm.config.annotations import OneOf
+from megatron_opdlm.diffusion.remasking import RULES, make_rule
 from megatron_opdlm.generate.arguments import (
     MAX_ROWS,
-    REMASKING,
     Parsers,
     add_model_arguments,
+    add_parameter_arguments,
     check_arguments,
     decoding_options,
     open_decoder,
+    parameter_users,
     require_folder,
     require_used,
 )
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from megatron_opdlm.responses.prompts import Prompt, PromptTokens
     from megatron_opdlm.rollout.request import DecodingOptions
 
+DEFAULT_RULE = "low_confidence_static"
 STEP_SECONDS = 0.06
 """Least time that a step of --show-steps stays in a terminal: small models outrun the eye."""
 
@@ -43,20 +47,13 @@ def add_generate_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
     source.add_argument("--prompts", metavar="FILE", help="prompt file, JSONL or JSON")
     add_model_arguments(parser)
     parser.add_argument(
-        "--remasking", choices=REMASKING, default=REMASKING[0], help=f"default: {REMASKING[0]}"
+        "--remasking",
+        choices=tuple(RULES),
+        default=DEFAULT_RULE,
+        help="what becomes a token at a denoising step, n = block size / denoising steps: "
+        f"{OneOf(RULES).describe()}; default: {DEFAULT_RULE}".replace("%", "%%"),
     )
-    parser.add_argument(
-        "--confidence-threshold",
-        type=float,
-        metavar="P",
-        help="low_confidence_dynamic keeps every token more probable than this; default: 0.9",
-    )
-    parser.add_argument(
-        "--entropy-bound",
-        type=float,
-        metavar="E",
-        help="entropy_bounded keeps tokens whose entropies sum to less, in nats; default: 0.35",
-    )
+    add_parameter_arguments(parser, several=False)
     parser.add_argument("--seed", type=int, metavar="N", help="with a temperature; default: 0")
     parser.add_argument(
         "--show-steps", action="store_true", help="draw the denoising, one response at a time"
@@ -73,14 +70,10 @@ def run_generate(args: argparse.Namespace) -> int:
 
     _check(args)
     prompts = _read_prompts(args)
+    given = {name: getattr(args, name) for name in parameter_users()}
+    parameters = {name: value for name, value in given.items() if value is not None}
     source = ModelSource.open(args.model)
-    options = decoding_options(
-        args,
-        source,
-        remasking=args.remasking,
-        confidence_threshold=args.confidence_threshold,
-        entropy_bound=args.entropy_bound,
-    )
+    options = decoding_options(args, source, make_rule(args.remasking, **parameters))
     check_rendering(prompts, source, enable_thinking=args.enable_thinking)
     decoder = open_decoder(args, max_rows=1 if args.show_steps else args.max_rows or MAX_ROWS)
     _generate(args, decoder, options, prompts)
@@ -92,13 +85,10 @@ def run_generate(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     """Refuses arguments that are out of range or change nothing, before any work."""
     check_arguments(args, "seed")
-    of_rule = {
-        "confidence_threshold": "low_confidence_dynamic",
-        "entropy_bound": "entropy_bounded",
-    }
-    for name, rule in of_rule.items():
-        is_used, here = args.remasking == rule, f"remasking={args.remasking}"
-        require_used(is_used, name, getattr(args, name), f"remasking={rule}", here)
+    for name, rules in parameter_users().items():
+        is_used, here = args.remasking in rules, f"remasking={args.remasking}"
+        about = " or ".join(f"remasking={rule}" for rule in rules)
+        require_used(is_used, name, getattr(args, name), about, here)
     several, here = "many responses at once", "one after the other (--show-steps)"
     require_used(not args.show_steps, "max_rows", args.max_rows, several, here)
     if args.out is not None:

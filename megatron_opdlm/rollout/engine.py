@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opdlm.diffusion.blocks import num_decoded_tokens
-from megatron_opdlm.diffusion.remasking import ENTROPY_BOUNDED, choose_commits
+from megatron_opdlm.diffusion.remasking import choose_commits
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.model.pipeline import DecodePipeline
 from megatron_opdlm.rollout.decodable import Decodable
@@ -299,11 +299,9 @@ class RolloutEngine:
             confidence.float(),
             masked,
             decoded.steps,
-            remasking=options.remasking,
+            rule=options.rule,
             denoising_steps=options.denoising_steps,
-            confidence_threshold=options.confidence_threshold,
             entropy_BK=entropy,
-            entropy_bound=options.entropy_bound,
         )
         sequences.commit(decoded.slots, chosen, tokens.long())
 
@@ -342,7 +340,7 @@ class RolloutEngine:
             mask_token_id=self.mask_token_id,
             vocab_size=self.model.vocab_size_unpadded,
             tp_group=self.parallel.tp_group,
-            with_entropy=self.options.remasking == ENTROPY_BOUNDED,
+            with_entropy=self.options.rule.needs_entropy,
         )
 
 

@@ -5,12 +5,19 @@ Shape letters: P prompt tokens, K block size.
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from megatron_opdlm.diffusion.remasking import check_remasking
+from megatron_opdlm.config.annotations import ParametersOf
+from megatron_opdlm.diffusion.remasking import (
+    RULES,
+    LowConfidenceStatic,
+    RemaskingRule,
+    rule_name,
+)
 from megatron_opdlm.rollout.sampler import Sampling
 
 MAX_DENOISING_STEPS = 256  # the random key of a draw has eight bits for the step
@@ -18,30 +25,22 @@ MAX_DENOISING_STEPS = 256  # the random key of a draw has eight bits for the ste
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingOptions:
-    """How blocks are denoised. Defaults are greedy static decoding, one token per step.
-
-    Attributes:
-        block_size: K, tokens per block.
-        denoising_steps: most steps per block; the last one commits what is left.
-        remasking: which positions a step commits, see `denoise.choose_commits`.
-        confidence_threshold: low_confidence_dynamic commits every position above it.
-        entropy_bound: entropy_bounded commits positions whose entropies sum to less, in nats.
-        temperature: 0 is argmax.
-        top_k: 0 keeps all.
-        top_p: 1.0 keeps all.
-    """
+    """How blocks are denoised. Defaults are greedy static decoding, one token per step."""
 
     block_size: int = 4
+    """K, tokens per block."""
     denoising_steps: int = 4
-    remasking: str = "low_confidence_static"
-    confidence_threshold: float = 0.9
-    entropy_bound: float = 0.35
+    """Most steps per block; the last one commits what is left."""
+    rule: RemaskingRule = LowConfidenceStatic()
+    """Which positions a step commits."""
     temperature: float = 0.0
+    """0 is argmax."""
     top_k: int = 0
+    """0 keeps all."""
     top_p: float = 1.0
+    """1.0 keeps all."""
 
     def __post_init__(self) -> None:
-        check_remasking(self.remasking)
         rules = (
             ("block_size", self.block_size, self.block_size >= 1, "at least 1"),
             (
@@ -50,13 +49,6 @@ class DecodingOptions:
                 1 <= self.denoising_steps <= min(self.block_size, MAX_DENOISING_STEPS),
                 f"between 1 and block_size={self.block_size}, and at most {MAX_DENOISING_STEPS}",
             ),
-            (
-                "confidence_threshold",
-                self.confidence_threshold,
-                0 < self.confidence_threshold <= 1,
-                "above 0 and at most 1",
-            ),
-            ("entropy_bound", self.entropy_bound, 0 <= self.entropy_bound < math.inf, "0 or more"),
         )
         for name, value, holds, rule in rules:
             if not holds:
@@ -67,6 +59,20 @@ class DecodingOptions:
     def sampling(self) -> Sampling:
         """Temperature and filters of a draw."""
         return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns all options by name: `remasking` and, whatever the rule, every parameter that
+        some rule has; those of other rules at their defaults.
+        """
+        values: dict[str, Any] = {}
+        for option in dataclasses.fields(self):
+            if option.name != "rule":
+                values[option.name] = getattr(self, option.name)
+                continue
+            values["remasking"] = rule_name(self.rule)
+            values |= {field.name: field.default for _, _, field in ParametersOf(RULES).fields()}
+            values |= dataclasses.asdict(self.rule)
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """What README and docs say about files, commands, keys and modules, against what is there."""
 
 import argparse
+import dataclasses
 import re
 import shlex
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 from megatron_opdlm.cli import build_parser
 from megatron_opdlm.config.run import Config
 from megatron_opdlm.config.schema import collect_keys
+from megatron_opdlm.diffusion.remasking import RULES, Sequential
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "megatron_opdlm"
@@ -23,8 +25,9 @@ PLACES = (
 NO_PAGE = REPOSITORY / "docs" / "LOG.md"
 """A log of what was: it may name what is gone."""
 MADE_BY_RUNS = re.compile(
-    r"^(report|modeling_|configuration_block|decoding_block|config\.yaml|metrics\.jsonl|runs/|"
-    r"table\.md|summary\.json|scores\.json|teacher_responses\.jsonl|sglang_dllm\.yaml)"
+    r"^(report|modeling_|configuration_block|decoding_block|remasking_block|runs/|"
+    r"config\.yaml|metrics\.jsonl|table\.md|summary\.json|scores\.json|teacher_responses\.jsonl|"
+    r"sglang_dllm\.yaml)"
 )
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -152,6 +155,25 @@ def test_metrics_that_are_named_exist(page: Path) -> None:
     code = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
     for name in re.findall(r"`((?:train|rollout|perf|eval)/\w+)`", page.read_text()):
         assert f'"{name}"' in code, name
+
+
+def rules_left_out() -> list[str]:
+    """Remasking rules of which rollout.md has no row, or evaluation.md no flag or parameter."""
+    rows = (REPOSITORY / "docs" / "rollout.md").read_text().replace("`", "")
+    options = (REPOSITORY / "docs" / "evaluation.md").read_text()
+    missing = []
+    for name, rule in RULES.items():
+        parameters = [field.name.replace("_", "-") for field in dataclasses.fields(rule)]
+        texts = [f"`--{rule.flag or rule.label}`", *(f"`--{text} X ...`" for text in parameters)]
+        if f"| {name} | {rule.summary} |" not in rows or any(t not in options for t in texts):
+            missing.append(name)
+    return missing
+
+
+def test_pages_list_every_remasking_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rules_left_out() == []
+    monkeypatch.setitem(RULES, "another", Sequential)  # control
+    assert rules_left_out() == ["another"]
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:

@@ -47,7 +47,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from megatron_opdlm.config.run import OptimizerConfig
 from megatron_opdlm.diffusion import randomness
 from megatron_opdlm.diffusion.example import training_state
-from megatron_opdlm.diffusion.noising import NoisyStates, select_states
+from megatron_opdlm.diffusion.noising import select_states
+from megatron_opdlm.diffusion.state_selection import NoisyStates
 from megatron_opdlm.diffusion.stream import pack
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.distill.batching import make_microbatches, plan_runs

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_opdlm.convert.formats.config_keys import decoder_keys, layer_types
 from megatron_opdlm.convert.formats.format import ExportedModel, ExportFormat
+from megatron_opdlm.convert.formats.shipped_code import REMASKING_FILE
 
 MASK_TEXT = "<|mask|>"
 
@@ -50,6 +51,7 @@ A2D = ExportFormat(
     code_files=(
         *("configuration_block_diffusion.py", "modeling_a2d.py"),
         *("modeling_block_diffusion.py", "decoding_block_diffusion.py"),
+        REMASKING_FILE,
     ),
     mask_text=MASK_TEXT,
 )

@@ -1,5 +1,6 @@
 """README.md of an export: what it is, where it comes from, how to load and serve it."""
 
+import dataclasses
 import re
 import shlex
 from importlib import resources
@@ -7,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from megatron_opdlm.convert.formats.format import ExportedModel, ExportFormat
+from megatron_opdlm.diffusion.remasking import RULES
 
 # Key of the lineage or of the training state -> label, in the order of the table.
 _LABELS = {
@@ -45,6 +47,7 @@ def model_card(
         "@FAMILY@": model.config.family,
         "@BLOCK@": str(model.block_size),
         "@MASK@": str(model.mask_token_id),
+        "@RULES@": ", ".join(map(_rule, RULES)),
         "@THINKING@": str(bool(model.lineage.get("enable_thinking", False))),
     }
     for key, value in substitutions.items():
@@ -116,6 +119,12 @@ def _without_folders(value: Any) -> Any:
     """Of an absolute path its last part: what is above it is nobody else's business."""
     is_absolute = isinstance(value, str) and PurePath(value).is_absolute()
     return PurePath(value).name if is_absolute else value
+
+
+def _rule(name: str) -> str:
+    """A remasking rule as `generate` takes it, with its parameters."""
+    parameters = [f"`{field.name}={field.default}`" for field in dataclasses.fields(RULES[name])]
+    return f"`{name}` with {', '.join(parameters)}" if parameters else f"`{name}`"
 
 
 def _read(name: str) -> str:

@@ -1,13 +1,13 @@
 """The files of an export other than its weights: configs, code, tokenizer, model card."""
 
 import logging
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from megatron_opdlm.convert.chat_template import read_chat_template
 from megatron_opdlm.convert.formats.card import model_card
 from megatron_opdlm.convert.formats.format import ExportedModel, ExportFormat
+from megatron_opdlm.convert.formats.shipped_code import shipped_code
 from megatron_opdlm.convert.tokenizer import (
     MASK_TOKEN,
     copy_tokenizer,
@@ -50,7 +50,7 @@ def write_files(
     base_path = tokenizer_dir / _GENERATION_FILE
     base = read_json_object(base_path) if base_path.is_file() else {}
     write_json(out_dir / _GENERATION_FILE, _generation_config(base, config, model))
-    texts = {name: _code(name) for name in export_format.code_files}
+    texts = {name: shipped_code(name) for name in export_format.code_files}
     texts |= export_format.other_files(model)
     template = read_chat_template(TokenizerFiles(tokenizer_dir))
     texts["README.md"] = model_card(model, export_format, has_chat_template=template is not None)
@@ -89,8 +89,3 @@ def _generation_config(
         "pad_token_id": config["pad_token_id"],
         "transformers_version": config["transformers_version"],
     }
-
-
-def _code(name: str) -> str:
-    source = resources.files("megatron_opdlm.convert.formats.code") / name
-    return source.read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ from typing import Any
 
 from megatron_opdlm.convert.formats.config_keys import decoder_keys
 from megatron_opdlm.convert.formats.format import ExportedModel, ExportFormat
+from megatron_opdlm.convert.formats.shipped_code import REMASKING_FILE
 
 ENGINE_MASK_ID = 151669
 """LMDeploy and SGLang hard-code Qwen3's mask id and ignore the config's."""
@@ -44,6 +45,7 @@ SDAR = ExportFormat(
     code_files=(
         *("configuration_block_diffusion.py", "modeling_sdar.py"),
         *("modeling_block_diffusion.py", "decoding_block_diffusion.py"),
+        REMASKING_FILE,
     ),
     other_files=_other_files,
     untied=True,

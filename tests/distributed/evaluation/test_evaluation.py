@@ -13,6 +13,7 @@ import warnings
 import pytest
 import torch
 
+from megatron_opdlm.diffusion.remasking import LowConfidenceDynamic
 from tests.helpers import run_ranks
 from tests.tiny import tiny_model, write_prompts
 
@@ -48,7 +49,7 @@ def student_answers(rank, path, questions, tp_size, pp_size, max_rows):
     greedy = DecodingOptions()
     settings = {
         "static": (greedy, 0),
-        "dynamic": (dataclasses.replace(greedy, remasking="low_confidence_dynamic"), 0),
+        "dynamic": (dataclasses.replace(greedy, rule=LowConfidenceDynamic()), 0),
         "sampled": (dataclasses.replace(greedy, temperature=1.0), 0),
         "another seed": (dataclasses.replace(greedy, temperature=1.0), 1),
     }

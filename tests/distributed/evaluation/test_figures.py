@@ -9,6 +9,7 @@ import math
 
 import pytest
 
+from megatron_opdlm.diffusion.remasking import LowConfidenceDynamic
 from tests.helpers import run_ranks
 from tests.responses import by_hand, open_student
 from tests.tiny import CHAT_TEMPLATE, tiny_model
@@ -21,7 +22,7 @@ WRONG = ("b", "f")
 """Questions whose reference is not what the student answers."""
 SETTINGS = {
     "static": {},
-    "dynamic": {"remasking": "low_confidence_dynamic", "confidence_threshold": 0.03},
+    "dynamic": {"rule": LowConfidenceDynamic(confidence_threshold=0.03)},
     "two steps": {"denoising_steps": 2},
     "sampled": {"temperature": 1.0},
     "another seed": {"temperature": 1.0},

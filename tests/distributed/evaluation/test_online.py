@@ -13,7 +13,8 @@ START, END = 4, 16
 """Limits of the curriculum."""
 ASKED = 16
 """Questions of one evaluation; the file has more."""
-SETTING = {"block_size": 8, "denoising_steps": 4, "confidence_threshold": 0.015}
+SETTING = {"block_size": 8, "denoising_steps": 4}
+THRESHOLD = {"confidence_threshold": 0.015}
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +48,14 @@ def oracle(rank, model):
 
 
 def answer_all(decoder, count, **choice):
+    from megatron_opdlm.diffusion.remasking import make_rule
     from megatron_opdlm.evaluation.kinds.number import final_number
     from megatron_opdlm.rollout.request import DecodingOptions
 
     found = {}
-    for name in ("static", "dynamic"):
-        options = DecodingOptions(remasking=f"low_confidence_{name}", **SETTING)
+    for name, parameters in (("static", {}), ("dynamic", THRESHOLD)):
+        rule = make_rule(f"low_confidence_{name}", **parameters)
+        options = DecodingOptions(rule=rule, **SETTING)
         rows = [by_hand(decoder, f"q{n}", question(n), options, **choice) for n in range(count)]
         found[name] = [row | {"number": final_number(row["text"])} for row in rows]
     return found
@@ -70,7 +73,7 @@ def train(rank, model, prompts, questions, run_dir):
         f"max_response_tokens.start={START}", f"max_response_tokens.end={END}",
         f"eval_data={questions}", "eval_interval=1", f"eval_questions={ASKED}",
         "enable_thinking=true", "temperature=1.0", "seed=3",
-        *(f"{key}={value}" for key, value in SETTING.items()),
+        *(f"{key}={value}" for key, value in (SETTING | THRESHOLD).items()),
     ]  # fmt: skip
     Trainer(load_config(None, keys).resolved(cuda=False)).train()
     return read_metrics(run_dir / "metrics.jsonl")

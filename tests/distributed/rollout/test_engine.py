@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_opdlm.diffusion.remasking import LowConfidenceDynamic
 from megatron_opdlm.rollout.collector import collect
 from megatron_opdlm.rollout.request import DecodingOptions
 from tests.helpers import run_ranks
@@ -28,7 +29,7 @@ LAYOUTS = {
 OPTIONS = {
     "greedy": DecodingOptions(),
     "dynamic": DecodingOptions(
-        block_size=4, remasking="low_confidence_dynamic", confidence_threshold=0.08, temperature=1.0
+        block_size=4, rule=LowConfidenceDynamic(confidence_threshold=0.08), temperature=1.0
     ),
     "blocks of 3": DecodingOptions(block_size=3, denoising_steps=2, temperature=1.0),
     "blocks of 8": DecodingOptions(block_size=8, denoising_steps=5, temperature=0.7, top_k=20),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_opdlm.diffusion.stream import NOISY
-from megatron_opdlm.distill.batching import LOSS_REDUCTION
+from megatron_opdlm.loss.reduction import LOSS_REDUCTIONS
 from megatron_opdlm.model.hf_config import read_config
 from tests.distributed.train.test_parallel_training import (
     LAYOUTS,
@@ -56,7 +56,7 @@ def step(rank, make_config, save, values):
     trajectories[2] = cut_to_one_token(trajectories[2])
     states = trainer.select_states(trajectories)
     result = {"trajectories": trajectories, "states": trainer.states, "streams": []}
-    for reduction in LOSS_REDUCTION:
+    for reduction in LOSS_REDUCTIONS:
         distill = dataclasses.replace(trainer.config.distill, loss_reduction=reduction)
         trainer.config = dataclasses.replace(trainer.config, distill=distill)
         runs = trainer.plan(states)
@@ -181,7 +181,7 @@ def oracle_of(methods, steps):
 # --- the comparison ---
 
 
-@pytest.mark.parametrize("reduction", LOSS_REDUCTION)
+@pytest.mark.parametrize("reduction", LOSS_REDUCTIONS)
 @pytest.mark.parametrize(("layout", "case"), LAYOUT_CASES)
 def test_a_step_is_that_of_single_states(layout, case, reduction, steps, oracle_of, methods):
     oracle, config, results = oracle_of(case), read_config(methods.model.hf), steps(layout, case)
@@ -221,10 +221,10 @@ def test_controls_differ(case, steps, oracle_of):
     """A wrong reduction, a state that is left out, and states that see each other."""
     (result,), oracle = steps("1", case), oracle_of(case)
     dropped = [states[:-1] or states for states in oracle.apart]  # `all` has one at least
-    for reduction in LOSS_REDUCTION:
+    for reduction in LOSS_REDUCTIONS:
         loss, gradient = oracle.value_and_gradient(oracle.apart, reduction)
         assert result[reduction][0] == pytest.approx(loss, rel=1e-5)
-        others = [(oracle.apart, other) for other in LOSS_REDUCTION if other != reduction]
+        others = [(oracle.apart, other) for other in LOSS_REDUCTIONS if other != reduction]
         others += [(dropped, reduction), (oracle.together, reduction)]
         for responses, other in others:
             wrong, wrong_gradient = oracle.value_and_gradient(responses, other)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from megatron_opdlm.config.schedules import response_limit
-from megatron_opdlm.diffusion.noising import NoisyStates
+from megatron_opdlm.diffusion.state_selection import NoisyStates
 from megatron_opdlm.model.hf_config import read_config
 from tests.distributed.train.test_parallel_training import (
     NOT_MASK,

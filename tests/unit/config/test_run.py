@@ -26,7 +26,9 @@ from megatron_opdlm.config.schema import (
     nearest,
     parse_text,
 )
-from megatron_opdlm.diffusion.noising import STATE_SELECTION
+from megatron_opdlm.diffusion.remasking import RULES
+from megatron_opdlm.diffusion.state_selection import STATE_SELECTIONS
+from megatron_opdlm.loss.reduction import LOSS_REDUCTIONS
 
 REPOSITORY = Path(__file__).parents[3]
 REQUIRED = ["student=models/a", "data=prompts.jsonl", "save=runs/a", "train_rollouts=10"]
@@ -340,8 +342,14 @@ def test_every_key_is_documented_and_flat():
 
 def test_choices_are_those_of_the_code_that_reads_them():
     keys = collect_keys(Config)
-    assert set(keys["max_response_tokens.curve"].annotation.__args__) == set(CURVES)
-    assert set(keys["state_selection"].annotation.__args__) == set(STATE_SELECTION)
+    for name, table in (
+        ("max_response_tokens.curve", CURVES),
+        ("state_selection", STATE_SELECTIONS),
+        ("loss_reduction", LOSS_REDUCTIONS),
+        ("remasking", RULES),
+    ):
+        assert keys[name].annotation.__args__ == tuple(table)
+        assert all(f"{choice} = {table[choice].summary}" in keys[name].doc for choice in table)
 
 
 @pytest.mark.parametrize(

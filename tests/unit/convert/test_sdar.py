@@ -1,6 +1,10 @@
 """An `sdar` export: directory, logits, and block decoding."""
 
+import dataclasses
+import inspect
+import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +14,28 @@ from torch import Tensor
 
 from megatron_opdlm.convert.exporter import export
 from megatron_opdlm.convert.formats.card import model_card
-from megatron_opdlm.convert.formats.code.decoding_block_diffusion import choose_commits, sample
+from megatron_opdlm.convert.formats.code.decoding_block_diffusion import sample
 from megatron_opdlm.convert.formats.format import ExportedModel
 from megatron_opdlm.convert.formats.sdar import SDAR
+from megatron_opdlm.convert.formats.shipped_code import REMASKING_FILE
 from megatron_opdlm.convert.importer import import_hf
+from megatron_opdlm.diffusion import remasking
+from megatron_opdlm.diffusion.remasking import (
+    RULES,
+    EntropyBounded,
+    LowConfidenceDynamic,
+    LowConfidenceStatic,
+    RemaskingRule,
+    Sequential,
+    rule_name,
+)
 from megatron_opdlm.model.hf_config import parse_config
+from megatron_opdlm.rollout.request import DecodingOptions, Request
+from tests.oracle import decode, hf_logits
 from tests.unit.convert.models import EOS, MASK, PAD, edit_json, tiny_config, write_hf
 
 BLOCK = 4
+DYNAMIC = {"remasking": "low_confidence_dynamic"}
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -74,7 +92,7 @@ def test_directory_is_complete(exported: Path) -> None:
         *("config.json", "generation_config.json", "model.safetensors", "README.md"),
         *("modeling_sdar.py", "sglang_dllm.yaml"),
         *("configuration_block_diffusion.py", "modeling_block_diffusion.py"),
-        "decoding_block_diffusion.py",
+        *("decoding_block_diffusion.py", "remasking_block_diffusion.py"),
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
         "added_tokens.json",
     }
@@ -231,8 +249,11 @@ def test_generate_equals_full_recompute(
         prompts,
         max_new_tokens=9,
         denoising_steps=steps,
-        remasking="low_confidence_static" if threshold is None else "low_confidence_dynamic",
-        confidence_threshold=0.9 if threshold is None else threshold,
+        **(
+            {"remasking": "low_confidence_static"}
+            if threshold is None
+            else {"remasking": "low_confidence_dynamic", "confidence_threshold": threshold}
+        ),
     )
     assert torch.equal(found[:, :prompt_length], prompts)
     for row, prompt in zip(found, prompts, strict=True):
@@ -241,6 +262,50 @@ def test_generate_equals_full_recompute(
         assert response[: len(expected)] == expected
         assert set(response[len(expected) :]) <= {PAD}
         assert MASK not in response
+
+
+RULE_CASES = [
+    LowConfidenceStatic(),
+    *(LowConfidenceDynamic(confidence_threshold=value) for value in (0.015, 0.02)),
+    *(EntropyBounded(entropy_bound=value) for value in (4.0, 12.0, 17.0)),
+    Sequential(),
+]
+
+
+def oracle_response(qwen3: Any, prompt: Tensor, rule: RemaskingRule, steps: int) -> list[int]:
+    """The engine's own oracle, which the engine equals: no cache, a full pass per step."""
+    with torch.no_grad():
+        ids, _, length, _ = decode(
+            lambda ids, tags: hf_logits(qwen3, ids, tags),
+            Request(prompt_id="p", sample=0, prompt_ids=prompt, response_limit=9, key=0),
+            DecodingOptions(block_size=BLOCK, denoising_steps=steps, rule=rule),
+            mask_token_id=MASK,
+            eos_token_ids=(EOS, PAD),
+        )
+    return ids[:length]
+
+
+@pytest.mark.parametrize("rule", RULE_CASES, ids=str)
+def test_every_rule_decodes_as_in_the_engine(model: Any, qwen3: Any, rule: RemaskingRule) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for steps, prompt_length in itertools.product((4, 3), (2, 5)):
+        prompt = torch.randint(256, (prompt_length,), generator=generator)
+        found = model.generate(
+            prompt[None],
+            max_new_tokens=9,
+            denoising_steps=steps,
+            remasking=rule_name(rule),
+            **dataclasses.asdict(rule),
+        )[0, prompt_length:].tolist()
+        assert found == oracle_response(qwen3, prompt, rule, steps)
+
+
+def test_the_rules_of_the_cases_decode_differently(qwen3: Any) -> None:  # control
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(256, (length,), generator=generator) for length in range(2, 8)]
+    found = {str([oracle_response(qwen3, p, rule, 4) for p in prompts]) for rule in RULE_CASES}
+    assert len(found) == len(RULE_CASES)
+    assert {type(rule) for rule in RULE_CASES} == set(RULES.values())
 
 
 def test_generate_cuts_after_eos(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,14 +345,20 @@ def test_generate_passes_per_block(model: Any, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"remasking": "random"}, "remasking"),
+        ({"remasking": "random"}, "remasking='random' is not a rule; use one of low_confidence_st"),
+        ({"remasking": "low_confidence_static", "confidence_threshold": 0.5}, "is no option of"),
+        ({"do_sample": False}, "do_sample=False is no option of remasking=low_confidence_static"),
+        ({"remasking": "entropy_bounded", "entropy_bound": -1}, "entropy_bound=-1 must be"),
         ({"denoising_steps": 5}, "denoising_steps"),
         ({"attention_mask": torch.tensor([[0, 1]])}, "attention_mask"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         *(({"temperature": value}, "temperature=") for value in (-1, float("nan"), float("inf"))),
         ({"top_k": -1}, "top_k=-1 must be"),
         *(({"top_p": value}, "top_p=") for value in (0, -0.1, 2, float("nan"))),
-        *(({"confidence_threshold": value}, "confidence_threshold=") for value in (0, 1.1, -1)),
+        *(
+            (DYNAMIC | {"confidence_threshold": value}, "confidence_threshold=.* must lie in")
+            for value in (0, 1.1, -1)
+        ),
     ],
 )
 def test_generate_refuses(model: Any, options: dict[str, Any], named: str) -> None:
@@ -297,18 +368,33 @@ def test_generate_refuses(model: Any, options: dict[str, Any], named: str) -> No
 
 
 def test_generate_takes_the_ends_of_the_ranges(model: Any) -> None:  # control
-    options = {"max_new_tokens": 1, "top_p": 1, "top_k": 0, "confidence_threshold": 1}
+    options = DYNAMIC | {"max_new_tokens": 1, "top_p": 1, "top_k": 0, "confidence_threshold": 1}
     for temperature in (0, 1e-3, 100):
         found = model.generate(torch.tensor([[5, 6]]), temperature=temperature, **options)
         assert found.shape == (1, 3)
 
 
-def test_ties_go_to_the_lower_position_and_prompts_are_never_written() -> None:
+def test_ties_go_to_the_lower_position_and_prompts_are_never_written(model: Any) -> None:
+    """In the code that the export carries."""
+    code = sys.modules[type(model).generate.__module__]
+    assert code.make_rule.__module__.startswith("transformers_modules.")
+    static = code.make_rule("low_confidence_static")
+    dynamic = code.make_rule("low_confidence_dynamic", confidence_threshold=0.4)
     confidence = torch.tensor([[0.9, 0.5, 0.5, 0.5]])
     masked = torch.tensor([[False, True, True, True]])
-    assert choose_commits(confidence, masked, 2, None).tolist() == [[False, True, True, False]]
-    assert choose_commits(confidence, masked, 9, None).tolist() == masked.tolist()
-    assert choose_commits(confidence, masked, 1, 0.4).tolist() == masked.tolist()
+
+    def commits(rule: Any, steps: int) -> Any:
+        first = torch.zeros(1, dtype=torch.int64)
+        chosen = code.choose_commits(confidence, masked, first, rule=rule, denoising_steps=steps)
+        return chosen.tolist()
+
+    assert commits(static, 2) == [[False, True, True, False]]
+    assert commits(static, 1) == masked.tolist()
+    assert commits(dynamic, 4) == masked.tolist()
+
+
+def test_the_export_carries_the_rules_as_they_are(exported: Path) -> None:
+    assert (exported / REMASKING_FILE).read_text() == inspect.getsource(remasking)
 
 
 def test_sampling_filters() -> None:

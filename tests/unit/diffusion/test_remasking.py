@@ -1,13 +1,35 @@
 """Unmasking rules against a plain loop over rows."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_opdlm.diffusion.remasking import REMASKING, choose_commits, num_transfer_tokens
+from megatron_opdlm.diffusion.remasking import (
+    RULES,
+    Candidates,
+    EntropyBounded,
+    LowConfidenceDynamic,
+    LowConfidenceStatic,
+    RemaskingRule,
+    Sequential,
+    choose_commits,
+    make_rule,
+    num_transfer_tokens,
+    rule_name,
+)
 
 THRESHOLD, BOUND = 0.9, 1.2
+STATIC = LowConfidenceStatic()
+TRIED = (
+    STATIC,
+    LowConfidenceDynamic(confidence_threshold=THRESHOLD),
+    EntropyBounded(entropy_bound=BOUND),
+    Sequential(),
+)
 
 
 def commits_of_row(confidence, entropy, masked, step, remasking, denoising_steps):
@@ -32,16 +54,15 @@ def commits_of_row(confidence, entropy, masked, step, remasking, denoising_steps
     return chosen
 
 
-def choose(confidence, masked, step, remasking="low_confidence_static", steps=4, **settings):
-    entropy = torch.tensor(settings.pop("entropy", confidence))
+def choose(confidence, masked, step, rule=STATIC, steps=4, entropy=None):
+    entropy = torch.tensor(confidence if entropy is None else entropy)
     return choose_commits(
         torch.tensor(confidence),
         torch.tensor(masked),
         torch.tensor(step),
-        remasking=remasking,
+        rule=rule,
         denoising_steps=steps,
         entropy_BK=entropy,
-        **settings,
     ).tolist()
 
 
@@ -64,8 +85,8 @@ def test_transfer_tokens_rejects(arguments):
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(data=st.data(), remasking=st.sampled_from(REMASKING))
-def test_matches_the_plain_loop(data, remasking):
+@given(data=st.data(), rule=st.sampled_from(TRIED))
+def test_matches_the_plain_loop(data, rule):
     num_rows, block_size = data.draw(st.integers(0, 4)), data.draw(st.integers(1, 6))
     steps = data.draw(st.integers(1, 7))
     level = st.sampled_from([0.0, 0.25, 0.5, 0.9, 0.95, 1.0])  # few values: many ties
@@ -77,14 +98,12 @@ def test_matches_the_plain_loop(data, remasking):
         torch.tensor(confidence).view(num_rows, block_size),
         torch.tensor(masked, dtype=torch.bool).view(num_rows, block_size),
         torch.tensor(step, dtype=torch.int64),
-        remasking=remasking,
+        rule=rule,
         denoising_steps=steps,
-        confidence_threshold=THRESHOLD,
         entropy_BK=torch.tensor(entropy).view(num_rows, block_size),
-        entropy_bound=BOUND,
     )
     for row in range(num_rows):
-        arguments = confidence[row], entropy[row], masked[row], step[row], remasking, steps
+        arguments = confidence[row], entropy[row], masked[row], step[row], rule_name(rule), steps
         assert set(commit[row].nonzero().flatten().tolist()) == commits_of_row(*arguments)
 
 
@@ -101,8 +120,8 @@ def test_quota_above_masked_count_never_touches_prompt_positions():
 
 
 def test_finished_row_commits_nothing():
-    for remasking in REMASKING:
-        assert choose([[1.0] * 4], [[False] * 4], [3], remasking) == [[False] * 4]
+    for rule in TRIED:
+        assert choose([[1.0] * 4], [[False] * 4], [3], rule) == [[False] * 4]
 
 
 def test_rows_have_their_own_step():
@@ -118,41 +137,41 @@ def test_ties_go_to_the_lower_position():
 
 
 def test_dynamic_threshold_is_strict_and_keeps_the_static_minimum():
-    rule = {"remasking": "low_confidence_dynamic", "confidence_threshold": 0.5}
-    commit = choose([[0.5, 0.6, 0.7, 0.1]], [[True] * 4], [0], **rule)
+    rule = LowConfidenceDynamic(confidence_threshold=0.5)
+    commit = choose([[0.5, 0.6, 0.7, 0.1]], [[True] * 4], [0], rule)
     assert commit == [[False, True, True, False]]
-    commit = choose([[0.5, 0.4, 0.3, 0.1]], [[True] * 4], [0], **rule)
+    commit = choose([[0.5, 0.4, 0.3, 0.1]], [[True] * 4], [0], rule)
     assert commit == [[True, False, False, False]]
 
 
 def test_entropies_sum_to_less_than_the_bound():
-    rule = {"remasking": "entropy_bounded", "entropy_bound": 0.35}
+    rule = EntropyBounded(entropy_bound=0.35)
     choices = {
         (0.2, 0.3, 0.1, 0.4): [True, False, True, False],  # 0.1 + 0.2 < 0.35 <= 0.1 + 0.2 + 0.3
         (0.5, 0.6, 0.4, 0.9): [False, False, True, False],  # none fits, one is taken all the same
         (0.0, 0.0, 0.0, 0.0): [True] * 4,
     }
     for entropy, expected in choices.items():
-        assert choose([[0.5] * 4], [[True] * 4], [0], entropy=[entropy], **rule) == [expected]
+        assert choose([[0.5] * 4], [[True] * 4], [0], rule, entropy=[entropy]) == [expected]
     with pytest.raises(ValueError, match="needs entropy_BK"):
-        choose([[0.5]], [[True]], [0], entropy=[0.5], **rule)
+        choose([[0.5]], [[True]], [0], rule, entropy=[0.5])
 
 
 def test_sequential_goes_from_left_to_right():
-    commit = choose([[0.1, 0.2, 0.3, 0.9]], [[False, True, True, True]], [0], "sequential", 2)
+    commit = choose([[0.1, 0.2, 0.3, 0.9]], [[False, True, True, True]], [0], Sequential(), 2)
     assert commit == [[False, True, True, False]]
 
 
 def test_every_block_finishes_within_its_steps():
     generator = torch.Generator().manual_seed(0)
-    for remasking in REMASKING:
+    for rule in TRIED:
         masked = torch.rand(32, 8, generator=generator) < 0.7
         for step in range(3):
             masked &= ~choose_commits(
                 torch.rand(32, 8, generator=generator),
                 masked,
                 torch.full((32,), step),
-                remasking=remasking,
+                rule=rule,
                 denoising_steps=3,
                 entropy_BK=torch.rand(32, 8, generator=generator),
             )
@@ -161,7 +180,88 @@ def test_every_block_finishes_within_its_steps():
 
 def test_unknown_rule_names_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'low_confidence_dynamic'"):
-        choose([[0.5]], [[True]], [0], "low_confidence_dynamics")
+        make_rule("low_confidence_dynamics")
+
+
+def test_every_rule_of_the_table_is_tried():
+    assert {type(rule) for rule in TRIED} == set(RULES.values())
+    assert [make_rule(rule_name(rule), **dataclasses.asdict(rule)) for rule in TRIED] == [*TRIED]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        *(
+            (
+                "low_confidence_dynamic",
+                {"confidence_threshold": value},
+                r"must lie in \(0, 1\]; use",
+            )
+            for value in (0, 1.1, -1, math.nan)
+        ),
+        *(
+            ("entropy_bounded", {"entropy_bound": value}, "must be 0 or more, and finite; use")
+            for value in (-0.1, math.inf, math.nan)
+        ),
+        (
+            "entropy_bounded",
+            {"bound": 1},
+            "bound=1 is no option .*; use entropy_bound",
+        ),
+        ("sequential", {"entropy_bound": 1}, "entropy_bound=1 is no option .*; leave it out"),
+    ],
+)
+def test_parameters_are_checked(name, parameters, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        make_rule(name, **parameters)
+    assert "\n" not in str(refused.value)
+    # control: the ends of the ranges
+    assert make_rule("low_confidence_dynamic", confidence_threshold=1).confidence_threshold == 1
+    assert make_rule("entropy_bounded", entropy_bound=0).entropy_bound == 0
+
+
+def test_a_rule_without_an_order_cannot_be_made():
+    class Forgetful(RemaskingRule):
+        summary, label = "nothing", "forgetful"
+
+    with pytest.raises(TypeError, match="abstract.*score"):
+        Forgetful()
+
+
+def test_a_rule_that_reads_entropies_must_say_so():
+    class Secretive(EntropyBounded):
+        needs_entropy = False
+
+    with pytest.raises(ValueError, match="needs_entropy = True"):
+        choose([[0.5]], [[True]], [0], Secretive(), entropy=[[0.5]])
+    with pytest.raises(ValueError, match="must be of a class in RULES; add Secretive"):
+        rule_name(Secretive())
+
+
+def test_no_rule_can_write_a_prompt_or_leave_a_mask():
+    """Whatever a rule asks for."""
+
+    class Greedy(RemaskingRule):
+        def score(self, candidates):
+            return torch.full_like(candidates.confidence_BK, -torch.inf)
+
+        def beyond_quota(self, ordered):
+            return torch.ones_like(ordered.confidence_BK, dtype=torch.bool)
+
+    masked = [[False, True, True, False]]
+    assert choose([[0.5] * 4], masked, [0], Greedy()) == masked
+    assert choose([[0.5] * 4], masked, [3], Greedy()) == masked
+
+
+def test_what_is_beyond_the_quota_is_seen_in_the_order_of_commitment():
+    seen = []
+
+    class Curious(LowConfidenceStatic):
+        def beyond_quota(self, ordered: Candidates):
+            seen.append(ordered.confidence_BK.tolist())
+
+    choose([[0.9, 0.25, 0.75, 0.5]], [[False, True, True, True]], [0], Curious())
+    assert seen == [[[0.75, 0.5, 0.25, 0.8999999761581421]]]
 
 
 def test_shape_mismatch_is_an_error():

@@ -9,17 +9,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_opdlm.diffusion.example import training_state
-from megatron_opdlm.diffusion.noising import NoisyStates
+from megatron_opdlm.diffusion.state_selection import NoisyStates
 from megatron_opdlm.diffusion.stream import pack
 from megatron_opdlm.distill.batching import (
-    LOSS_REDUCTION,
     balance,
     fill,
     group,
     make_microbatches,
     plan_runs,
-    row_weights,
 )
+from megatron_opdlm.loss.reduction import LOSS_REDUCTIONS, row_weights
 from megatron_opdlm.train.trainer import Trainer, has_loss
 from tests.unit.diffusion.test_trajectory import MASK, make_trajectory
 
@@ -54,7 +53,7 @@ def loss_by_formula(kl, reduction):
     return sum(map(sum, kept)) / len(kl)
 
 
-@pytest.mark.parametrize("reduction", LOSS_REDUCTION)
+@pytest.mark.parametrize("reduction", LOSS_REDUCTIONS)
 @settings(max_examples=40, deadline=None)
 @given(states=states_of, seed=st.integers(0, 99))
 def test_weights_equal_the_formula(reduction, states, seed):
@@ -205,7 +204,7 @@ def test_fill(lengths, budget):
     dp_size=st.integers(1, 5),
     budget=st.integers(1, 120),
     multiple=st.sampled_from([1, 2, 16]),
-    reduction=st.sampled_from(LOSS_REDUCTION),
+    reduction=st.sampled_from(sorted(LOSS_REDUCTIONS)),
 )
 def test_every_state_is_in_one_microbatch(states, dp_size, budget, multiple, reduction):
     weights = row_weights(states, reduction)
@@ -297,6 +296,6 @@ def test_more_states_are_no_larger_sum():
         for m in (1, 2)
     )
     assert two.num_rows == 2 * one.num_rows == 6
-    for reduction in LOSS_REDUCTION:
+    for reduction in LOSS_REDUCTIONS:
         (alone,), (doubled,) = (row_weights([state], reduction) for state in (one, two))
         assert alone * one.num_rows == pytest.approx(doubled * two.num_rows)

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from megatron_opdlm.diffusion.remasking import LowConfidenceDynamic, Sequential
 from megatron_opdlm.evaluation.html import render_page, script_json
 from megatron_opdlm.evaluation.labels import labels
 from megatron_opdlm.evaluation.plots import smooth
@@ -139,11 +140,11 @@ def test_seeds_share_a_row():
     assert accuracy_text(runs[1:]) == "50.0 \u00b1 35.4"
 
 
-DYNAMIC = {"remasking": "low_confidence_dynamic"}
+DYNAMIC = {"rule": LowConfidenceDynamic()}
 
 
 def test_plain_settings_have_short_labels():
-    runs = [result([1]), result([1], **DYNAMIC), result([1], remasking="sequential")]
+    runs = [result([1]), result([1], **DYNAMIC), result([1], rule=Sequential())]
     runs.append(dataclasses.replace(runs[0], options=None))
     assert labels(runs) == ["static", "dynamic(0.9)", "sequential", "teacher"]
 
@@ -159,7 +160,7 @@ def test_plain_settings_have_short_labels():
          "static, block 8, 8 steps"),
         ({"limit": 32}, "static, 64 tokens", "static, 32 tokens"),
         ({"thinking": True}, "static, no thinking", "static, thinking"),
-        (DYNAMIC | {"confidence_threshold": 0.8}, "static", "dynamic(0.8)"),
+        ({"rule": LowConfidenceDynamic(confidence_threshold=0.8)}, "static", "dynamic(0.8)"),
     ],
     ids=str,
 )  # fmt: skip

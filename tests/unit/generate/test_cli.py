@@ -1,6 +1,7 @@
 """`opdlm generate` and `opdlm eval`, up to where the model is loaded."""
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,13 +12,15 @@ import torch
 
 from megatron_opdlm.config.run import RolloutConfig
 from megatron_opdlm.config.schema import field_docs
-from megatron_opdlm.diffusion.remasking import REMASKING as RULES
+from megatron_opdlm.diffusion.remasking import RULES
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.evaluation.cli import add_eval_parser
-from megatron_opdlm.generate.arguments import REMASKING
+from megatron_opdlm.evaluation.labels import setting_name
+from megatron_opdlm.evaluation.settings import chosen_rules
 from megatron_opdlm.generate.cli import add_generate_parser, write_responses
 from megatron_opdlm.generate.decoder import Decoder
 from megatron_opdlm.responses.prompts import Prompt
+from megatron_opdlm.rollout.request import DecodingOptions
 from tests.training import tiny_config
 
 
@@ -43,8 +46,32 @@ def test_the_parsers_import_nothing_heavy():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_the_parser_knows_the_unmasking_rules():
-    assert REMASKING == RULES
+def test_the_parser_knows_the_remasking_rules(capsys):
+    """Every rule and parameter of the table, with what it does and its default."""
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            parse(command, "--help")
+        text = " ".join(capsys.readouterr().out.split())
+        for rule in RULES.values():
+            assert rule.summary in text
+            for field in dataclasses.fields(rule):
+                assert f"--{field.name.replace('_', '-')} X" in text
+                assert f"default: {field.default}" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], ["static", "dynamic(0.9)"]),
+        (["--dynamic"], ["dynamic(0.9)"]),
+        (["--sequential", "--static"], ["static", "sequential"]),
+        (["--confidence-threshold", "0.5", "0.7"], ["static", "dynamic(0.5)", "dynamic(0.7)"]),
+        (["--entropy-bounded", "--entropy-bound", "2", "1"], ["entropy(2)", "entropy(1)"]),
+    ],
+)
+def test_flags_of_eval_name_settings(argv, expected):
+    rules = chosen_rules(parse("eval", "--task", "t=f", "--model", "m", *argv))
+    assert [setting_name(DecodingOptions(rule=rule)) for rule in rules] == expected
 
 
 @pytest.mark.parametrize(

@@ -118,8 +118,6 @@ def test_the_last_position_can_be_used(model):
         ({"block_size": 0}, "block_size=0 must be at least 1"),
         ({"denoising_steps": 0}, "denoising_steps=0 must be between 1 and block_size=4"),
         ({"denoising_steps": 5}, "denoising_steps=5 must be between 1 and block_size=4"),
-        ({"confidence_threshold": 0.0}, "confidence_threshold=0.0 must be above 0"),
-        ({"confidence_threshold": 1.1}, "confidence_threshold=1.1 must be above 0"),
         ({"temperature": -1.0}, "temperature=-1.0 must be 0 .argmax. or"),
         ({"temperature": float("nan")}, "temperature=nan must be"),
         ({"temperature": float("inf")}, "temperature=inf must be"),
@@ -127,7 +125,6 @@ def test_the_last_position_can_be_used(model):
         ({"top_k": -1}, "top_k=-1 must be 0"),
         ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
         ({"top_p": 1.5}, "top_p=1.5 must be above 0"),
-        ({"remasking": "low_confidence"}, "did you mean 'low_confidence_"),
     ],
 )
 def test_options_out_of_range(values, message):

@@ -6,11 +6,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from megatron_opdlm.diffusion.remasking import (
-    ENTROPY_BOUNDED,
-    LOW_CONFIDENCE_DYNAMIC,
-    LOW_CONFIDENCE_STATIC,
-    REMASKING,
-    SEQUENTIAL,
+    RULES,
+    EntropyBounded,
+    LowConfidenceDynamic,
+    LowConfidenceStatic,
+    Sequential,
     num_transfer_tokens,
 )
 from megatron_opdlm.rollout.request import DecodingOptions
@@ -37,7 +37,17 @@ def model(tmp_path_factory):
 
 BLOCK_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 25, 33, 47, 64)
 EXAMPLES = 4
-RULES = (LOW_CONFIDENCE_DYNAMIC, ENTROPY_BOUNDED, SEQUENTIAL, LOW_CONFIDENCE_STATIC)
+TRIED = (LowConfidenceDynamic, EntropyBounded, Sequential, LowConfidenceStatic)
+
+
+@st.composite
+def rules(draw):
+    rule = draw(st.sampled_from(TRIED))
+    threshold = draw(st.floats(0.1, 0.4) | st.floats(0.05, 1.0))
+    bound = draw(st.floats(3.0, 20.0) | st.sampled_from([0.0, 1000.0]))
+    if rule is LowConfidenceDynamic:
+        return rule(confidence_threshold=threshold)
+    return rule(entropy_bound=bound) if rule is EntropyBounded else rule()
 
 
 @st.composite
@@ -47,9 +57,7 @@ def decoding_options(draw, size):
     return DecodingOptions(
         block_size=size,
         denoising_steps=draw(st.one_of(few, few, st.just(size))),
-        remasking=draw(st.sampled_from(RULES)),
-        confidence_threshold=draw(st.floats(0.1, 0.4) | st.floats(0.05, 1.0)),
-        entropy_bound=draw(st.floats(3.0, 20.0) | st.sampled_from([0.0, 1000.0])),
+        rule=draw(rules()),
         temperature=draw(st.sampled_from([0.0, 1.0]) | st.floats(0.3, 1.5)),
     )
 
@@ -161,13 +169,13 @@ def test_any_options_equal_full_recompute(model):
     assert share_of_masks > 0.2  # without the rule they would be drawn
     options = [options for options, *_ in seen]
     assert {option.block_size for option in options} == set(BLOCK_SIZES)
-    assert {option.remasking for option in options} == set(REMASKING)
+    assert {type(option.rule) for option in options} == set(TRIED) == set(RULES.values())
     budgets = {(o.denoising_steps == 1, o.denoising_steps == o.block_size) for o in options}
     assert len(budgets) == 4, "one step, as many as positions, both and neither"
     assert any(o.block_size % o.denoising_steps for o in options)
-    for rule in REMASKING:
-        exceeded = sum(exceeded for o, _, exceeded in seen if o.remasking == rule)
-        assert (exceeded >= 3) == (rule in (LOW_CONFIDENCE_DYNAMIC, ENTROPY_BOUNDED)), rule
+    for rule in TRIED:
+        exceeded = sum(exceeded for o, _, exceeded in seen if type(o.rule) is rule)
+        assert (exceeded >= 3) == (rule in (LowConfidenceDynamic, EntropyBounded)), rule
     ends = {
         (len(request.prompt_ids) > o.block_size, len(request.prompt_ids) % o.block_size == 0)
         for o, requests, _ in seen

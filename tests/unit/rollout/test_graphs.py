@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_opdlm.diffusion.remasking import LowConfidenceDynamic
 from megatron_opdlm.rollout import cached_attention, decoding_memory, graphs
 from megatron_opdlm.rollout.decode_pass import captured_size
 from megatron_opdlm.rollout.decoding_memory import DecodingMemory, Need, _DeviceMemory
@@ -15,9 +16,7 @@ from tests.rollouts import all_same, load, make_engine, make_request
 from tests.tiny import tiny_model
 
 REQUESTS = [make_request(i, 1 + 2 * i, 9 + i) for i in range(7)]
-SAMPLED = DecodingOptions(
-    temperature=1.0, remasking="low_confidence_dynamic", confidence_threshold=0.06
-)
+SAMPLED = DecodingOptions(temperature=1.0, rule=LowConfidenceDynamic(confidence_threshold=0.06))
 
 
 class Repeat:

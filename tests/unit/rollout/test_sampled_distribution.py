@@ -5,13 +5,14 @@ import dataclasses
 import torch
 
 from megatron_opdlm.diffusion import randomness
+from megatron_opdlm.diffusion.remasking import Sequential
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 from tests.helpers import run_ranks
 from tests.oracle import block_tags, hf_logits, load_hf
 from tests.rollouts import MASK, load, make_engine
 from tests.tiny import tiny_model
 
-PAIR = DecodingOptions(block_size=2, denoising_steps=2, remasking="sequential", temperature=1.0)
+PAIR = DecodingOptions(block_size=2, denoising_steps=2, rule=Sequential(), temperature=1.0)
 PROMPT = torch.tensor([70, 101, 32, 65])
 NUM_DRAWS = 6_000
 

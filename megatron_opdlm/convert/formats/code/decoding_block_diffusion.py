@@ -1,6 +1,7 @@
 """Decoding by block diffusion: block by block, several tokens per forward pass, with a KV cache.
 
-A block starts as mask tokens, and each denoising step replaces the most confident of them.
+A block starts as mask tokens, and each denoising step replaces some of them: those that a remasking
+rule says, see remasking_block_diffusion.py.
 
 Shape letters: B rows, P prompt, R response, K block size, V vocabulary.
 """
@@ -12,22 +13,7 @@ import torch
 from torch import Tensor
 
 from .modeling_block_diffusion import BlockCache, block_causal_mask
-
-
-def commit_schedule(size: int, steps: int) -> list[int]:
-    """Tokens committed at each step, the first steps taking what does not divide evenly."""
-    if not 1 <= steps <= size:
-        raise ValueError(f"denoising_steps={steps} must be between 1 and block_size={size}")
-    return [size // steps + (step < size % steps) for step in range(steps)]
-
-
-def commit_threshold(remasking: str, confidence_threshold: float) -> float | None:
-    """Confidence above which a token is committed, however many there are; None: no such rule."""
-    if remasking not in ("low_confidence_static", "low_confidence_dynamic"):
-        raise ValueError(f"remasking={remasking!r} must be low_confidence_static or _dynamic")
-    if not 0 < confidence_threshold <= 1:
-        raise ValueError(f"confidence_threshold={confidence_threshold} must be in (0, 1]")
-    return confidence_threshold if remasking == "low_confidence_dynamic" else None
+from .remasking_block_diffusion import RemaskingRule, choose_commits, make_rule
 
 
 def check_options(
@@ -44,28 +30,6 @@ def check_options(
         raise ValueError(f"top_k={top_k} must be 0 (all tokens) or more")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be in (0, 1]; 1 is all tokens")
-
-
-def choose_commits(
-    confidence: Tensor, masked: Tensor, number: int, threshold: float | None
-) -> Tensor:
-    """Which masked positions take their sampled token now.
-
-    Args:
-        confidence: [B, K] probability of the sampled token.
-        masked: [B, K] bool; nothing else is ever written.
-        number: the most confident ones to commit; ties go to the lower position.
-        threshold: also commit every position above it; None: no others.
-
-    Returns:
-        [B, K] bool.
-    """
-    confidence = confidence.masked_fill(~masked, -1.0)
-    order = confidence.argsort(dim=1, descending=True, stable=True)
-    commit = torch.zeros_like(masked).scatter(1, order[:, :number], True)
-    if threshold is not None:
-        commit = commit | (confidence > threshold)
-    return commit & masked
 
 
 def sample(
@@ -127,13 +91,13 @@ class BlockDecoding:
         max_new_tokens: int = 256,
         denoising_steps: int | None = None,
         remasking: str = "low_confidence_static",
-        confidence_threshold: float = 0.9,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
         block_size: int | None = None,
         eos_token_id: int | list[int] | None = None,
         generator: torch.Generator | None = None,
+        **parameters: Any,
     ) -> Tensor:
         """Decode block by block with a KV cache.
 
@@ -143,15 +107,14 @@ class BlockDecoding:
             attention_mask: all ones if given.
             max_new_tokens: most response tokens.
             denoising_steps: steps per block; default: one per token.
-            remasking: low_confidence_static (as many tokens each step) or low_confidence_dynamic
-                (every token above the threshold, and at least the static number).
-            confidence_threshold: for low_confidence_dynamic, in (0, 1].
+            remasking: which tokens a step keeps, a name of `RULES` in remasking_block_diffusion.py.
             temperature: 0 for greedy.
             top_k: keep the k most likely tokens; 0 for all.
             top_p: keep the smallest set of tokens with this probability.
             block_size: default: that of training.
             eos_token_id: ends a response; default: generation_config.json's.
             generator: random generator for temperature > 0.
+            parameters: of the remasking rule, e.g. `confidence_threshold`; default: the rule's.
 
         Returns:
             [B, P + R] prompts and responses, each cut after its first eos and padded.
@@ -161,8 +124,10 @@ class BlockDecoding:
         """
         check_options(attention_mask, max_new_tokens, temperature, top_k, top_p)
         size = self.config.block_size if block_size is None else block_size
-        schedule = commit_schedule(size, size if denoising_steps is None else denoising_steps)
-        threshold = commit_threshold(remasking, confidence_threshold)
+        steps = size if denoising_steps is None else denoising_steps
+        if not 1 <= steps <= size:
+            raise ValueError(f"denoising_steps={steps} must be between 1 and block_size={size}")
+        rule = make_rule(remasking, **parameters)
         sampling = (temperature, top_k, top_p, generator)
         eos = self._eos_ids(eos_token_id, input_ids.device)
         rows, prompt = input_ids.shape
@@ -171,9 +136,10 @@ class BlockDecoding:
         tokens[:, :prompt] = input_ids
         cache, finished = BlockCache(), torch.zeros(rows, dtype=torch.bool, device=tokens.device)
         for start in range(prompt // size * size, total, size):
-            first = max(start, prompt)
-            self._decode_block(tokens, cache, start, first, schedule, threshold, sampling)
-            finished |= torch.isin(tokens[:, first : start + size], eos).any(1)
+            block = torch.arange(start, start + size, device=tokens.device)
+            masked = (block >= prompt).repeat(rows, 1)
+            self._decode_block(tokens, cache, start, masked, steps, rule, sampling)
+            finished |= torch.isin(tokens[:, max(start, prompt) : start + size], eos).any(1)
             if finished.all():
                 total = start + size
                 break
@@ -184,23 +150,28 @@ class BlockDecoding:
         tokens: Tensor,
         cache: BlockCache,
         start: int,
-        first: int,
-        schedule: list[int],
-        threshold: float | None,
+        masked: Tensor,
+        steps: int,
+        rule: RemaskingRule,
         sampling: tuple[Any, ...],
     ) -> None:
-        """Fill the masks of the block at `start`, which begin at position `first`, in place."""
-        size = sum(schedule)
+        """Fill the block at `start`, in place, where it is `masked` [B, K]."""
+        rows, size = masked.shape
         block = tokens[:, start : start + size]  # a view: writing it writes tokens
-        masked = (torch.arange(start, start + size, device=tokens.device) >= first).repeat(
-            len(tokens), 1
-        )
-        for step, number in enumerate(schedule):
+        for step in range(steps):
             if not masked.any():
                 break
-            sampled, confidence = sample(self._block_logits(tokens, cache, start, size), *sampling)
-            last = step == len(schedule) - 1  # commits whatever is left
-            commit = choose_commits(confidence, masked, size if last else number, threshold)
+            logits = self._block_logits(tokens, cache, start, size)
+            sampled, confidence = sample(logits, *sampling)
+            entropy = torch.special.entr(logits.softmax(-1)).sum(-1) if rule.needs_entropy else None
+            commit = choose_commits(
+                confidence,
+                masked,
+                tokens.new_full((rows,), step),
+                rule=rule,
+                denoising_steps=steps,
+                entropy_BK=entropy,
+            )
             block[commit] = sampled[commit]
             masked = masked & ~commit
 

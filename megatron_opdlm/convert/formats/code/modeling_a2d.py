@@ -8,6 +8,7 @@ does, and so does `generate` here. Pure PyTorch; transformers 4.52 to 5.x.
 from .configuration_block_diffusion import A2DLlamaConfig, A2DQwen2Config, A2DQwen3Config
 from .decoding_block_diffusion import BlockDecoding
 from .modeling_block_diffusion import BlockDiffusionLM
+from .remasking_block_diffusion import RemaskingRule as RemaskingRule
 
 
 class A2DQwen3LMHeadModel(BlockDecoding, BlockDiffusionLM):

@@ -7,6 +7,7 @@ Pure PyTorch; transformers 4.52 to 5.x.
 from .configuration_block_diffusion import SDARConfig
 from .decoding_block_diffusion import BlockDecoding
 from .modeling_block_diffusion import BlockDiffusionLM, BlockDiffusionModel
+from .remasking_block_diffusion import RemaskingRule as RemaskingRule
 
 
 class SDARModel(BlockDiffusionModel):

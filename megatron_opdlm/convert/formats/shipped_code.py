@@ -1,0 +1,60 @@
+"""The code that exports carry: files of `formats/code`, and the package's own remasking rules."""
+
+import builtins
+import inspect
+import symtable
+import textwrap
+from collections.abc import Iterator
+from importlib import resources
+
+from megatron_opdlm.diffusion import remasking
+from megatron_opdlm.files.errors import ConversionError
+
+REMASKING_FILE = "remasking_block_diffusion.py"
+"""Holds the source of diffusion/remasking.py, and of rules that the table has from elsewhere."""
+
+
+def shipped_code(name: str) -> str:
+    """Returns the text of a code file of an export.
+
+    Args:
+        name: one of a format's `code_files`.
+
+    Raises:
+        ConversionError: a remasking rule whose source would not run outside its own module.
+    """
+    if name == REMASKING_FILE:
+        return _remasking_code()
+    source = resources.files("megatron_opdlm.convert.formats.code") / name
+    return source.read_text(encoding="utf-8")
+
+
+def _remasking_code() -> str:
+    parts = [inspect.getsource(remasking)]
+    known = {*vars(remasking), *vars(builtins)}
+    for name, rule in remasking.RULES.items():
+        if rule.__module__ == remasking.__name__:
+            continue
+        source = textwrap.dedent(inspect.getsource(rule))
+        if unknown := sorted(set(_globals_of(source)) - known):
+            raise ConversionError(
+                f"remasking rule {name}: its class uses {', '.join(unknown)}, which exported code "
+                "does not have; use what diffusion/remasking.py imports or defines, or put it there"
+            )
+        known.add(rule.__name__)
+        parts.append(f'{source}\n\nRULES["{name}"] = {rule.__name__}\n')
+    return "\n\n".join(parts)
+
+
+def _globals_of(source: str) -> Iterator[str]:
+    """The names that a class reads and does not define; those of annotations are not read."""
+    text = f"from __future__ import annotations\n{source}"
+    tables = [symtable.symtable(text, "rule", "exec")]
+    own = {symbol.get_name() for symbol in tables[0].get_symbols() if symbol.is_assigned()}
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        for symbol in table.get_symbols():
+            is_outside = symbol.is_global() or table.get_type() == "module"
+            if is_outside and symbol.is_referenced() and symbol.get_name() not in own:
+                yield symbol.get_name()

@@ -1,0 +1,73 @@
+"""Which remasking rules `opdlm eval` compares: its flags, read from the table of rules."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+
+from megatron_opdlm.diffusion.remasking import RULES, RemaskingRule, make_rule
+from megatron_opdlm.generate.arguments import add_parameter_arguments, parameter_users, require_used
+
+DEFAULT_RULES = ("low_confidence_static", "low_confidence_dynamic")
+"""Compared where nobody asks for others: what the weights know, and what speed costs."""
+
+
+def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds a flag per rule and an option per parameter; read by `chosen_rules`."""
+    flags = " and ".join(_flag(name) for name in DEFAULT_RULES)
+    group = parser.add_argument_group(
+        "remasking rules",
+        "What becomes a token at a denoising step, n = block size / denoising steps. Several rules "
+        f"are decoded side by side; without any: {flags}.",
+    )
+    for name, rule in RULES.items():
+        group.add_argument(
+            _flag(name),
+            dest="rules",
+            action="append_const",
+            const=name,
+            help=f"{name}: {rule.summary}".replace("%", "%%"),
+        )
+    add_parameter_arguments(group, several=True)
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """Refuses parameters of rules that are not asked for.
+
+    Raises:
+        ValueError: naming argument, value, rule and fix.
+    """
+    for parameter, users in parameter_users().items():
+        is_used = any(name in _names(args) for name in users)
+        about = " or ".join(_flag(name) for name in users)
+        given = getattr(args, parameter)
+        require_used(is_used, parameter, given, about, "the decoding asked for")
+
+
+def chosen_rules(args: argparse.Namespace) -> list[RemaskingRule]:
+    """Returns the rules to compare, in the order of the table: one for every combination of the
+    values of a rule's parameters.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+    rules = []
+    for name in _names(args):
+        given = {
+            field.name: getattr(args, field.name)
+            for field in dataclasses.fields(RULES[name])
+            if getattr(args, field.name) is not None
+        }
+        for values in itertools.product(*given.values()):
+            rules.append(make_rule(name, **dict(zip(given, values, strict=True))))
+    return rules
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    asked = args.rules or DEFAULT_RULES
+    return [name for name in RULES if name in asked]
+
+
+def _flag(name: str) -> str:
+    return f"--{RULES[name].flag or RULES[name].label}"

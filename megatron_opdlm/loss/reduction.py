@@ -1,0 +1,81 @@
+"""Loss reductions: what the loss rows of each response weigh in the loss of an optimizer step.
+
+Nothing here imports torch when it is loaded, so that commands can offer the names at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from megatron_opdlm.diffusion.example import TrainingState
+
+
+class StepTotals(NamedTuple):
+    """Sums over the responses of an optimizer step, of every data-parallel rank."""
+
+    responses: int
+    """Responses."""
+    counted: int
+    """Responses whose `TrainingState.denominator` is not 0."""
+    denominator: int
+    """Sum of the denominators."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossReduction:
+    """One way to weigh loss rows."""
+
+    summary: str
+    """What the loss is, for help texts and tables."""
+    weight: Callable[[TrainingState, StepTotals], float]
+    """(a response that has loss rows, its optimizer step) -> the weight of each of its rows."""
+
+
+LOSS_REDUCTIONS: dict[str, LossReduction] = {
+    "sequence_mean": LossReduction(  # the released code
+        summary="mean over responses of each one's mean",
+        weight=lambda state, step: 1.0 / (step.counted * state.denominator),
+    ),
+    "token_mean": LossReduction(
+        summary="mean over all loss tokens", weight=lambda state, step: 1.0 / step.denominator
+    ),
+    "token_sum": LossReduction(  # the paper's Eq. 5 with w(t) = 1
+        summary="sum over a response's loss tokens, averaged over its noisy states and over all "
+        "responses",
+        weight=lambda state, step: 1.0 / (step.responses * state.num_states),
+    ),
+}
+"""All reductions, by the name that users choose them by."""
+
+
+def row_weights(states: Sequence[TrainingState], loss_reduction: str) -> list[float]:
+    """Returns the weight of the loss rows of each response.
+
+    The denominators are those of the whole optimizer step, over all data-parallel ranks, so
+    gradients just add up. Means count no response whose denominator is 0; `token_sum` counts it as
+    zero.
+
+    Args:
+        states: all responses of the optimizer step, of every data-parallel rank.
+        loss_reduction: a name of LOSS_REDUCTIONS.
+
+    Returns:
+        One weight per response, to be multiplied by `TrainingState.row_scale`; 0 without rows.
+
+    Raises:
+        ValueError: there is no such reduction.
+    """
+    if loss_reduction not in LOSS_REDUCTIONS:
+        raise ValueError(
+            f"loss_reduction={loss_reduction!r}: use one of {', '.join(LOSS_REDUCTIONS)}"
+        )
+    weight = LOSS_REDUCTIONS[loss_reduction].weight
+    step = StepTotals(
+        responses=len(states),
+        counted=sum(state.denominator > 0 for state in states),
+        denominator=sum(state.denominator for state in states),
+    )
+    return [weight(state, step) if state.num_rows else 0.0 for state in states]
