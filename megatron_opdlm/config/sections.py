@@ -231,6 +231,13 @@ class RolloutConfig(Section):
         rule, temperature = f"must be {TEMPERATURE_RULE}", self.temperature
         require(is_temperature(temperature), "temperature", temperature, rule, "use e.g. 1.0")
         self._fraction("confidence_threshold", "top_p")
+        for name, neutral in (("top_k", 0), ("top_p", 1.0), ("samples_per_prompt", 1)):
+            value, rule = (
+                getattr(self, name),
+                "is about sampling, not greedy decoding (temperature=0)",
+            )
+            fix = f"leave it out, use {name}={neutral:g}, or a temperature above 0"
+            require(temperature > 0 or value == neutral, name, value, rule, fix)
         if self.kv_cache_gb is not None:
             self._positive("kv_cache_gb")
         require(

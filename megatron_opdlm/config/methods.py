@@ -1,0 +1,124 @@
+"""The methods: who writes the responses, at which noisy states they are seen, and what the student
+learns from them.
+
+A new method that recombines what there is needs a record in METHODS and nothing else.
+Configuration, `--help`, docs and training ask the record and never compare a method's name. The
+standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from megatron_opdlm.checks import require
+
+StateSelection = Literal["per_block", "trajectory", "all", "random"]
+"""Ways to choose noisy states, see `diffusion/noising.py`."""
+RANDOM = "random"
+"""The one that needs no denoising trajectory."""
+
+WRITERS = {
+    "student": "the student's, on its weights of now",
+    "teacher": "the teacher's",
+    "data": "the data's",
+}
+"""Who may write the responses; `responses/sources.py` has a source for each."""
+TARGETS = {
+    "teacher": "the teacher's distribution",
+    "tokens": "the response's tokens",
+}
+"""What the student may learn from; `train/targets.py` has a class for each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to train. What it names is checked when the record is made."""
+
+    summary: str
+    """What it is, for people."""
+    writers: tuple[str, ...]
+    """Who writes the responses: one of WRITERS, or several, among which `sft_responses` chooses."""
+    states: tuple[str, ...]
+    """State selections that it may have; the first is the one if the preset's is not among them."""
+    target: str
+    """What the student learns from: one of TARGETS."""
+
+    def __post_init__(self) -> None:
+        for name, values, known in (
+            ("writers", self.writers, tuple(WRITERS)),
+            ("states", self.states, get_args(StateSelection)),
+            ("target", (self.target,), tuple(TARGETS)),
+        ):
+            rule = f"must be among {', '.join(known)}"
+            for value in values:
+                require(value in known, name, value, rule, "use one of them, or write it first")
+            require(bool(values), name, "()", "must not be empty", f"use one of {', '.join(known)}")
+        rule = "is a state of a denoising trajectory, which only responses of the student have"
+        for state in self.states:
+            is_there = state == RANDOM or self.writers == ("student",)
+            require(is_there, "states", state, rule, f"use {RANDOM}, or writers=student")
+
+    @property
+    def has_choice_of_writer(self) -> bool:
+        """Whether `sft_responses` says who writes the responses."""
+        return len(self.writers) > 1
+
+    def implied(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the configuration values that it brings.
+
+        Args:
+            given: the values without it: those of the preset.
+        """
+        if given["state_selection"] in self.states:
+            return {}
+        return {"state_selection": self.states[0]}
+
+
+METHODS = {
+    "opdlm": Method(
+        summary="the student's rollouts at states of their own trajectories",
+        writers=("student",),
+        states=("per_block", "trajectory", "all"),
+        target="teacher",
+    ),
+    "opdlm_off": Method(
+        summary="its rollouts under random masks",
+        writers=("student",),
+        states=(RANDOM,),
+        target="teacher",
+    ),
+    "off_policy": Method(
+        summary="the teacher's responses under random masks",
+        writers=("teacher",),
+        states=(RANDOM,),
+        target="teacher",
+    ),
+    "sft": Method(
+        summary="cross-entropy on responses under random masks (the NELBO of block diffusion)",
+        writers=("teacher", "data"),
+        states=(RANDOM,),
+        target="tokens",
+    ),
+}
+"""Every method by the name that a user gives."""
+
+
+def join(names: Iterable[str], last: str = "and") -> str:
+    """Returns "a, b and c"."""
+    *first, end = names
+    return f"{', '.join(first)} {last} {end}" if first else end
+
+
+def methods_as_markdown() -> str:
+    """Renders the table of methods for the docs."""
+    lines = [
+        "| `method` | responses | noisy states (`state_selection`) | target |",
+        "|---|---|---|---|",
+    ]
+    for name, method in METHODS.items():
+        writers = join((WRITERS[writer] for writer in method.writers), "or")
+        states = join((f"`{state}`" for state in method.states), "or")
+        lines.append(f"| `{name}` | {writers} | {states} | {TARGETS[method.target]} |")
+    return "\n".join(lines) + "\n"
