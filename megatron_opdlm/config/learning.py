@@ -108,7 +108,8 @@ class DistillConfig(Section):
         rule = f"must be {join(method.states, 'or')} with {here}"
         if len(method.states) > 1:
             users = [name for name, other in METHODS.items() if state in other.states]
-            rule = f"is for the methods {join(users)}" if users else rule
+            kind = "method" if len(users) == 1 else "methods"
+            rule = f"is for the {kind} {join(users)}" if users else rule
         fix = f"leave it out with {here}, or use another method"
         require(state in method.states, "state_selection", state, rule, fix)
         users = [name for name, other in METHODS.items() if other.has_choice_of_writer]

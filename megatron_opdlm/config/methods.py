@@ -112,7 +112,7 @@ def join(names: Iterable[str], last: str = "and") -> str:
 
 
 def methods_as_markdown() -> str:
-    """Renders the table of methods for the docs."""
+    """Renders the table of docs/methods.md."""
     lines = [
         "| `method` | responses | noisy states (`state_selection`) | target |",
         "|---|---|---|---|",

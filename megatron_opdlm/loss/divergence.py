@@ -122,7 +122,7 @@ class JensenShannon(Kind):
     summary: ClassVar[str] = "Jensen-Shannon"
     kernel: ClassVar[str] = "jsd"
     jsd_alpha: float = 0.5
-    """Weight a of the teacher in a KL(teacher || m) + (1 - a) KL(student || m), in (0, 1)."""
+    """weight a of the teacher in a KL(teacher || m) + (1 - a) KL(student || m), in (0, 1)."""
 
     def __post_init__(self) -> None:
         alpha, rule = self.jsd_alpha, "must lie in (0, 1)"

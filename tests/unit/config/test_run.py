@@ -94,6 +94,14 @@ def test_an_unknown_key_that_resembles_nothing_points_to_the_list():
         ("temperature=1e-7", r"must be 0 \(argmax\) or from 1e-06 to 1000000; use e.g. 1.0"),
         ("temperature=1e7", r"must be 0 \(argmax\) or from"),
         ("temperature=-1", r"must be 0 \(argmax\) or from"),
+        ("temperature=0 top_p=0.9", r"top_p=0.9 is about sampling, not greedy .*\(temperature=0\)"),
+        ("temperature=0 top_k=5", "top_k=5 is about .*; leave it out, use top_k=0, or a temp"),
+        (
+            "temperature=0 samples_per_prompt=2",
+            "samples_per_prompt=2 is about .* use samples_.*=1,",
+        ),
+        ("temperature=0 top_p=0.9 method=off_policy", "top_p=0.9 is about sampling, not greedy"),
+        ("temperature=0 samples_per_prompt=2 method=sft", "samples_per_prompt=2 is about sampli"),
         ("min_lr=1", "min_lr=1.0 must be at most lr=1e-05"),
         ("sequence_parallel=maybe", "must have type bool"),
         ("sequence_parallel=true", "needs tensor_model_parallel_size > 1, got 1"),
@@ -211,6 +219,8 @@ def test_dataclasses_check_themselves_without_the_loader():
 def test_a_float_key_takes_an_integer_and_an_optional_key_null():
     assert load("temperature=0").rollout.temperature == 0.0
     assert isinstance(load("temperature=0").rollout.temperature, float)
+    assert load("temperature=0", "top_p=1", "top_k=0", "samples_per_prompt=1").rollout.top_p == 1
+    assert load("temperature=0.5", "top_p=0.9", "samples_per_prompt=2").rollout.top_p == 0.9
     assert load("wandb_project=null").train.wandb_project is None
     assert load("lr_decay_steps=null").optimizer.lr_decay_steps is None
     assert load("teacher=models/b=c").model.teacher == "models/b=c"
