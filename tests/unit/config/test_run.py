@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_opdlm.config.methods import METHODS
 from megatron_opdlm.config.run import (
     PRESETS,
     Config,
@@ -245,7 +246,7 @@ def test_the_paper_preset_and_what_beats_it(tmp_path):
     assert config.distill.state_selection == "trajectory"
 
 
-@pytest.mark.parametrize("method", ["opdlm_off", "off_policy", "sft"])
+@pytest.mark.parametrize("method", [n for n, m in METHODS.items() if m.states == ("random",)])
 @pytest.mark.parametrize("preset", ["official", "paper"])
 def test_other_methods_mask_at_random(method, preset):
     config = load(f"method={method}", f"preset={preset}")
