@@ -1,12 +1,13 @@
 """Divergences as their formulas say, dense, in float64, with autograd."""
 
+import dataclasses
+
 import torch
 
-from megatron_opdlm.config.annotations import ParametersOf
 from megatron_opdlm.loss.divergence import DIVERGENCES, TOP_K_MODES, Divergence, name_of
 
 PARAMETERS = {"reverse_kl_weight": 0.3, "jsd_alpha": 0.2}
-"""Values for tests; others than the defaults, and not symmetric."""
+"""Values for tests: others than the defaults, and not symmetric. The rest have their defaults."""
 
 
 def make_divergence(kind="forward_kl", top_k=0, top_k_mode="tail"):
@@ -18,12 +19,16 @@ def every_divergence(top_k):
     """Each kind that has an oracle over the whole vocabulary, and with each treatment of the tokens
     beyond `top_k`.
     """
-    parameters = ParametersOf(DIVERGENCES)
     return [
-        Divergence(kind=parameters.make(name, PARAMETERS), top_k=k, top_k_mode=mode)
+        Divergence(kind=_kind(DIVERGENCES[name]), top_k=k, top_k_mode=mode)
         for name in ORACLES
         for k, mode in [(0, "tail"), *((top_k, mode) for mode in TOP_K_MODES)]
     ]
+
+
+def _kind(cls):
+    fields = dataclasses.fields(cls)
+    return cls(**{field.name: PARAMETERS.get(field.name, field.default) for field in fields})
 
 
 def dense_divergence(student, teacher, divergence):

@@ -77,6 +77,15 @@ def test_value_and_gradient_equal_autograd(mode):
     assert not torch.allclose(got[0.2], got[0.7])  # control
 
 
+def test_it_stands_among_those_that_all_tests_of_the_loss_try(monkeypatch):
+    def tried():
+        return [d for d in loss_oracle.every_divergence(4) if isinstance(d.kind, Power)]
+
+    assert len(tried()) == 1 + len(TOP_K_MODES)
+    monkeypatch.delitem(loss_oracle.ORACLES, "power")
+    assert tried() == []  # control
+
+
 @pytest.fixture(scope="module")
 def steps_of(tmp_path_factory):
     """A run of `opdlm train`: loss and gradient norm of its optimizer steps."""
