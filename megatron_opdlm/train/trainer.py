@@ -146,7 +146,7 @@ class Trainer:
                 batches = self.cut(self.select_states(trajectories))
                 for batch in filter(has_loss, batches):
                     runs = self.plan(batch)
-                    targets = self.target_source.of(batch, runs)
+                    targets = self.run_teacher(batch, runs)
                     rows = self.run_student(self.make_batch(batch, runs), targets)
                     self.count(batch, runs)
                     self.log_step(rows, *self.update(rows))
@@ -220,6 +220,10 @@ class Trainer:
             multiple=self.training_multiple,
             loss_reduction=self.config.distill.loss_reduction,
         )
+
+    def run_teacher(self, states: Sequence[TrainingState], runs: Runs) -> list[Target]:
+        """Teacher: targets of this rank's microbatches; the responses' tokens if it gives none."""
+        return self.target_source.of(states, runs)
 
     def run_student(
         self, microbatches: Sequence[Microbatch], targets: Sequence[Target]

@@ -30,7 +30,7 @@ def take_a_step(trainer, trajectories):
     states = trainer.select_states(trajectories)[:4]
     runs = trainer.plan(states)
     batch = trainer.make_batch(states, runs)
-    trainer.update(trainer.run_student(batch, trainer.target_source.of(states, runs)))
+    trainer.update(trainer.run_student(batch, trainer.run_teacher(states, runs)))
 
 
 def hand_over(rank, make_config):
