@@ -1,20 +1,34 @@
 """Divergences as their formulas say, dense, in float64, with autograd."""
 
+import dataclasses
+
 import torch
 
-from megatron_opdlm.loss.divergence import Divergence
-from megatron_opdlm.loss.divergence_rules import DIVERGENCES, TOP_K_MODES
+from megatron_opdlm.loss.divergence import DIVERGENCES, TOP_K_MODES, Divergence, name_of
+
+PARAMETERS = {"reverse_kl_weight": 0.3, "jsd_alpha": 0.2}
+"""Values for tests: others than the defaults, and not symmetric. The rest have their defaults."""
+
+
+def make_divergence(kind="forward_kl", top_k=0, top_k_mode="tail"):
+    """The kind of that name, with its defaults."""
+    return Divergence(kind=DIVERGENCES[kind](), top_k=top_k, top_k_mode=top_k_mode)
 
 
 def every_divergence(top_k):
-    """Each kind over the whole vocabulary, and with each treatment of the tokens beyond `top_k`."""
+    """Each kind that has an oracle over the whole vocabulary, and with each treatment of the tokens
+    beyond `top_k`.
+    """
     return [
-        Divergence(
-            kind=kind, top_k=k, top_k_mode=mode, reverse_kl_weight=0.3, jsd_alpha=0.2
-        )
-        for kind in DIVERGENCES
+        Divergence(kind=_kind(DIVERGENCES[name]), top_k=k, top_k_mode=mode)
+        for name in ORACLES
         for k, mode in [(0, "tail"), *((top_k, mode) for mode in TOP_K_MODES)]
-    ]  # fmt: skip
+    ]
+
+
+def _kind(cls):
+    fields = dataclasses.fields(cls)
+    return cls(**{field.name: PARAMETERS.get(field.name, field.default) for field in fields})
 
 
 def dense_divergence(student, teacher, divergence):
@@ -22,19 +36,31 @@ def dense_divergence(student, teacher, divergence):
     log_q, log_p = student.double().log_softmax(1), teacher.double().log_softmax(1)
     if divergence.top_k:
         log_q, log_p = _restricted(log_q, log_p, divergence)
-    p, q = log_p.exp(), log_q.exp()
-    if divergence.kind == "jsd":
-        a = divergence.jsd_alpha
-        log_m = (a * p + (1 - a) * q).log()
-        return a * _kl(p, log_p, log_m) + (1 - a) * _kl(q, log_q, log_m)
-    weight = {"forward_kl": 0.0, "reverse_kl": 1.0, "mixed": divergence.reverse_kl_weight}
-    w = weight[divergence.kind]
-    total = 0.0
+    return ORACLES[name_of(divergence.kind)](divergence.kind, log_p, log_q)
+
+
+def _mixed(kind, log_p, log_q):
+    p, q, w, total = log_p.exp(), log_q.exp(), kind.reverse_kl_weight, 0.0
     if w < 1:
         total = total + (1 - w) * _kl(p, log_p, log_q)
     if w > 0:
         total = total + w * _kl(q, log_q, log_p)
     return total
+
+
+def _jensen_shannon(kind, log_p, log_q):
+    p, q, a = log_p.exp(), log_q.exp(), kind.jsd_alpha
+    log_m = (a * p + (1 - a) * q).log()
+    return a * _kl(p, log_p, log_m) + (1 - a) * _kl(q, log_q, log_m)
+
+
+ORACLES = {
+    "forward_kl": lambda kind, log_p, log_q: _kl(log_p.exp(), log_p, log_q),
+    "reverse_kl": lambda kind, log_p, log_q: _kl(log_q.exp(), log_q, log_p),
+    "mixed": _mixed,
+    "jsd": _jensen_shannon,
+}
+"""By name: of a kind, log p and log q [T, V], the divergence [T]."""
 
 
 def _kl(p, log_p, log_q):

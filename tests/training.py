@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from torch import Tensor
 
+from megatron_opdlm import cli
 from megatron_opdlm.config.run import Config, load_config
+from megatron_opdlm.distributed import process_groups
 from megatron_opdlm.model.families import FAMILIES
 from megatron_opdlm.model.gpt import BlockDiffusionModel
 from megatron_opdlm.model.hf_config import HFConfig
@@ -63,6 +67,15 @@ def tiny_config(student: Path, data: Path, save: Path, **values: Any) -> Config:
     keys = {"student": student, "data": data, "save": save} | defaults | values
     overrides = [f"{key.replace('__', '.')}={_text(value)}" for key, value in keys.items()]
     return load_config(None, overrides).resolved(cuda=False)
+
+
+def run_command(rank: int, config: Path) -> tuple[int, str]:
+    """`opdlm train CONFIG.yaml` on a rank of `run_ranks`: status, and what it says to the user."""
+    process_groups.shutdown = lambda: None  # the group is the test's
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        status = cli.main(["train", str(config)])
+    return status, said.getvalue()
 
 
 def _text(value: Any) -> str:

@@ -24,7 +24,8 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_opdlm.config.run import METHODS, load_config
+from megatron_opdlm.config.methods import METHODS
+from megatron_opdlm.config.run import load_config
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

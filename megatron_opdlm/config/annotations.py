@@ -58,6 +58,14 @@ class ParametersOf:
         entry = self.table[name]
         return entry(**{field.name: values[field.name] for field in dataclasses.fields(entry)})
 
+    def changed(self, values: Mapping[str, Any]) -> dict[str, list[str]]:
+        """Returns the parameters whose value is not the default, with the entries that have it."""
+        found: dict[str, list[str]] = {}
+        for name, _, field in self.fields():
+            if values[field.name] != field.default:
+                found.setdefault(field.name, []).append(name)
+        return found
+
 
 class Mark(Enum):
     """Facts about a key that need no more than a word."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 from megatron_opdlm.checks import require
-from megatron_opdlm.config.annotations import MAY_CHANGE, PATH, OneOf
+from megatron_opdlm.config.annotations import MAY_CHANGE, PATH, OneOf, ParametersOf
+from megatron_opdlm.config.methods import METHODS, Method, join
 from megatron_opdlm.config.section import Section, require_default_unless
-from megatron_opdlm.diffusion.state_selection import STATE_SELECTIONS
-from megatron_opdlm.loss.divergence_rules import JSD, MIXED, check_divergence
+from megatron_opdlm.diffusion.state_selection import STATE_SELECTIONS, StateSelection
+from megatron_opdlm.loss.divergence import DIVERGENCES, TOP_K_MODES, Divergence
 from megatron_opdlm.loss.reduction import LOSS_REDUCTIONS
 
 
@@ -19,27 +21,23 @@ class DistillConfig(Section):
 
     preset: Literal["official", "paper"] = "official"
     """Values for keys not given: the released launchers, or the paper's equations to the letter."""
-    method: Literal["opdlm", "opdlm_off", "off_policy", "sft"] = "opdlm"
-    """opdlm = the student's rollouts at states of their own trajectories; opdlm_off = its rollouts
-    under random masks; off_policy = the teacher's responses under random masks; sft = cross-entropy
-    on responses under random masks (the NELBO of block diffusion)."""
+    method: Annotated[str, OneOf(METHODS)] = "opdlm"
+    """Who writes the responses, at which noisy states, and what the student learns from:"""
     sft_responses: Literal["teacher", "data"] = "teacher"
     """sft: responses sampled from the teacher, or the `response` of every entry of the data; then
     no teacher is loaded."""
-    divergence: Literal["forward_kl", "reverse_kl", "mixed", "jsd"] = "forward_kl"
-    """Per-token loss, in nats: KL(teacher || student), KL(student || teacher), a weighted sum of
-    both, or Jensen-Shannon."""
-    reverse_kl_weight: float = 0.5
-    """mixed: w of (1 - w) KL(teacher || student) + w KL(student || teacher), in [0, 1]."""
-    jsd_alpha: float = 0.5
-    """jsd: weight a of the teacher in a KL(teacher || m) + (1 - a) KL(student || m), in (0, 1)."""
+    divergence: Annotated[str, OneOf(DIVERGENCES)] = "forward_kl"
+    """Per-token loss, in nats:"""
+    divergence_parameters: Annotated[Mapping[str, Any], ParametersOf(DIVERGENCES)] = field(
+        default_factory=dict
+    )
+    """Parameters of the divergences."""
     top_k_logits: int = 0
     """Likeliest tokens of the teacher that the divergence tells apart; 0 = the full vocabulary."""
-    top_k_mode: Literal["tail", "raw", "renormalized"] = "tail"
-    """The other tokens: one outcome together; left out of the sum (as released; no divergence, and
-    with reverse_kl it is least where the student is elsewhere); or of both distributions."""
+    top_k_mode: Annotated[str, OneOf(TOP_K_MODES)] = "tail"
+    """What becomes of the other tokens:"""
     state_selection: Annotated[str, OneOf(STATE_SELECTIONS)] = "per_block"
-    """Noisy states of a response:"""
+    """Noisy states of a response; the method says which of them it may have:"""
     states_per_response: int = 1
     """Noisy states of one response; they share its clean pass. Not with state_selection: all."""
     eos_loss: Literal["include", "exclude"] = "include"
@@ -48,59 +46,98 @@ class DistillConfig(Section):
     """The loss of an optimizer step:"""
 
     @property
-    def responses(self) -> Literal["student", "teacher", "data"]:
-        """Who writes the responses."""
-        if self.method in ("opdlm", "opdlm_off"):
-            return "student"
-        return "data" if self.sft_responses == "data" else "teacher"
+    def method_record(self) -> Method:
+        """What the method does."""
+        return METHODS[self.method]
 
     @property
-    def takes_every_step(self) -> bool:
-        """Whether a response is seen at every denoising step."""
-        return STATE_SELECTIONS[self.state_selection].takes_every_step
+    def responses(self) -> str:
+        """Who writes the responses: one of WRITERS."""
+        method = self.method_record
+        return self.sft_responses if method.has_choice_of_writer else method.writers[0]
+
+    @property
+    def student_writes(self) -> bool:
+        """Whether the student decodes the responses, in denoising steps."""
+        return self.responses == "student"
+
+    @property
+    def teacher_writes(self) -> bool:
+        """Whether the teacher decodes the responses."""
+        return self.responses == "teacher"
+
+    @property
+    def data_writes(self) -> bool:
+        """Whether the prompt file gives the responses."""
+        return self.responses == "data"
+
+    @property
+    def learns_from_tokens(self) -> bool:
+        """Whether the targets are the responses' tokens, so that the loss is the cross-entropy."""
+        return self.method_record.target == "tokens"
+
+    @property
+    def is_nelbo(self) -> bool:
+        """Whether the loss is the NELBO of block diffusion: tokens are learnt at random masks."""
+        return self.learns_from_tokens and not self.selection.reads_trajectory
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher is loaded: it writes the responses, or gives the targets."""
+        return self.teacher_writes or not self.learns_from_tokens
+
+    def make_divergence(self) -> Divergence:
+        """Returns what the student is pulled by."""
+        kinds, values = ParametersOf(DIVERGENCES), self.divergence_parameters
+        return Divergence(
+            kind=kinds.make(self.divergence, values),
+            top_k=self.top_k_logits,
+            top_k_mode=self.top_k_mode,
+        )
+
+    @property
+    def selection(self) -> StateSelection:
+        """How the noisy states are chosen."""
+        return STATE_SELECTIONS[self.state_selection]
 
     def _check(self) -> None:
         self._at_least(1, "states_per_response")
         self._check_loss()
-        is_random, of_method = self.state_selection == "random", self.method != "opdlm"
-        rule = f"must be random with method={self.method}"
-        if is_random:
-            rule = "is for the methods opdlm_off, off_policy and sft"
-        fix = f"leave it out with method={self.method}, or use another method"
-        require(is_random == of_method, "state_selection", self.state_selection, rule, fix)
-        rule, fix = "is about method=sft", f"leave it out with method={self.method}"
-        is_used = self.method == "sft" or self.sft_responses == "teacher"
-        require(is_used, "sft_responses", self.sft_responses, rule, fix)
-        rule = f"goes not with state_selection={self.state_selection}, which takes every step"
-        is_free = self.states_per_response == 1 or not self.takes_every_step
+        self._check_method()
+        rule = f"must be 1 with state_selection={self.state_selection}, which takes every step"
+        is_free = self.states_per_response == 1 or not self.selection.takes_every_step
         require(is_free, "states_per_response", self.states_per_response, rule, "use 1")
 
+    def _check_method(self) -> None:
+        method, state, here = self.method_record, self.state_selection, f"method={self.method}"
+        rule = f"must be {join(method.selections, 'or')} with {here}"
+        if len(method.selections) > 1:
+            users = [name for name, other in METHODS.items() if state in other.selections]
+            kind = "method" if len(users) == 1 else "methods"
+            rule = f"is for the {kind} {join(users)}" if users else rule
+        fix = f"leave it out with {here}, or use another method"
+        require(state in method.selections, "state_selection", state, rule, fix)
+        users = [name for name, other in METHODS.items() if other.has_choice_of_writer]
+        rule, fix = f"is about method={join(users, 'or')}", f"leave it out with {here}"
+        require_default_unless(method.has_choice_of_writer, self, "sft_responses", rule, fix)
+
     def _check_loss(self) -> None:
-        check_divergence(
-            kind=self.divergence,
-            reverse_kl_weight=self.reverse_kl_weight,
-            jsd_alpha=self.jsd_alpha,
-            top_k=self.top_k_logits,
-            top_k_mode=self.top_k_mode,
-        )
-        if self.method == "sft":
-            rule = "is not for method=sft, whose loss is the cross-entropy"
-            for name in (
-                "divergence",
-                "top_k_logits",
-                "reverse_kl_weight",
-                "jsd_alpha",
-                "top_k_mode",
-            ):
+        self.make_divergence()  # refuses what is out of range
+        kinds, values = ParametersOf(DIVERGENCES), self.divergence_parameters
+        changed = kinds.changed(values)
+        if self.learns_from_tokens:
+            rule = f"is not for method={self.method}, whose loss is the cross-entropy"
+            for name in ("divergence", "top_k_logits", "top_k_mode"):
                 require_default_unless(False, self, name, rule, "leave it out")
-        for name, is_used, where in (
-            ("reverse_kl_weight", self.divergence == MIXED, f"divergence={MIXED}"),
-            ("jsd_alpha", self.divergence == JSD, f"divergence={JSD}"),
-            ("top_k_mode", self.top_k_logits > 0, "top_k_logits above 0"),
-        ):
-            require_default_unless(
-                is_used, self, name, f"is about {where}", f"leave it out, or set {where}"
-            )
+            for name in changed:
+                require(False, name, values[name], rule, "leave it out")
+        for name, users in changed.items():
+            where = f"divergence={join(users, 'or')}"
+            is_used, fix = self.divergence in users, f"leave it out, or set {where}"
+            require(is_used, name, values[name], f"is about {where}", fix)
+        where = "top_k_logits above 0"
+        is_used, fix = self.top_k_logits > 0, f"leave it out, or set {where}"
+        require_default_unless(is_used, self, "top_k_mode", f"is about {where}", fix)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from megatron_opdlm.checks import require
 from megatron_opdlm.config.learning import DistillConfig, OptimizerConfig, TrainConfig
+from megatron_opdlm.config.methods import METHODS
 from megatron_opdlm.config.schema import (
     build,
     check_value,
@@ -56,15 +57,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Values that a preset sets. A key that the user gives wins over the preset."""
-METHODS: dict[str, dict[str, Any]] = {
-    "opdlm": {},
-    "opdlm_off": {"state_selection": "random"},
-    "off_policy": {"state_selection": "random"},
-    "sft": {"state_selection": "random"},
-}
-"""Values that a method brings, over the preset's."""
-
-
 TEACHER_KEYS = ("teacher", "teacher_fp8", "teacher_offload")
 TEACHER_LAYOUT = ("teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size")
 
@@ -125,7 +117,7 @@ class Config:
         """
         prompt, response = self.rollout.max_prompt_tokens, self.rollout.max_response_tokens.end
         states = self.distill.states_per_response
-        if self.distill.takes_every_step:
+        if self.distill.selection.takes_every_step:
             states = self.rollout.denoising_steps
         more = self.rollout.block_size - 1
         return prompt + response + more + states * (response + 2 * more)
@@ -153,7 +145,7 @@ class Config:
             layer_spec = "transformer_engine"
         if cuda:
             dtype = "bfloat16"
-        has_teacher = self.distill.responses != "data"
+        has_teacher = self.distill.has_teacher
         auto_fp8, teacher = self.model.teacher_fp8 == "auto", self.model.teacher
         if teacher is None and has_teacher:
             teacher = self.model.student
@@ -233,12 +225,15 @@ class Config:
         require(budget >= longest, "micro_batch_tokens", budget, rule, fix)
 
     def _check_responses(self) -> None:
-        given, writer = self.train.teacher_responses, self.distill.responses
-        rule = f"is about responses of the teacher; here they come from the {writer}"
-        is_used = given is None or writer == "teacher"
+        given, distill = self.train.teacher_responses, self.distill
+        rule = f"is about responses of the teacher; here they come from the {distill.responses}"
+        is_used = given is None or distill.teacher_writes
         require(is_used, "teacher_responses", given, rule, "leave it out")
-        if writer == "data":
-            rule = "is about the teacher, and sft_responses=data has none"
+        if not distill.has_teacher:
+            choice = f"method={distill.method}"
+            if distill.method_record.has_choice_of_writer:
+                choice = f"sft_responses={distill.sft_responses}"
+            rule = f"is about the teacher, and {choice} has none"
             for section, names in ((self.model, TEACHER_KEYS), (self.parallel, TEACHER_LAYOUT)):
                 for name in names:
                     require_default_unless(False, section, name, rule, "leave it out")
@@ -272,8 +267,10 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     chosen = {name: given.get(name, keys[name].default) for name in ("preset", "method")}
     for name, value in chosen.items():
         check_value(name, value, keys[name].annotation)
-    implied = PRESETS[chosen["preset"]] | METHODS[chosen["method"]]
-    config: Config = build(Config, implied | given)
+    preset = PRESETS[chosen["preset"]]
+    before = {"state_selection": keys["state_selection"].default} | preset
+    implied = METHODS[chosen["method"]].implied(before)
+    config: Config = build(Config, preset | implied | given)
     return config
 
 

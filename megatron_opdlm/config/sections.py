@@ -238,9 +238,13 @@ class RolloutConfig(Section):
         self._at_least(1, "block_size", "denoising_steps", "prompts_per_rollout")
         self._at_least(1, "samples_per_prompt", "max_prompt_tokens", "rollout_batch_size")
         self._at_least(0, "top_k")
-        rule, temperature = f"must be {TEMPERATURE_RULE}", self.temperature
+        temperature, rule = self.temperature, f"must be {TEMPERATURE_RULE}"
         require(is_temperature(temperature), "temperature", temperature, rule, "use e.g. 1.0")
         self._fraction("top_p")
+        rule = "is about sampling, not greedy decoding (temperature=0)"
+        for name, neutral in (("top_k", 0), ("top_p", 1.0), ("samples_per_prompt", 1)):
+            value, fix = getattr(self, name), f"use {name}={neutral:g}, or a temperature above 0"
+            require(temperature > 0 or value == neutral, name, value, rule, fix)
         if self.kv_cache_gb is not None:
             self._positive("kv_cache_gb")
         require(

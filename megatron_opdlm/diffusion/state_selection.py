@@ -53,6 +53,8 @@ class StateSelection:
     """What it chooses, for help texts and tables."""
     choose: Callable[[Trajectory, Draw], NoisyStates]
     """Returns the states of a response. A finished block has no masked position."""
+    reads_trajectory: bool = True
+    """Whether states are those of the denoising trajectory, which only a student's response has."""
     takes_every_step: bool = False
     """Whether it is one state per denoising step, however many are asked for."""
 
@@ -123,9 +125,9 @@ STATE_SELECTIONS: dict[str, StateSelection] = {
         summary="every denoising step of every block, once", choose=_all, takes_every_step=True
     ),
     "random": StateSelection(
-        summary="random masks, with a probability drawn per block, which all methods but opdlm "
-        "have",
+        summary="random masks, with a probability drawn per block",
         choose=_random,
+        reads_trajectory=False,
     ),
 }
 """All selections, by the name that users choose them by."""

@@ -78,7 +78,7 @@ def load_teacher(
     if own is not parallel or len(padded) > 1:  # it is cut in another way than the student's
         columns = len(student.model.head_weight()) if parallel.is_last_stage else None
         head = load_head(folder, columns, options.params_dtype, parallel)
-        if own.is_last_stage and config.distill.responses != "teacher":
+        if own.is_last_stage and not config.distill.teacher_writes:
             del model.output_layer  # the head is where the student's is
     elif parallel.is_last_stage:
         head = model.head_weight()

@@ -27,7 +27,6 @@ from torch.distributed import ProcessGroup
 from megatron_opdlm.distributed.ranking import LAST, pack
 from megatron_opdlm.distributed.vocab_shard import VocabShard
 from megatron_opdlm.loss.divergence import Divergence
-from megatron_opdlm.loss.divergence_rules import RENORMALIZED, TAIL
 from megatron_opdlm.loss.kernel_choice import kernels_for
 
 CHUNK_CELLS = {"cpu": 2**24, "cuda": 2**27}
@@ -298,7 +297,7 @@ def divergence_and_gradient(
     member = None
     if divergence.top_k:
         member = top_k_members(teacher_CV, divergence.top_k, shard)
-        if divergence.top_k_mode == RENORMALIZED:
+        if not divergence.mode.in_softmax:
             for logits in (student_CV, teacher_CV):
                 logits.masked_fill_(~member, -torch.inf)
             member = None
@@ -309,7 +308,7 @@ def divergence_and_gradient(
         log_q = student_CV[rows].sub_(log_sums[0, rows].unsqueeze(1))
         log_p = teacher_CV[rows].sub_(log_sums[1, rows].unsqueeze(1))
         q = log_q.exp()
-        value, q_slope = divergence.terms(log_p, log_q, q)
+        value, q_slope = divergence.kind.terms(log_p, log_q, q)
         if member is not None:
             others = ~member[rows]
             sums[2, rows], sums[3, rows] = (log_p.exp() * others).sum(1), (q * others).sum(1)
@@ -319,10 +318,10 @@ def divergence_and_gradient(
         student_CV[rows], teacher_CV[rows] = q_slope, q
     shard.reduce(sums, dist.ReduceOp.SUM)
     values, slopes = sums[0], sums[1]
-    if member is not None and divergence.top_k_mode == TAIL:
+    if member is not None and divergence.mode.as_one:
         # A mass that underflows counts as the smallest there is: its logarithm stays finite.
         sums[2:].clamp_(min=torch.finfo(sums.dtype).tiny)
-        value, q_slope = divergence.terms(sums[2].log(), sums[3].log(), sums[3])
+        value, q_slope = divergence.kind.terms(sums[2].log(), sums[3].log(), sums[3])
         values, slopes = values + value, slopes + q_slope
         slope = q_slope / sums[3]
         for rows in tiles:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megatron_opdlm.distributed.vocab_shard import VocabShard
 from megatron_opdlm.loss import kernels as kernel
-from megatron_opdlm.loss.divergence_rules import FORWARD_KL, MIXED, REVERSE_KL
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,8 @@ def whole_records(chunk: Chunk, kind: str) -> Records:
         Records, with differences for the KLs that the kind has.
     """
     numbers = chunk.student.new_empty(8, *chunk.grid)
-    forward, reverse = kind in (FORWARD_KL, MIXED), kind in (REVERSE_KL, MIXED)
+    forward = kind in (kernel.FORWARD_KL, kernel.MIXED)
+    reverse = kind in (kernel.REVERSE_KL, kernel.MIXED)
     chunk.launch(kernel.whole_kernel, numbers, FORWARD=forward, REVERSE=reverse)
     return Records(*numbers.view(4, 2, *chunk.grid))
 

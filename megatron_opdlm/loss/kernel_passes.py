@@ -26,16 +26,8 @@ from torch import Tensor
 from megatron_opdlm.distributed.ranking import LAST, unpack
 from megatron_opdlm.distributed.vocab_shard import VocabShard
 from megatron_opdlm.loss import kernel_launch as launch
-from megatron_opdlm.loss.divergence import Divergence
-from megatron_opdlm.loss.divergence_rules import (
-    FORWARD_KL,
-    JSD,
-    MIXED,
-    RENORMALIZED,
-    REVERSE_KL,
-    TAIL,
-)
-from megatron_opdlm.loss.kernels import KINDS, MAX_TOP_K
+from megatron_opdlm.loss.divergence import Divergence, name_of
+from megatron_opdlm.loss.kernels import FORWARD_KL, JSD, KINDS, MAX_TOP_K, MIXED, REVERSE_KL
 
 STUDENT, TEACHER = 0, 1
 
@@ -63,8 +55,8 @@ class _Rows:
 
 def why_not(divergence: Divergence) -> str | None:
     """Why the kernels cannot compute a divergence; None = they can."""
-    if divergence.kind not in KINDS:
-        return f"no kernel knows divergence={divergence.kind}"
+    if divergence.kind.kernel not in KINDS:
+        return f"no kernel knows divergence={name_of(divergence.kind)}"
     if divergence.top_k > MAX_TOP_K:
         return f"top_k_logits={divergence.top_k} is above the kernels' {MAX_TOP_K}"
     return None
@@ -97,7 +89,8 @@ def divergence_and_weighted_gradient(
         far apart as the logits'.
     """
     chunk = launch.Chunk(student_CV, teacher_CV, shard)
-    kind, share = _kind_and_share(divergence)
+    kind, share = divergence.kind.for_kernel()
+    assert kind is not None, f"no kernel knows divergence={name_of(divergence.kind)}"
     rows = _best(chunk, divergence) if divergence.top_k else _all(chunk, kind, share)
     numbers = torch.cat(
         [rows.shift, rows.log_sum, torch.stack([rows.slope, rows.others, row_weight])]
@@ -109,15 +102,6 @@ def divergence_and_weighted_gradient(
         )
     launch.write_gradient(chunk, numbers, rows.least, kind, share, gradient)
     return rows.values, gradient
-
-
-def _kind_and_share(divergence: Divergence) -> tuple[str, float]:
-    """A mixture of one is that one; the number that the kernels need besides."""
-    if divergence.kind == MIXED and divergence.reverse_kl_weight in (0, 1):
-        return (REVERSE_KL if divergence.reverse_kl_weight else FORWARD_KL), 0.5
-    return divergence.kind, (
-        divergence.jsd_alpha if divergence.kind == JSD else divergence.reverse_kl_weight
-    )
 
 
 def _all(chunk: launch.Chunk, kind: str, share: float) -> _Rows:
@@ -189,15 +173,15 @@ def _best(chunk: launch.Chunk, divergence: Divergence) -> _Rows:
     shift, total, others = _denominators(found, least, members, divergence, shard)
     log_sum = total.log()
     log_q, log_p = (members - shift.unsqueeze(2)) - log_sum.unsqueeze(2)
-    terms = torch.stack(divergence.terms(log_p, log_q, log_q.exp()))
+    terms = torch.stack(divergence.kind.terms(log_p, log_q, log_q.exp()))
     sums = terms.masked_fill_(outside, 0.0).sum(2)
     shard.reduce(sums, dist.ReduceOp.SUM)
     values, slopes = sums
-    by_others = torch.zeros_like(values) if divergence.top_k_mode == RENORMALIZED else -slopes
-    if divergence.top_k_mode == TAIL:
+    by_others = torch.zeros_like(values) if not divergence.mode.in_softmax else -slopes
+    if divergence.mode.as_one:
         # A mass that underflows counts as the smallest there is: its logarithm stays finite.
         q, p = (others / total).clamp_(min=torch.finfo(total.dtype).tiny)
-        value, slope = divergence.terms(p.log(), q.log(), q)
+        value, slope = divergence.kind.terms(p.log(), q.log(), q)
         values, slopes = values + value, slopes + slope
         by_others = slope / q - slopes
     return _Rows(values, shift, log_sum, slopes, by_others, least)
@@ -226,14 +210,14 @@ def _denominators(
     largest = members.amax(2, keepdim=True)
     finite = largest.masked_fill(largest == -torch.inf, 0.0)
     sums = (members - finite).exp().sum(2, keepdim=True)
-    if divergence.top_k_mode != RENORMALIZED:
+    if divergence.mode.in_softmax:
         sets = found.others, launch.rejected_records(found, least)
         largest = torch.cat([largest, *(records.largest for records in sets)], dim=2)
         sums = torch.cat([sums, *(records.sums for records in sets)], dim=2)
     shift = _shift(largest, shard)
     scaled = _scaled(largest, sums, shift)
     total, others = scaled.sum(2), scaled[:, :, 1:].sum(2)
-    if divergence.top_k_mode == TAIL:
+    if divergence.mode.as_one:
         both = torch.stack([total, others])
         shard.reduce(both, dist.ReduceOp.SUM)
         total, others = both

@@ -26,10 +26,11 @@ import triton
 import triton.language as tl
 
 from megatron_opdlm.distributed import ranking
-from megatron_opdlm.loss.divergence_rules import FORWARD_KL, JSD, MIXED, REVERSE_KL
+from megatron_opdlm.loss.divergence import ForwardKL, JensenShannon, MixedKL, ReverseKL
 
-KINDS = (FORWARD_KL, REVERSE_KL, MIXED, JSD)
-"""Kinds of divergence that `_terms` knows."""
+KINDS = (ForwardKL.kernel, ReverseKL.kernel, MixedKL.kernel, JensenShannon.kernel)
+"""Kinds of divergence that `_terms` knows, by `Kind.kernel`."""
+FORWARD_KL, REVERSE_KL, MIXED, JSD = KINDS
 SPLIT = 4096
 """Columns of a program. All of them stay in registers, 16 per thread and tensor, so nothing is read
 twice: more would spill, fewer would make more records and more candidates."""
@@ -215,7 +216,7 @@ def _jensen_shannon(log_p: tl.tensor, log_q: tl.tensor, q: tl.tensor, share: tl.
 def _terms(
     log_p: tl.tensor, log_q: tl.tensor, q: tl.tensor, share: tl.tensor, KIND: tl.constexpr
 ) -> Any:
-    # Values and slopes, as Divergence.terms.
+    # Values and slopes, as Kind.terms.
     if KIND == _FORWARD:
         value, slope = _forward(log_p, log_q)
     elif KIND == _REVERSE:

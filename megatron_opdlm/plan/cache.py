@@ -29,12 +29,12 @@ def rollout_layout(config: Config) -> tuple[int, int]:
 
 def decoder(config: Config, student: HFConfig, teacher: HFConfig) -> HFConfig:
     """The model that writes the responses; the student, for evaluation, where the data do."""
-    return teacher if config.distill.responses == "teacher" else student
+    return teacher if config.distill.teacher_writes else student
 
 
 def decoding_layout(config: Config) -> tuple[int, int]:
     """Tensor and pipeline parallel size of that model: a teacher decodes where it is."""
-    if config.distill.responses == "teacher":
+    if config.distill.teacher_writes:
         return config.parallel.teacher_layout
     return rollout_layout(config)
 
@@ -86,7 +86,7 @@ def expects_graphs(config: Config, cuda: bool) -> bool:
     if wanted is not None:
         return wanted
     shares, fp8 = parallel.sequence_parallel, config.model.fp8
-    if config.distill.responses == "teacher":
+    if config.distill.teacher_writes:
         fp8 = fp8 if config.model.teacher_fp8 == "auto" else config.model.teacher_fp8
         shares = shares and parallel.teacher_layout[0] > 1
     elif parallel.has_rollout_layout:

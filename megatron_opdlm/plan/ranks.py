@@ -97,7 +97,7 @@ def rank_table(
             f"rollout_tensor_model_parallel_size={rollout_size} must divide the number of GPUs, "
             f"{world_size}"
         )
-    if config.distill.responses != "data":
+    if config.distill.has_teacher:
         _grid(config.parallel.teacher_layout, world_size).check("teacher_")
     writer = decoder(config, student, teacher)
     cache = plan_cache(config, writer, num_replicas(config, world_size), cuda)
@@ -258,7 +258,7 @@ def _teacher_parameters(
     A head that is cut in another way than the student's, because of a second layout or of another
     number of rows, is read once more: as the student's is cut, and where that is.
     """
-    if config.distill.responses == "data":
+    if not config.distill.has_teacher:
         return 0, 0
     divisor = config.parallel.make_vocab_size_divisible_by
     tp_size, pp_size = config.parallel.teacher_layout
@@ -274,7 +274,7 @@ def _teacher_parameters(
         tp_size=tp_size,
         pp_size=pp_size,
         pp_rank=pp_rank,
-        with_head=not apart or config.distill.responses == "teacher",
+        with_head=not apart or config.distill.teacher_writes,
     )
     tp_rank, _, pp_rank = student_grid.place(rank)
     if pp_rank != student_grid.pp_size - 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from megatron_opdlm.distill.teacher import Teacher
 from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.responses.file import ResponseFile
 from megatron_opdlm.responses.given import DataResponses, tokenize_responses
-from megatron_opdlm.responses.prompts import load_prompts, tokenize_prompts
+from megatron_opdlm.responses.prompts import Prompt, load_prompts, tokenize_prompts
 from megatron_opdlm.responses.source import ResponseSource, RolloutSchedule
 from megatron_opdlm.responses.student import StudentResponses, build_engine
 from megatron_opdlm.responses.teacher import TeacherResponses, response_settings, teacher_engine
@@ -25,38 +26,40 @@ from megatron_opdlm.rollout.request import DecodingOptions
 logger = logging.getLogger(__name__)
 
 
-def find_responses(
-    config: Config,
-    parallel: ParallelState,
-    *,
-    response_file: Path,
-    student: Student,
-    layout: RolloutLayout,
-    weights_version: Callable[[], int],
-    teacher: Teacher | None,
-) -> tuple[RolloutSchedule, ResponseSource]:
-    """Reads the prompts, and binds the source that the method asks for. Call on all ranks.
+@dataclass(frozen=True, kw_only=True)
+class SourceParts:
+    """What sources of responses are made of."""
 
-    Args:
-        config: resolved configuration.
-        parallel: of training.
-        response_file: where the teacher's responses are kept.
-        student: in training.
-        layout: the student as rollouts see it.
-        weights_version: another number after every change of the student's weights.
-        teacher: frozen; None where the data give the responses.
+    config: Config
+    """Resolved."""
+    parallel: ParallelState
+    """Of training."""
+    response_file: Path
+    """Where the teacher's responses are kept."""
+    student: Student
+    """In training."""
+    layout: RolloutLayout
+    """The student as rollouts see it."""
+    weights_version: Callable[[], int]
+    """Another number after every change of the student's weights."""
+    teacher: Teacher | None
+    """Frozen; None where the method has none."""
+
+
+def find_responses(parts: SourceParts) -> tuple[RolloutSchedule, ResponseSource]:
+    """Reads the prompts, and binds the source that the method asks for. Call on all ranks.
 
     Raises:
         ValueError: bad prompts or responses; a file of responses of other settings.
     """
-    writer, data = config.distill.responses, config.train.data
-    prompts = load_prompts(data, with_responses=writer == "data")
+    config, student = parts.config, parts.student
+    prompts = load_prompts(config.train.data, with_responses=config.distill.data_writes)
     tokenized = tokenize_prompts(
         prompts,
         student.tokenizer,
         enable_thinking=config.rollout.enable_thinking,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
-        progress=parallel.is_main,
+        progress=parts.parallel.is_main,
     )
     schedule = RolloutSchedule(
         prompts=tokenized.kept,
@@ -64,27 +67,53 @@ def find_responses(
         seed=config.train.seed,
         mask_token_id=student.mask_token_id,
     )
-    if writer == "student":
-        names = (field.name for field in dataclasses.fields(DecodingOptions))
-        options = DecodingOptions(**{name: getattr(config.rollout, name) for name in names})
-        engine = build_engine(student.decodable(layout), options, config.rollout)
-        return schedule, StudentResponses(schedule, engine, layout, weights_version)
-    if teacher is None:
-        responses = tokenize_responses(
-            prompts,
-            tokenized.kept,
-            student.tokenizer,
-            path=data,
-            eos_token_ids=student.description.config.eos_token_ids,
-            mask_token_id=student.mask_token_id,
-        )
-        if parallel.is_main:
-            _warn_of_cuts(responses, config.rollout.max_response_tokens.end)
-        return schedule, DataResponses(schedule, responses)
+    return schedule, RESPONSE_SOURCES[config.distill.responses](parts, schedule, prompts)
+
+
+def _of_student(
+    parts: SourceParts, schedule: RolloutSchedule, prompts: Sequence[Prompt]
+) -> StudentResponses:
+    rollout = parts.config.rollout
+    names = (field.name for field in dataclasses.fields(DecodingOptions))
+    options = DecodingOptions(**{name: getattr(rollout, name) for name in names})
+    engine = build_engine(parts.student.decodable(parts.layout), options, rollout)
+    return StudentResponses(schedule, engine, parts.layout, parts.weights_version)
+
+
+def _of_teacher(
+    parts: SourceParts, schedule: RolloutSchedule, prompts: Sequence[Prompt]
+) -> TeacherResponses:
+    config, student, teacher = parts.config, parts.student, parts.teacher
+    assert teacher is not None, "a teacher that writes responses has been loaded"
     settings = response_settings(config, teacher, student)
-    file = ResponseFile(response_file, settings, vocab_size=teacher.vocab_size)
-    engine = teacher_engine(config, teacher, student)
-    return schedule, TeacherResponses(schedule, engine, teacher, file)
+    file = ResponseFile(parts.response_file, settings, vocab_size=teacher.vocab_size)
+    return TeacherResponses(schedule, teacher_engine(config, teacher, student), teacher, file)
+
+
+def _of_data(
+    parts: SourceParts, schedule: RolloutSchedule, prompts: Sequence[Prompt]
+) -> DataResponses:
+    student = parts.student
+    responses = tokenize_responses(
+        prompts,
+        schedule.prompts,
+        student.tokenizer,
+        path=parts.config.train.data,
+        eos_token_ids=student.description.config.eos_token_ids,
+        mask_token_id=student.mask_token_id,
+    )
+    if parts.parallel.is_main:
+        _warn_of_cuts(responses, parts.config.rollout.max_response_tokens.end)
+    return DataResponses(schedule, responses)
+
+
+MakeSource = Callable[[SourceParts, RolloutSchedule, Sequence[Prompt]], ResponseSource]
+RESPONSE_SOURCES: dict[str, MakeSource] = {
+    "student": _of_student,
+    "teacher": _of_teacher,
+    "data": _of_data,
+}
+"""For every name in `config/methods.py`'s WRITERS."""
 
 
 def _warn_of_cuts(responses: Sequence[Tensor], limit: int) -> None:

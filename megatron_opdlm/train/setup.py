@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_opdlm.config.run import Config, DistillConfig, ModelConfig
+from megatron_opdlm.config.run import Config, ModelConfig
 from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.distill.load_teacher import teacher_options
 from megatron_opdlm.distill.student import Student
 from megatron_opdlm.distill.teacher import Teacher
-from megatron_opdlm.loss.divergence import Divergence
 from megatron_opdlm.model.fingerprint import Fingerprint, fingerprint
 from megatron_opdlm.model.gpt import BuildOptions
 from megatron_opdlm.responses.source import ResponseSource, RolloutSchedule
 from megatron_opdlm.rollout.graph_support import require_graphs
 from megatron_opdlm.train.identity import RunIdentity, digest_tokens
-
-
-def build_divergence(config: DistillConfig) -> Divergence:
-    """Reads from the configuration what the student is pulled by."""
-    return Divergence(
-        kind=config.divergence,
-        reverse_kl_weight=config.reverse_kl_weight,
-        jsd_alpha=config.jsd_alpha,
-        top_k=config.top_k_logits,
-        top_k_mode=config.top_k_mode,
-    )
 
 
 def check_graphs(config: Config, options: BuildOptions) -> None:
@@ -40,7 +28,7 @@ def check_graphs(config: Config, options: BuildOptions) -> None:
     shares = options.sequence_parallel and not config.parallel.has_rollout_layout
     # The student decodes for evaluation at least.
     decoders = [(config.model.student, dataclasses.replace(options, sequence_parallel=shares))]
-    if config.distill.responses == "teacher":
+    if config.distill.teacher_writes:
         teacher = config.model.teacher or config.model.student
         tp_size, _ = config.parallel.teacher_layout
         decoders.append((teacher, teacher_options(config.model, options, tp_size)))

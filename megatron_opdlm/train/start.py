@@ -40,8 +40,7 @@ def check(config: Config) -> Config:
     if {resolved.model.fp8, resolved.model.teacher_fp8} - {"none", "auto"}:
         check_fp8_device(resolved.model.fp8_recipe)
     RunFolder(resolved.train.save).check(resolved)
-    from_data = resolved.distill.responses == "data"
-    prompts = load_prompts(resolved.train.data, with_responses=from_data)
+    prompts = load_prompts(resolved.train.data, with_responses=resolved.distill.data_writes)
     PromptSampler(
         num_prompts=len(prompts),
         prompts_per_rollout=resolved.rollout.prompts_per_rollout,

@@ -1,6 +1,6 @@
 """One training loop: responses -> teacher -> student -> loss -> optimizer -> log -> save.
 
-Methods differ in who writes the responses (responses/student.py), the noisy states, and the target.
+Methods (config/methods.py) differ in who writes the responses, the noisy states, and the target.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from megatron_opdlm.convert.import_cache import ImportCache
 from megatron_opdlm.diffusion import randomness
 from megatron_opdlm.diffusion.example import TrainingState, training_state
 from megatron_opdlm.diffusion.noising import select_states
-from megatron_opdlm.diffusion.stream import to_device
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.distill.batching import Microbatch, Runs, group, make_microbatches, plan_runs
 from megatron_opdlm.distill.load_teacher import load_teacher
@@ -28,7 +27,7 @@ from megatron_opdlm.distill.teacher import Teacher
 from megatron_opdlm.distributed import process_groups
 from megatron_opdlm.distributed.process_groups import ParallelState, from_main
 from megatron_opdlm.evaluation.online import OnlineEvaluation
-from megatron_opdlm.loss.fused import Target, TokenTarget
+from megatron_opdlm.loss.fused import Target
 from megatron_opdlm.model.gpt import training_stream_multiple
 from megatron_opdlm.reporting.accounting import (
     NO_MODEL,
@@ -39,18 +38,13 @@ from megatron_opdlm.reporting.accounting import (
 from megatron_opdlm.reporting.logger import MaskedFractionHistogram, MetricsLogger, PhaseTimer
 from megatron_opdlm.reporting.progress import progress_bar, report_progress
 from megatron_opdlm.responses.source import response_metrics
-from megatron_opdlm.responses.sources import find_responses
+from megatron_opdlm.responses.sources import SourceParts, find_responses
 from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.train.checkpoints import CheckpointFolder
 from megatron_opdlm.train.optimizer import StudentOptimizer
 from megatron_opdlm.train.run_folder import RunFolder
-from megatron_opdlm.train.setup import (
-    build_divergence,
-    check_graphs,
-    check_teacher,
-    identify,
-    student_weights,
-)
+from megatron_opdlm.train.setup import check_graphs, check_teacher, identify, student_weights
+from megatron_opdlm.train.targets import TARGET_SOURCES
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +78,6 @@ class Trainer:
         self.folder = RunFolder(config.train.save)
         from_main(self.folder.lock, is_main=self.parallel.is_main)
         from_main(lambda: self.folder.check(config), is_main=self.parallel.is_main)
-        self.is_supervised = config.distill.method == "sft"
         self.has_equal_counts = config.model.fp8_recipe == "delayed"
         cache = ImportCache(
             folder=self.folder.imported(config),
@@ -101,19 +94,24 @@ class Trainer:
             decay_steps=config.lr_decay_steps,
         )
         self.schedule, self.source = find_responses(
-            config,
-            self.parallel,
-            response_file=self.folder.teacher_responses(config),
-            student=self.student,
-            layout=self.layout,
-            weights_version=self.optimizer.weights_version,
-            teacher=self.teacher,
+            SourceParts(
+                config=config,
+                parallel=self.parallel,
+                response_file=self.folder.teacher_responses(config),
+                student=self.student,
+                layout=self.layout,
+                weights_version=self.optimizer.weights_version,
+                teacher=self.teacher,
+            )
         )
         self.checkpoints = CheckpointFolder(
             self.folder.checkpoints, keep=config.train.keep_checkpoints, parallel=self.parallel
         )
-        self.divergence = build_divergence(config.distill)
+        self.divergence = config.distill.make_divergence()
         self.timer = PhaseTimer(torch.cuda.synchronize)
+        self.target_source = TARGET_SOURCES[config.distill.method_record.target](
+            parallel=self.parallel, teacher=self.teacher, timer=self.timer
+        )
         self.histogram = MaskedFractionHistogram(config.rollout.block_size)
         self.metrics = MetricsLogger(
             self.folder.root,
@@ -181,7 +179,7 @@ class Trainer:
                 state_selection=config.state_selection,
                 key=key,
                 num_states=config.states_per_response,
-                at_least_one=not self.is_supervised,
+                at_least_one=not config.is_nelbo,
                 mask_token_id=self.student.mask_token_id,
             )
             states.append(
@@ -190,7 +188,7 @@ class Trainer:
                     selected,
                     mask_token_id=self.student.mask_token_id,
                     include_eos=config.eos_loss == "include",
-                    nelbo=self.is_supervised,
+                    nelbo=config.is_nelbo,
                 )
             )
         return states
@@ -224,16 +222,8 @@ class Trainer:
         )
 
     def run_teacher(self, states: Sequence[TrainingState], runs: Runs) -> list[Target]:
-        """Teacher: targets of this rank's microbatches; the responses' tokens with `sft`."""
-        if self.is_supervised:
-            none, device = torch.empty(0, dtype=torch.int64), torch.cuda.current_device()
-            mine = runs[self.parallel.dp_rank]
-            ids = (torch.cat([none, *(states[i].target_ids for i in run)]) for run in mine)
-            return [TokenTarget(to_device(of_run, device)) for of_run in ids]
-        assert self.teacher is not None, "only data given for sft need none"
-        with self.timer.phase("teacher"):
-            hidden = self.teacher.hidden_rows([state.teacher for state in states], runs)
-            return self.teacher.targets(hidden)
+        """Teacher: targets of this rank's microbatches; the responses' tokens if it gives none."""
+        return self.target_source.of(states, runs)
 
     def run_student(
         self, microbatches: Sequence[Microbatch], targets: Sequence[Target]
@@ -258,13 +248,7 @@ class Trainer:
             multiple=self.training_multiple,
             block_size=self.config.rollout.block_size,
         )
-        if self.teacher is not None and not self.is_supervised:
-            documents = [state.teacher for state in states]
-            self.work.add_teacher_step(
-                documents,
-                self.teacher.shares(documents, runs),
-                multiple=self.teacher.stream_multiple,
-            )
+        self.target_source.count(states, runs, self.work)
 
     def update(self, rows: StepRows) -> tuple[float, float]:
         """Optimizer.
@@ -294,7 +278,7 @@ class Trainer:
         self, trajectories: Sequence[Trajectory], batches: Sequence[Sequence[TrainingState]]
     ) -> None:
         """Log: one record per rollout, and a few responses to look at."""
-        by_student = self.config.distill.responses == "student"
+        by_student = self.config.distill.student_writes
         of_responses = response_metrics(trajectories, by_student=by_student)
         self._log(
             {
@@ -353,7 +337,7 @@ class Trainer:
         )
         self.teacher: Teacher | None = None
         teacher_flops = NO_MODEL
-        if self.config.distill.responses != "data":
+        if self.config.distill.has_teacher:
             self.teacher = load_teacher(self.config, cache, options, self.parallel, self.student)
             teacher_flops = model_flops_per_token(self.teacher.description.config)
         self.layout = RolloutLayout(

@@ -14,7 +14,7 @@ from megatron_opdlm.loss import fused as fused_loss
 from megatron_opdlm.loss import kernel_choice as divergence_choice
 from megatron_opdlm.loss.divergence import Divergence
 from megatron_opdlm.loss.fused import TeacherTarget, TokenTarget, fused_divergence
-from tests.loss_oracle import dense_divergence, every_divergence
+from tests.loss_oracle import dense_divergence, every_divergence, make_divergence
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -92,7 +92,7 @@ def test_odd_sizes_and_ties(columns, k) -> None:
 def test_nan_and_excluded_tokens(divergence) -> None:
     """A maximum on a GPU skips NaN; the value must not."""
     logits = draw(columns=9001)
-    if divergence.kind in ("forward_kl", "jsd"):
+    if divergence.kind.kernel in ("forward_kl", "jsd"):
         logits[1][0, :5000] = -torch.inf
         logits[1][1, 1:] = -torch.inf
     expected = by_reference(logits, divergence)
@@ -106,7 +106,7 @@ def test_nan_and_excluded_tokens(divergence) -> None:
 def test_infinite_where_the_teacher_excludes_a_token() -> None:
     logits = draw(columns=9001)
     logits[1][0, 3] = logits[1][1, 9000] = -torch.inf
-    values, _ = by_kernels(logits, Divergence(kind="reverse_kl"))
+    values, _ = by_kernels(logits, make_divergence("reverse_kl"))
     assert values.isinf().tolist() == [True, True] + [False] * (ROWS - 2)
 
 

@@ -10,7 +10,7 @@ from megatron_opdlm.loss import kernel_choice as divergence_choice
 from megatron_opdlm.loss.divergence import Divergence
 from megatron_opdlm.loss.fused import TeacherTarget, TokenTarget, fused_divergence
 from tests.helpers import run_ranks
-from tests.loss_oracle import dense_divergence, every_divergence
+from tests.loss_oracle import dense_divergence, every_divergence, make_divergence
 
 passes = pytest.importorskip("megatron_opdlm.loss.kernel_passes", reason="needs Triton")
 
@@ -22,7 +22,7 @@ pytestmark = [
 
 ROWS, MASK, BOUND = 3, 3, 1e-5
 WEIGHT = torch.linspace(2.0, -1.5, ROWS)
-LONG = Divergence(kind="mixed"), Divergence(kind="jsd", top_k=100), Divergence(kind="jsd")
+LONG = make_divergence("mixed"), make_divergence("jsd", 100), make_divergence("jsd")
 """For shards of several splits."""
 
 
@@ -45,7 +45,7 @@ def sharded(rank, divergences, vocab_size, padded, forget=False):
         VocabShard.reduce = lambda *arguments: None
     results = []
     for divergence in divergences:
-        logits = make_logits(padded, divergence.kind)
+        logits = make_logits(padded, divergence.kind.kernel)
         own = [x[:, rank * width : (rank + 1) * width][:, : shard.num_valid] for x in logits]
         student, teacher = (x.contiguous() for x in own)
         results.append(
@@ -57,7 +57,7 @@ def sharded(rank, divergences, vocab_size, padded, forget=False):
 
 
 def dense(divergence, vocab_size, padded):
-    student, teacher = (x.double() for x in make_logits(padded, divergence.kind))
+    student, teacher = (x.double() for x in make_logits(padded, divergence.kind.kernel))
     columns = [c for c in range(vocab_size) if c != MASK]
     leaf = student[:, :vocab_size].requires_grad_()
     values = dense_divergence(leaf[:, columns], teacher[:, columns], divergence)
@@ -118,8 +118,8 @@ def loss_of_rank(rank, inputs, divergence, token_ids):
 @pytest.mark.parametrize(
     ("divergence", "token_ids"),
     [
-        (Divergence(kind="mixed"), None),
-        (Divergence(kind="jsd", top_k=4), None),
+        (make_divergence("mixed"), None),
+        (make_divergence("jsd", 4), None),
         (Divergence(), torch.tensor([0, 36, 20])),
     ],
 )
@@ -163,8 +163,8 @@ def test_bytes_over_the_wire():
     """No more than the reference's; less where nobody asks for a value or the others' mass."""
     expected = {
         Divergence(): 20,
-        Divergence(kind="mixed"): 24,
-        Divergence(kind="jsd"): 24,
+        make_divergence("mixed"): 24,
+        make_divergence("jsd"): 24,
         Divergence(top_k=16): 32 + 8 * 16,
         Divergence(top_k=16, top_k_mode="raw"): 24 + 8 * 16,
         Divergence(top_k=16, top_k_mode="renormalized"): 24 + 8 * 16,

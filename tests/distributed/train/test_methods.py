@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from megatron_opdlm.config import methods as records
 from megatron_opdlm.config.schedules import response_limit
 from megatron_opdlm.diffusion.state_selection import NoisyStates
 from megatron_opdlm.model.hf_config import read_config
@@ -105,6 +106,12 @@ def test_loss_is_the_dense_one(method, methods):
     with torch.no_grad():
         other = dense_loss(method, student, frozen, step[0], fewer)
     assert abs(float(other) - result["losses"][0]) > 1e-3
+
+
+def test_every_method_is_trained_somewhere():
+    """`opdlm` is what all other tests train with."""
+    trained = {values["method"] for values in METHODS.values()} | {"opdlm"}
+    assert trained == set(records.METHODS)
 
 
 def test_methods_differ_in_what_they_should(methods):

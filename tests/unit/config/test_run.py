@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_opdlm.config.methods import METHODS
 from megatron_opdlm.config.run import (
     PRESETS,
     Config,
@@ -96,6 +97,14 @@ def test_an_unknown_key_that_resembles_nothing_points_to_the_list():
         ("temperature=1e-7", r"must be 0 \(argmax\) or from 1e-06 to 1000000; use e.g. 1.0"),
         ("temperature=1e7", r"must be 0 \(argmax\) or from"),
         ("temperature=-1", r"must be 0 \(argmax\) or from"),
+        ("temperature=0 top_p=0.9", r"top_p=0.9 is about sampling, not greedy .*\(temperature=0\)"),
+        ("temperature=0 top_k=5", "top_k=5 is about .*; use top_k=0, or a temp"),
+        (
+            "temperature=0 samples_per_prompt=2",
+            "samples_per_prompt=2 is about .* use samples_.*=1,",
+        ),
+        ("temperature=0 top_p=0.9 method=off_policy", "top_p=0.9 is about sampling, not greedy"),
+        ("temperature=0 samples_per_prompt=2 method=sft", "samples_per_prompt=2 is about sampli"),
         ("min_lr=1", "min_lr=1.0 must be at most lr=1e-05"),
         ("sequence_parallel=maybe", "must have type bool"),
         ("sequence_parallel=true", "needs tensor_model_parallel_size > 1, got 1"),
@@ -144,7 +153,7 @@ def test_an_unknown_key_that_resembles_nothing_points_to_the_list():
         ("method=off_policy sft_responses=data", "sft_responses=data is about method=sft"),
         ("teacher_responses=a", "is about responses of the teacher; here they come from the stude"),
         ("method=sft sft_responses=data teacher_responses=a", "here they come from the data"),
-        ("state_selection=all states_per_response=2", "goes not with state_selection=all"),
+        ("state_selection=all states_per_response=2", "must be 1 with state_selection=all"),
         ("eval_interval=5", "goes with eval_interval > 0"),
         ("eval_data=a", "goes with eval_interval > 0"),
         ("adam_beta1=1", r"must lie in \[0, 1\)"),
@@ -213,6 +222,8 @@ def test_dataclasses_check_themselves_without_the_loader():
 def test_a_float_key_takes_an_integer_and_an_optional_key_null():
     assert load("temperature=0").rollout.temperature == 0.0
     assert isinstance(load("temperature=0").rollout.temperature, float)
+    assert load("temperature=0", "top_p=1", "top_k=0", "samples_per_prompt=1").rollout.top_p == 1
+    assert load("temperature=0.5", "top_p=0.9", "samples_per_prompt=2").rollout.top_p == 0.9
     assert load("wandb_project=null").train.wandb_project is None
     assert load("lr_decay_steps=null").optimizer.lr_decay_steps is None
     assert load("teacher=models/b=c").model.teacher == "models/b=c"
@@ -237,7 +248,7 @@ def test_the_paper_preset_and_what_beats_it(tmp_path):
     assert config.distill.state_selection == "trajectory"
 
 
-@pytest.mark.parametrize("method", ["opdlm_off", "off_policy", "sft"])
+@pytest.mark.parametrize("method", [n for n, m in METHODS.items() if m.states == "random"])
 @pytest.mark.parametrize("preset", ["official", "paper"])
 def test_other_methods_mask_at_random(method, preset):
     config = load(f"method={method}", f"preset={preset}")

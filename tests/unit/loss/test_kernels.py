@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from megatron_opdlm import triton_support as kernel_support
 from megatron_opdlm.distributed import ranking
 from megatron_opdlm.distributed.vocab_shard import VocabShard
-from megatron_opdlm.loss import divergence_rules
 from megatron_opdlm.loss import fused as fused_loss
 from megatron_opdlm.loss import kernel_choice as divergence_choice
-from megatron_opdlm.loss.divergence import Divergence
+from megatron_opdlm.loss.divergence import DIVERGENCES, TOP_K_MODES, Divergence, Kind
 from megatron_opdlm.loss.fused import TeacherTarget, TokenTarget, fused_divergence
 from tests.bytes_moved import kernel_bytes, torch_bytes
-from tests.loss_oracle import dense_divergence, every_divergence
+from tests.loss_oracle import dense_divergence, every_divergence, make_divergence
 
 launch = pytest.importorskip("megatron_opdlm.loss.kernel_launch", reason="needs Triton")
 passes = pytest.importorskip("megatron_opdlm.loss.kernel_passes", reason="needs Triton")
@@ -97,7 +96,7 @@ def test_value_and_gradient(divergence):
 @pytest.mark.parametrize("rows", [1, 129])
 def test_numbers_of_rows(rows):
     logits = draw(rows, ODD)
-    for divergence in (Divergence(), Divergence(kind="jsd", top_k=TOP_K)):
+    for divergence in (Divergence(), make_divergence("jsd", TOP_K)):
         assert close(by_kernels(logits, divergence), by_oracle(logits, divergence))
 
 
@@ -161,9 +160,9 @@ def test_gradient_may_take_the_place_of_the_logits():
 @pytest.mark.parametrize("mode", ["full", "tail", "raw", "renormalized"])
 def test_teacher_with_excluded_tokens(kind, mode):
     """-inf logits, splits of nothing else, one-hot rows, and a token that neither has."""
-    divergence = Divergence(kind=kind) if mode == "full" else Divergence(
-        kind=kind, top_k=TOP_K, top_k_mode=mode
-    )  # fmt: skip
+    divergence = make_divergence(kind)
+    if mode != "full":
+        divergence = make_divergence(kind, TOP_K, mode)
     logits = draw(4, SLICE)
     logits[1][0, :5000] = -torch.inf
     logits[1][1, 1:] = -torch.inf
@@ -188,7 +187,7 @@ def test_infinite_where_one_excludes_a_token_of_the_other(kind, top_k):
         logits[excludes][row, column] = -torch.inf
         logits[1 - excludes][row, column] = 20.0  # among the k, if there are any
     logits[1 - excludes][2, :8192] -= 500.0  # with all of its split
-    divergence = Divergence(kind=kind, top_k=top_k, top_k_mode="raw")
+    divergence = make_divergence(kind, top_k, "raw")
     got, expected = by_kernels(logits, divergence)[0], by_reference(logits, divergence)[0]
     if kind == "reverse_kl" and top_k:  # the teacher's likeliest are not those that it excludes
         assert got.isfinite().all() and expected.isfinite().all()
@@ -225,7 +224,7 @@ def test_logits_that_are_thousands_apart():
         assert worst(got, expected) < 1e-4, divergence
 
 
-@pytest.mark.parametrize("kind", divergence_rules.DIVERGENCES)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 def test_tails_that_underflow_count_as_the_smallest_there_is(kind):
     """In both models, in one; over a split of their own; sums of what float32 has no digits for."""
     logits = draw(5, SLICE, scale=0.1)
@@ -237,7 +236,7 @@ def test_tails_that_underflow_count_as_the_smallest_there_is(kind):
     logits[1][2, :TOP_K] += 10.0
     logits[0][2, TOP_K:] -= 90.0
     logits[0][3, :4096] -= 150.0
-    divergence = Divergence(kind=kind, top_k=TOP_K)
+    divergence = make_divergence(kind, TOP_K)
     got, expected = by_kernels(logits, divergence), by_reference(logits, divergence)
     assert all(x.isfinite().all() for x in got) and close(got, expected)
     if kind == "forward_kl":
@@ -286,7 +285,7 @@ def test_ties_go_to_the_lower_id():
 
 
 @pytest.mark.parametrize("k", [18, 19, 256])
-@pytest.mark.parametrize("mode", divergence_rules.TOP_K_MODES)
+@pytest.mark.parametrize("mode", TOP_K_MODES)
 def test_top_k_of_everything_is_the_whole(k, mode):
     logits = draw(2, 19)
     shard = shard_of(19, mask_column=3)
@@ -368,8 +367,17 @@ def test_no_rows(on_cpu):
     assert loss.item() == 0 and len(values) == 0 and (weight.grad == 0).all()
 
 
-class Toy(Divergence):
+def test_every_kernel_that_a_kind_names_is_there():
+    named = {kind.kernel for kind in DIVERGENCES.values()} - {None}
+    assert named == set(passes.KINDS) and None not in passes.KINDS
+    for kind in DIVERGENCES.values():
+        assert kind().for_kernel()[0] == kind.kernel
+
+
+class Toy(Kind):
     """Half the square of the difference: q g = q (q - p)."""
+
+    summary = "half the square of the difference"
 
     def terms(self, log_p, log_q, q):
         p = log_p.exp()
@@ -378,8 +386,8 @@ class Toy(Divergence):
 
 def test_a_kind_without_a_kernel_runs_the_reference(on_cpu, monkeypatch, caplog):
     """Not another kind's kernel."""
-    monkeypatch.setattr(divergence_rules, "DIVERGENCES", (*divergence_rules.DIVERGENCES, "toy"))
-    inputs, toy = make_inputs(), Toy(kind="toy")
+    monkeypatch.setitem(DIVERGENCES, "toy", Toy)
+    inputs, toy = make_inputs(), Divergence(kind=Toy())
     with caplog.at_level(logging.INFO):
         got = whole_loss(inputs, toy)
         whole_loss(inputs, toy)
@@ -391,7 +399,7 @@ def test_a_kind_without_a_kernel_runs_the_reference(on_cpu, monkeypatch, caplog)
     torch.testing.assert_close(got[0], square)
     monkeypatch.setattr(divergence_choice, "KERNEL_DEVICE", "cuda")
     assert all(map(torch.equal, got, whole_loss(inputs, toy)))
-    with pytest.raises(KeyError, match="toy"):  # control: the kernels have none of that kind
+    with pytest.raises(AssertionError, match="toy"):  # control: the kernels have none of that kind
         by_kernels(draw(1, 19), toy)
 
 
@@ -452,7 +460,7 @@ def bytes_per_logit(divergence, columns):
 
 @pytest.mark.parametrize(
     ("divergence", "most"),
-    [(d, 26.1 if d.kind == "jsd" and not d.top_k else 18.5) for d in every_divergence(16)]
+    [(d, 26.1 if d.kind.kernel == "jsd" and not d.top_k else 18.5) for d in every_divergence(16)]
     + [(Divergence(top_k=256), 23.0)],
     ids=str,
 )

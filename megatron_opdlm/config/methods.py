@@ -1,0 +1,135 @@
+"""The methods: who writes the responses, at which noisy states they are seen, and what the student
+learns from them.
+
+A new method that recombines what there is needs a record in METHODS and nothing else.
+Configuration, `--help`, docs and training ask the record and never compare a method's name. The
+standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_opdlm.checks import require
+from megatron_opdlm.diffusion.state_selection import STATE_SELECTIONS
+
+WRITERS = {
+    "student": "the student's, on its weights of now",
+    "teacher": "the teacher's",
+    "data": "the data's",
+}
+"""Who may write the responses; `responses/sources.py` has a source for each."""
+STATES = {
+    "trajectory": "of their own denoising trajectories",
+    "random": "random masks",
+}
+"""Kinds of noisy states; `diffusion/state_selection.py` has the selections of each."""
+TARGETS = {
+    "teacher": "the teacher's distribution",
+    "tokens": "the response's tokens",
+}
+"""What the student may learn from; `train/targets.py` has a class for each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to train. What it names is checked when the record is made."""
+
+    summary: str
+    """What it is, for people."""
+    writers: tuple[str, ...]
+    """Who writes the responses: one of WRITERS, or several, among which `sft_responses` chooses."""
+    states: str
+    """At which noisy states responses are seen: one of STATES."""
+    target: str
+    """What the student learns from: one of TARGETS."""
+
+    def __post_init__(self) -> None:
+        for name, values, known in (
+            ("writers", self.writers, tuple(WRITERS)),
+            ("states", (self.states,), tuple(STATES)),
+            ("target", (self.target,), tuple(TARGETS)),
+        ):
+            rule = f"must be among {', '.join(known)}"
+            for value in values:
+                require(value in known, name, value, rule, "use one of them, or write it first")
+            require(bool(values), name, "()", "must not be empty", f"use one of {', '.join(known)}")
+        is_there = self.states != "trajectory" or self.writers == ("student",)
+        rule = "are those of a denoising trajectory, which only responses of the student have"
+        require(is_there, "states", self.states, rule, "use random, or writers=student")
+
+    @property
+    def selections(self) -> tuple[str, ...]:
+        """State selections that it may have."""
+        reads_trajectory = self.states == "trajectory"
+        return tuple(
+            name
+            for name, selection in STATE_SELECTIONS.items()
+            if selection.reads_trajectory == reads_trajectory
+        )
+
+    @property
+    def has_choice_of_writer(self) -> bool:
+        """Whether `sft_responses` says who writes the responses."""
+        return len(self.writers) > 1
+
+    def implied(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the configuration values that it brings.
+
+        Args:
+            given: the values without it: those of the preset.
+        """
+        if given["state_selection"] in self.selections:
+            return {}
+        return {"state_selection": self.selections[0]}
+
+
+METHODS = {
+    "opdlm": Method(
+        summary="the student's rollouts at states of their own trajectories",
+        writers=("student",),
+        states="trajectory",
+        target="teacher",
+    ),
+    "opdlm_off": Method(
+        summary="its rollouts under random masks",
+        writers=("student",),
+        states="random",
+        target="teacher",
+    ),
+    "off_policy": Method(
+        summary="the teacher's responses under random masks",
+        writers=("teacher",),
+        states="random",
+        target="teacher",
+    ),
+    "sft": Method(
+        summary="cross-entropy on responses under random masks (the NELBO of block diffusion)",
+        writers=("teacher", "data"),
+        states="random",
+        target="tokens",
+    ),
+}
+"""Every method by the name that a user gives."""
+
+
+def join(names: Iterable[str], last: str = "and") -> str:
+    """Returns "a, b and c"."""
+    *first, end = names
+    return f"{', '.join(first)} {last} {end}" if first else end
+
+
+def methods_as_markdown() -> str:
+    """Renders the table of docs/methods.md."""
+    lines = [
+        "| `method` | responses | noisy states (`state_selection`) | target |",
+        "|---|---|---|---|",
+    ]
+    for name, method in METHODS.items():
+        writers = join((WRITERS[writer] for writer in method.writers), "or")
+        states = join((f"`{name}`" for name in method.selections), "or")
+        states = f"{STATES[method.states]}: {states}"
+        lines.append(f"| `{name}` | {writers} | {states} | {TARGETS[method.target]} |")
+    return "\n".join(lines) + "\n"
