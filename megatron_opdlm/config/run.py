@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_opdlm.checks import require
+from megatron_opdlm.config.decoding import DecodingModel
 from megatron_opdlm.config.learning import DistillConfig, OptimizerConfig, TrainConfig
 from megatron_opdlm.config.methods import METHODS
 from megatron_opdlm.config.schema import (
@@ -166,20 +167,42 @@ class Config:
         require(is_16_bit or not (cuda and graphs), "cuda_graphs", graphs, rule, fix)
         return dataclasses.replace(self, model=model, optimizer=optimizer)
 
-    def _check_graphs(self) -> None:
-        """Passes of the student, which decodes for evaluation at least, that cannot be captured on
-        any machine.
+    @property
+    def decoders(self) -> tuple[DecodingModel, ...]:
+        """The models that decode: always the student, and the teacher where it writes."""
+        parallel, model = self.parallel, self.model
+        student = DecodingModel(
+            role="student",
+            layout=parallel.rollout_layout,
+            sequence_parallel=parallel.sequence_parallel and not parallel.has_rollout_layout,
+            fp8=model.fp8,
+        )
+        if not self.distill.teacher_writes:
+            return (student,)
+        teacher = DecodingModel(
+            role="teacher",
+            layout=parallel.teacher_layout,
+            sequence_parallel=parallel.sequence_parallel and parallel.teacher_layout[0] > 1,
+            fp8=model.fp8 if model.teacher_fp8 == "auto" else model.teacher_fp8,
+        )
+        return student, teacher
+
+    @property
+    def writer(self) -> DecodingModel:
+        """The model that decodes the responses; the student, for evaluation, where the data give
+        them.
         """
+        return self.decoders[-1]
+
+    def _check_graphs(self) -> None:
+        """Passes that cannot be captured on any machine."""
         if not self.rollout.cuda_graphs:
             return
-        fix = "set cuda_graphs=null, which captures passes where they can be"
-        parallel = self.parallel
-        shares = parallel.sequence_parallel and not parallel.has_rollout_layout
-        for holds, name in (
-            (self.model.fp8 == "none", f"fp8={self.model.fp8}"),
-            (not shares, "sequence_parallel=true, unless rollouts have a layout of their own"),
-        ):
-            require(holds, "cuda_graphs", True, f"does not go with {name}", fix)
+        for decoder in self.decoders:
+            obstacle = decoder.graph_obstacle
+            rule = f"does not go with {obstacle}"
+            fix = "set cuda_graphs=null, which captures passes where they can be"
+            require(obstacle is None, "cuda_graphs", True, rule, fix)
 
     def to_flat_dict(self) -> dict[str, Any]:
         """Returns every key and its value; nested keys have a dot."""

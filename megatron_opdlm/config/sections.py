@@ -111,6 +111,17 @@ class ParallelConfig(Section):
     """Minutes before a collective that one rank never joins is an error."""
 
     @property
+    def layout(self) -> tuple[int, int]:
+        """Tensor- and pipeline-parallel size of training."""
+        return self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+
+    @property
+    def rollout_layout(self) -> tuple[int, int]:
+        """Tensor- and pipeline-parallel size of rollouts."""
+        size = self.rollout_tensor_model_parallel_size
+        return self.layout if size is None else (size, 1)
+
+    @property
     def teacher_layout(self) -> tuple[int, int]:
         """Tensor- and pipeline-parallel size of the teacher."""
         tp_size = self.teacher_tensor_model_parallel_size
@@ -123,15 +134,12 @@ class ParallelConfig(Section):
     @property
     def has_rollout_layout(self) -> bool:
         """Whether rollouts have weights of their own, cut in another way than training's."""
-        ours = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
-        size = self.rollout_tensor_model_parallel_size
-        return size is not None and (size, 1) != ours
+        return self.rollout_layout != self.layout
 
     @property
     def has_teacher_layout(self) -> bool:
         """Whether the teacher is cut in another way than the student."""
-        ours = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
-        return self.teacher_layout != ours
+        return self.teacher_layout != self.layout
 
     def _check(self) -> None:
         self._at_least(1, "tensor_model_parallel_size", "pipeline_model_parallel_size")

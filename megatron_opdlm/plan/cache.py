@@ -13,32 +13,6 @@ from megatron_opdlm.rollout.cache_size import CPU_LIMIT_BYTES, CacheSize, cache_
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
-def student_layout(config: Config) -> tuple[int, int]:
-    """Tensor and pipeline parallel size of training."""
-    parallel = config.parallel
-    return parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-
-
-def rollout_layout(config: Config) -> tuple[int, int]:
-    """Tensor and pipeline parallel size of rollouts."""
-    parallel = config.parallel
-    if parallel.rollout_tensor_model_parallel_size is not None:
-        return parallel.rollout_tensor_model_parallel_size, 1
-    return student_layout(config)
-
-
-def decoder(config: Config, student: HFConfig, teacher: HFConfig) -> HFConfig:
-    """The model that writes the responses; the student, for evaluation, where the data do."""
-    return teacher if config.distill.teacher_writes else student
-
-
-def decoding_layout(config: Config) -> tuple[int, int]:
-    """Tensor and pipeline parallel size of that model: a teacher decodes where it is."""
-    if config.distill.teacher_writes:
-        return config.parallel.teacher_layout
-    return rollout_layout(config)
-
-
 def plan_cache(config: Config, hf: HFConfig, num_replicas: int, cuda: bool) -> CacheSize:
     """Returns the cache that rollouts allocate for the longest prompts and responses.
 
@@ -47,7 +21,7 @@ def plan_cache(config: Config, hf: HFConfig, num_replicas: int, cuda: bool) -> C
     Raises:
         ValueError: kv_cache_gb holds not even one sequence.
     """
-    rollout, (tp_size, pp_size) = config.rollout, decoding_layout(config)
+    rollout, (tp_size, pp_size) = config.rollout, config.writer.layout
     length, limit_gb = longest(config), rollout.kv_cache_gb
     has_spare: bool | None = expects_graphs(config, cuda)
     limit = None
@@ -82,22 +56,15 @@ def expects_graphs(config: Config, cuda: bool) -> bool:
     """Whether passes will be captured, as far as a configuration can tell: where nothing is said,
     a GPU is taken to have a decoding kernel.
     """
-    wanted, parallel = config.rollout.cuda_graphs, config.parallel
-    if wanted is not None:
-        return wanted
-    shares, fp8 = parallel.sequence_parallel, config.model.fp8
-    if config.distill.teacher_writes:
-        fp8 = fp8 if config.model.teacher_fp8 == "auto" else config.model.teacher_fp8
-        shares = shares and parallel.teacher_layout[0] > 1
-    elif parallel.has_rollout_layout:
-        shares = False
+    if config.rollout.cuda_graphs is not None:
+        return config.rollout.cuda_graphs
     is_16_bit = DTYPE_BYTES[config.model.params_dtype] == 2
-    return cuda and is_16_bit and fp8 == "none" and not shares
+    return cuda and is_16_bit and config.writer.graph_obstacle is None
 
 
 def num_replicas(config: Config, world_size: int) -> int:
     """Copies of the model that decode, each on its share of the ranks."""
-    tp_size, pp_size = decoding_layout(config)
+    tp_size, pp_size = config.writer.layout
     return world_size // (tp_size * pp_size)
 
 

@@ -17,12 +17,9 @@ from megatron_opdlm.model.hf_config import HFConfig
 from megatron_opdlm.model.parameter_count import count_parameters, vocab_rows
 from megatron_opdlm.plan.cache import (
     DTYPE_BYTES,
-    decoder,
     longest,
     num_replicas,
     plan_cache,
-    rollout_layout,
-    student_layout,
 )
 from megatron_opdlm.rollout.cache_size import CacheSize
 
@@ -84,14 +81,14 @@ def rank_table(
         ValueError: the models do not fit the configuration, or the ranks do not.
     """
     check_models(config, student=student, teacher=teacher, cuda=cuda)
-    tp_size, pp_size = student_layout(config)
+    tp_size, pp_size = config.parallel.layout
     if world_size < 1 or world_size % (tp_size * pp_size):
         raise ValueError(
             f"number of GPUs {world_size} must be a multiple of tensor_model_parallel_size x "
             f"pipeline_model_parallel_size = {tp_size} x {pp_size}; use a multiple of "
             f"{tp_size * pp_size}"
         )
-    rollout_size, _ = rollout_layout(config)
+    rollout_size, _ = config.parallel.rollout_layout
     if world_size % rollout_size:
         raise ValueError(
             f"rollout_tensor_model_parallel_size={rollout_size} must divide the number of GPUs, "
@@ -99,7 +96,7 @@ def rank_table(
         )
     if config.distill.has_teacher:
         _grid(config.parallel.teacher_layout, world_size).check("teacher_")
-    writer = decoder(config, student, teacher)
+    writer = teacher if config.writer.role == "teacher" else student
     cache = plan_cache(config, writer, num_replicas(config, world_size), cuda)
     return [
         _plan_rank(config, student, teacher, world_size, rank, cache) for rank in range(world_size)
@@ -130,14 +127,15 @@ def check_models(
     tp_size, pp_size = config.parallel.teacher_layout
     prefix = "teacher_" if config.parallel.has_teacher_layout else ""
     check_parallel_fit(teacher, tp_size=tp_size, pp_size=pp_size, prefix=prefix)
-    tp_size, pp_size = student_layout(config)
+    tp_size, pp_size = config.parallel.layout
     check_parallel_fit(student, tp_size=tp_size, pp_size=pp_size)
     _check_fp8(config, student, teacher)
     for hf in (student, teacher):
         _check_lengths(config, hf)
     if (size := config.parallel.rollout_tensor_model_parallel_size) is not None:
         check_parallel_fit(student, tp_size=size, pp_size=1, prefix="rollout_")
-    plan_cache(config, decoder(config, student, teacher), 1, cuda)
+    writer = teacher if config.writer.role == "teacher" else student
+    plan_cache(config, writer, 1, cuda)
 
 
 def format_table(plans: list[RankPlan]) -> str:
@@ -202,7 +200,7 @@ def _plan_rank(
     rank: int,
     cache: CacheSize,
 ) -> RankPlan:
-    grid = _grid(student_layout(config), world_size)
+    grid = _grid(config.parallel.layout, world_size)
     tp_rank, dp_rank, pp_rank = grid.place(rank)
     tp_size, pp_size, dp_size = grid.tp_size, grid.pp_size, grid.dp_size
     parallel, divisor = config.parallel, config.parallel.make_vocab_size_divisible_by
@@ -210,7 +208,7 @@ def _plan_rank(
         student, divisor=divisor, tp_size=tp_size, pp_size=pp_size, pp_rank=pp_rank
     )
     head, body = _teacher_parameters(config, student, teacher, grid, rank)
-    rollout_tp_size, rollout_pp_size = rollout_layout(config)
+    rollout_tp_size, rollout_pp_size = config.parallel.rollout_layout
     copied = 0
     if (rollout_tp_size, rollout_pp_size) != (tp_size, pp_size):
         rows = divisor * tp_size // rollout_tp_size  # as many as in training

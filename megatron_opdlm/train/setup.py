@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from megatron_opdlm.config.run import Config, ModelConfig
 from megatron_opdlm.convert.model_source import ModelSource
-from megatron_opdlm.distill.load_teacher import teacher_options
-from megatron_opdlm.distill.student import Student
+from megatron_opdlm.distill.student import DTYPES, Student
 from megatron_opdlm.distill.teacher import Teacher
 from megatron_opdlm.model.fingerprint import Fingerprint, fingerprint
-from megatron_opdlm.model.gpt import BuildOptions
 from megatron_opdlm.responses.source import ResponseSource, RolloutSchedule
 from megatron_opdlm.rollout.graph_support import require_graphs
 from megatron_opdlm.train.identity import RunIdentity, digest_tokens
 
 
-def check_graphs(config: Config, options: BuildOptions) -> None:
+def check_graphs(config: Config, *, student: ModelSource, teacher: ModelSource) -> None:
     """Refuses CUDA graphs where rollouts cannot have them, before models are loaded.
 
     Args:
         config: resolved.
-        options: how the student is built.
+        student: where the student comes from.
+        teacher: where the teacher comes from.
+
+    Raises:
+        ValueError: naming the rule and the fix.
     """
     if not config.rollout.cuda_graphs:
         return
-    shares = options.sequence_parallel and not config.parallel.has_rollout_layout
-    # The student decodes for evaluation at least.
-    decoders = [(config.model.student, dataclasses.replace(options, sequence_parallel=shares))]
-    if config.distill.teacher_writes:
-        teacher = config.model.teacher or config.model.student
-        tp_size, _ = config.parallel.teacher_layout
-        decoders.append((teacher, teacher_options(config.model, options, tp_size)))
-    for model, built in decoders:
+    for decoder in config.decoders:
+        source = teacher if decoder.role == "teacher" else student
         require_graphs(
-            built.params_dtype,
-            ModelSource.open(model).stored_config.kv_channels,
-            sequence_parallel=built.sequence_parallel,
-            fp8=built.fp8,
+            DTYPES[config.model.params_dtype],
+            source.stored_config.kv_channels,
+            sequence_parallel=decoder.sequence_parallel,
+            fp8=None if decoder.fp8 == "none" else decoder.fp8,
         )
 
 

@@ -15,6 +15,7 @@ from megatron_opdlm.plan.ranks import check_models
 from megatron_opdlm.responses.prompts import PromptSampler, load_prompts
 from megatron_opdlm.responses.rendering import check_rendering
 from megatron_opdlm.train.run_folder import RunFolder
+from megatron_opdlm.train.setup import check_graphs
 from megatron_opdlm.train.trainer import Trainer
 
 
@@ -55,6 +56,7 @@ def check(config: Config) -> Config:
         teacher=teacher.config,
         cuda=torch.cuda.is_available(),
     )
+    check_graphs(resolved, student=student, teacher=teacher)
     student.response_ends.require(student.path)
     if (task := load_questions(resolved)) is not None:
         prompts += task.questions

@@ -43,7 +43,7 @@ from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.train.checkpoints import CheckpointFolder
 from megatron_opdlm.train.optimizer import StudentOptimizer
 from megatron_opdlm.train.run_folder import RunFolder
-from megatron_opdlm.train.setup import check_graphs, check_teacher, identify, student_weights
+from megatron_opdlm.train.setup import check_teacher, identify, student_weights
 from megatron_opdlm.train.targets import TARGET_SOURCES
 
 logger = logging.getLogger(__name__)
@@ -330,7 +330,6 @@ class Trainer:
     def _load_models(self, cache: ImportCache) -> None:
         config = self.config.model
         options = build_options(config, self.config.parallel)
-        check_graphs(self.config, options)
         self.training_multiple = training_stream_multiple(options, self.parallel.tp_size)
         self.student = load_student(
             config.student, cache, options, self.parallel, config.mask_token

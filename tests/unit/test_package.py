@@ -59,6 +59,22 @@ def test_constraints_pin_what_the_project_needs_exactly(project):
         assert name.lower().replace("_", "-") in names, requirement
 
 
+def oversized(path, longest_file=400, longest_function=60):
+    """What of a file is longer than this project's files and functions are."""
+    text = path.read_text()
+    found = [path.name] if len(text.splitlines()) > longest_file else []
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, functions)]
+    return found + [n.name for n in nodes if n.end_lineno - n.lineno + 1 > longest_function]
+
+
+def test_files_and_functions_are_short():
+    assert [names for path in MODULES if (names := oversized(path))] == []
+    trainer = PACKAGE / "train" / "trainer.py"
+    assert oversized(trainer, longest_file=100) == ["trainer.py"]  # control
+    assert "__init__" in oversized(trainer, longest_function=40)  # control
+
+
 @pytest.mark.parametrize("path", MODULES, ids=NAMES)
 def test_house_rules(path):
     name = str(path.relative_to(PACKAGE))

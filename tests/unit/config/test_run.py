@@ -369,6 +369,11 @@ def test_choices_are_those_of_the_code_that_reads_them():
         (["fp8=hybrid"], "fp8=hybrid"),
         (["sequence_parallel=true"], "sequence_parallel=true, unless rollouts have a layout of"),
         (["sequence_parallel=true", "rollout_tensor_model_parallel_size=2"], "sequence_parallel"),
+        (["method=sft", "teacher_fp8=hybrid"], "teacher_fp8=hybrid"),
+        (
+            ["method=sft", "sequence_parallel=true", "rollout_tensor_model_parallel_size=1"],
+            "sequence_parallel=true, unless the teacher has one tensor-parallel rank",
+        ),
     ],
     ids=str,
 )
@@ -380,6 +385,7 @@ def test_graphs_that_no_machine_can_capture(overrides, rule):
         load(allowed, *needed)
     load("cuda_graphs=true", *needed[:1], "rollout_tensor_model_parallel_size=1",
          "sequence_parallel=true")  # fmt: skip
+    load("cuda_graphs=true", "teacher_fp8=hybrid")  # such a teacher does not decode
 
 
 def test_graphs_in_float32_are_refused_where_there_is_a_gpu():

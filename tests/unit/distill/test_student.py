@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_opdlm.checkpoint.layout import TOKENIZER_DIR, read_description, resolve_iteration
+from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.distill.student import build_options, check_mask_token, load_tokenizer
 from megatron_opdlm.train import setup
 from megatron_opdlm.train.setup import check_graphs
@@ -75,6 +76,7 @@ def test_graphs_are_judged_by_the_models_that_decode(
     monkeypatch.setattr(
         setup, "require_graphs", lambda dtype, size, **rest: seen.append((size, rest))
     )
-    check_graphs(config, build_options(config.model, config.parallel))
+    sources = {role: ModelSource.open(models[role]) for role in ("student", "teacher")}
+    check_graphs(config, **sources)
     rest = {"sequence_parallel": False, "fp8": None}
     assert sorted(seen) == [(size, rest) for size in sizes] * wanted
