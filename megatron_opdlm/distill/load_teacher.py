@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from megatron_opdlm.checkpoint.layout import ModelDescription
 from megatron_opdlm.checkpoint.weights import freeze, load_head, load_model
 from megatron_opdlm.config.run import Config, ModelConfig
 from megatron_opdlm.convert.import_cache import ImportCache
@@ -51,40 +52,25 @@ def load_teacher(
     vocab_size = check_same_language(
         ModelSource.open(student.folder), ModelSource.open(folder), path
     )
-    own = parallel
-    if config.parallel.has_teacher_layout:
-        tp_size, pp_size = config.parallel.teacher_layout
-        own = second_layout(
-            parallel,
-            tensor_model_parallel_size=tp_size,
-            pipeline_model_parallel_size=pp_size,
-            prefix="teacher_",
-        )
+    own = _layout(config, parallel)
     options = teacher_options(config.model, options, own.tp_size)
     model, description = load_model(folder, options, own)
     freeze(model)
     weights = fingerprint(model, description.config)
     weights.require_finite("teacher", path)
     student.model.vocab_size_unpadded = model.vocab_size_unpadded = vocab_size
-    padded = {
-        padded_vocab_size(
-            described.config.vocab_size,
-            divisor=options.make_vocab_size_divisible_by,
-            tp_size=parallel.tp_size,
-        )
-        for described in (student.description, description)
-    }
+    is_cut_alike = own is parallel and _padded(student.description, options, parallel) == _padded(
+        description, options, parallel
+    )
     head = None
-    if own is not parallel or len(padded) > 1:  # it is cut in another way than the student's
+    if not is_cut_alike:
         columns = len(student.model.head_weight()) if parallel.is_last_stage else None
         head = load_head(folder, columns, options.params_dtype, parallel)
         if own.is_last_stage and not config.distill.teacher_writes:
             del model.output_layer  # the head is where the student's is
     elif parallel.is_last_stage:
         head = model.head_weight()
-    host = None
-    if config.model.teacher_offload:
-        host = HostWeights(model, keep=head, device=torch.cuda.current_device())
+    device, is_lent = torch.cuda.current_device(), config.model.teacher_offload
     return Teacher(
         path=path,
         model=model,
@@ -97,7 +83,29 @@ def load_teacher(
         stream_multiple=training_stream_multiple(options, own.tp_size),
         pass_multiple=stream_multiple(options, own.tp_size),
         token_budget=config.parallel.micro_batch_tokens,
-        host=host,
+        host=HostWeights(model, keep=head, device=device) if is_lent else None,
+    )
+
+
+def _layout(config: Config, parallel: ParallelState) -> ParallelState:
+    """The teacher's process groups: the student's, or a second layout of the same ranks."""
+    if not config.parallel.has_teacher_layout:
+        return parallel
+    tp_size, pp_size = config.parallel.teacher_layout
+    return second_layout(
+        parallel,
+        tensor_model_parallel_size=tp_size,
+        pipeline_model_parallel_size=pp_size,
+        prefix="teacher_",
+    )
+
+
+def _padded(description: ModelDescription, options: BuildOptions, parallel: ParallelState) -> int:
+    """Rows of the vocabulary with padding, in the student's layout."""
+    return padded_vocab_size(
+        description.config.vocab_size,
+        divisor=options.make_vocab_size_divisible_by,
+        tp_size=parallel.tp_size,
     )
 
 

@@ -9,11 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_opdlm.checkpoint.layout import (
-    TOKENIZER_DIR,
-    ModelDescription,
-    read_description,
-)
+from megatron_opdlm.checkpoint.layout import TOKENIZER_DIR, ModelDescription, read_description
 from megatron_opdlm.checkpoint.weights import load_model
 from megatron_opdlm.config.run import ModelConfig, ParallelConfig
 from megatron_opdlm.convert.import_cache import ImportCache

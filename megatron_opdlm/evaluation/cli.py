@@ -12,11 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_opdlm.checks import require, require_at_least
 from megatron_opdlm.evaluation.kinds import DEFAULT_KIND, KINDS, find_kind
-from megatron_opdlm.evaluation.settings import (
-    add_setting_arguments,
-    check_settings,
-    chosen_rules,
-)
+from megatron_opdlm.evaluation.settings import add_setting_arguments, check_settings, chosen_rules
 from megatron_opdlm.generate.arguments import (
     MAX_ROWS,
     Parsers,

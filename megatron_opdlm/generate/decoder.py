@@ -93,12 +93,7 @@ class Decoder:
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
         )
-        cuda = torch.cuda.is_available()
-        dtype = ("bfloat16" if cuda else "float32") if params_dtype == "auto" else params_dtype
-        options = BuildOptions(
-            layer_spec="transformer_engine" if has_transformer_engine() else "local",
-            params_dtype=DTYPES[dtype],
-        )
+        options = _build_options(params_dtype)
         if cuda_graphs:
             require_graphs(
                 options.params_dtype,
@@ -109,13 +104,9 @@ class Decoder:
         with _import_folder(import_cache, parallel) as folder:
             cache = ImportCache(folder=folder, mask_token=MASK_TOKEN)
             student = load_student(path, cache, options, parallel, mask_token=None)
+        hf = student.description.config
         layout = RolloutLayout(
-            student.model,
-            student.description.config,
-            options,
-            parallel,
-            tensor_model_parallel_size=None,
-            keep_memory=True,
+            student.model, hf, options, parallel, tensor_model_parallel_size=None, keep_memory=True
         )
         return cls(
             student=student,
@@ -198,6 +189,16 @@ class Decoder:
         if observer is not None:
             return engine.generate(requests, observer=observer)
         return collect(engine, requests, self.parallel, on_progress=on_progress)[0]
+
+
+def _build_options(params_dtype: str) -> BuildOptions:
+    """How a student is built that only decodes, on this machine."""
+    if params_dtype == "auto":
+        params_dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    return BuildOptions(
+        layer_spec="transformer_engine" if has_transformer_engine() else "local",
+        params_dtype=DTYPES[params_dtype],
+    )
 
 
 @contextlib.contextmanager

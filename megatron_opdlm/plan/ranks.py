@@ -15,12 +15,7 @@ from megatron_opdlm.model.fp8 import check_fp8_fit
 from megatron_opdlm.model.gpt import check_parallel_fit, padded_vocab_size
 from megatron_opdlm.model.hf_config import HFConfig
 from megatron_opdlm.model.parameter_count import count_parameters, vocab_rows
-from megatron_opdlm.plan.cache import (
-    DTYPE_BYTES,
-    longest,
-    num_replicas,
-    plan_cache,
-)
+from megatron_opdlm.plan.cache import DTYPE_BYTES, longest, num_replicas, plan_cache
 from megatron_opdlm.rollout.cache_size import CacheSize
 
 _GIB = 2**30

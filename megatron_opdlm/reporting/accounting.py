@@ -195,6 +195,17 @@ class FlopsReport:
     recompute_granularity: str
     """none, selective (attention runs once more in the backward pass) or full (the body too)."""
 
+    @classmethod
+    def of(
+        cls, student: HFConfig, teacher: HFConfig | None, recompute_granularity: str
+    ) -> FlopsReport:
+        """Makes the report of a run from its models' hyperparameters; a run may have no teacher."""
+        return cls(
+            student=model_flops_per_token(student),
+            teacher=NO_MODEL if teacher is None else model_flops_per_token(teacher),
+            recompute_granularity=recompute_granularity,
+        )
+
     def paper(self, work: WorkCounters) -> int:
         """Eq. 7: 2 N_teacher T + 6 N_student T."""
         per_token = 2 * self.teacher.num_parameters + 6 * self.student.num_parameters

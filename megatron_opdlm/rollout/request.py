@@ -12,12 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_opdlm.config.annotations import ParametersOf
-from megatron_opdlm.diffusion.remasking import (
-    RULES,
-    LowConfidenceStatic,
-    RemaskingRule,
-    rule_name,
-)
+from megatron_opdlm.diffusion.remasking import RULES, LowConfidenceStatic, RemaskingRule, rule_name
 from megatron_opdlm.rollout.sampler import Sampling
 
 MAX_DENOISING_STEPS = 256  # the random key of a draw has eight bits for the step

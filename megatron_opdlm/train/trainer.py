@@ -29,12 +29,7 @@ from megatron_opdlm.distributed.process_groups import ParallelState, from_main
 from megatron_opdlm.evaluation.online import OnlineEvaluation
 from megatron_opdlm.loss.fused import Target
 from megatron_opdlm.model.gpt import training_stream_multiple
-from megatron_opdlm.reporting.accounting import (
-    NO_MODEL,
-    FlopsReport,
-    WorkCounters,
-    model_flops_per_token,
-)
+from megatron_opdlm.reporting.accounting import FlopsReport, WorkCounters
 from megatron_opdlm.reporting.logger import MaskedFractionHistogram, MetricsLogger, PhaseTimer
 from megatron_opdlm.reporting.progress import progress_bar, report_progress
 from megatron_opdlm.responses.source import response_metrics
@@ -121,15 +116,7 @@ class Trainer:
         )
         self.rollout_step = 0
         self.work = WorkCounters()
-        weights = student_weights(self.student, config.model.student)
-        identity = identify(weights, self.teacher, self.schedule, self.source)
-        from_main(
-            lambda: self.folder.check_identity(identity, config), is_main=self.parallel.is_main
-        )
-        if self._resume():
-            weights = student_weights(self.student, config.model.student)
-        self._first_figures = check_teacher(self.teacher, weights, self.schedule, config.model)
-        from_main(lambda: self.folder.claim(config, identity), is_main=self.parallel.is_main)
+        self._first_figures = self._settle()
 
     def train(self) -> None:
         """Runs the job to its last rollout."""
@@ -335,10 +322,8 @@ class Trainer:
             config.student, cache, options, self.parallel, config.mask_token
         )
         self.teacher: Teacher | None = None
-        teacher_flops = NO_MODEL
         if self.config.distill.has_teacher:
             self.teacher = load_teacher(self.config, cache, options, self.parallel, self.student)
-            teacher_flops = model_flops_per_token(self.teacher.description.config)
         self.layout = RolloutLayout(
             self.student.model,
             self.student.description.config,
@@ -347,11 +332,27 @@ class Trainer:
             tensor_model_parallel_size=self.config.parallel.rollout_tensor_model_parallel_size,
             keep_memory=self.config.rollout.keep_kv_cache,
         )
-        self.flops = FlopsReport(
-            student=model_flops_per_token(self.student.description.config),
-            teacher=teacher_flops,
-            recompute_granularity=config.recompute_granularity,
+        self.flops = FlopsReport.of(
+            self.student.description.config,
+            None if self.teacher is None else self.teacher.description.config,
+            config.recompute_granularity,
         )
+
+    def _settle(self) -> dict[str, float]:
+        """Makes sure that the folder is this run's, goes on where it stopped, and claims it.
+
+        Returns:
+            What is known of the teacher before the first rollout, as metrics.
+        """
+        config, is_main = self.config, self.parallel.is_main
+        weights = student_weights(self.student, config.model.student)
+        identity = identify(weights, self.teacher, self.schedule, self.source)
+        from_main(lambda: self.folder.check_identity(identity, config), is_main=is_main)
+        if self._resume():
+            weights = student_weights(self.student, config.model.student)
+        figures = check_teacher(self.teacher, weights, self.schedule, config.model)
+        from_main(lambda: self.folder.claim(config, identity), is_main=is_main)
+        return figures
 
     def _resume(self) -> bool:
         """Goes on from the newest checkpoint; returns whether there is one."""

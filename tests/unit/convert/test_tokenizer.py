@@ -7,11 +7,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from megatron_opdlm.convert.chat_template import set_chat_template
-from megatron_opdlm.convert.tokenizer import (
-    MASK_TOKEN,
-    add_mask_token,
-    tokenizer_fingerprint,
-)
+from megatron_opdlm.convert.tokenizer import MASK_TOKEN, add_mask_token, tokenizer_fingerprint
 from megatron_opdlm.convert.tokenizer_files import TokenizerFiles
 from megatron_opdlm.files.errors import ConversionError
 from tests.unit.convert.models import EOS, MASK, PAD, edit_json, write_json, write_tokenizer

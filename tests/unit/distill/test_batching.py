@@ -11,13 +11,7 @@ from hypothesis import strategies as st
 from megatron_opdlm.diffusion.example import training_state
 from megatron_opdlm.diffusion.state_selection import NoisyStates
 from megatron_opdlm.diffusion.stream import pack
-from megatron_opdlm.distill.batching import (
-    balance,
-    fill,
-    group,
-    make_microbatches,
-    plan_runs,
-)
+from megatron_opdlm.distill.batching import balance, fill, group, make_microbatches, plan_runs
 from megatron_opdlm.loss.reduction import LOSS_REDUCTIONS, row_weights
 from megatron_opdlm.train.trainer import Trainer, has_loss
 from tests.unit.diffusion.test_trajectory import MASK, make_trajectory

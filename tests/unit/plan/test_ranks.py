@@ -9,12 +9,7 @@ from megatron_opdlm.config.run import load_config
 from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.plan.cache import plan_cache
-from megatron_opdlm.plan.ranks import (
-    check_models,
-    format_table,
-    format_totals,
-    rank_table,
-)
+from megatron_opdlm.plan.ranks import check_models, format_table, format_totals, rank_table
 from megatron_opdlm.rollout.cache_size import CUDA_PAGE
 
 CONFIGS = Path(__file__).parents[3] / "examples" / "configs"

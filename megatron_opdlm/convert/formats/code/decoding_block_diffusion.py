@@ -17,13 +17,23 @@ from .remasking_block_diffusion import RemaskingRule, choose_commits, make_rule
 
 
 def check_options(
-    attention_mask: Tensor | None, max_new_tokens: int, temperature: float, top_k: int, top_p: float
+    attention_mask: Tensor | None,
+    max_new_tokens: int,
+    block_size: int,
+    denoising_steps: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
 ) -> None:
-    """Refuse the other options of `generate` outside their range; NaN is outside of any."""
+    """Refuses options of `generate` outside their range; NaN is outside of any."""
     if attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError("attention_mask must be all ones: prompts must have one length")
     if not max_new_tokens >= 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if not 1 <= denoising_steps <= block_size:
+        raise ValueError(
+            f"denoising_steps={denoising_steps} must be between 1 and block_size={block_size}"
+        )
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature} must be 0 (greedy) or more, and finite")
     if not top_k >= 0:
@@ -122,11 +132,9 @@ class BlockDecoding:
         Raises:
             ValueError: an option outside its range.
         """
-        check_options(attention_mask, max_new_tokens, temperature, top_k, top_p)
         size = self.config.block_size if block_size is None else block_size
         steps = size if denoising_steps is None else denoising_steps
-        if not 1 <= steps <= size:
-            raise ValueError(f"denoising_steps={steps} must be between 1 and block_size={size}")
+        check_options(attention_mask, max_new_tokens, size, steps, temperature, top_k, top_p)
         rule = make_rule(remasking, **parameters)
         sampling = (temperature, top_k, top_p, generator)
         eos = self._eos_ids(eos_token_id, input_ids.device)
