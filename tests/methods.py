@@ -9,7 +9,7 @@ from typing import Any
 
 import megatron_opdlm.train.trainer as trainer_module
 from megatron_opdlm.config.run import Config
-from megatron_opdlm.diffusion.example import TrainingState
+from megatron_opdlm.diffusion.example import TrainingExample
 from megatron_opdlm.diffusion.noising import select_states
 from megatron_opdlm.diffusion.state_selection import NoisyStates
 from megatron_opdlm.train.trainer import Trainer
@@ -58,7 +58,7 @@ class Watched(Recorder):
 
             self.source._engine.stream = counting
 
-    def select_states(self, trajectories: Any) -> list[TrainingState]:
+    def select_states(self, trajectories: Any) -> list[TrainingExample]:
         def remember(trajectory: Any, **kwargs: Any) -> NoisyStates:
             self.states.append(select_states(trajectory, **kwargs))
             return self.states[-1]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_opdlm.diffusion.example import TrainingState, training_state
+from megatron_opdlm.diffusion.example import TrainingExample, make_example
 from megatron_opdlm.diffusion.state_selection import NoisyStates
 from megatron_opdlm.diffusion.stream import BLOCK, NOISY, POSITION, Document, pack
 from megatron_opdlm.diffusion.trajectory import Trajectory
@@ -19,7 +19,7 @@ from megatron_opdlm.rollout.request import Request
 from tests.rollouts import MASK, RecordingEngine, draw_key
 
 
-def masked_document(state: TrainingState) -> Document:
+def masked_document(state: TrainingExample) -> Document:
     """The student's document with every masked position as a row, loss or not."""
     shown = (state.student.tags[:, NOISY] == 1) & (state.student.token_ids == MASK)
     assert bool(shown[state.student.loss_rows].all())
@@ -69,7 +69,7 @@ def differences(
         documents, expected, remainders = [], list[Tensor](), list[int]()
         for request, trajectory in zip(requests, trajectories, strict=True):
             states = NoisyStates((trajectory.commit_grid >= step).unsqueeze(0))
-            state = training_state(trajectory, states, mask_token_id=MASK, include_eos=True)
+            state = make_example(trajectory, states, mask_token_id=MASK, include_eos=True)
             if not state.num_rows:
                 continue
             document = masked_document(state)

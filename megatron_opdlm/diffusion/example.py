@@ -16,7 +16,7 @@ from megatron_opdlm.diffusion.trajectory import Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingState:
+class TrainingExample:
     """A response seen at one or more noisy states.
 
     Attributes:
@@ -58,14 +58,14 @@ def teacher_row(position: Tensor) -> Tensor:
     return position - 1
 
 
-def training_state(
+def make_example(
     trajectory: Trajectory,
     states: NoisyStates,
     *,
     mask_token_id: int,
     include_eos: bool,
     nelbo: bool = False,
-) -> TrainingState:
+) -> TrainingExample:
     """Lays out one response at its noisy states.
 
     Loss positions are masked in the state, part of the response, and at or before the end of
@@ -99,7 +99,7 @@ def training_state(
         assert states.time is not None, "the NELBO is about random masks"
         row_scale = 1 / (len(masked) * states.time[row_state, row_block])
         denominator = last_loss - num_prompt_tokens
-    return TrainingState(
+    return TrainingExample(
         trajectory=trajectory,
         student=_student_document(trajectory, masked, has_loss, mask_token_id),
         teacher=_teacher_document(trajectory, teacher_row(loss_positions)),

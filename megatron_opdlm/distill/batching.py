@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm.diffusion import randomness
-from megatron_opdlm.diffusion.example import TrainingState
+from megatron_opdlm.diffusion.example import TrainingExample
 from megatron_opdlm.diffusion.stream import PackedStream, pack
 from megatron_opdlm.loss.reduction import row_weights
 
-Runs = Sequence[Sequence[Sequence[int]]]
+Packing = Sequence[Sequence[Sequence[int]]]
 """For every data-parallel rank, for every microbatch, the indices of its documents."""
 
 
@@ -82,26 +82,26 @@ def balance(lengths: Sequence[int], num_parts: int) -> list[list[int]]:
 
 
 def fill(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Packs items into as few runs of at most `budget` as first-fit decreasing finds.
+    """Packs items into as few microbatches of at most `budget` as first-fit decreasing finds.
 
-    An item longer than the budget gets a run of its own: it is never cut.
+    An item longer than the budget gets one of its own: it is never cut.
     """
-    runs: list[list[int]] = []
+    packed: list[list[int]] = []
     loads: list[int] = []
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        run = next((r for r in range(len(runs)) if loads[r] + lengths[item] <= budget), None)
-        if run is None:
-            runs.append([])
+        place = next((r for r in range(len(packed)) if loads[r] + lengths[item] <= budget), None)
+        if place is None:
+            packed.append([])
             loads.append(0)
-            run = len(runs) - 1
-        runs[run].append(item)
-        loads[run] += lengths[item]
-    return runs
+            place = len(packed) - 1
+        packed[place].append(item)
+        loads[place] += lengths[item]
+    return packed
 
 
-def plan_runs(
+def plan_packing(
     lengths: Sequence[int], *, dp_size: int, token_budget: int, equal_counts: bool = False
-) -> Runs:
+) -> Packing:
     """Which documents go into which microbatch, on every data-parallel rank.
 
     Args:
@@ -119,15 +119,15 @@ def plan_runs(
     ranks = []
     for part in balance([lengths[index] for index in used], dp_size):
         mine = [used[item] for item in part]
-        runs = fill([lengths[index] for index in mine], token_budget) or [[]]
-        ranks.append([[mine[item] for item in run] for run in runs])
+        packed = fill([lengths[index] for index in mine], token_budget) or [[]]
+        ranks.append([[mine[item] for item in items] for items in packed])
     most = max(map(len, ranks)) if equal_counts else 0
-    return [runs + [[]] * (most - len(runs)) for runs in ranks]
+    return [packed + [[]] * (most - len(packed)) for packed in ranks]
 
 
 def make_microbatches(
-    states: Sequence[TrainingState],
-    runs: Runs,
+    examples: Sequence[TrainingExample],
+    packing: Packing,
     *,
     dp_rank: int,
     multiple: int,
@@ -136,8 +136,8 @@ def make_microbatches(
     """Builds the microbatches of one data-parallel rank for one optimizer step.
 
     Args:
-        states: all states of the optimizer step, the same list on every rank.
-        runs: from `plan_runs`, by the lengths of the student's documents.
+        examples: all states of the optimizer step, the same list on every rank.
+        packing: from `plan_packing`, by the lengths of the student's documents.
         dp_rank: this rank on the data-parallel axis.
         multiple: streams are padded to a multiple of this.
         loss_reduction: a name of LOSS_REDUCTIONS.
@@ -145,13 +145,15 @@ def make_microbatches(
     Returns:
         At least one microbatch; a rank without rows gets one of padding, whose loss is zero.
     """
-    weights = row_weights(states, loss_reduction)
+    weights = row_weights(examples, loss_reduction)
     no_floats, no_ids = torch.empty(0), torch.empty(0, dtype=torch.int64)
     return [
         Microbatch(
-            student=pack([states[i].student for i in run], multiple=multiple),
-            row_weight=torch.cat([no_floats, *(states[i].row_scale * weights[i] for i in run)]),
-            num_masked=torch.cat([no_ids, *(states[i].num_masked for i in run)]),
+            student=pack([examples[i].student for i in places], multiple=multiple),
+            row_weight=torch.cat(
+                [no_floats, *(examples[i].row_scale * weights[i] for i in places)]
+            ),
+            num_masked=torch.cat([no_ids, *(examples[i].num_masked for i in places)]),
         )
-        for run in runs[dp_rank]
+        for places in packing[dp_rank]
     ]

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opdlm.distill.batching import Runs
+from megatron_opdlm.distill.batching import Packing
 from megatron_opdlm.distributed.process_groups import RankGrid
 
 
@@ -28,14 +28,14 @@ class RowExchange:
         teacher: the teacher's layout; the last stage of a replica has the rows, on all its ranks.
         student: the student's; all ranks of the last stage want the rows of their replica.
         shares: documents that the replicas of the teacher read.
-        runs: documents that the replicas of the student train on.
+        packing: documents that the replicas of the student train on.
         num_rows: of every document.
     """
 
     teacher: RankGrid
     student: RankGrid
-    shares: Runs
-    runs: Runs
+    shares: Packing
+    packing: Packing
     num_rows: Sequence[int]
 
     def documents(self, source: int, target: int) -> list[int]:
@@ -47,7 +47,7 @@ class RowExchange:
         if from_tp != tp_rank % self.teacher.tp_size:  # the ranks of a replica share the sending
             return []
         known = set(_flat(self.shares[from_dp]))
-        return [index for index in _flat(self.runs[dp_rank]) if index in known]
+        return [index for index in _flat(self.packing[dp_rank]) if index in known]
 
     def run(self, rows: Sequence[Tensor], empty: Tensor) -> list[Tensor]:
         """Exchanges the rows. Call on all ranks. Collectives: one all-to-all over the job.
@@ -79,7 +79,7 @@ class RowExchange:
         _, dp_rank, pp_rank = self.student.place(rank)
         if pp_rank != self.student.pp_size - 1:
             return []
-        return [torch.cat([empty, *(got[i] for i in run)]) for run in self.runs[dp_rank]]
+        return [torch.cat([empty, *(got[i] for i in places)]) for places in self.packing[dp_rank]]
 
     def _count(self, documents: Sequence[int]) -> int:
         return sum(self.num_rows[index] for index in documents)

@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_opdlm.checkpoint.layout import ModelDescription
 from megatron_opdlm.diffusion.example import teacher_row
 from megatron_opdlm.diffusion.stream import Document, make_tags, pack
-from megatron_opdlm.distill.batching import Runs, plan_runs
+from megatron_opdlm.distill.batching import Packing, plan_packing
 from megatron_opdlm.distill.host_weights import HostWeights
 from megatron_opdlm.distill.row_exchange import RowExchange
 from megatron_opdlm.distributed.process_groups import ParallelState
@@ -80,32 +80,32 @@ class Teacher:
         assert self.head is not None, "only the student's last stage has a head"
         return self.head
 
-    def shares(self, documents: Sequence[Document], runs: Runs) -> Runs:
+    def shares(self, documents: Sequence[Document], packing: Packing) -> Packing:
         """Which documents every replica of the teacher reads, in which passes.
 
         Args:
             documents: of an optimizer step.
-            runs: from `plan_runs`: which of them every replica of the student wants.
+            packing: from `plan_packing`: which of them every replica of the student wants.
         """
         if not self.is_second_layout:
-            return runs
+            return packing
         lengths = [len(document) for document in documents]
-        return plan_runs(lengths, dp_size=self.parallel.dp_size, token_budget=self.token_budget)
+        return plan_packing(lengths, dp_size=self.parallel.dp_size, token_budget=self.token_budget)
 
     @torch.no_grad()
-    def hidden_rows(self, documents: Sequence[Document], runs: Runs) -> list[Tensor]:
+    def hidden_rows(self, documents: Sequence[Document], packing: Packing) -> list[Tensor]:
         """Runs the teacher, causally, over the documents of an optimizer step. On all ranks.
 
         Args:
             documents: of the step, the same on every rank; rows are wanted at their loss rows.
-            runs: from `plan_runs`: which of them every replica of the student wants, in order.
+            packing: from `plan_packing`: which of them every student's replica wants, in order.
 
         Returns:
             On the student's last stage, for every microbatch of this rank the hidden states [T, D]
             whose logits are the targets; elsewhere nothing. Hidden states instead of logits: V / D
             times smaller. Collectives: the layers', and in a second layout one all-to-all.
         """
-        shares = self.shares(documents, runs)
+        shares = self.shares(documents, packing)
         rows = self._forward(documents, shares[self.parallel.dp_rank])
         if not self.is_second_layout:
             return rows
@@ -113,7 +113,7 @@ class Teacher:
             teacher=self.parallel.grid,
             student=self.student_parallel.grid,
             shares=shares,
-            runs=runs,
+            packing=packing,
             num_rows=[len(document.loss_rows) for document in documents],
         )
         config = self.model.config
@@ -131,11 +131,13 @@ class Teacher:
         return contextlib.nullcontext() if self.host is None else self.host.on_device()
 
     def _forward(
-        self, documents: Sequence[Document], runs: Sequence[Sequence[int]]
+        self, documents: Sequence[Document], packing: Sequence[Sequence[int]]
     ) -> list[Tensor]:
         device = torch.cuda.current_device()
         multiple = self.stream_multiple
-        streams = [pack([documents[i] for i in run], multiple=multiple).to(device) for run in runs]
+        streams = [
+            pack([documents[i] for i in places], multiple=multiple).to(device) for places in packing
+        ]
         with self.on_device():
             return forward_only(self.model, streams, self.parallel)
 
@@ -160,14 +162,14 @@ class Teacher:
             )
             for text in texts
         ]
-        runs = plan_runs(
+        packing = plan_packing(
             [len(text) for text in texts], dp_size=student.dp_size, token_budget=self.token_budget
         )
         device = torch.cuda.current_device()
         total = torch.zeros((), dtype=torch.float64, device=device)
-        hidden = self.hidden_rows(documents, runs)
-        for rows, run in zip(hidden, runs[student.dp_rank], strict=False):
-            ids = torch.cat([torch.empty(0, dtype=torch.int64), *(texts[i][1:] for i in run)])
+        hidden = self.hidden_rows(documents, packing)
+        for rows, places in zip(hidden, packing[student.dp_rank], strict=False):
+            ids = torch.cat([torch.empty(0, dtype=torch.int64), *(texts[i][1:] for i in places)])
             _, losses = fused_divergence(
                 rows,
                 self.head_weight(),

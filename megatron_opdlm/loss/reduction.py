@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from megatron_opdlm.diffusion.example import TrainingState
+    from megatron_opdlm.diffusion.example import TrainingExample
 
 
 class StepTotals(NamedTuple):
@@ -30,28 +30,28 @@ class LossReduction:
 
     summary: str
     """What the loss is, for help texts and tables."""
-    weight: Callable[[TrainingState, StepTotals], float]
+    weight: Callable[[TrainingExample, StepTotals], float]
     """(a response that has loss rows, its optimizer step) -> the weight of each of its rows."""
 
 
 LOSS_REDUCTIONS: dict[str, LossReduction] = {
     "sequence_mean": LossReduction(  # the released code
         summary="mean over responses of each one's mean",
-        weight=lambda state, step: 1.0 / (step.counted * state.denominator),
+        weight=lambda example, step: 1.0 / (step.counted * example.denominator),
     ),
     "token_mean": LossReduction(
-        summary="mean over all loss tokens", weight=lambda state, step: 1.0 / step.denominator
+        summary="mean over all loss tokens", weight=lambda example, step: 1.0 / step.denominator
     ),
     "token_sum": LossReduction(  # the paper's Eq. 5 with w(t) = 1
         summary="sum over a response's loss tokens, averaged over its noisy states and over all "
         "responses",
-        weight=lambda state, step: 1.0 / (step.responses * state.num_states),
+        weight=lambda example, step: 1.0 / (step.responses * example.num_states),
     ),
 }
 """All reductions, by the name that users choose them by."""
 
 
-def row_weights(states: Sequence[TrainingState], loss_reduction: str) -> list[float]:
+def row_weights(examples: Sequence[TrainingExample], loss_reduction: str) -> list[float]:
     """Returns the weight of the loss rows of each response.
 
     The denominators are those of the whole optimizer step, over all data-parallel ranks, so
@@ -59,7 +59,7 @@ def row_weights(states: Sequence[TrainingState], loss_reduction: str) -> list[fl
     zero.
 
     Args:
-        states: all responses of the optimizer step, of every data-parallel rank.
+        examples: all responses of the optimizer step, of every data-parallel rank.
         loss_reduction: a name of LOSS_REDUCTIONS.
 
     Returns:
@@ -74,8 +74,8 @@ def row_weights(states: Sequence[TrainingState], loss_reduction: str) -> list[fl
         )
     weight = LOSS_REDUCTIONS[loss_reduction].weight
     step = StepTotals(
-        responses=len(states),
-        counted=sum(state.denominator > 0 for state in states),
-        denominator=sum(state.denominator for state in states),
+        responses=len(examples),
+        counted=sum(example.denominator > 0 for example in examples),
+        denominator=sum(example.denominator for example in examples),
     )
-    return [weight(state, step) if state.num_rows else 0.0 for state in states]
+    return [weight(example, step) if example.num_rows else 0.0 for example in examples]

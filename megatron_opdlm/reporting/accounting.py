@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 
 from megatron_opdlm.diffusion.stream import Document, aligned
 from megatron_opdlm.diffusion.trajectory import Trajectory
-from megatron_opdlm.distill.batching import Runs
+from megatron_opdlm.distill.batching import Packing
 from megatron_opdlm.model.families import FAMILIES
 from megatron_opdlm.model.hf_config import HFConfig
 
@@ -126,30 +126,32 @@ class WorkCounters:
         self.teacher_head_rows += response_tokens
         self.teacher_attention_pairs += num_tokens * (num_tokens + 1) // 2
 
-    def add_teacher_step(self, documents: Sequence[Document], runs: Runs, *, multiple: int) -> None:
+    def add_teacher_step(
+        self, documents: Sequence[Document], packing: Packing, *, multiple: int
+    ) -> None:
         """Adds the teacher's forward passes of an optimizer step, on all its replicas.
 
         Args:
             documents: of the step.
-            runs: which of them are packed together.
+            packing: which of them are packed together.
             multiple: streams are padded to a multiple of this.
         """
-        self.teacher_tokens += _stream_tokens(documents, runs, multiple)
+        self.teacher_tokens += _stream_tokens(documents, packing, multiple)
         self.teacher_head_rows += sum(len(document.loss_rows) for document in documents)
         self.teacher_attention_pairs += sum(d.attention_pairs(1) for d in documents)
 
     def add_student_step(
-        self, documents: Sequence[Document], runs: Runs, *, multiple: int, block_size: int
+        self, documents: Sequence[Document], packing: Packing, *, multiple: int, block_size: int
     ) -> None:
         """Adds the student's passes, forward and backward, of an optimizer step, on all replicas.
 
         Args:
             documents: of the step.
-            runs: which of them are packed together.
+            packing: which of them are packed together.
             multiple: streams are padded to a multiple of this.
             block_size: tokens per block.
         """
-        self.student_tokens += _stream_tokens(documents, runs, multiple)
+        self.student_tokens += _stream_tokens(documents, packing, multiple)
         self.student_head_rows += sum(len(document.loss_rows) for document in documents)
         self.student_attention_pairs += sum(d.attention_pairs(block_size) for d in documents)
 
@@ -179,10 +181,10 @@ class WorkCounters:
         return cls(**values)
 
 
-def _stream_tokens(documents: Sequence[Document], runs: Runs, multiple: int) -> int:
+def _stream_tokens(documents: Sequence[Document], packing: Packing, multiple: int) -> int:
     """Tokens of the streams of all ranks, alignment included."""
     lengths = [len(document) for document in documents]
-    packed = (sum(lengths[i] for i in run) for of_rank in runs for run in of_rank)
+    packed = (sum(lengths[i] for i in run) for of_rank in packing for run in of_rank)
     return sum(aligned(num_tokens, multiple) for num_tokens in packed)
 
 

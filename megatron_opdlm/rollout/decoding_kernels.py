@@ -38,7 +38,7 @@ MOST_ROWS = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Runs:
+class Packing:
     """The runs of a pass, on the host.
 
     Attributes:
@@ -52,7 +52,7 @@ class Runs:
     slots: Tensor
 
 
-def find_runs(tags: Tensor, slots: Tensor, *, shared: int, block_size: int) -> Runs:
+def find_runs(tags: Tensor, slots: Tensor, *, shared: int, block_size: int) -> Packing:
     """Finds the runs of a pass.
 
     Args:
@@ -65,7 +65,7 @@ def find_runs(tags: Tensor, slots: Tensor, *, shared: int, block_size: int) -> R
     row, block = tags[:, DOCUMENT], tags[:, BLOCK]
     begins = F.pad((row[1:] != row[:-1]) | (block[1:] != block[:-1]), (1, 0), value=True)
     (first,) = begins.nonzero(as_tuple=True)
-    return Runs(
+    return Packing(
         starts=F.pad(first, (0, 1), value=len(tags)) * shared,
         num_keys=(block[first] + 1) * block_size,
         slots=slots[row[first]],
@@ -98,7 +98,7 @@ class DecodingKernel(ABC):
         """The function that runs the kernel; None where it is not installed."""
 
     @abstractmethod
-    def inputs(self, runs: Runs, cache: KVCache) -> dict[str, Tensor]:
+    def inputs(self, runs: Packing, cache: KVCache) -> dict[str, Tensor]:
         """What the kernel wants to know about a pass.
 
         Args:
@@ -163,7 +163,7 @@ class DecodingKernel(ABC):
 class _PagedKernel(DecodingKernel):
     """Reads a slot of the cache as one page."""
 
-    def inputs(self, runs: Runs, cache: KVCache) -> dict[str, Tensor]:
+    def inputs(self, runs: Packing, cache: KVCache) -> dict[str, Tensor]:
         """`query_starts` [B + 1], `num_keys` [B], `pages` [B, 1], and `key_starts` [B + 1]: where
         the keys of each run would begin if they lay one run after the other.
         """
@@ -234,7 +234,7 @@ class FlatTorch(DecodingKernel):
         """See `DecodingKernel`."""
         return _find_flash_forward()
 
-    def inputs(self, runs: Runs, cache: KVCache) -> dict[str, Tensor]:
+    def inputs(self, runs: Packing, cache: KVCache) -> dict[str, Tensor]:
         """`query_starts` [B + 1], `num_keys` [B], and `key_starts` [B + 1], the row where the slot
         of each run begins; the last entry is not read.
         """

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_opdlm.diffusion.example import TrainingState
+from megatron_opdlm.diffusion.example import TrainingExample
 from megatron_opdlm.diffusion.stream import to_device
-from megatron_opdlm.distill.batching import Runs
+from megatron_opdlm.distill.batching import Packing
 from megatron_opdlm.distill.teacher import Teacher
 from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.loss.fused import Target, TokenTarget
@@ -30,32 +30,36 @@ class TargetSource(ABC):
     """Times the phase "teacher", if there is one."""
 
     @abstractmethod
-    def of(self, states: Sequence[TrainingState], runs: Runs) -> list[Target]:
+    def of(self, examples: Sequence[TrainingExample], packing: Packing) -> list[Target]:
         """Returns the targets of this rank's microbatches. Call on all ranks.
 
         Args:
-            states: of the optimizer step, the same on every rank.
-            runs: from `plan_runs`: which of them every data-parallel rank wants, in order.
+            examples: of the optimizer step, the same on every rank.
+            packing: from `plan_packing`: which of them every data-parallel rank wants, in order.
         """
 
     @abstractmethod
-    def count(self, states: Sequence[TrainingState], runs: Runs, work: WorkCounters) -> None:
+    def count(
+        self, examples: Sequence[TrainingExample], packing: Packing, work: WorkCounters
+    ) -> None:
         """Adds the passes that `of` takes, on all ranks, to `work`."""
 
 
 class TeacherTargets(TargetSource):
     """The teacher's distribution at every loss position."""
 
-    def of(self, states: Sequence[TrainingState], runs: Runs) -> list[Target]:
+    def of(self, examples: Sequence[TrainingExample], packing: Packing) -> list[Target]:
         """See `TargetSource`; there are none but on the student's last stage."""
         with self.timer.phase("teacher"):
-            hidden = self._teacher.hidden_rows([state.teacher for state in states], runs)
+            hidden = self._teacher.hidden_rows([example.teacher for example in examples], packing)
             return self._teacher.targets(hidden)
 
-    def count(self, states: Sequence[TrainingState], runs: Runs, work: WorkCounters) -> None:
+    def count(
+        self, examples: Sequence[TrainingExample], packing: Packing, work: WorkCounters
+    ) -> None:
         """See `TargetSource`."""
-        documents, teacher = [state.teacher for state in states], self._teacher
-        shares = teacher.shares(documents, runs)
+        documents, teacher = [example.teacher for example in examples], self._teacher
+        shares = teacher.shares(documents, packing)
         work.add_teacher_step(documents, shares, multiple=teacher.stream_multiple)
 
     @property
@@ -67,14 +71,16 @@ class TeacherTargets(TargetSource):
 class TokenTargets(TargetSource):
     """The response's token at every loss position; no model runs for it."""
 
-    def of(self, states: Sequence[TrainingState], runs: Runs) -> list[Target]:
+    def of(self, examples: Sequence[TrainingExample], packing: Packing) -> list[Target]:
         """See `TargetSource`."""
         none, device = torch.empty(0, dtype=torch.int64), torch.cuda.current_device()
-        mine = runs[self.parallel.dp_rank]
-        ids = (torch.cat([none, *(states[i].target_ids for i in run)]) for run in mine)
-        return [TokenTarget(to_device(of_run, device)) for of_run in ids]
+        mine = packing[self.parallel.dp_rank]
+        ids = (torch.cat([none, *(examples[i].target_ids for i in places)]) for places in mine)
+        return [TokenTarget(to_device(of_pass, device)) for of_pass in ids]
 
-    def count(self, states: Sequence[TrainingState], runs: Runs, work: WorkCounters) -> None:
+    def count(
+        self, examples: Sequence[TrainingExample], packing: Packing, work: WorkCounters
+    ) -> None:
         """See `TargetSource`: nothing is run."""
 
 

@@ -16,10 +16,16 @@ from megatron_opdlm.checkpoint.layout import ModelDescription, read_description
 from megatron_opdlm.config.run import Config
 from megatron_opdlm.convert.import_cache import ImportCache
 from megatron_opdlm.diffusion import randomness
-from megatron_opdlm.diffusion.example import TrainingState, training_state
+from megatron_opdlm.diffusion.example import TrainingExample, make_example
 from megatron_opdlm.diffusion.noising import select_states
 from megatron_opdlm.diffusion.trajectory import Trajectory
-from megatron_opdlm.distill.batching import Microbatch, Runs, group, make_microbatches, plan_runs
+from megatron_opdlm.distill.batching import (
+    Microbatch,
+    Packing,
+    group,
+    make_microbatches,
+    plan_packing,
+)
 from megatron_opdlm.distill.load_teacher import load_teacher
 from megatron_opdlm.distill.step import StepRows, forward_backward
 from megatron_opdlm.distill.student import build_options, load_student
@@ -73,7 +79,6 @@ class Trainer:
         self.folder = RunFolder(config.train.save)
         from_main(self.folder.lock, is_main=self.parallel.is_main)
         from_main(lambda: self.folder.check(config), is_main=self.parallel.is_main)
-        self.has_equal_counts = config.model.fp8_recipe == "delayed"
         cache = ImportCache(
             folder=self.folder.imported(config),
             mask_token=config.model.mask_token,
@@ -132,10 +137,10 @@ class Trainer:
                 trajectories = self.collect()
                 batches = self.cut(self.select_states(trajectories))
                 for batch in filter(has_loss, batches):
-                    runs = self.plan(batch)
-                    targets = self.run_teacher(batch, runs)
-                    rows = self.run_student(self.make_batch(batch, runs), targets)
-                    self.count(batch, runs)
+                    packing = self.plan(batch)
+                    targets = self.run_teacher(batch, packing)
+                    rows = self.run_student(self.make_batch(batch, packing), targets)
+                    self.count(batch, packing)
                     self.log_step(rows, *self.update(rows))
                     bar.set_postfix(loss=f"{rows.loss:.4f}")
                 self.log_rollout(trajectories, batches)
@@ -153,10 +158,10 @@ class Trainer:
         self.work.add(collected.work)
         return collected.trajectories
 
-    def select_states(self, trajectories: Sequence[Trajectory]) -> list[TrainingState]:
+    def select_states(self, trajectories: Sequence[Trajectory]) -> list[TrainingExample]:
         """State selection: noisy states of every trajectory, laid out for student and teacher."""
         config, seed = self.config.distill, self.config.train.seed
-        states = []
+        examples = []
         for trajectory in trajectories:
             key = randomness.key(
                 seed, "state", self.rollout_step, trajectory.prompt_id, trajectory.sample
@@ -169,8 +174,8 @@ class Trainer:
                 at_least_one=not config.is_nelbo,
                 mask_token_id=self.student.mask_token_id,
             )
-            states.append(
-                training_state(
+            examples.append(
+                make_example(
                     trajectory,
                     selected,
                     mask_token_id=self.student.mask_token_id,
@@ -178,39 +183,39 @@ class Trainer:
                     nelbo=config.is_nelbo,
                 )
             )
-        return states
+        return examples
 
-    def cut(self, states: Sequence[TrainingState]) -> list[list[TrainingState]]:
+    def cut(self, examples: Sequence[TrainingExample]) -> list[list[TrainingExample]]:
         """Cut: the rows of every optimizer step of a rollout."""
         train = self.config.train
-        lengths = [len(state.student) for state in states]
+        lengths = [len(example.student) for example in examples]
         key = randomness.key(train.seed, "optimizer steps", self.rollout_step)
         by_length = key if train.group_by_length else None
         groups = group(lengths, train.rows_per_optimizer_step, by_length)
-        return [[states[i] for i in rows] for rows in groups]
+        return [[examples[i] for i in rows] for rows in groups]
 
-    def plan(self, states: Sequence[TrainingState]) -> Runs:
+    def plan(self, examples: Sequence[TrainingExample]) -> Packing:
         """Plan: which rows of an optimizer step go into which microbatch of which rank."""
-        return plan_runs(
-            [len(state.student) for state in states],
+        return plan_packing(
+            [len(example.student) for example in examples],
             dp_size=self.parallel.dp_size,
             token_budget=self.config.parallel.micro_batch_tokens,
-            equal_counts=self.has_equal_counts,
+            equal_counts=self.config.model.fp8_recipe == "delayed",
         )
 
-    def make_batch(self, states: Sequence[TrainingState], runs: Runs) -> list[Microbatch]:
+    def make_batch(self, examples: Sequence[TrainingExample], packing: Packing) -> list[Microbatch]:
         """Stream: this data-parallel rank's share of an optimizer step, packed."""
         return make_microbatches(
-            states,
-            runs,
+            examples,
+            packing,
             dp_rank=self.parallel.dp_rank,
             multiple=self.training_multiple,
             loss_reduction=self.config.distill.loss_reduction,
         )
 
-    def run_teacher(self, states: Sequence[TrainingState], runs: Runs) -> list[Target]:
+    def run_teacher(self, examples: Sequence[TrainingExample], packing: Packing) -> list[Target]:
         """Teacher: targets of this rank's microbatches; the responses' tokens if it gives none."""
-        return self.target_source.of(states, runs)
+        return self.target_source.of(examples, packing)
 
     def run_student(
         self, microbatches: Sequence[Microbatch], targets: Sequence[Target]
@@ -227,15 +232,15 @@ class Trainer:
                 mask_token_id=self.student.mask_token_id,
             )
 
-    def count(self, states: Sequence[TrainingState], runs: Runs) -> None:
+    def count(self, examples: Sequence[TrainingExample], packing: Packing) -> None:
         """Account: the passes of an optimizer step, of all ranks; the plan says them all."""
         self.work.add_student_step(
-            [state.student for state in states],
-            runs,
+            [example.student for example in examples],
+            packing,
             multiple=self.training_multiple,
             block_size=self.config.rollout.block_size,
         )
-        self.target_source.count(states, runs, self.work)
+        self.target_source.count(examples, packing, self.work)
 
     def update(self, rows: StepRows) -> tuple[float, float]:
         """Optimizer.
@@ -262,11 +267,10 @@ class Trainer:
         )
 
     def log_rollout(
-        self, trajectories: Sequence[Trajectory], batches: Sequence[Sequence[TrainingState]]
+        self, trajectories: Sequence[Trajectory], batches: Sequence[Sequence[TrainingExample]]
     ) -> None:
         """Log: one record per rollout, and a few responses to look at."""
-        by_student = self.config.distill.student_writes
-        of_responses = response_metrics(trajectories, by_student=by_student)
+        of_responses = response_metrics(trajectories, by_student=self.config.distill.student_writes)
         self._log(
             {
                 **of_responses,
@@ -387,10 +391,10 @@ class Trainer:
         )
 
     def _log(self, numbers: dict[str, Any]) -> None:
-        step = self.optimizer.num_steps
-        self.metrics.log(numbers, rollout_step=self.rollout_step, optimizer_step=step)
+        steps = {"rollout_step": self.rollout_step, "optimizer_step": self.optimizer.num_steps}
+        self.metrics.log(numbers, **steps)
 
 
-def has_loss(batch: Sequence[TrainingState]) -> bool:
+def has_loss(batch: Sequence[TrainingExample]) -> bool:
     """Whether an optimizer step has any loss position; one without is left out, and counted."""
-    return any(state.num_rows for state in batch)
+    return any(example.num_rows for example in batch)

@@ -46,12 +46,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_opdlm.config.run import OptimizerConfig
 from megatron_opdlm.diffusion import randomness
-from megatron_opdlm.diffusion.example import training_state
+from megatron_opdlm.diffusion.example import make_example
 from megatron_opdlm.diffusion.noising import select_states
 from megatron_opdlm.diffusion.state_selection import NoisyStates
 from megatron_opdlm.diffusion.stream import pack
 from megatron_opdlm.diffusion.trajectory import Trajectory
-from megatron_opdlm.distill.batching import make_microbatches, plan_runs
+from megatron_opdlm.distill.batching import make_microbatches, plan_packing
 from megatron_opdlm.distill.step import forward_backward
 from megatron_opdlm.distributed import process_groups
 from megatron_opdlm.loss.divergence import Divergence
@@ -170,10 +170,10 @@ class Ours:
 
     def step(self) -> dict[str, float]:
         states = [
-            training_state(row.trajectory, row.states, mask_token_id=MASK, include_eos=True)
+            make_example(row.trajectory, row.states, mask_token_id=MASK, include_eos=True)
             for row in self.rows
         ]
-        runs = plan_runs([len(s.student) for s in states], dp_size=1, token_budget=16384)
+        runs = plan_packing([len(s.student) for s in states], dp_size=1, token_budget=16384)
         microbatches = make_microbatches(
             states, runs, dp_rank=0, multiple=1, loss_reduction="sequence_mean"
         )

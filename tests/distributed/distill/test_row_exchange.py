@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_opdlm.distill.batching import plan_runs
+from megatron_opdlm.distill.batching import plan_packing
 from megatron_opdlm.distill.row_exchange import RowExchange
 from megatron_opdlm.distributed.process_groups import RankGrid
 from tests.helpers import run_ranks
@@ -23,10 +23,10 @@ def exchanged(teacher, student, lengths):
     teacher, student = (
         RankGrid(tp_size=tp, pp_size=pp, world_size=world) for tp, pp in (teacher, student)
     )
-    shares = plan_runs(lengths, dp_size=teacher.dp_size, token_budget=9)
-    runs = plan_runs([2 * n for n in lengths], dp_size=student.dp_size, token_budget=16)
+    shares = plan_packing(lengths, dp_size=teacher.dp_size, token_budget=9)
+    runs = plan_packing([2 * n for n in lengths], dp_size=student.dp_size, token_budget=16)
     exchange = RowExchange(
-        teacher=teacher, student=student, shares=shares, runs=runs, num_rows=lengths
+        teacher=teacher, student=student, shares=shares, packing=runs, num_rows=lengths
     )
     _, dp_rank, pp_rank = teacher.place(rank)
     rows = []

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_opdlm.diffusion.noising import select_states
-from megatron_opdlm.distill.batching import make_microbatches, plan_runs
+from megatron_opdlm.distill.batching import make_microbatches, plan_packing
 from megatron_opdlm.distill.step import forward_backward
 from megatron_opdlm.loss import fused as fused_loss
 from megatron_opdlm.model.hf_config import read_config
@@ -277,7 +277,7 @@ def losses_of_splits(rank, make_config, save, splits):
     for budget, order, multiple, chunk_cells in splits:
         fused_loss.CHUNK_CELLS["cpu"] = chunk_cells  # in a process of its own
         ordered = [states[i] for i in order]
-        runs = plan_runs(
+        runs = plan_packing(
             [len(state.student) for state in ordered],
             dp_size=trainer.parallel.dp_size,
             token_budget=budget,

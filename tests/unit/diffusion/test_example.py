@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_opdlm.diffusion import randomness
-from megatron_opdlm.diffusion.example import teacher_row, training_state
+from megatron_opdlm.diffusion.example import make_example, teacher_row
 from megatron_opdlm.diffusion.noising import select_states
 from megatron_opdlm.diffusion.state_selection import STATE_SELECTIONS, NoisyStates
 from megatron_opdlm.diffusion.stream import BLOCK, NOISY, POSITION
@@ -63,7 +63,7 @@ def test_layout_equals_enumeration(trajectory, state_selection, num_states, seed
         trajectory, state_selection=state_selection, num_states=num_states,
         key=randomness.key(seed), mask_token_id=MASK,
     )  # fmt: skip
-    state = training_state(trajectory, states, mask_token_id=MASK, include_eos=include_eos)
+    state = make_example(trajectory, states, mask_token_id=MASK, include_eos=include_eos)
     student, tags, rows, teacher, teacher_rows, num_masked, target_ids = expected_layout(
         trajectory, states.masked, include_eos
     )
@@ -81,7 +81,7 @@ def test_layout_equals_enumeration(trajectory, state_selection, num_states, seed
 
 
 def layout(trajectory, masked, include_eos=True):
-    return training_state(
+    return make_example(
         trajectory, NoisyStates(masked.unsqueeze(0)), mask_token_id=MASK, include_eos=include_eos
     )
 
@@ -141,7 +141,7 @@ def test_nelbo_weights():
         mask_token_id=MASK,
     )  # fmt: skip
     for include_eos in (True, False):
-        state = training_state(
+        state = make_example(
             trajectory, states, mask_token_id=MASK, include_eos=include_eos, nelbo=True
         )
         assert state.denominator == (8 if include_eos else 7)
@@ -161,14 +161,14 @@ def test_nelbo_is_unbiased():
         trajectory, state_selection="random", num_states=20000, key=1, at_least_one=False,
         mask_token_id=MASK,
     )  # fmt: skip
-    state = training_state(trajectory, states, mask_token_id=MASK, include_eos=True, nelbo=True)
+    state = make_example(trajectory, states, mask_token_id=MASK, include_eos=True, nelbo=True)
     loss = torch.zeros(12).index_add(0, state.target_ids - 10, state.row_scale)
     torch.testing.assert_close(loss[6:], torch.ones(6), rtol=0, atol=0.1)
     assert (loss[:6] == 0).all()
     forced = select_states(
         trajectory, state_selection="random", num_states=20000, key=1, mask_token_id=MASK
     )
-    biased = training_state(trajectory, forced, mask_token_id=MASK, include_eos=True, nelbo=True)
+    biased = make_example(trajectory, forced, mask_token_id=MASK, include_eos=True, nelbo=True)
     assert float(biased.row_scale.sum()) > 6.6  # control: one mask at least is another loss
 
 
@@ -180,7 +180,7 @@ def test_what_was_never_decoded_carries_no_loss():
     states = select_states(
         trajectory, state_selection="random", key=0, num_states=30, mask_token_id=MASK
     )
-    state = training_state(trajectory, states, mask_token_id=MASK, include_eos=True)
+    state = make_example(trajectory, states, mask_token_id=MASK, include_eos=True)
     assert set(state.target_ids.tolist()) == {50, 51, 52}
     assert MASK not in state.teacher.token_ids.tolist()
     clean = state.student.tags[:, NOISY] == 0

@@ -8,10 +8,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_opdlm.diffusion.example import training_state
+from megatron_opdlm.diffusion.example import make_example
 from megatron_opdlm.diffusion.state_selection import NoisyStates
 from megatron_opdlm.diffusion.stream import pack
-from megatron_opdlm.distill.batching import balance, fill, group, make_microbatches, plan_runs
+from megatron_opdlm.distill.batching import balance, fill, group, make_microbatches, plan_packing
 from megatron_opdlm.loss.reduction import LOSS_REDUCTIONS, row_weights
 from megatron_opdlm.train.trainer import Trainer, has_loss
 from tests.unit.diffusion.test_trajectory import MASK, make_trajectory
@@ -26,7 +26,7 @@ def make_state(num_rows, num_blocks=2):
     masked = torch.zeros(num_blocks, 8, dtype=torch.bool)
     masked[-1, 8 - num_rows :] = True
     states = NoisyStates(masked.unsqueeze(0))
-    return training_state(trajectory, states, mask_token_id=MASK, include_eos=True)
+    return make_example(trajectory, states, mask_token_id=MASK, include_eos=True)
 
 
 states_of = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 4)), min_size=1, max_size=10).map(
@@ -202,7 +202,7 @@ def test_fill(lengths, budget):
 )
 def test_every_state_is_in_one_microbatch(states, dp_size, budget, multiple, reduction):
     weights = row_weights(states, reduction)
-    runs = plan_runs([len(s.student) for s in states], dp_size=dp_size, token_budget=budget)
+    runs = plan_packing([len(s.student) for s in states], dp_size=dp_size, token_budget=budget)
     expected = sorted(
         (len(s.student), s.num_rows, w) for s, w in zip(states, weights, strict=True) if s.num_rows
     )
@@ -241,7 +241,7 @@ def test_every_state_is_in_one_microbatch(states, dp_size, budget, multiple, red
 
 def test_a_rank_without_rows_gets_padding():
     states = [make_state(2), make_state(0)]
-    runs = plan_runs([len(s.student) for s in states], dp_size=3, token_budget=100)
+    runs = plan_packing([len(s.student) for s in states], dp_size=3, token_budget=100)
     batches = [
         make_microbatches(states, runs, dp_rank=rank, multiple=4, loss_reduction="token_mean")
         for rank in range(3)
@@ -260,7 +260,7 @@ def test_equal_counts_add_padding_alone(states, dp_size, budget):
     """As many microbatches on every rank; what is added has no rows."""
 
     def batches(equal_counts):
-        runs = plan_runs(
+        runs = plan_packing(
             [len(s.student) for s in states],
             dp_size=dp_size, token_budget=budget, equal_counts=equal_counts,
         )  # fmt: skip
@@ -284,7 +284,7 @@ def test_more_states_are_no_larger_sum():
     masked = torch.zeros(1, 2, 8, dtype=torch.bool)
     masked[:, 1, 5:] = True
     one, two = (
-        training_state(
+        make_example(
             trajectory, NoisyStates(masked.repeat(m, 1, 1)), mask_token_id=MASK, include_eos=True
         )
         for m in (1, 2)

@@ -83,13 +83,12 @@ def test_dense_columns_see_what_the_stream_sees(tools):
 
 def test_ideal_work_by_counting(tools):
     """The formula against the documents and the predicate, pair by pair."""
-    from megatron_opdlm.diffusion.example import training_state
+    from megatron_opdlm.diffusion.example import make_example
     from megatron_opdlm.diffusion.stream import visible
 
     rows = [row for row in tools.step.make_rows() if len(row.masked) <= 160]
     states = [
-        training_state(row.trajectory, row.states, mask_token_id=0, include_eos=True)
-        for row in rows
+        make_example(row.trajectory, row.states, mask_token_id=0, include_eos=True) for row in rows
     ]
     work = tools.step.ideal_work(rows)
     assert work.tokens == tuple(
