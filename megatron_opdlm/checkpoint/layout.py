@@ -45,7 +45,7 @@ class ModelDescription:
 
     @classmethod
     def from_json_dict(cls, values: dict[str, Any]) -> "ModelDescription":
-        """Rebuild from `to_json_dict`'s output.
+        """Rebuilds from `to_json_dict`'s output.
 
         Raises:
             ConversionError: other format version, unknown, missing or invalid field.
@@ -65,7 +65,7 @@ class ModelDescription:
 
 
 def _check_fields(values: dict[str, Any], vocab_size: int) -> None:
-    """Check what stands beside the config."""
+    """Checks what stands beside the config."""
     mask, block = values["mask_token_id"], values["block_size"]
     fingerprint = values["tokenizer_fingerprint"]
     rules = {
@@ -86,12 +86,12 @@ def _check_fields(values: dict[str, Any], vocab_size: int) -> None:
 
 
 def write_description(iteration_dir: Path, description: ModelDescription) -> None:
-    """Write `opdlm_model.json`."""
+    """Writes `opdlm_model.json`."""
     write_json(iteration_dir / MODEL_FILE, description.to_json_dict())
 
 
 def read_description(iteration_dir: Path) -> ModelDescription:
-    """Read `opdlm_model.json`.
+    """Reads `opdlm_model.json`.
 
     Raises:
         ConversionError: missing or malformed.
@@ -112,7 +112,7 @@ def iteration_name(iteration: int) -> str:
 
 
 def resolve_iteration(checkpoint_dir: str | Path, iteration: int | None = None) -> Path:
-    """Find the iteration folder that a path means.
+    """Finds the iteration folder that a path means.
 
     Args:
         checkpoint_dir: run folder, checkpoint root, or an iteration folder itself.

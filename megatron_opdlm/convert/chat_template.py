@@ -91,7 +91,7 @@ def end_of_turn(files: TokenizerFiles) -> str | None:
 
 
 def set_chat_template(directory: Path, template_file: Path) -> None:
-    """Make a Jinja file the chat template of a copied tokenizer.
+    """Makes a Jinja file the chat template of a copied tokenizer.
 
     Args:
         directory: tokenizer files, changed in place.

@@ -22,7 +22,7 @@ MASK_INITS = ("keep", "mean")
 
 
 def add_convert_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `convert` and its four subcommands; each sets `run(args) -> exit code`."""
+    """Adds `convert` and its four subcommands; each sets `run(args) -> exit code`."""
     convert = subparsers.add_parser("convert", help="Hugging Face checkpoints in and out")
     actions = convert.add_subparsers(metavar="ACTION", required=True)
     _add_import(actions)

@@ -42,7 +42,7 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> None:
-    """Export a checkpoint, of an import or of a training run, as a Hugging Face directory.
+    """Exports a checkpoint, of an import or of a training run, as a Hugging Face directory.
 
     Args:
         checkpoint_dir: checkpoint root or iteration folder.
@@ -98,7 +98,7 @@ class _Checkpoint:
 
 
 def _refuse_others(checkpoint: _Checkpoint, export_format: ExportFormat) -> None:
-    """Refuse what is no student where one is needed, and what predicts the next token."""
+    """Refuses what is no student where one is needed, and what predicts the next token."""
     for record in (checkpoint.description.lineage, checkpoint.state):
         for key in SHIFT_KEYS:
             if record.get(key):

@@ -49,17 +49,14 @@ _LONGEST_IMPORT = datetime.timedelta(days=1)
 
 @dataclass(frozen=True, kw_only=True)
 class ImportCache:
-    """A folder of conversions, and how they are made.
-
-    Attributes:
-        folder: made if need be; every node of a job must see it.
-        mask_token: text of the mask token that an import adds.
-        mask_init: its embedding, see `convert.importer.import_hf`.
-    """
+    """A folder of conversions, and how they are made."""
 
     folder: Path
+    """Made if need be; every node of a job must see it."""
     mask_token: str
+    """Text of the mask token that an import adds."""
     mask_init: str | None = None
+    """Its embedding, see `convert.importer.import_hf`."""
 
     def checkpoint(self, path: str | Path, *, is_main: bool) -> Path:
         """Returns a checkpoint for a path that is a checkpoint or a Hugging Face directory.

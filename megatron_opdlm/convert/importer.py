@@ -54,7 +54,7 @@ def import_hf(
     chat_template: str | Path | None = None,
     progress: bool = True,
 ) -> None:
-    """Convert a Hugging Face directory into a checkpoint at iteration 0.
+    """Converts a Hugging Face directory into a checkpoint at iteration 0.
 
     The mask token gets the first embedding row that no token uses. Without a free row the
     embedding, and the head of an untied model, grow by one.
@@ -102,7 +102,7 @@ def import_hf(
 def _add_tokenizer(
     source: Path, iteration_dir: Path, config: HFConfig, mask_token: str | None
 ) -> int | None:
-    """Copy the tokenizer; add the mask token if there is to be one, and return its id."""
+    """Copies the tokenizer; adds the mask token if there is to be one, and returns its id."""
     target = iteration_dir / TOKENIZER_DIR
     if has_tokenizer(source) and not (source / TOKENIZER_CONFIG).is_file():
         logger.warning(
@@ -120,7 +120,7 @@ def _add_tokenizer(
 def _with_response_ends(
     source: Path, tokenizer_dir: Path, config: HFConfig, mask: int | None
 ) -> HFConfig:
-    """Give the config all ids that end a response; a student needs one, and one of its own."""
+    """Gives the config all ids that end a response; a student needs one, and one of its own."""
     files = TokenizerFiles(tokenizer_dir) if has_tokenizer(tokenizer_dir) else None
     ends = ResponseEnds.read(config.eos_token_ids, files)
     if mask is not None:
@@ -137,7 +137,7 @@ def _with_response_ends(
 def _describe(
     source: Path, config: HFConfig, row: MaskRow | None, mask_token: str
 ) -> ModelDescription:
-    """Say what the checkpoint holds."""
+    """Says what the checkpoint holds."""
     lineage = {"source": source.resolve().name}
     return ModelDescription(
         config=config,

@@ -58,7 +58,7 @@ class Inspection:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Describe a checkpoint or a Hugging Face directory; reads headers, not weights.
+    """Describes a checkpoint or a Hugging Face directory; reads headers, not weights.
 
     Args:
         path: run folder, checkpoint root, iteration folder or Hugging Face directory.

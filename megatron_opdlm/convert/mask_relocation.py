@@ -24,7 +24,7 @@ class UntiedTensors(ModelTensors):
     def __init__(
         self, iteration_dir: Path, config: HFConfig, moved_row: tuple[int, int] | None = None
     ) -> None:
-        """Check keys and shapes against the family's table.
+        """Checks keys and shapes against the family's table.
 
         Args:
             iteration_dir: iteration folder of the checkpoint.

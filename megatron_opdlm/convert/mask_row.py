@@ -16,17 +16,14 @@ MASK_INITS = ("keep", "mean")
 
 @dataclass(frozen=True)
 class MaskRow:
-    """What happens to the mask token's row at import.
-
-    Attributes:
-        token_id: the row.
-        is_new: whether the vocabulary grows by it.
-        use_mean: whether the input embedding is the mean of all other rows; else it is kept.
-    """
+    """What happens to the mask token's row at import."""
 
     token_id: int
+    """The row."""
     is_new: bool
+    """Whether the vocabulary grows by it."""
     use_mean: bool
+    """Whether the input embedding is the mean of all other rows; else it is kept."""
 
     @classmethod
     def plan(cls, token_id: int, vocab_size: int, mask_init: str | None) -> MaskRow:

@@ -45,7 +45,7 @@ class ModelTensors:
     moved_row: tuple[int, int] | None = None
 
     def __init__(self, iteration_dir: Path, config: HFConfig) -> None:
-        """Check keys and shapes against the family's table.
+        """Checks keys and shapes against the family's table.
 
         Raises:
             ConversionError: missing, extra or mis-shaped tensors.
@@ -155,7 +155,7 @@ def write_weights(
     shard_bytes: int,
     progress: bool,
 ) -> None:
-    """Stream all tensors into one or more safetensors files."""
+    """Streams all tensors into one or more safetensors files."""
     layout = source.layout(dtype)
     shards = _plan_shards(layout, shard_bytes)
     names = [SINGLE_FILE]
@@ -182,7 +182,7 @@ def write_weights(
 
 
 def _plan_shards(layout: TensorLayout, shard_bytes: int) -> list[TensorLayout]:
-    """Cut the tensors, in order, into files of at most `shard_bytes` (or one tensor)."""
+    """Cuts the tensors, in order, into files of at most `shard_bytes` (or one tensor)."""
     shards: list[TensorLayout] = [{}]
     used = 0
     for name, (dtype, shape) in layout.items():

@@ -49,7 +49,7 @@ class _Window(RawIOBase):
 
 
 def read_region(path: Path, offset: int, length: int, start: Shape, target: Tensor) -> None:
-    """Read a region of a recorded tensor.
+    """Reads a region of a recorded tensor.
 
     Args:
         path: the file.

@@ -48,7 +48,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def copy_tokenizer(src_dir: Path, dst_dir: Path) -> None:
-    """Copy tokenizer files, chat template and generation_config.json, byte for byte.
+    """Copies tokenizer files, chat template and generation_config.json, byte for byte.
 
     Args:
         src_dir: Hugging Face directory.
@@ -64,7 +64,7 @@ def copy_tokenizer(src_dir: Path, dst_dir: Path) -> None:
 def add_mask_token(
     src_dir: str | Path, dst_dir: str | Path, vocab_size: int, mask_token: str = MASK_TOKEN
 ) -> int:
-    """Copy a tokenizer and give it a mask token on the first free embedding row.
+    """Copies a tokenizer and gives it a mask token on the first free embedding row.
 
     A tokenizer that already names a mask token, or already holds `mask_token`, keeps it.
 
@@ -144,7 +144,7 @@ def _require_rows(files: TokenizerFiles, mask: str, vocab_size: int) -> None:
 
 
 def replace_mask_token(src_dir: Path, dst_dir: Path, text: str, token_id: int) -> None:
-    """Copy a tokenizer and give its mask token another text, another id or both.
+    """Copies a tokenizer and gives its mask token another text, another id or both.
 
     The old token goes if the new one takes its text or its id; else it stays an ordinary token.
     Unused tokens fill ids that would be left free below the mask token's: the tokenizers library
@@ -247,7 +247,7 @@ def _mask_text(files: TokenizerFiles, mask_token: str) -> str:
 
 
 def _load(directory: Path, source: Path) -> Tokenizer:
-    """Load a copied tokenizer as its users will; errors name its source."""
+    """Loads a copied tokenizer as its users will; errors name its source."""
     try:
         return Tokenizer.from_file(str(directory / TOKENIZER_JSON))
     except Exception as error:
@@ -283,7 +283,7 @@ def _added_token(token_id: int, text: str, *, special: bool) -> dict[str, Any]:
 def _patch_config(
     dst: Path, config: dict[str, Any], added: list[dict[str, Any]], mask: str
 ) -> None:
-    """Write tokenizer_config, special_tokens_map and added_tokens in the version 4 layout."""
+    """Writes tokenizer_config, special_tokens_map and added_tokens in the version 4 layout."""
     config = dict(config)
     for key in ("backend", "is_local"):  # written by transformers 5, read by nothing
         config.pop(key, None)

@@ -78,7 +78,7 @@ def write_torch_dist(
     common: Mapping[str, object],
     on_bytes: Callable[[int], None],
 ) -> None:
-    """Write an iteration folder that `megatron.core.dist_checkpointing.load` reads.
+    """Writes an iteration folder that `megatron.core.dist_checkpointing.load` reads.
 
     Nothing waits for the disk.
 
@@ -156,7 +156,7 @@ class TorchDistReader:
     """Tensors of one iteration folder, by key and region."""
 
     def __init__(self, directory: Path) -> None:
-        """Read the folder's metadata.
+        """Reads the folder's metadata.
 
         Raises:
             ConversionError: not a complete torch_dist folder.
@@ -205,7 +205,7 @@ class TorchDistReader:
         return self._tensors[key].properties.dtype
 
     def read(self, key: str, offsets: Shape, shape: Shape) -> Tensor:
-        """Read a region.
+        """Reads a region.
 
         Args:
             key: tensor.

@@ -48,7 +48,7 @@ class Verification:
 
 
 def verify(checkpoint: str | Path, hf_dir: str | Path, *, seed: int = 0) -> Verification:
-    """Compare a checkpoint with a Hugging Face directory, the base model's or an export.
+    """Compares a checkpoint with a Hugging Face directory, the base model's or an export.
 
     Args:
         checkpoint: checkpoint root or iteration folder.

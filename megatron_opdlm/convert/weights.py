@@ -30,7 +30,7 @@ class HFWeights:
     """The safetensors of a HF directory, single-file or sharded; a context manager."""
 
     def __init__(self, hf_dir: Path):
-        """Read all headers.
+        """Reads all headers.
 
         Raises:
             ConversionError: no safetensors, only pickles, an index that points elsewhere or names
@@ -98,7 +98,7 @@ class HFWeights:
         return self._infos[name].dtype
 
     def read(self, name: str, rows: slice | None = None, out: Tensor | None = None) -> Tensor:
-        """Read a tensor, or rows of it, and refuse NaN and infinity.
+        """Reads a tensor, or rows of it, and refuses NaN and infinity.
 
         Args:
             name: of the tensor.
@@ -120,7 +120,7 @@ class HFWeights:
 
 
 def require_finite(source: Path, name: str, tensor: Tensor) -> None:
-    """Refuse a tensor with NaN or infinity.
+    """Refuses a tensor with NaN or infinity.
 
     Raises:
         ConversionError: names where it comes from and the tensor, and counts the bad values.
@@ -145,7 +145,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def check_tensors(weights: HFWeights, family: Family, config: HFConfig) -> None:
-    """Compare the directory's tensors with what `config` implies, all differences in one message.
+    """Compares the directory's tensors with what `config` implies, all differences in one message.
 
     A tied model that also stores `lm_head.weight` passes when the head equals the embedding.
 
@@ -172,7 +172,7 @@ def check_tensors(weights: HFWeights, family: Family, config: HFConfig) -> None:
 
 
 def row_slices(shape: Shape, dtype: torch.dtype) -> list[slice]:
-    """Cut the first axis of a tensor into ranges of about `ROWS_BYTES`."""
+    """Cuts the first axis of a tensor into ranges of about `ROWS_BYTES`."""
     step = max(1, ROWS_BYTES // (prod(shape[1:]) * dtype.itemsize))
     return [slice(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
 

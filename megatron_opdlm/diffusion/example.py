@@ -17,31 +17,28 @@ from megatron_opdlm.diffusion.trajectory import Trajectory
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingExample:
-    """A response seen at one or more noisy states.
-
-    Attributes:
-        trajectory: where it comes from.
-        student: clean tokens followed by the noisy blocks that hold a loss position; its loss rows
-            are the loss positions.
-        teacher: clean tokens, causal, as far as a target is needed; its loss rows are aligned one
-            to one with the student's.
-        target_ids: [T] int64, the token of the response at each loss position.
-        num_masked: [T] int64, masked positions in each row's block.
-        row_scale: [T] float32, factor of each row's loss: 1, or 1/t for the NELBO.
-        denominator: what a mean over the sequence divides by: its loss rows, or for the NELBO its
-            response tokens.
-        num_states: what a sum over the sequence divides by, so that more states are no larger
-            loss: M; 1 for the NELBO, whose rows are divided already.
-    """
+    """A response seen at one or more noisy states."""
 
     trajectory: Trajectory
+    """Where it comes from."""
     student: Document
+    """Clean tokens followed by the noisy blocks that hold a loss position; its loss rows are the
+    loss positions."""
     teacher: Document
+    """Clean tokens, causal, as far as a target is needed; its loss rows are aligned one to one with
+    the student's."""
     target_ids: Tensor
+    """[T] int64, the token of the response at each loss position."""
     num_masked: Tensor
+    """[T] int64, masked positions in each row's block."""
     row_scale: Tensor
+    """[T] float32, factor of each row's loss: 1, or 1/t for the NELBO."""
     denominator: int
+    """What a mean over the sequence divides by: its loss rows, or for the NELBO its response
+    tokens."""
     num_states: int
+    """What a sum over the sequence divides by, so that more states are no larger loss: M; 1 for the
+    NELBO, whose rows are divided already."""
 
     @property
     def num_rows(self) -> int:

@@ -74,17 +74,14 @@ def make_tags(document: int, positions: Tensor, *, noisy: int, block_size: int) 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One sequence of a stream, before packing.
-
-    Attributes:
-        token_ids: [S] int64.
-        tags: [S, 4] int64; the document tag is set by `pack`.
-        loss_rows: [T] int64, indices into this document of the tokens whose output is wanted.
-    """
+    """One sequence of a stream, before packing."""
 
     token_ids: Tensor
+    """[S] int64."""
     tags: Tensor
+    """[S, 4] int64; the document tag is set by `pack`."""
     loss_rows: Tensor
+    """[T] int64, indices into this document of the tokens whose output is wanted."""
 
     def __post_init__(self) -> None:
         assert self.tags.shape == (len(self.token_ids), 4), "one row of four tags per token"
@@ -102,20 +99,17 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedStream:
-    """Documents laid one after the other.
-
-    Attributes:
-        token_ids: [S] int64.
-        tags: [S, 4] int64. Alignment padding carries document -1; it sees itself alone and nobody
-            sees it.
-        loss_rows: [T] int64, indices into the stream, in the order of the documents.
-        num_padding: alignment tokens at the end of the stream.
-    """
+    """Documents laid one after the other."""
 
     token_ids: Tensor
+    """[S] int64."""
     tags: Tensor
+    """[S, 4] int64. Alignment padding carries document -1; it sees itself alone and nobody sees
+    it."""
     loss_rows: Tensor
+    """[T] int64, indices into the stream, in the order of the documents."""
     num_padding: int
+    """Alignment tokens at the end of the stream."""
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -24,26 +24,24 @@ class Trajectory:
 
     Example, block size 4, prompt of 6: positions 4..7 are the first decoded block [p4 p5 r0 r1];
     response_ids holds r0 r1 | r2 ..
-
-    Attributes:
-        prompt_id: the prompt's id in the data.
-        sample: index of the sample among those of the same prompt.
-        prompt_ids: [P] int64.
-        response_ids: [R] int64, P + R is a multiple of block_size.
-        commit_step: [R] int64, denoising step within its block, from 0.
-        num_response_tokens: response tokens, through the first end of sequence, at most the limit.
-        ended: whether the response ended with an end-of-sequence token.
-        block_size: K.
     """
 
     prompt_id: str
+    """The prompt's id in the data."""
     sample: int
+    """Index of the sample among those of the same prompt."""
     prompt_ids: Tensor
+    """[P] int64."""
     response_ids: Tensor
+    """[R] int64, P + R is a multiple of block_size."""
     commit_step: Tensor
+    """[R] int64, denoising step within its block, from 0."""
     num_response_tokens: int
+    """Response tokens, through the first end of sequence, at most the limit."""
     ended: bool
+    """Whether the response ended with an end-of-sequence token."""
     block_size: int
+    """K."""
 
     def __post_init__(self) -> None:
         total = len(self.prompt_ids) + len(self.response_ids)

@@ -23,18 +23,15 @@ Packing = Sequence[Sequence[Sequence[int]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Microbatch:
-    """What one forward and backward pass of the student takes.
-
-    Attributes:
-        student: packed [clean | noisy] documents.
-        row_weight: [T] float32; the loss of an optimizer step is the sum of weight x divergence
-            over all its microbatches and data-parallel ranks.
-        num_masked: [T] int64, masked positions in each row's block.
-    """
+    """What one forward and backward pass of the student takes."""
 
     student: PackedStream
+    """Packed [clean | noisy] documents."""
     row_weight: Tensor
+    """[T] float32; the loss of an optimizer step is the sum of weight x divergence over all its
+    microbatches and data-parallel ranks."""
     num_masked: Tensor
+    """[T] int64, masked positions in each row's block."""
 
 
 def group(lengths: Sequence[int], rows_per_step: int, key: int | None) -> list[list[int]]:

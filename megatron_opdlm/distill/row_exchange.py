@@ -22,21 +22,18 @@ from megatron_opdlm.distributed.process_groups import RankGrid
 
 @dataclass(frozen=True, kw_only=True)
 class RowExchange:
-    """Who sends what to whom.
-
-    Attributes:
-        teacher: the teacher's layout; the last stage of a replica has the rows, on all its ranks.
-        student: the student's; all ranks of the last stage want the rows of their replica.
-        shares: documents that the replicas of the teacher read.
-        packing: documents that the replicas of the student train on.
-        num_rows: of every document.
-    """
+    """Who sends what to whom."""
 
     teacher: RankGrid
+    """The teacher's layout; the last stage of a replica has the rows, on all its ranks."""
     student: RankGrid
+    """The student's; all ranks of the last stage want the rows of their replica."""
     shares: Packing
+    """Documents that the replicas of the teacher read."""
     packing: Packing
+    """Documents that the replicas of the student train on."""
     num_rows: Sequence[int]
+    """Of every document."""
 
     def documents(self, source: int, target: int) -> list[int]:
         """What one rank sends to another, in order."""

@@ -24,17 +24,14 @@ from megatron_opdlm.model.attention import AttentionPlan
 
 @dataclass(frozen=True)
 class StepRows:
-    """Divergence of every loss row of an optimizer step, on all ranks.
-
-    Attributes:
-        loss: sum of weight x divergence over the step, in nats.
-        kl: [T] float32, divergence in nats.
-        num_masked: [T] int64, masked positions in each row's block.
-    """
+    """Divergence of every loss row of an optimizer step, on all ranks."""
 
     loss: float
+    """Sum of weight x divergence over the step, in nats."""
     kl: Tensor
+    """[T] float32, divergence in nats."""
     num_masked: Tensor
+    """[T] int64, masked positions in each row's block."""
 
 
 def forward_backward(

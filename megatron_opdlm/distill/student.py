@@ -24,19 +24,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """A block-diffusion student, ready to decode or to train.
-
-    Attributes:
-        model: this rank's pipeline stage.
-        description: what the checkpoint says about it.
-        tokenizer: transformers tokenizer with the mask token.
-        folder: the iteration folder that it was loaded from.
-    """
+    """A block-diffusion student, ready to decode or to train."""
 
     model: BlockDiffusionModel
+    """This rank's pipeline stage."""
     description: ModelDescription
+    """What the checkpoint says about it."""
     tokenizer: Any
+    """Transformers tokenizer with the mask token."""
     folder: Path
+    """The iteration folder that it was loaded from."""
 
     @property
     def tokenizer_dir(self) -> Path:

@@ -39,36 +39,33 @@ PROBE_PROMPTS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A teacher that is loaded and frozen.
-
-    Attributes:
-        path: where it comes from, for people.
-        model: this rank's stage in the teacher's layout.
-        vocab_size: ids that teacher and student both have; others are in no softmax.
-        description: what its checkpoint says.
-        fingerprint: of its weights.
-        parallel: the teacher's layout; the student's own if it is the same.
-        student_parallel: the student's.
-        head: [V_local, D], the columns that this rank of the student holds of its own head; None
-            where the student has no head.
-        stream_multiple: what the length of its streams must be a multiple of.
-        pass_multiple: the same of its decoding passes.
-        token_budget: most tokens of one pass.
-        host: where its weights are between its phases; None = they stay.
-    """
+    """A teacher that is loaded and frozen."""
 
     path: str
+    """Where it comes from, for people."""
     model: BlockDiffusionModel
+    """This rank's stage in the teacher's layout."""
     vocab_size: int
+    """Ids that teacher and student both have; others are in no softmax."""
     description: ModelDescription
+    """What its checkpoint says."""
     fingerprint: Fingerprint
+    """Of its weights."""
     parallel: ParallelState
+    """The teacher's layout; the student's own if it is the same."""
     student_parallel: ParallelState
+    """The student's."""
     head: Tensor | None
+    """[V_local, D], the columns that this rank of the student holds of its own head; None where the
+    student has no head."""
     stream_multiple: int
+    """What the length of its streams must be a multiple of."""
     pass_multiple: int
+    """The same of its decoding passes."""
     token_budget: int
+    """Most tokens of one pass."""
     host: HostWeights | None = None
+    """Where its weights are between its phases; None = they stay."""
 
     @property
     def is_second_layout(self) -> bool:

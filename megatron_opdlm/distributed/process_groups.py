@@ -31,27 +31,25 @@ class ParallelState:
 
     Ranks are laid out as in Megatron: tensor-parallel ranks next to each other, then data-parallel,
     then pipeline-parallel.
-
-    Attributes:
-        tp_group: tensor-parallel group.
-        pp_group: pipeline-parallel group.
-        dp_group: data-parallel group.
-        mp_group: the ranks of one data-parallel replica, over tensor and pipeline axis.
-        host_group: the same ranks, for messages between hosts.
-        store: the job's key-value store.
-        timeout: how long a collective waits for a lost rank.
-        pg_collection: the same groups as Megatron's layers take them; None = Megatron's own, those
-            of `parallel_state`.
     """
 
     tp_group: ProcessGroup
+    """Tensor-parallel group."""
     pp_group: ProcessGroup
+    """Pipeline-parallel group."""
     dp_group: ProcessGroup
+    """Data-parallel group."""
     mp_group: ProcessGroup
+    """The ranks of one data-parallel replica, over tensor and pipeline axis."""
     host_group: ProcessGroup
+    """The same ranks, for messages between hosts."""
     store: dist.Store
+    """The job's key-value store."""
     timeout: datetime.timedelta
+    """How long a collective waits for a lost rank."""
     pg_collection: ProcessGroupCollection | None = None
+    """The same groups as Megatron's layers take them; None = Megatron's own, those of
+    `parallel_state`."""
 
     @property
     def tp_size(self) -> int:

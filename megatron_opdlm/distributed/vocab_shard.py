@@ -14,19 +14,16 @@ from megatron_opdlm.distributed.vocab import local_columns
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank's columns of the vocabulary.
-
-    Attributes:
-        first: global id of the first.
-        num_valid: columns that are not padding.
-        mask_column: the mask token's, if it is this rank's.
-        tp_group: tensor-parallel group; None = unsharded.
-    """
+    """This rank's columns of the vocabulary."""
 
     first: int
+    """Global id of the first."""
     num_valid: int
+    """Columns that are not padding."""
     mask_column: int | None
+    """The mask token's, if it is this rank's."""
     tp_group: ProcessGroup | None
+    """Tensor-parallel group; None = unsharded."""
 
     @classmethod
     def of(

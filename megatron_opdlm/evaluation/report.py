@@ -30,23 +30,20 @@ dynamic decoding, train_tokens counts response tokens; anything else goes under 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportRow:
-    """One line of the report's table.
-
-    Attributes:
-        name: who answered, and how: "student, dynamic(0.9)".
-        accuracy: share of correct answers.
-        standard_error: of the accuracy.
-        tokens_per_forward: response tokens per denoising pass.
-        num_questions: questions asked.
-        seed: seed of the run.
-    """
+    """One line of the report's table."""
 
     name: str
+    """Who answered, and how: "student, dynamic(0.9)"."""
     accuracy: float
+    """Share of correct answers."""
     standard_error: float
+    """Of the accuracy."""
     tokens_per_forward: float
+    """Response tokens per denoising pass."""
     num_questions: int
+    """Questions asked."""
     seed: int
+    """Seed of the run."""
 
     @classmethod
     def from_result(cls, name: str, result: Mapping[str, Any], seed: int) -> ReportRow:

@@ -110,29 +110,26 @@ def load_task(
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """A task under one decoding setting and seed.
-
-    Attributes:
-        task: name of the task.
-        kind: name of its kind.
-        options: how blocks were denoised; None for an autoregressive teacher, which is greedy.
-        response_limit: most response tokens.
-        enable_thinking: what the chat template was told.
-        seed: of the decoding; it matters with temperature > 0 only.
-        answers: one per question, in order.
-        num_passes: denoising passes, summed over responses; a teacher's are its tokens.
-        seconds: wall time of the decoding.
-    """
+    """A task under one decoding setting and seed."""
 
     task: str
+    """Name of the task."""
     kind: str
+    """Name of its kind."""
     options: DecodingOptions | None
+    """How blocks were denoised; None for an autoregressive teacher, which is greedy."""
     response_limit: int
+    """Most response tokens."""
     enable_thinking: bool
+    """What the chat template was told."""
     seed: int
+    """Of the decoding; it matters with temperature > 0 only."""
     answers: Sequence[Answer]
+    """One per question, in order."""
     num_passes: int
+    """Denoising passes, summed over responses; a teacher's are its tokens."""
     seconds: float
+    """Wall time of the decoding."""
 
     @property
     def num_questions(self) -> int:

@@ -51,7 +51,7 @@ class _ForeignNameError(pickle.UnpicklingError):
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """Read the metadata of a torch_dist folder.
+    """Reads the metadata of a torch_dist folder.
 
     Args:
         directory: the folder.

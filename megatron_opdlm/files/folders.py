@@ -24,7 +24,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file whose top level is an object.
+    """Reads a JSON file whose top level is an object.
 
     Raises:
         ConversionError: the file is missing, a git-LFS pointer, not UTF-8, not JSON, or not an
@@ -52,7 +52,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def refuse_lfs_pointer(path: Path, content: bytes) -> None:
-    """Refuse what a clone without git-LFS has in the place of a large file.
+    """Refuses what a clone without git-LFS has in the place of a large file.
 
     Args:
         path: the file.
@@ -110,12 +110,12 @@ def without_garbage_collection() -> Iterator[None]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` as indented JSON with a final newline."""
+    """Writes `value` as indented JSON with a final newline."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def require_writable_output(out_dir: Path, source: Path | None = None) -> None:
-    """Refuse an output path that holds something, or that lies in what is read.
+    """Refuses an output path that holds something, or that lies in what is read.
 
     Args:
         out_dir: the output.
@@ -150,7 +150,7 @@ def require_writable_output(out_dir: Path, source: Path | None = None) -> None:
 
 @contextlib.contextmanager
 def atomic_directory(out_dir: Path) -> Iterator[Path]:
-    """Yield a temporary sibling directory that becomes `out_dir` when the block succeeds.
+    """Yields a temporary sibling directory that becomes `out_dir` when the block succeeds.
 
     A process that is killed leaves a hidden `.NAME.partial-HOST-PID` sibling, never an `out_dir`
     that looks complete; later conversions to the same place name it in the log. The disk is not

@@ -33,7 +33,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def describe(path: Path) -> str:
-    """Say in one line what a path is that is not the kind of model that somebody needs.
+    """Says in one line what a path is that is not the kind of model that somebody needs.
 
     Args:
         path: the path that was given; a Hugging Face directory only where a checkpoint is needed,

@@ -31,7 +31,7 @@ def runs(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def fill(file: FileIO, offset: int, buffer: memoryview) -> None:
-    """Read from `offset` on until `buffer` is full.
+    """Reads from `offset` on until `buffer` is full.
 
     Raises:
         ConversionError: the file ends early (it shrank after its size was checked).
@@ -49,7 +49,7 @@ class BlockFile(FileIO):
     """A new file; all that it is given is written, block by block."""
 
     def __init__(self, path: Path) -> None:
-        """Create the file.
+        """Creates the file.
 
         Raises:
             OSError: it exists or cannot be created.

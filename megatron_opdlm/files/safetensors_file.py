@@ -45,7 +45,7 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Parse and check a safetensors header against the file's size.
+    """Parses and check a safetensors header against the file's size.
 
     Args:
         path: the file.
@@ -126,7 +126,7 @@ def _check_extents(path: Path, infos: Mapping[str, TensorInfo], start: int, size
 def read_tensor(
     file: FileIO, info: TensorInfo, rows: slice | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """Read one tensor, or rows of it.
+    """Reads one tensor, or rows of it.
 
     Args:
         file: the open safetensors file, unbuffered.
@@ -157,7 +157,7 @@ class SafetensorsWriter:
     """Writes one safetensors file whose tensors arrive one after another, in header order."""
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
-        """Write the header.
+        """Writes the header.
 
         Args:
             path: file to create.
@@ -185,6 +185,6 @@ class SafetensorsWriter:
         self._remaining -= tensor.nbytes
 
     def close(self) -> None:
-        """Close the file; every byte the header promised must have been written."""
+        """Closes the file; every byte the header promised must have been written."""
         assert self._remaining == 0, f"{self._remaining} bytes short of the header"
         self._file.close()

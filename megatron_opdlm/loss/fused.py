@@ -49,15 +49,12 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class TeacherTarget:
-    """The teacher's LM head on its hidden states.
-
-    Attributes:
-        hidden: [T, D_teacher], aligned with the student's rows.
-        weight: [V_local, D_teacher], the columns that the student's rank holds.
-    """
+    """The teacher's LM head on its hidden states."""
 
     hidden: Tensor
+    """[T, D_teacher], aligned with the student's rows."""
     weight: Tensor
+    """[V_local, D_teacher], the columns that the student's rank holds."""
 
     def shape(self) -> tuple[int, int | None]:
         """See `Target`."""
@@ -70,13 +67,10 @@ class TeacherTarget:
 
 @dataclass(frozen=True)
 class TokenTarget:
-    """All probability on one token: the divergence is the cross-entropy.
-
-    Attributes:
-        token_ids: [T] int64, global ids.
-    """
+    """All probability on one token: the divergence is the cross-entropy."""
 
     token_ids: Tensor
+    """[T] int64, global ids."""
 
     def shape(self) -> tuple[int, int | None]:
         """See `Target`."""

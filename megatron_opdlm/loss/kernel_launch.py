@@ -19,17 +19,14 @@ from megatron_opdlm.loss import kernels as kernel
 
 @dataclass(frozen=True)
 class Chunk:
-    """Logits of some rows.
-
-    Attributes:
-        student: [C, V] float32; the columns of a row lie together.
-        teacher: the same, and rows as far apart.
-        shard: which columns these are.
-    """
+    """Logits of some rows."""
 
     student: Tensor
+    """[C, V] float32; the columns of a row lie together."""
     teacher: Tensor
+    """The same, and rows as far apart."""
     shard: VocabShard
+    """Which columns these are."""
 
     def __post_init__(self) -> None:
         assert self.student.dtype == self.teacher.dtype == torch.float32, "kernels read float32"
@@ -53,37 +50,31 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Records:
-    """What programs found out about their splits.
-
-    Attributes:
-        largest: [2, C, S] float32, largest logits of student and teacher.
-        sums: [2, C, S] sums of their exponentials, shifted by these.
-        differences: [2, C, S] or nothing: sums of the student's exponentials times (student -
-            teacher), of the teacher's times (teacher - student), shifted logits. Tokens that one of
-            them excludes are left out. Only what the kind of divergence needs is written.
-        excluded: [2, C, S] or nothing: the student's largest logit where the teacher excludes a
-            token, and the other way round; written as the differences are.
-    """
+    """What programs found out about their splits."""
 
     largest: Tensor
+    """[2, C, S] float32, largest logits of student and teacher."""
     sums: Tensor
+    """[2, C, S] sums of their exponentials, shifted by these."""
     differences: Tensor | None = None
+    """[2, C, S] or nothing: sums of the student's exponentials times (student - teacher), of the
+    teacher's times (teacher - student), shifted logits. Tokens that one of them excludes are left
+    out. Only what the kind of divergence needs is written."""
     excluded: Tensor | None = None
+    """[2, C, S] or nothing: the student's largest logit where the teacher excludes a token, and the
+    other way round; written as the differences are."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The best K columns of every split, and all others together.
-
-    Attributes:
-        ranks: [C, S * K] int64 of the teacher's logits (ranking.py); LAST where a split has fewer.
-        logits: [C, S * K] float32, the student's.
-        others: records of the others.
-    """
+    """The best K columns of every split, and all others together."""
 
     ranks: Tensor
+    """[C, S * K] int64 of the teacher's logits (ranking.py); LAST where a split has fewer."""
     logits: Tensor
+    """[C, S * K] float32, the student's."""
     others: Records
+    """Records of the others."""
 
 
 def whole_records(chunk: Chunk, kind: str) -> Records:

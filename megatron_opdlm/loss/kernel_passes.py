@@ -34,23 +34,20 @@ STUDENT, TEACHER = 0, 1
 
 @dataclass(frozen=True)
 class _Rows:
-    """What the gradient needs of every row.
-
-    Attributes:
-        values: [C] float32.
-        shift: [2, C] the largest logits, of student and teacher.
-        log_sum: [2, C] log-sum-exp of the shifted logits.
-        slope: [C] sum of q times the derivative by q, over all outcomes.
-        others: [C] what the gradient by a token outside the k is, over its q.
-        least: [C, 1] int64: the lowest rank among the k; None = all tokens are outcomes.
-    """
+    """What the gradient needs of every row."""
 
     values: Tensor
+    """[C] float32."""
     shift: Tensor
+    """[2, C] the largest logits, of student and teacher."""
     log_sum: Tensor
+    """[2, C] log-sum-exp of the shifted logits."""
     slope: Tensor
+    """[C] sum of q times the derivative by q, over all outcomes."""
     others: Tensor
+    """[C] what the gradient by a token outside the k is, over its q."""
     least: Tensor | None = None
+    """[C, 1] int64: the lowest rank among the k; None = all tokens are outcomes."""
 
 
 def why_not(divergence: Divergence) -> str | None:

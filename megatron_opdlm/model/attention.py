@@ -38,14 +38,12 @@ class AttentionPlan(PackedSeqParams):
 
     `qkv_format` stays None, so Megatron treats the stream as one sequence and applies RoPE with the
     positions that it is given.
-
-    Attributes:
-        tags: [S, 4] int64, the tags of the stream.
-        cache: decode against this cache instead of within the stream.
     """
 
     tags: Tensor | None = None
+    """[S, 4] int64, the tags of the stream."""
     cache: DecodeCache | None = None
+    """Decode against this cache instead of within the stream."""
     _tiles: list[Tile] | None = field(default=None, repr=False)
     _block_mask: Any = field(default=None, repr=False)
 

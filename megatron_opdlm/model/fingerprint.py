@@ -33,17 +33,14 @@ _CHUNK_CELLS = 2**20
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a model's weights are, on all ranks.
-
-    Attributes:
-        digest: 48 bits, a function of the weights in their number format.
-        num_parameters: of the whole model, padding of the vocabulary and copies left out.
-        not_finite: names of tensors with NaN or infinity.
-    """
+    """What a model's weights are, on all ranks."""
 
     digest: int
+    """48 bits, a function of the weights in their number format."""
     num_parameters: int
+    """Of the whole model, padding of the vocabulary and copies left out."""
     not_finite: tuple[str, ...]
+    """Names of tensors with NaN or infinity."""
 
     def __str__(self) -> str:
         return f"{self.digest:012x}"

@@ -45,32 +45,29 @@ from megatron_opdlm.model.rope import inverse_frequencies
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """How a model is built, apart from its hyperparameters. Names are Megatron's.
-
-    Attributes:
-        layer_spec: "local" or "transformer_engine".
-        params_dtype: dtype of weights and activations.
-        sequence_parallel: shard activations between layers over the tensor-parallel group.
-        fp8: None, "hybrid" or "e4m3"; needs Transformer Engine.
-        fp8_recipe: Transformer Engine's scaling recipe.
-        recompute_granularity: None, "selective" or "full".
-        apply_rope_fusion: rotate queries and keys in one kernel; needs Transformer Engine.
-        bias_swiglu_fusion: compile SwiGLU into one kernel.
-        gradient_accumulation_fusion: add weight gradients to `main_grad` in the matrix product;
-            needs Transformer Engine's layers.
-        make_vocab_size_divisible_by: the embedding is padded to a multiple of this x TP.
-    """
+    """How a model is built, apart from its hyperparameters. Names are Megatron's."""
 
     layer_spec: str = "local"
+    """"local" or "transformer_engine"."""
     params_dtype: torch.dtype = torch.float32
+    """Dtype of weights and activations."""
     sequence_parallel: bool = False
+    """Shard activations between layers over the tensor-parallel group."""
     fp8: str | None = None
+    """None, "hybrid" or "e4m3"; needs Transformer Engine."""
     fp8_recipe: str = "tensorwise"
+    """Transformer Engine's scaling recipe."""
     recompute_granularity: str | None = None
+    """None, "selective" or "full"."""
     apply_rope_fusion: bool = False
+    """Rotate queries and keys in one kernel; needs Transformer Engine."""
     bias_swiglu_fusion: bool = False
+    """Compile SwiGLU into one kernel."""
     gradient_accumulation_fusion: bool = False
+    """Add weight gradients to `main_grad` in the matrix product; needs Transformer Engine's
+    layers."""
     make_vocab_size_divisible_by: int = 128
+    """The embedding is padded to a multiple of this x TP."""
 
 
 class RMSNorm(torch.nn.Module):

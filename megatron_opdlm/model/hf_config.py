@@ -65,7 +65,7 @@ class HFConfig:
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
-        """Check ranges and cross-field rules; the error names the config.json key."""
+        """Checks ranges and cross-field rules; the error names the config.json key."""
         for key in _POSITIVE_INTS.values():
             _require(self, key, _is_int(getattr(self, key)), "must be an integer")
             _require(self, key, getattr(self, key) > 0, "must be positive")
@@ -116,7 +116,7 @@ class HFConfig:
 
     @classmethod
     def from_json_dict(cls, values: dict[str, Any]) -> "HFConfig":
-        """Rebuild from `to_json_dict`'s output.
+        """Rebuilds from `to_json_dict`'s output.
 
         Raises:
             ConversionError: unknown, missing or invalid field.
@@ -153,7 +153,7 @@ _LARGEST_SIZE = 2**31 - 1
 
 
 def read_config(hf_dir: str | Path) -> HFConfig:
-    """Read `config.json` (and the token ids of `generation_config.json`) of a HF model directory.
+    """Reads `config.json` (and the token ids of `generation_config.json`) of a HF model directory.
 
     Args:
         hf_dir: directory with config.json.
@@ -292,7 +292,7 @@ def _check_rope_section(key: str, section: dict[str, Any], family: Family) -> Ro
 
 
 def _rope_scaling(key: str, values: dict[str, Any]) -> RopeScaling:
-    """Check Llama 3.1's four numbers."""
+    """Checks Llama 3.1's four numbers."""
     for name, value in values.items():
         if not (_is_finite(value) and value > 0):
             raise ConversionError(f"{key}.{name}={reprlib.repr(value)} must be a positive number")

@@ -11,19 +11,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Llama 3.1's stretching of long wavelengths (transformers' rope_type 'llama3').
-
-    Attributes:
-        factor: wavelengths above the long border grow by this.
-        low_freq_factor: the long border is original_max_position_embeddings / low_freq_factor.
-        high_freq_factor: wavelengths below original_max_position_embeddings / this stay.
-        original_max_position_embeddings: positions of the model before it was stretched.
-    """
+    """Llama 3.1's stretching of long wavelengths (transformers' rope_type 'llama3')."""
 
     factor: float
+    """Wavelengths above the long border grow by this."""
     low_freq_factor: float
+    """The long border is original_max_position_embeddings / low_freq_factor."""
     high_freq_factor: float
+    """Wavelengths below original_max_position_embeddings / this stay."""
     original_max_position_embeddings: int
+    """Positions of the model before it was stretched."""
 
 
 def inverse_frequencies(*, width: int, theta: float, scaling: RopeScaling | None) -> Tensor:

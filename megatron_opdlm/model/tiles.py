@@ -28,21 +28,18 @@ single piece may exceed it."""
 
 @dataclass(frozen=True)
 class _Piece:
-    """A run of queries of one document.
-
-    Attributes:
-        queries: [Q] int64, stream indices.
-        first: stream index of the document's first token.
-        num_common: so many tokens from `first` on are keys that every query sees.
-        others: [P] int64, stream indices of the further keys that any query sees.
-        mask: [Q, P] bool, True where the query sees the key.
-    """
+    """A run of queries of one document."""
 
     queries: Tensor
+    """[Q] int64, stream indices."""
     first: int
+    """Stream index of the document's first token."""
     num_common: int
+    """So many tokens from `first` on are keys that every query sees."""
     others: Tensor
+    """[P] int64, stream indices of the further keys that any query sees."""
     mask: Tensor
+    """[Q, P] bool, True where the query sees the key."""
 
     @property
     def num_keys(self) -> int:
@@ -51,26 +48,23 @@ class _Piece:
 
 @dataclass(frozen=True)
 class Tile:
-    """Pieces of a stream that are computed together, padded to one shape.
-
-    Attributes:
-        queries: [G, Q] int64, stream indices; entries that repeat a piece's first query stand in
-            for missing ones and are dropped.
-        first: [G] int64, stream index of the first common key.
-        num_common: so many keys from `first` on are seen by every query of the piece.
-        others: [G, P] int64, stream indices of the further keys.
-        mask: [G, Q, P] bool, True where the query sees the further key.
-        kept: [T] int64, indices into the flattened [G * Q] of the entries to keep.
-        kept_queries: [T] int64, their stream indices.
-    """
+    """Pieces of a stream that are computed together, padded to one shape."""
 
     queries: Tensor
+    """[G, Q] int64, stream indices; entries that repeat a piece's first query stand in for missing
+    ones and are dropped."""
     first: Tensor
+    """[G] int64, stream index of the first common key."""
     num_common: int
+    """So many keys from `first` on are seen by every query of the piece."""
     others: Tensor
+    """[G, P] int64, stream indices of the further keys."""
     mask: Tensor
+    """[G, Q, P] bool, True where the query sees the further key."""
     kept: Tensor
+    """[T] int64, indices into the flattened [G * Q] of the entries to keep."""
     kept_queries: Tensor
+    """[T] int64, their stream indices."""
 
     @property
     def num_pairs(self) -> int:

@@ -23,19 +23,16 @@ from megatron_opdlm.rollout.engine import tokens_per_forward
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSchedule:
-    """What a rollout is asked for, as a function of its index alone.
-
-    Attributes:
-        prompts: to choose from.
-        config: of rollouts.
-        seed: of the run.
-        mask_token_id: the student's.
-    """
+    """What a rollout is asked for, as a function of its index alone."""
 
     prompts: Sequence[PromptTokens]
+    """To choose from."""
     config: RolloutConfig
+    """Of rollouts."""
     seed: int
+    """Of the run."""
     mask_token_id: int
+    """The student's."""
 
     def __post_init__(self) -> None:
         _ = self._sampler
@@ -89,15 +86,12 @@ class RolloutSchedule:
 
 @dataclass(frozen=True)
 class Response:
-    """Response tokens and nothing else.
-
-    Attributes:
-        token_ids: [R] int64, through the end of sequence if there is one.
-        ended: whether there is one.
-    """
+    """Response tokens and nothing else."""
 
     token_ids: Tensor
+    """[R] int64, through the end of sequence if there is one."""
     ended: bool
+    """Whether there is one."""
 
     def cut(self, limit: int) -> Response:
         """Its first tokens; a response that goes on has not ended."""
@@ -106,15 +100,12 @@ class Response:
 
 @dataclass(frozen=True)
 class Collected:
-    """The responses of one rollout; the same on every rank.
-
-    Attributes:
-        trajectories: one per row of the schedule.
-        work: what they took.
-    """
+    """The responses of one rollout; the same on every rank."""
 
     trajectories: list[Trajectory]
+    """One per row of the schedule."""
     work: WorkCounters
+    """What they took."""
 
 
 class ResponseSource(Protocol):

@@ -210,7 +210,7 @@ def _limit_bytes(model: BlockDiffusionModel, limit_gb: float | None) -> int:
 
 
 def _pass_bytes(model: BlockDiffusionModel) -> int:
-    """Estimate of the work space of a pass: a layer's activations, and sampling."""
+    """Estimates of the work space of a pass: a layer's activations, and sampling."""
     config = model.config
     inner = config.ffn_hidden_size // config.tensor_model_parallel_size
     widths = 8 * config.hidden_size + 3 * inner

@@ -37,26 +37,23 @@ query heads share a key head."""
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows that are attended in one call.
-
-    Attributes:
-        slots: [n] int64 cache slots, or a slice where they are contiguous.
-        queries: [n, Q] int64 stream indices, missing ones repeat the row's last; or a slice where
-            all rows have as many.
-        num_keys: [n, Q] int64, cache positions that each query sees.
-        most: the largest of them.
-        kept_row: [T] int64, rows of the queries that are real; None where all are.
-        kept_column: [T] int64, their places in the row.
-        kept_query: [T] int64, their stream indices.
-    """
+    """Rows that are attended in one call."""
 
     slots: Tensor | slice
+    """[n] int64 cache slots, or a slice where they are contiguous."""
     queries: Tensor | slice
+    """[n, Q] int64 stream indices, missing ones repeat the row's last; or a slice where all rows
+    have as many."""
     num_keys: Tensor
+    """[n, Q] int64, cache positions that each query sees."""
     most: int
+    """The largest of them."""
     kept_row: Tensor | None = None
+    """[T] int64, rows of the queries that are real; None where all are."""
     kept_column: Tensor | None = None
+    """[T] int64, their places in the row."""
     kept_query: Tensor | None = None
+    """[T] int64, their stream indices."""
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Those of the attributes that are wanted on the device, by names that begin so."""

@@ -28,30 +28,26 @@ from megatron_opdlm.rollout.staged import Staged
 
 @dataclass(frozen=True)
 class DecodePass:
-    """What the model is given, and which rows of its output are wanted.
-
-    Attributes:
-        slots: [n] int64, in the order of the stream: first those without a prompt to read; on the
-            host, as `masked` and `steps`.
-        masked: [n, K] bool, masked positions of each sequence's block.
-        steps: [n] int64, denoising step of each block.
-        inputs: what the model reads, on its device.
-        head_rows: [T] int64, stream indices of the rows that predict the masked positions, on the
-            device.
-        noise_keys: [T] int64, one for every draw, on the device.
-        plan: tags of the stream, and attention against the cache.
-        is_whole_blocks: whether no sequence has a prompt to read: all it brings are one or two
-            blocks (in a causal model, one).
-    """
+    """What the model is given, and which rows of its output are wanted."""
 
     slots: Tensor
+    """[n] int64, in the order of the stream: first those without a prompt to read; on the host, as
+    `masked` and `steps`."""
     masked: Tensor
+    """[n, K] bool, masked positions of each sequence's block."""
     steps: Tensor
+    """[n] int64, denoising step of each block."""
     inputs: Staged
+    """What the model reads, on its device."""
     head_rows: Tensor
+    """[T] int64, stream indices of the rows that predict the masked positions, on the device."""
     noise_keys: Tensor
+    """[T] int64, one for every draw, on the device."""
     plan: AttentionPlan
+    """Tags of the stream, and attention against the cache."""
     is_whole_blocks: bool
+    """Whether no sequence has a prompt to read: all it brings are one or two blocks (in a causal
+    model, one)."""
 
     @property
     def token_ids(self) -> Tensor:

@@ -39,17 +39,14 @@ MOST_ROWS = 2**31 - 1
 
 @dataclass(frozen=True)
 class Packing:
-    """The runs of a pass, on the host.
-
-    Attributes:
-        starts: [B + 1] int64, where each begins among the packed queries, and their number.
-        num_keys: [B] int64, positions that a run sees.
-        slots: [B] int64, where its sequence is in the cache.
-    """
+    """The runs of a pass, on the host."""
 
     starts: Tensor
+    """[B + 1] int64, where each begins among the packed queries, and their number."""
     num_keys: Tensor
+    """[B] int64, positions that a run sees."""
     slots: Tensor
+    """[B] int64, where its sequence is in the cache."""
 
 
 def find_runs(tags: Tensor, slots: Tensor, *, shared: int, block_size: int) -> Packing:

@@ -28,33 +28,27 @@ its graphs, for fragments, and for a training step that is larger than those bef
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What a rollout asks for; the same on every rank of a replica.
-
-    Attributes:
-        capacity: tokens that the longest sequence may fill.
-        most_slots: sequences to decode at once.
-        limit_gb: most memory for keys and values, see `KVCache.for_model`.
-        block_size: tokens of a block.
-        with_graphs: whether passes are captured: True, False, or None where it costs few slots.
-    """
+    """What a rollout asks for; the same on every rank of a replica."""
 
     capacity: int
+    """Tokens that the longest sequence may fill."""
     most_slots: int
+    """Sequences to decode at once."""
     limit_gb: float | None
+    """Most memory for keys and values, see `KVCache.for_model`."""
     block_size: int
+    """Tokens of a block."""
     with_graphs: bool | None
+    """Whether passes are captured: True, False, or None where it costs few slots."""
 
 
 class Lent(NamedTuple):
-    """What a rollout works with.
-
-    Attributes:
-        cache: its slots; of a kept one there may be more than the rollout wants.
-        graphs: None where no pass is captured.
-    """
+    """What a rollout works with."""
 
     cache: KVCache
+    """Its slots; of a kept one there may be more than the rollout wants."""
     graphs: PassGraphs | None
+    """None where no pass is captured."""
 
 
 @dataclass(frozen=True)

@@ -36,19 +36,16 @@ from megatron_opdlm.rollout.sequences import Sequences
 
 @dataclass
 class RolloutCounts:
-    """Work of a rollout on this data-parallel replica.
-
-    Attributes:
-        passes: of the model.
-        ticks: of the pipeline; more than the passes by those in which no pass entered it.
-        tokens: of the streams of all passes.
-        head_rows: that the LM head was applied to.
-    """
+    """Work of a rollout on this data-parallel replica."""
 
     passes: int = 0
+    """Of the model."""
     ticks: int = 0
+    """Of the pipeline; more than the passes by those in which no pass entered it."""
     tokens: int = 0
+    """Of the streams of all passes."""
     head_rows: int = 0
+    """That the LM head was applied to."""
 
 
 Observer = Callable[[int, Tensor, Tensor], None]

@@ -72,18 +72,15 @@ class DecodingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One response to decode.
-
-    Attributes:
-        prompt_id: the prompt's id in the data.
-        sample: index of the sample among those of the same prompt.
-        prompt_ids: [P] int64, not empty.
-        response_limit: most response tokens.
-        key: random key of this response, `randomness.key(seed, step, prompt_id, sample)`.
-    """
+    """One response to decode."""
 
     prompt_id: str
+    """The prompt's id in the data."""
     sample: int
+    """Index of the sample among those of the same prompt."""
     prompt_ids: Tensor
+    """[P] int64, not empty."""
     response_limit: int
+    """Most response tokens."""
     key: int
+    """Random key of this response, `randomness.key(seed, step, prompt_id, sample)`."""

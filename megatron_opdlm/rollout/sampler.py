@@ -38,17 +38,14 @@ MASS_UNIT = 2.0**-48  # probabilities of the nucleus are summed as integers of t
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is drawn from its distribution.
-
-    Attributes:
-        temperature: 0 is argmax and ignores the filters; else from 1e-6 to 1e6.
-        top_k: number of tokens to keep; 0 keeps all.
-        top_p: mass to keep, in (0, 1]; 1 keeps all.
-    """
+    """How a token is drawn from its distribution."""
 
     temperature: float = 0.0
+    """0 is argmax and ignores the filters; else from 1e-6 to 1e6."""
     top_k: int = 0
+    """Number of tokens to keep; 0 keeps all."""
     top_p: float = 1.0
+    """Mass to keep, in (0, 1]; 1 keeps all."""
 
     def __post_init__(self) -> None:
         for name, holds, rule in (
@@ -66,18 +63,15 @@ class Sampling:
 
 
 class Draws(NamedTuple):
-    """What was drawn, identical on all ranks.
-
-    Attributes:
-        tokens: [T] int64, global ids.
-        confidence: [T] float32, probability of the token under the softmax at temperature 1 without
-            filters; NaN where the row's logits hold NaN or +inf on any rank, or nothing but -inf.
-        entropy: [T] float32, nats, of that same softmax; None unless asked for.
-    """
+    """What was drawn, identical on all ranks."""
 
     tokens: Tensor
+    """[T] int64, global ids."""
     confidence: Tensor
+    """[T] float32, probability of the token under the softmax at temperature 1 without filters; NaN
+    where the row's logits hold NaN or +inf on any rank, or nothing but -inf."""
     entropy: Tensor | None
+    """[T] float32, nats, of that same softmax; None unless asked for."""
 
 
 @dataclass(frozen=True)

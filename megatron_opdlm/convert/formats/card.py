@@ -27,7 +27,7 @@ _PATHS = ("teacher", "data")
 def model_card(
     model: ExportedModel, export_format: ExportFormat, *, has_chat_template: bool
 ) -> str:
-    """Render the card; its blocks of code run as they are, beside the exported folder.
+    """Renders the card; its blocks of code run as they are, beside the exported folder.
 
     Args:
         model: what was exported; plain numbers and strings of its lineage and state are listed.

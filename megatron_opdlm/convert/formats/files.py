@@ -26,7 +26,7 @@ _GENERATION_FILE = "generation_config.json"
 def write_files(
     out_dir: Path, tokenizer_dir: Path, model: ExportedModel, export_format: ExportFormat
 ) -> None:
-    """Write everything but the weights.
+    """Writes everything but the weights.
 
     Args:
         out_dir: export folder.

@@ -49,7 +49,7 @@ def sample(
     top_p: float,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """Sample with temperature, then top-k, then top-p.
+    """Samples with temperature, then top-k, then top-p.
 
     Args:
         logits: [B, K, V] float32.
@@ -109,7 +109,7 @@ class BlockDecoding:
         generator: torch.Generator | None = None,
         **parameters: Any,
     ) -> Tensor:
-        """Decode block by block with a KV cache.
+        """Decodes block by block with a KV cache.
 
         Args:
             input_ids: [B, P] prompts of one length (the block grid starts at position 0, so there
@@ -163,7 +163,7 @@ class BlockDecoding:
         rule: RemaskingRule,
         sampling: tuple[Any, ...],
     ) -> None:
-        """Fill the block at `start`, in place, where it is `masked` [B, K]."""
+        """Fills the block at `start`, in place, where it is `masked` [B, K]."""
         rows, size = masked.shape
         block = tokens[:, start : start + size]  # a view: writing it writes tokens
         for step in range(steps):
@@ -208,7 +208,7 @@ class BlockDecoding:
         return torch.tensor(ids, dtype=torch.int64, device=device)
 
     def _cut(self, tokens: Tensor, prompt: int, eos: Tensor) -> Tensor:
-        """Replace what follows a response's first eos by padding; drop columns of padding."""
+        """Replaces what follows a response's first eos by padding; drops columns of padding."""
         pad = self.generation_config.pad_token_id
         pad = int(eos[0]) if pad is None and len(eos) else pad
         ends = torch.isin(tokens[:, prompt:], eos)
