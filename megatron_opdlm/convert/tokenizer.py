@@ -195,7 +195,7 @@ def replace_mask_token(src_dir: Path, dst_dir: Path, text: str, token_id: int) -
 
 @without_garbage_collection()
 def tokenizer_fingerprint(files: TokenizerFiles, mask_token: str = MASK_TOKEN) -> str:
-    """Hash of what maps text to ids: vocabulary, merges and added tokens, without the mask token.
+    """Returns a hash of what maps text to ids: vocabulary, merges and added tokens, without the mask token.
 
     Student and teacher may differ in the mask token, the chat template and file formatting only.
 
@@ -259,7 +259,7 @@ def _load(directory: Path, source: Path) -> Tokenizer:
 
 
 def _patch_tokenizer_json(dst: Path, tokenizer: dict[str, Any], mask: str, mask_id: int) -> None:
-    """Register the mask as a special token: it never merges, and decoding can skip it."""
+    """Registers the mask as a special token: it never merges, and decoding can skip it."""
     others = [token for token in tokenizer["added_tokens"] if token["content"] != mask]
     tokens = [*others, _added_token(mask_id, mask, special=True)]
     tokenizer["added_tokens"] = sorted(tokens, key=lambda token: token["id"])

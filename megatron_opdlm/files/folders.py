@@ -95,7 +95,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Pause the collector while something large and free of cycles is built, such as JSON.
+    """Pauses the collector while something large and free of cycles is built, such as JSON.
 
     A large tokenizer is 300,000 lists, which the collector would walk again and again as they grow:
     more than half of the time that it takes to read one. Also a decorator.
@@ -204,7 +204,7 @@ def _report_left_overs(folder: Path, prefix: str) -> None:
 
 
 def sync_tree(root: Path) -> None:
-    """Flush every file and folder below `root` to disk."""
+    """Flushes every file and folder below `root` to disk."""
     for path in sorted(root.rglob("*"), reverse=True):  # files before the folders that hold them
         _sync_path(path)
     _sync_path(root)

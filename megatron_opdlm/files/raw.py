@@ -57,7 +57,7 @@ class BlockFile(FileIO):
         super().__init__(path, "x")
 
     def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
-        """Append bytes; returns how many."""
+        """Appends bytes; returns how many."""
         view, done = memoryview(data), 0
         while done < len(view):
             done += super().write(view[done : done + _BLOCK_BYTES])

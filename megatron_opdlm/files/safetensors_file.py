@@ -179,7 +179,7 @@ class SafetensorsWriter:
         self._file.write(len(blob).to_bytes(8, "little") + blob)
 
     def write(self, tensor: Tensor) -> None:
-        """Append the elements of the next tensor, or of its next rows, in their order."""
+        """Appends the elements of the next tensor, or of its next rows, in their order."""
         for run in runs(tensor):
             self._file.write(run)
         self._remaining -= tensor.nbytes

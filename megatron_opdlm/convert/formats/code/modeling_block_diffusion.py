@@ -39,7 +39,7 @@ class BlockCache:
         return 0 if self.positions is None else self.positions.shape[1]
 
     def extend(self, layer: int, keys: Tensor, values: Tensor, store: int) -> tuple[Tensor, Tensor]:
-        """Append [B, N, S, D] keys and values for this call; keep the first `store` tokens."""
+        """Appends [B, N, S, D] keys and values for this call; keeps the first `store` tokens."""
         past = self.layers.get(layer)
         if past is not None:
             keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
