@@ -195,7 +195,7 @@ def replace_mask_token(src_dir: Path, dst_dir: Path, text: str, token_id: int) -
 
 @without_garbage_collection()
 def tokenizer_fingerprint(files: TokenizerFiles, mask_token: str = MASK_TOKEN) -> str:
-    """Returns a hash of what maps text to ids: vocabulary, merges and added tokens, without the mask token.
+    """Returns a hash of what maps text to ids: vocabulary, merges and added tokens but the mask.
 
     Student and teacher may differ in the mask token, the chat template and file formatting only.
 
