@@ -7,11 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 import megatron_opdlm.train.trainer as trainer_module
 from megatron_opdlm.config.run import Config
 from megatron_opdlm.diffusion.example import TrainingExample
 from megatron_opdlm.diffusion.noising import select_states
 from megatron_opdlm.diffusion.state_selection import NoisyStates
+from megatron_opdlm.distill.step import StepRows
 from megatron_opdlm.train.trainer import Trainer
 from tests.distributed.train.test_parallel_training import LAYOUTS, Recorder
 from tests.helpers import run_ranks
@@ -43,11 +47,14 @@ def write_responses(path: Path) -> Path:
 
 
 class Watched(Recorder):
-    """Remembers noisy states, and how many responses the teacher decoded."""
+    """Remembers noisy states, weight and divergence of every loss row, and how many responses the
+    teacher decoded.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.states: list[NoisyStates] = []
+        self.rows: list[tuple[Tensor, Tensor]] = []
         self.num_decoded = 0
         if config.distill.responses == "teacher":
             stream = self.source._engine.stream
@@ -57,6 +64,11 @@ class Watched(Recorder):
                 return stream(queue)
 
             self.source._engine.stream = counting
+
+    def run_student(self, microbatches: Any, targets: Any) -> StepRows:
+        rows = super().run_student(microbatches, targets)
+        self.rows.append((torch.cat([batch.row_weight for batch in microbatches]), rows.kl))
+        return rows
 
     def select_states(self, trajectories: Any) -> list[TrainingExample]:
         def remember(trajectory: Any, **kwargs: Any) -> NoisyStates:
@@ -76,6 +88,7 @@ def run(rank: int, make_config: Any, save: Path, values: dict[str, Any]) -> dict
         "grad_norms": trainer.grad_norms,
         "rollouts": trainer.rollouts,
         "states": trainer.states,
+        "rows": trainer.rows,
         "gradient": trainer.first,
         "weights": trainer.pieces("data"),
         "work": trainer.work.to_json(),

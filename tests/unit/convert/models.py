@@ -66,6 +66,7 @@ def family_config(family: str, **overrides: Any) -> dict[str, Any]:
             "architectures": ["LlamaForCausalLM"],
             "mlp_bias": False,
             "pretraining_tp": 1,
+            "rms_norm_eps": 1e-5,  # Llama 3's; no default is
             "rope_scaling": dict(LLAMA3_SCALING),
             "rope_theta": 500000.0,
         },

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_opdlm.diffusion import randomness
 from megatron_opdlm.diffusion.noising import select_states
+from megatron_opdlm.diffusion.state_selection import LEAST_TIME
 from megatron_opdlm.diffusion.trajectory import given_response
 from tests.unit.diffusion.test_trajectory import MASK, make_trajectory, trajectories
 
@@ -153,6 +154,17 @@ def test_random_masks_follow_their_time():
     # Positions of a block depend on each other through t alone: P(both) = E[t^2] = 1/3.
     assert abs(float(masked[:, 1, :2].all(1).float().mean()) - 1 / 3) < 0.03
     assert not masked[:, 1].any(1).all()  # control of the next test
+
+
+def test_the_time_of_random_masks_is_bounded_from_below():
+    """The NELBO divides by it. Linear in the draw, so that it is uniform above the bound."""
+    number = 4000
+    keys = torch.tensor([3, *(randomness.key(3, state) for state in range(1, number))])
+    draws = randomness.uniform(keys, torch.zeros(1, dtype=torch.int64))[:, 0]
+    time = select(make_trajectory(4, [0, 1, 1, 0], 4), "random", 3, num_states=number).time[:, 0]
+    assert LEAST_TIME == 1e-3
+    torch.testing.assert_close(time, 1e-3 + 0.999 * draws)
+    assert time.min() >= LEAST_TIME > draws.min()  # control: without the bound it would be less
 
 
 def test_random_masks_at_least_one():

@@ -41,6 +41,16 @@ def test_key_is_stable_across_processes():
 def test_key_separates_parts_and_kinds():
     parts = [(1, 23), (12, 3), (123,), ("1", 23), ("1", "23"), (1, 2, 3), (), ("",), ("", ""), (0,)]
     parts += [("i1:1",), (1,), (-1,), (2**70,), (2**70 + 1,)]
+    parts += [
+        ("a", "b"),
+        ("asb",),
+        ("as", "b"),
+        (1, "a"),
+        ("a", 1),
+        ("ai1",),
+        ("p1", 12),
+        ("p11", 2),
+    ]
     keys = [randomness.key(*part) for part in parts]
     assert len(set(keys)) == len(keys)
     assert all(0 <= key < 2**63 for key in keys)

@@ -1,6 +1,7 @@
 """Unmasking rules against a plain loop over rows."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -76,6 +77,16 @@ def test_transfer_tokens_sum_to_the_block(block_size):
 
 def test_transfer_tokens_by_hand():
     assert [num_transfer_tokens(8, 3, step) for step in range(3)] == [3, 3, 2]
+
+
+@pytest.mark.parametrize("rule", [STATIC, Sequential()], ids=rule_name)
+def test_a_full_block_commits_its_share_at_every_step(rule):
+    """Of every size, in every number of steps; the last one takes all."""
+    for size, steps in itertools.product(range(1, 9), repeat=2):
+        for step in range(steps):
+            (commit,) = choose([[0.5] * size], [[True] * size], [step], rule, steps)
+            share = size if step == steps - 1 else num_transfer_tokens(size, steps, step)
+            assert sum(commit) == share and commit == sorted(commit, reverse=True)
 
 
 @pytest.mark.parametrize("arguments", [(4, 0, 0), (0, 1, 0), (4, 2, 2), (4, 2, -1)])
@@ -157,6 +168,22 @@ def test_entropies_sum_to_less_than_the_bound():
         choose([[0.5]], [[True]], [0], rule, entropy=[0.5])
 
 
+@pytest.mark.parametrize(
+    ("bound", "expected"), [(0.5, 1), (0.5 + 2**-20, 2), (1.0, 3), (1.0 + 2**-20, 4)]
+)
+def test_entropies_that_sum_to_exactly_the_bound_are_too_many(bound, expected):
+    """Sums of powers of two are exact: 0.25, 0.5, 0.75, 1.0."""
+    rule = EntropyBounded(entropy_bound=bound)
+    (commit,) = choose([[0.5] * 4], [[True] * 4], [0], rule, entropy=[[0.25] * 4])
+    assert commit == [place < expected for place in range(4)]
+
+
+def test_a_confidence_of_exactly_the_threshold_is_too_low():
+    rule = LowConfidenceDynamic(confidence_threshold=0.5)
+    (commit,) = choose([[0.5, 0.5 + 2**-20, 0.75, 0.5]], [[True] * 4], [0], rule)
+    assert commit == [False, True, True, False]
+
+
 def test_sequential_goes_from_left_to_right():
     commit = choose([[0.1, 0.2, 0.3, 0.9]], [[False, True, True, True]], [0], Sequential(), 2)
     assert commit == [[False, True, True, False]]
@@ -176,6 +203,19 @@ def test_every_block_finishes_within_its_steps():
                 entropy_BK=torch.rand(32, 8, generator=generator),
             )
         assert not masked.any()
+
+
+@pytest.mark.parametrize("rule", TRIED, ids=rule_name)
+def test_the_last_step_commits_whatever_is_left(rule):
+    """Also where steps before it committed less than their share, and beyond the last one."""
+    for masked in ([True] * 4, [False, True, True, True], [False, False, True, False]):
+        for step in (2, 3, 7):
+            (commit,) = choose(
+                [[0.1, 0.2, 0.3, 0.4]], [masked], [step], rule, 3, entropy=[[9.0] * 4]
+            )
+            assert commit == masked
+    (commit,) = choose([[0.1] * 4], [[True] * 4], [1], rule, 3, entropy=[[9.0] * 4])
+    assert sum(commit) == 1  # control: a step before
 
 
 def test_unknown_rule_names_the_nearest():

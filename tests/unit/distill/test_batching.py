@@ -1,5 +1,6 @@
 """Weights of the loss, and the split of rows over ranks and microbatches."""
 
+import dataclasses
 from itertools import product
 from types import SimpleNamespace
 
@@ -237,6 +238,30 @@ def test_every_state_is_in_one_microbatch(states, dp_size, budget, multiple, red
         assert got == pytest.approx(want, rel=1e-6)
     if expected and reduction != "token_sum":
         assert total == pytest.approx(1.0, rel=1e-6)
+
+
+def test_documents_without_a_token_are_in_no_run():
+    runs = plan_runs([0, 3, 0, 2, 0], dp_size=2, token_budget=9)
+    assert runs == [[[1]], [[3]]]
+
+
+def test_every_row_has_its_own_scale_and_the_weight_of_its_response():
+    """Rows of the NELBO are scaled by 1/t, which differs from row to row."""
+    states = [
+        dataclasses.replace(make_state(n), row_scale=torch.arange(1.0, n + 1) * 10**i)
+        for i, n in enumerate((2, 3, 1))
+    ]
+    weights = row_weights(states, "sequence_mean")
+    runs = [[[2, 0]], [[1]]]
+    for rank, expected in enumerate(
+        ([(2, 100.0), (0, 1.0), (0, 2.0)], [(1, 10), (1, 20), (1, 30)])
+    ):
+        (batch,) = make_microbatches(
+            states, runs, dp_rank=rank, multiple=1, loss_reduction="sequence_mean"
+        )
+        torch.testing.assert_close(
+            batch.row_weight, torch.tensor([weights[i] * scale for i, scale in expected])
+        )
 
 
 def test_a_rank_without_rows_gets_padding():

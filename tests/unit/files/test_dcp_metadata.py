@@ -49,6 +49,20 @@ def test_nothing_foreign_runs(folder: Path, tmp_path: Path) -> None:
     assert made.exists()
 
 
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [("torch", "load"), ("torch.serialization", "load"), ("pathlib", "os"), ("torch", "hub")],
+)
+def test_a_module_that_may_be_named_lends_its_other_names_to_nobody(
+    tmp_path: Path, module: str, function: str
+) -> None:
+    """Which modules a pickle may name says little: torch has functions that load pickles."""
+    blob = b"c" + f"{module}\n{function}\n".encode() + b"."  # GLOBAL, STOP
+    (tmp_path / METADATA_FILE).write_bytes(blob)
+    with pytest.raises(ConversionError, match=f"would call {module}.{function}"):
+        read_metadata(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["../other.distcp", "/etc/passwd", "a/b", "..", ""])
 def test_records_stay_in_the_folder(folder: Path, tmp_path: Path, name: str) -> None:
     metadata = read_metadata(folder)

@@ -6,20 +6,24 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_opdlm.config.run import RolloutConfig
 from megatron_opdlm.config.schema import field_docs
-from megatron_opdlm.diffusion.remasking import RULES
+from megatron_opdlm.convert.model_source import ModelSource
+from megatron_opdlm.diffusion.remasking import RULES, make_rule
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.evaluation.cli import add_eval_parser
 from megatron_opdlm.evaluation.labels import setting_name
 from megatron_opdlm.evaluation.settings import chosen_rules
+from megatron_opdlm.generate.arguments import decoding_options
+from megatron_opdlm.generate.cli import _generate as generate
 from megatron_opdlm.generate.cli import add_generate_parser, write_responses
 from megatron_opdlm.generate.decoder import Decoder
-from megatron_opdlm.responses.prompts import Prompt
+from megatron_opdlm.responses.prompts import Prompt, PromptTokens, TokenizedPrompts
 from megatron_opdlm.rollout.request import DecodingOptions
 from tests.training import tiny_config
 
@@ -236,12 +240,85 @@ def test_missing_files(argv):
         run(*argv, "--model", "nowhere")
 
 
-def trajectory():
+STATIC = make_rule("low_confidence_static")
+
+
+@pytest.fixture
+def options_of(tmp_path):
+    """What a command line makes of a student that was trained for blocks of 8."""
+    (tmp_path / "config.json").write_text('{"block_size": 8}')
+
+    def read(*argv, rule=STATIC):
+        args = parse("generate", "--prompt", "p", "--model", str(tmp_path), *argv)
+        source = ModelSource.open(str(tmp_path))
+        return decoding_options(args, source, rule)
+
+    return read
+
+
+def test_decoding_options_are_those_that_were_given(options_of):
+    """Each differs from its default, 0 too; what nobody gave is the student's or the default."""
+    plain = options_of()
+    assert (plain.block_size, plain.denoising_steps) == (8, 8)
+    assert (plain.temperature, plain.top_k, plain.top_p) == (0.0, 0, 1.0)
+    given = options_of("--block-size", "6", "--denoising-steps", "3")
+    assert (given.block_size, given.denoising_steps) == (6, 3)
+    assert options_of("--block-size", "6").denoising_steps == 6
+    assert options_of("--denoising-steps", "3").block_size == 8
+    sampled = options_of("--temperature", "0.5", "--top-k", "7", "--top-p", "0.25")
+    assert (sampled.temperature, sampled.top_k, sampled.top_p) == (0.5, 7, 0.25)
+    with pytest.raises(ValueError, match="top_p=0.0 must be above 0"):
+        options_of("--temperature", "0.5", "--top-p", "0")
+    rule = make_rule("entropy_bounded", entropy_bound=0.0)
+    assert options_of(rule=rule).rule == rule != STATIC
+
+
+class Echo:
+    """A decoder that leaves out the second prompt, and answers each other with its own id."""
+
+    parallel = SimpleNamespace(is_main=True)
+
+    def __init__(self):
+        self.student = SimpleNamespace(tokenizer=self)
+
+    def batch_decode(self, rows, **options):
+        return [{10: "one", 30: "three"}[row[0]] for row in rows]
+
+    def tokenize(self, prompts, options, **limits):
+        tokens = [
+            PromptTokens(index=index, id=prompt.id, ids=torch.tensor([5, 6, 7]))
+            for index, prompt in enumerate(prompts)
+        ]
+        return TokenizedPrompts(kept=[tokens[0], tokens[2]], dropped=[("p2", 99)])
+
+    def decode(self, prompts, options, **settings):
+        self.settings = settings
+        return [trajectory(prompt.id, 10 * int(prompt.id[1:])) for prompt in prompts]
+
+
+def test_a_response_stands_beside_its_own_question_where_one_is_dropped(tmp_path, options_of):
+    messages = [
+        [{"role": "system", "content": "be brief"}, {"role": "user", "content": f"question {i}"}]
+        for i in (1, 2, 3)
+    ]
+    prompts = [Prompt(id=f"p{i}", messages=m, where=f"f:{i}") for i, m in enumerate(messages, 1)]
+    args = parse("generate", "--prompts", "f", "--model", "m", "--out", str(tmp_path / "out"))
+    args.max_new_tokens, args.seed = 9, 4
+    echo = Echo()
+    generate(args, echo, options_of(), prompts)
+    records = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [(r["prompt_id"], r["prompt"], r["response"]) for r in records] == [
+        ("p1", "question 1", "one"), ("p3", "question 3", "three"),
+    ]  # fmt: skip
+    assert (echo.settings["response_limit"], echo.settings["seed"]) == (9, 4)
+
+
+def trajectory(prompt_id="a", first=1):
     return Trajectory(
-        prompt_id="a",
+        prompt_id=prompt_id,
         sample=0,
         prompt_ids=torch.tensor([5, 6, 7]),
-        response_ids=torch.tensor([1, 2, 3, 4, 5]),
+        response_ids=torch.tensor([first, 2, 3, 4, 5]),
         commit_step=torch.tensor([0, 1, 0, 0, 1]),
         num_response_tokens=4,
         ended=True,

@@ -42,7 +42,7 @@ SHAPES = {
     "untied": {"tie_word_embeddings": False},
     "qwen2": {"family": "qwen2", "hidden_size": 64},
     "qwen2 untied": {"family": "qwen2", "hidden_size": 64, "tie_word_embeddings": False},
-    "llama": {"family": "llama"},
+    "llama": {"family": "llama", "rms_norm_eps": 1e-2},  # far from any default
     "llama 3.1": {"family": "llama", "tie_word_embeddings": False, "rope_parameters": LLAMA3},
 }
 LAYOUTS = {

@@ -129,6 +129,20 @@ def test_a_replica_has_no_room_for_more_than_its_share():
     assert cache(HF["0.6B"], 4, *sizes(1, 4)).num_sequences == 128
 
 
+@pytest.mark.parametrize("graphs", ["true", "false", "null"])
+def test_the_spare_sequence_of_graphs_is_within_the_limit(graphs):
+    """Whatever the limit, all sequences and the spare one together stay below it."""
+    spares = set()
+    for fit in range(2, 14):
+        for limit in (fit * SEQUENCE + 1, (fit + 1) * SEQUENCE - 2):  # GB round
+            flags = f"kv_cache_gb={limit / 1e9}", f"cuda_graphs={graphs}"
+            found = cache(HF["0.6B"], 1, *flags)
+            assert found.num_bytes <= limit < found.num_bytes + SEQUENCE
+            assert found.num_sequences + found.has_spare == fit
+            spares.add(found.has_spare)
+    assert spares == {"true": {True}, "false": {False}, "null": {True, False}}[graphs]
+
+
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_cache_below_one_sequence_is_refused(graphs):
     least = SEQUENCE * (1 + graphs)
@@ -220,6 +234,19 @@ def test_models_that_do_not_fit():
     check_models(
         config(), student=hf, teacher=dataclasses.replace(hf, max_position_embeddings=6000)
     )
+
+
+@pytest.mark.parametrize("extra", range(4))
+def test_positions_off_the_block_grid_do_not_hold_a_block(extra):
+    """The last block is decoded whole, so 5,997 to 6,000 tokens need 6,000 positions."""
+    values = config(f"max_prompt_tokens={2000 - extra}")
+    for positions in range(5997, 6002):
+        hf = dataclasses.replace(HF["0.6B"], max_position_embeddings=positions)
+        if positions >= 6000:
+            check_models(values, student=hf, teacher=hf)
+            continue
+        with pytest.raises(ValueError, match="make 6000 tokens"):
+            check_models(values, student=hf, teacher=hf)
 
 
 def test_the_table_has_one_line_per_rank():

@@ -101,6 +101,29 @@ def test_a_torn_line_is_dropped(cut, path):
     assert path.read_bytes() == whole
 
 
+def test_nothing_of_a_long_torn_line_stays_behind_a_short_one(path):
+    ResponseFile(path, SETTINGS, vocab_size=1000).add(responses(0))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"id": "p1", "response_ids": [' + b"7, " * 500)
+    ResponseFile(path, SETTINGS, vocab_size=1000).check()
+    assert path.read_bytes() == whole
+    path.write_bytes(whole + b'{"id": "p1", "response_ids": [' + b"7, " * 500)
+    ResponseFile(path, SETTINGS, vocab_size=1000).add(responses(1))
+    assert path.read_bytes().startswith(whole) and len(path.read_bytes().splitlines()) == 3
+
+
+def test_the_first_of_two_lines_for_a_response_counts(path):
+    """As in two files that somebody put together."""
+    ResponseFile(path, SETTINGS, vocab_size=1000).add(responses(0, token=7))
+    first = path.read_bytes()
+    path.unlink()
+    ResponseFile(path, SETTINGS, vocab_size=1000).add(responses(0, token=8))
+    second = path.read_bytes().splitlines(keepends=True)[1]
+    path.write_bytes(first + second)
+    found = ResponseFile(path, SETTINGS, vocab_size=1000).read([key(0)])
+    assert plain(found) == plain(responses(0, token=7)) != plain(responses(0, token=8))
+
+
 def test_an_empty_file_is_a_new_one(path):
     path.touch()
     ResponseFile(path, SETTINGS, vocab_size=1000).add(responses(0))

@@ -134,6 +134,25 @@ def test_ties_go_to_the_lower_id():
     assert set(tokens.tolist()) == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize(("top_p", "number"), [(0.25, 1), (0.5, 2), (0.75, 3), (0.7500001, 4)])
+def test_a_mass_of_exactly_top_p_is_enough(top_p, number):
+    """Four tokens of a quarter each: the smallest set that reaches top_p, and no token more."""
+    logits = torch.full((400, PADDED), -torch.inf)
+    kept = [0, 7, 20, 36]
+    logits[:, kept] = 3.0
+    tokens, _ = sample(logits, top_p=top_p)
+    assert set(tokens.tolist()) == set(kept[:number])
+    tokens, _ = sample(logits, top_k=4, top_p=top_p)
+    assert set(tokens.tolist()) == set(kept[:number])
+
+
+def test_candidates_that_hold_exactly_top_p_are_complete():
+    probability = torch.tensor([[0.5, 0.25]], dtype=torch.float64)
+    for top_p, is_complete in ((0.75, True), (0.75 + 2**-40, False)):
+        keep, complete = sampler._nucleus(probability, top_p)
+        assert keep.tolist() == [[True, True]] and complete.tolist() == [is_complete]
+
+
 def test_nucleus_grows_until_it_fits(monkeypatch):
     logits = make_logits(64)
     logits[::2] *= 0.01  # flat rows need nearly all tokens, the others a few

@@ -53,7 +53,7 @@ def train(rank, folder, config, distributed):
     model, _, _ = load(folder.checkpoint)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = make_optimizer(model, config, distributed)
-    norms, rates = [], []
+    norms, rates, versions = [], [], {optimizer.weights_version()}
     for step in range(NUM_STEPS):
         optimizer.zero_grad()
         gradients = random_gradients(shapes_of(model), step)
@@ -62,7 +62,9 @@ def train(rank, folder, config, distributed):
             parameter.main_grad.copy_(gradients[name])
         rates.append(optimizer.next_lr())
         norms.append(optimizer.step(loss=0.5))
+        versions.add(optimizer.weights_version())
     assert optimizer.num_steps == NUM_STEPS
+    assert len(versions) == 1 + NUM_STEPS, "who keeps copies of the weights must see each change"
     after = {name: p.detach().clone() for name, p in model.named_parameters()}
     return before, after, norms, rates
 
