@@ -241,8 +241,8 @@ def test_every_state_is_in_one_microbatch(states, dp_size, budget, multiple, red
 
 
 def test_documents_without_a_token_are_in_no_run():
-    runs = plan_runs([0, 3, 0, 2, 0], dp_size=2, token_budget=9)
-    assert runs == [[[1]], [[3]]]
+    packing = plan_packing([0, 3, 0, 2, 0], dp_size=2, token_budget=9)
+    assert packing == [[[1]], [[3]]]
 
 
 def test_every_row_has_its_own_scale_and_the_weight_of_its_response():

@@ -73,9 +73,9 @@ def test_a_teacher_is_built_without_what_only_helps_gradients():
 def test_the_ranks_of_a_replica_share_the_sending():
     """Teacher and student are both cut in two: each of the teacher's ranks serves one rank."""
     grid = RankGrid(tp_size=2, pp_size=1, world_size=2)
-    runs = [[[0, 1]]]
+    packing = [[[0, 1]]]
     exchange = RowExchange(
-        teacher=grid, student=grid, shares=runs, runs=runs, num_rows=[2, 2]
+        teacher=grid, student=grid, shares=packing, packing=packing, num_rows=[2, 2]
     )  # fmt: skip
     sent = [[exchange.documents(source, target) for target in (0, 1)] for source in (0, 1)]
     assert sent == [[[0, 1], []], [[], [0, 1]]]
