@@ -19,6 +19,7 @@ from megatron_opdlm.diffusion.stream import Document, make_tags, pack, visible
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.model.gpt import BlockDiffusionModel
+from megatron_opdlm.rollout.decodable import Decodable
 from megatron_opdlm.rollout.decode_pass import DecodePass
 from megatron_opdlm.rollout.decoding_memory import DecodingMemory
 from megatron_opdlm.rollout.engine import RolloutEngine
@@ -82,16 +83,14 @@ def make_engine(
     cls: type[RolloutEngine] = RolloutEngine,
 ) -> Any:
     """An engine that keeps its cache and captured passes from one rollout to the next."""
-    engine = cls(
-        model,
-        parallel,
-        OPTIONS,
+    decodable = Decodable(
+        model=model,
+        parallel=parallel,
         mask_token_id=MASK_TOKEN,
         eos_token_ids=(),
-        max_rows=rows,
-        cuda_graphs=cuda_graphs,
         memory=DecodingMemory(keep=True),
     )
+    engine = cls(decodable, OPTIONS, max_rows=rows, cuda_graphs=cuda_graphs)
     if isinstance(engine, RecordingEngine):
         engine.recorded = {}
     return engine
