@@ -40,7 +40,7 @@ class HFConfig:
     """Hyperparameters of one dense decoder, under Megatron's names where Megatron has one."""
 
     family: str
-    """Name of the tensor table in `convert/families`; equals the HF `model_type`."""
+    """Name of the tensor table in `model/families`; equals the HF `model_type`."""
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int

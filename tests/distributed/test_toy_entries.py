@@ -1,6 +1,7 @@
 """A remasking rule and a state selection that only this file knows, through every command.
 
-Nothing else had to be touched for them but the two tables: this is what adding one takes.
+Nothing else had to be touched for them but the two tables: this is what adding one takes. A source
+of responses is in three: its name, the function that makes it, and a method that uses it.
 """
 
 import contextlib
@@ -8,6 +9,7 @@ import io
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm import cli
+from megatron_opdlm.config.methods import METHODS, WRITERS, Method
 from megatron_opdlm.config.run import load_config
 from megatron_opdlm.convert.exporter import export
 from megatron_opdlm.diffusion.noising import select_states
@@ -31,6 +34,10 @@ from megatron_opdlm.diffusion.state_selection import (
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.reporting.logger import read_metrics
+from megatron_opdlm.responses.given import DataResponses
+from megatron_opdlm.responses.prompts import Prompt
+from megatron_opdlm.responses.source import RolloutSchedule
+from megatron_opdlm.responses.sources import RESPONSE_SOURCES, SourceParts
 from tests.helpers import run_ranks
 from tests.tiny import TinyModel, tiny_model, write_prompts
 
@@ -239,6 +246,31 @@ def test_it_is_evaluated_under_its_label(model: TinyModel, questions: Path, tmp_
     assert "toy(0.15)" in printed
     with pytest.raises(ValueError, match="toy_bound=0.5 is about --toy, not the decoding"):
         cli.main(["--traceback", "eval", "--model", "m", "--task", "t=f", "--toy-bound", "0.5"])
+
+
+def echo(parts: SourceParts, schedule: RolloutSchedule, prompts: Sequence[Prompt]) -> DataResponses:
+    """Every response is the first five tokens of its prompt, and the end."""
+    end = torch.tensor([parts.student.description.config.eos_token_ids[0]])
+    return DataResponses(schedule, [torch.cat([p.ids[:5], end]) for p in schedule.prompts])
+
+
+def test_a_source_writes_what_is_trained_on(
+    model: TinyModel, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = {"remasking": "sequential", "method": "echoes"}
+    path = write_config(tmp_path, model, questions, **toy)
+    with pytest.raises(ValueError, match="method=echoes must be one of"):  # control
+        load_config(path)
+    monkeypatch.setitem(WRITERS, "echo", "the prompt, once more")
+    monkeypatch.setitem(RESPONSE_SOURCES, "echo", echo)
+    method = Method(summary="echoes", writers=("echo",), states="random", target="tokens")
+    monkeypatch.setitem(METHODS, "echoes", method)
+    ((_, chosen),) = run_ranks(command, 1, "train", str(path))
+    assert len([r for r in read_metrics(tmp_path / "run/metrics.jsonl") if "train/loss" in r]) == 2
+    assert len(chosen) == 8
+    for trajectory, _ in chosen:
+        assert torch.equal(trajectory.response_ids[:5], trajectory.prompt_ids[:5])
+        assert trajectory.num_response_tokens == 6
 
 
 # --- controls ---

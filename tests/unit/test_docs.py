@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opdlm.cli import build_parser
+from megatron_opdlm.cli import _SUBCOMMANDS, build_parser
 from megatron_opdlm.config.run import Config
 from megatron_opdlm.config.schema import collect_keys
 from megatron_opdlm.diffusion.remasking import RULES, Sequential
+from tools import structure
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "megatron_opdlm"
@@ -148,6 +149,74 @@ def test_the_map_names_every_module() -> None:
     assert unmapped(text) == set()
     assert unmapped(text.replace("trainer.py", "")) == {"train/trainer.py"}  # control
     assert "loss/" in unmapped(text.replace("      loss/ ", "      "))  # control
+
+
+def section(text: str, title: str) -> str:
+    """What stands under the heading of the second level that begins with a title."""
+    return re.split(r"^## ", text.split(f"\n## {title}")[1], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def broken_ways(text: str) -> list[str]:
+    """Ways from the command that a reader of the code cannot follow, file by file.
+
+    `cli.py` imports the modules of its subcommands by the names in `_SUBCOMMANDS`.
+    """
+    imported = structure.imports(structure.read(PACKAGE), PACKAGE.name)
+    imported["cli"] |= {name.partition(".")[2] for name, _ in _SUBCOMMANDS}
+    broken = []
+    for way in section(text, "From the command").split("\n### ")[1:]:
+        title = way.partition("\n")[0]
+        files = re.findall(r"^\d\. `megatron_opdlm/([\w/]+)\.py`: ", way, re.MULTILINE)
+        modules = [file.removesuffix("/__init__").replace("/", ".") for file in files]
+        if len(modules) < 3 or len(modules) > 6 or modules[0] != "cli":
+            broken.append(f"{title}: {len(modules)} files from {modules[:1]}")
+        broken += [
+            f"{title}: {name} does not import {following}"
+            for name, following in zip(modules, modules[1:], strict=False)
+            if following not in imported.get(name, ())
+        ]
+    return broken
+
+
+def test_the_ways_from_the_command_can_be_followed() -> None:
+    text = (REPOSITORY / "docs" / "architecture.md").read_text()
+    assert len(section(text, "From the command").split("\n### ")) == 6
+    assert broken_ways(text) == []
+    # controls: another file on the way, a way that is too long
+    loss = "To the place where the loss is computed"
+    skipping = text.replace(
+        "`megatron_opdlm/distill/step.py`", "`megatron_opdlm/distill/host_weights.py`"
+    )
+    assert broken_ways(skipping) == [
+        f"{loss}: train.trainer does not import distill.host_weights",
+        f"{loss}: distill.host_weights does not import loss.fused",
+    ]
+    (last,) = re.findall(r"^6\. `megatron_opdlm/loss/divergence.py`.*\n", text, re.MULTILINE)
+    longer = text.replace(last, last + "7. `megatron_opdlm/checks.py`: refuses.\n")
+    assert broken_ways(longer) == [f"{loss}: 7 files from ['cli']"]
+
+
+def wrong_seams(text: str) -> list[str]:
+    """Rows of the table of extensions whose file has no such table, or whose test never says it."""
+    rows = re.findall(
+        r"^\| (an? [^|]+) \| [^|]*`([\w/]+\.py)`[^|]* \| `(\w+)` \| `([\w/]+\.py)` \|",
+        section(text, "To add"),
+        re.MULTILINE,
+    )
+    wrong = [] if len(rows) == 9 else [f"{len(rows)} rows"]
+    for kind, file, table, test in rows:
+        defined = re.search(rf"^(class )?{table}\b", (REPOSITORY / file).read_text(), re.MULTILINE)
+        if not defined or not re.search(rf"\b{table}\b", (REPOSITORY / test).read_text()):
+            wrong.append(kind)
+    return wrong
+
+
+def test_the_table_of_extensions_is_right() -> None:
+    text = (REPOSITORY / "docs" / "architecture.md").read_text()
+    assert wrong_seams(text) == []
+    assert wrong_seams(text.replace("`METHODS`", "`METHOD`")) == ["a method"]  # controls
+    elsewhere = text.replace("`tests/distributed/evaluation/test_toy_kind.py`", "`tests/tiny.py`")
+    assert wrong_seams(elsewhere) == ["a kind of task (grader)"]
 
 
 @pages
