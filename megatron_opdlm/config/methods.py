@@ -16,7 +16,7 @@ from megatron_opdlm.checks import require
 from megatron_opdlm.diffusion.state_selection import STATE_SELECTIONS
 
 WRITERS = {
-    "student": "the student's, on its weights of now",
+    "student": "the student's, with its current weights",
     "teacher": "the teacher's",
     "data": "the data's",
 }

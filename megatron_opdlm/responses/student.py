@@ -1,4 +1,4 @@
-"""Responses of the student itself, on its weights of now."""
+"""Responses of the student itself, with its current weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_opdlm.rollout.request import DecodingOptions, Request
 
 
 class StudentResponses:
-    """The student's own, on its weights of now."""
+    """The student's own, with its current weights."""
 
     def __init__(
         self,

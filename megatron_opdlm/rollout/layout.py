@@ -82,7 +82,7 @@ class RolloutLayout:
         return self.model is not self._student
 
     def refresh(self, version: int | None = None) -> None:
-        """Gives rollouts the student's weights of now. Call on all ranks.
+        """Gives rollouts the student's current weights. Call on all ranks.
 
         Bytes copied: none in the training layout or where rollouts have this version, else every
         parameter of the rollout's shard once: from rank to rank with NCCL, on CPUs through shared
