@@ -24,8 +24,8 @@ class DistillConfig(Section):
     method: Annotated[str, OneOf(METHODS)] = "opdlm"
     """Who writes the responses, at which noisy states, and what the student learns from:"""
     sft_responses: Literal["teacher", "data"] = "teacher"
-    """sft: responses sampled from the teacher, or the `response` of every entry of the data; then
-    no teacher is loaded."""
+    """For sft: teacher = responses sampled from the teacher; data = the `response` of every entry
+    of the data, and no teacher is loaded."""
     divergence: Annotated[str, OneOf(DIVERGENCES)] = "forward_kl"
     """Per-token loss, in nats:"""
     divergence_parameters: Annotated[Mapping[str, Any], ParametersOf(DIVERGENCES)] = field(
@@ -33,11 +33,11 @@ class DistillConfig(Section):
     )
     """Parameters of the divergences."""
     top_k_logits: int = 0
-    """Likeliest tokens of the teacher that the divergence tells apart; 0 = the full vocabulary."""
+    """How many of the teacher's likeliest tokens the divergence distinguishes; 0 = all tokens."""
     top_k_mode: Annotated[str, OneOf(TOP_K_MODES)] = "tail"
     """What becomes of the other tokens:"""
     state_selection: Annotated[str, OneOf(STATE_SELECTIONS)] = "per_block"
-    """Noisy states of a response; the method says which of them it may have:"""
+    """Noisy states at which a response is seen; the method limits the choice:"""
     states_per_response: int = 1
     """Noisy states of one response; they share its clean pass. Not with state_selection: all."""
     eos_loss: Literal["include", "exclude"] = "include"
@@ -147,9 +147,9 @@ class OptimizerConfig(Section):
     lr: float = 1e-5
     """Highest learning rate."""
     min_lr: float = 1e-6
-    """Learning rate at the end of the cosine, and ever after."""
+    """Learning rate at the end of the cosine and after it."""
     lr_warmup_steps: int | None = None
-    """Optimizer steps of linear warm-up; null = those of 5 rollouts, as the paper counts (80)."""
+    """Optimizer steps of linear warm-up; null = the steps of 5 rollouts, as in the paper (80)."""
     lr_decay_steps: int | None = None
     """Optimizer step at which the cosine ends; null = the last one of the run."""
     adam_beta1: float = 0.9
@@ -191,10 +191,10 @@ class TrainConfig(Section):
     rows_per_optimizer_step: int = 8
     """Responses per optimizer step, over all ranks; must divide the responses of a rollout."""
     group_by_length: bool = True
-    """Puts rows of like length into the same optimizer step, so that no data-parallel rank waits
+    """Puts rows of similar length into the same optimizer step, so that no data-parallel rank waits
     long for another, and takes the steps in random order; false = rows in the rollout's order."""
     seed: int = 1234
-    """Every random choice is a function of it, the step, the prompt, the sample and the block."""
+    """Every random choice depends on this, the step, the prompt, the sample and the block."""
     save_interval: Annotated[int, MAY_CHANGE] = 10
     """Rollouts between checkpoints; 0 = only at the end."""
     keep_checkpoints: Annotated[int, MAY_CHANGE] = 2

@@ -94,7 +94,7 @@ METHODS = {
         target="teacher",
     ),
     "opdlm_off": Method(
-        summary="its rollouts under random masks",
+        summary="the student's rollouts under random masks",
         writers=("student",),
         states="random",
         target="teacher",

@@ -37,9 +37,9 @@ class ModelConfig(Section):
     """Scaling of FP8 tensors: by the tensor, by a history of tensors (the student alone), or by
     blocks of 128. mxfp8 is for Blackwell; Hopper has no such kernels."""
     teacher_fp8: Literal["auto", "none", "hybrid", "e4m3"] = "auto"
-    """The same for the frozen teacher; auto = what fp8 says."""
+    """FP8 matrix products of the frozen teacher; auto = what fp8 says."""
     teacher_offload: Annotated[bool, MAY_CHANGE] = False
-    """Keeps the teacher's weights in pinned host memory but for its own phase; needs CUDA."""
+    """Keeps the teacher's weights in pinned host memory outside its own phase; needs CUDA."""
     max_teacher_nll: Annotated[float | None, MAY_CHANGE] = None
     """Mean loss on the first prompts, in nats per token, above which a teacher is refused at the
     start; null = a warning if it is no better than a uniform guess."""
@@ -55,7 +55,8 @@ class ModelConfig(Section):
     mask_token: str = "<|MASK|>"
     """Token that marks a masked position; import adds it to tokenizer and embeddings."""
     mask_init: Literal["keep", "mean"] | None = None
-    """Its embedding at import: keep the free row, or a mean of the others; null = mean if new."""
+    """The mask token's embedding at import: keep = the row's own values; mean = the mean of all
+    other rows; null = mean if the row is new, else keep."""
     import_cache: Annotated[str | None, PATH, MAY_CHANGE] = None
     """Folder for imports of Hugging Face models, shared by jobs; null = imported/ beside save."""
 
@@ -91,8 +92,8 @@ class ParallelConfig(Section):
     pipeline_model_parallel_size: Annotated[int, MAY_CHANGE] = 1
     """Ranks that hold consecutive groups of layers; must divide the number of layers."""
     rollout_tensor_model_parallel_size: Annotated[int | None, MAY_CHANGE] = None
-    """Tensor-parallel size of rollouts, which then have no pipeline: a second copy of the student,
-    filled from rank to rank before each rollout. null = training's layout and no copy."""
+    """Tensor-parallel size of rollouts. They then have no pipeline and use a second copy of the
+    student, filled from rank to rank before each rollout. null = training's layout and no copy."""
     teacher_tensor_model_parallel_size: Annotated[int | None, MAY_CHANGE] = None
     """Tensor-parallel size of the teacher; null = the student's."""
     teacher_pipeline_model_parallel_size: Annotated[int | None, MAY_CHANGE] = None
@@ -108,7 +109,7 @@ class ParallelConfig(Section):
     make_vocab_size_divisible_by: int = 128
     """The padded vocabulary is a multiple of this times tensor_model_parallel_size."""
     distributed_timeout_minutes: Annotated[int, MAY_CHANGE] = 60
-    """Minutes before a collective that one rank never joins is an error."""
+    """Minutes after which a collective that one rank never joins is an error."""
 
     @property
     def layout(self) -> tuple[int, int]:
@@ -196,7 +197,7 @@ class RolloutConfig(Section):
     denoising_steps: int = 4
     """Most student forwards on one block; at most block_size."""
     remasking: Annotated[str, OneOf(RULES)] = "low_confidence_dynamic"
-    """What becomes a token at a denoising step, n = block_size / denoising_steps:"""
+    """Which tokens are kept at a denoising step, with n = block_size / denoising_steps:"""
     remasking_parameters: Annotated[Mapping[str, Any], ParametersOf(RULES)] = field(
         default_factory=dict
     )
@@ -219,16 +220,16 @@ class RolloutConfig(Section):
     """Most rows decoded at once on one data-parallel rank."""
     kv_cache_gb: Annotated[float | None, MAY_CHANGE] = None
     """Most memory for keys and values on one rank, in GB of 10^9 bytes; fewer rows are decoded at
-    once if need be. null = 80 % of a GPU's free memory at the start of a rollout; 4 GiB, which is
+    once if necessary. null = 80 % of a GPU's free memory at the start of a rollout; 4 GiB, which is
     4.3 GB, on a CPU."""
     cuda_graphs: Annotated[bool | None, MAY_CHANGE] = None
     """Captures decoding passes as CUDA graphs, one per size; null = where that is possible: on CUDA
-    with bfloat16, a decoding kernel, and neither fp8 nor sequence_parallel, unless the spare
-    sequence that they need takes the room of one of a few."""
+    with bfloat16, a decoding kernel, and neither fp8 nor sequence_parallel. Graphs need a spare
+    sequence; if memory has room for a few sequences only, null leaves them out."""
     keep_kv_cache: Annotated[bool | None, MAY_CHANGE] = None
     """Keeps the key/value cache and the captured passes between rollouts, in memory that training
-    then lacks; making them anew is expected to take seconds. null = where passes are captured, once
-    training steps have shown that the cache takes at most half of what they leave free."""
+    then lacks; making them anew is expected to take seconds. null = if passes are captured, as soon
+    as training steps have shown that the cache takes at most half of what they leave free."""
     enable_thinking: bool = False
     """Passed to the chat template (Qwen3: whether the response begins with thoughts)."""
 

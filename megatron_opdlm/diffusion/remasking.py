@@ -134,7 +134,7 @@ class EntropyBounded(RemaskingRule):
     needs_entropy: ClassVar[bool] = True
 
     entropy_bound: float = 0.35
-    """Entropies of the tokens that are kept at once sum to less, in nats."""
+    """The entropies of the tokens that are kept at once sum to less than this, in nats."""
 
     def __post_init__(self) -> None:
         value = self.entropy_bound

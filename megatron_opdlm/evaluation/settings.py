@@ -18,7 +18,7 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
     flags = " and ".join(_flag(name) for name in DEFAULT_RULES)
     group = parser.add_argument_group(
         "remasking rules",
-        "What becomes a token at a denoising step, n = block size / denoising steps. Several rules "
+        "Which tokens a denoising step keeps, n = block size / denoising steps. Several rules "
         f"are decoded side by side; without any: {flags}.",
     )
     for name, rule in RULES.items():
