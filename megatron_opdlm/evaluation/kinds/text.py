@@ -31,7 +31,7 @@ def _normal(text: str) -> str:
 TEXT = TaskKind(
     name="text",
     reads="`answer`, a text",
-    accepts="the whole of it is the answer; white space and the way in which characters are "
+    accepts="the whole response is the answer; white space and the way in which characters are "
     "composed do not count, case and punctuation do",
     read=_read,
     grade=is_same_text,
