@@ -105,7 +105,7 @@ def _read(entry: Entry) -> str:
 NUMBER = TaskKind(
     name="number",
     reads="`answer`, a number",
-    accepts='its number equals the answer exactly; its number is the one after the last '
+    accepts="its number equals the answer exactly; its number is the one after the last "
     '"answer is", "answer:", "####" or `\\boxed`, or its last number if it has none of these',
     read=_read,
     grade=is_correct,
