@@ -294,7 +294,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def keys_as_markdown(root: type) -> str:
-    """Renders one table per section: key, type, default, meaning."""
+    """Renders one table per section: key, type, default, whether it may change on resume, meaning."""
     lines: list[str] = []
     section = ""
     for key in collect_keys(root).values():
@@ -304,11 +304,12 @@ def keys_as_markdown(root: type) -> str:
                 "",
                 f"### {section}",
                 "",
-                "| key | type | default | meaning |",
-                "|---|---|---|---|",
+                "| key | type | default | on resume | meaning |",
+                "|---|---|---|---|---|",
             ]
         default = "required" if key.required else f"`{format_value(key.default)}`"
-        cells = (f"`{key.name}`", describe_type(key.annotation), default, key.doc)
+        resume = "may change" if key.may_change else ""
+        cells = (f"`{key.name}`", describe_type(key.annotation), default, resume, key.doc)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines).lstrip("\n") + "\n"
 

@@ -64,7 +64,7 @@ def test_keys_types_and_texts_come_from_the_table() -> None:
     assert keys["drink"].doc.endswith("tea = leaves in hot water; coffee = beans in hot water.")
     assert keys["strength"].doc == "coffee: Share of beans."
     assert keys["strength"].default == 0.5
-    assert "| `strength` | float | `0.5` | coffee: Share of beans. |" in keys_as_markdown(Room)
+    assert "| `strength` | float | `0.5` |  | coffee: Share of beans. |" in keys_as_markdown(Room)
     assert [key.may_change for key in keys.values()] == [False, False, True]
 
 
