@@ -1,5 +1,6 @@
-"""From noisy states to balanced, packed microbatches whose loss does not depend on how they were
-split.
+"""Packs the noisy states of an optimizer step into balanced microbatches.
+
+The loss does not depend on how the states were split over ranks and microbatches.
 
 Shape letters: S stream tokens, T loss rows.
 """
@@ -18,36 +19,37 @@ from megatron_opdlm.diffusion.stream import PackedStream, pack
 from megatron_opdlm.loss.reduction import row_weights
 
 Packing = Sequence[Sequence[Sequence[int]]]
-"""For every data-parallel rank, for every microbatch, the indices of its documents."""
+"""For every data-parallel rank and every microbatch: the indices of its documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Microbatch:
-    """What one forward and backward pass of the student takes."""
+    """The input of one forward and backward pass of the student."""
 
     student: PackedStream
     """Packed [clean | noisy] documents."""
     row_weight: Tensor
-    """[T] float32; the loss of an optimizer step is the sum of weight x divergence over all its
-    microbatches and data-parallel ranks."""
+    """[T] float32, weight of every loss row. The loss of an optimizer step is the sum of
+    weight x divergence over all its microbatches and data-parallel ranks."""
     num_masked: Tensor
-    """[T] int64, masked positions in each row's block."""
+    """[T] int64, number of masked positions in the block of each loss row."""
 
 
 def group(lengths: Sequence[int], rows_per_step: int, key: int | None) -> list[list[int]]:
-    """Cuts the rows of a rollout into optimizer steps, of rows of like length if there is a key.
+    """Cuts the examples of a rollout into optimizer steps.
 
-    Ranks wait for the one with the longest row, and where a step has about one row per rank nothing
-    else can be balanced. The steps come in random order, so that length does not go with time.
+    With a key, examples of similar length share a step. All ranks wait for the rank with the
+    longest example, and with about one example per rank nothing else can be balanced. The steps
+    come in random order, so that length does not correlate with time.
 
     Args:
-        lengths: cost of each row; of rows that cost the same the first come together.
-        rows_per_step: rows of an optimizer step; the last group may have fewer.
-        key: random key of the order, `randomness.key(...)`; None leaves the rows as they come.
+        lengths: cost of each example; among equal costs the order of the list is kept.
+        rows_per_step: examples of an optimizer step; the last step may have fewer.
+        key: random key of the order, `randomness.key(...)`; None keeps the order of the list.
 
     Returns:
-        For each optimizer step, the indices of its rows. Every row is in one. The same on every
-        rank.
+        For each optimizer step, the indices of its examples. Every example is in exactly one step.
+        The result is the same on every rank.
     """
     order = list(range(len(lengths)))
     if key is not None:
@@ -59,15 +61,16 @@ def group(lengths: Sequence[int], rows_per_step: int, key: int | None) -> list[l
 
 
 def balance(lengths: Sequence[int], num_parts: int) -> list[list[int]]:
-    """Splits items over parts so that the longest part is short: longest first, to the least loaded
-    part.
+    """Splits items over parts so that the longest part is short.
+
+    The items go in order of length, longest first, each to the least loaded part.
 
     Args:
         lengths: cost of each item.
         num_parts: number of parts; some stay empty if there are fewer items.
 
     Returns:
-        For each part, the indices of its items. The same on every rank.
+        For each part, the indices of its items. The result is the same on every rank.
     """
     parts: list[list[int]] = [[] for _ in range(num_parts)]
     loads = [0] * num_parts
@@ -79,9 +82,9 @@ def balance(lengths: Sequence[int], num_parts: int) -> list[list[int]]:
 
 
 def fill(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Packs items into as few microbatches of at most `budget` as first-fit decreasing finds.
+    """Packs items into few microbatches of at most `budget` tokens, by first-fit decreasing.
 
-    An item longer than the budget gets one of its own: it is never cut.
+    An item longer than the budget gets a microbatch of its own. No item is ever cut.
     """
     packed: list[list[int]] = []
     loads: list[int] = []
@@ -99,18 +102,18 @@ def fill(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def plan_packing(
     lengths: Sequence[int], *, dp_size: int, token_budget: int, equal_counts: bool = False
 ) -> Packing:
-    """Which documents go into which microbatch, on every data-parallel rank.
+    """Plans which documents go into which microbatch, on every data-parallel rank.
 
     Args:
         lengths: tokens of every document of the optimizer step.
         dp_size: size of the data-parallel axis.
         token_budget: most tokens per microbatch.
-        equal_counts: whether ranks with fewer microbatches than others get some of padding, for
-            layers that talk to the other replicas in every forward pass (delayed FP8 scaling).
+        equal_counts: whether every rank gets the same number of microbatches, some of them padding.
+            Delayed FP8 scaling needs this: its layers communicate in every forward pass.
 
     Returns:
         For every rank, at least one microbatch: the indices of its documents, in the order of its
-        rows; none for a microbatch of padding. Empty documents are nowhere.
+        loss rows. A microbatch of padding has no indices. Empty documents are in no microbatch.
     """
     used = [index for index, length in enumerate(lengths) if length]
     ranks = []
@@ -133,14 +136,15 @@ def make_microbatches(
     """Builds the microbatches of one data-parallel rank for one optimizer step.
 
     Args:
-        examples: all states of the optimizer step, the same list on every rank.
+        examples: all examples of the optimizer step, the same list on every rank.
         packing: from `plan_packing`, by the lengths of the student's documents.
-        dp_rank: this rank on the data-parallel axis.
-        multiple: streams are padded to a multiple of this.
+        dp_rank: index of this rank on the data-parallel axis.
+        multiple: streams are padded to a multiple of this number of tokens.
         loss_reduction: a name of LOSS_REDUCTIONS.
 
     Returns:
-        At least one microbatch; a rank without rows gets one of padding, whose loss is zero.
+        At least one microbatch. A rank without examples gets a microbatch of padding, whose loss
+        is zero.
     """
     weights = row_weights(examples, loss_reduction)
     no_floats, no_ids = torch.empty(0), torch.empty(0, dtype=torch.int64)

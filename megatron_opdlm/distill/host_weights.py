@@ -1,4 +1,4 @@
-"""A frozen model whose weights are in host memory while nobody needs them."""
+"""A frozen model whose weights are in host memory while the model does not run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megatron_opdlm.model.gpt import BlockDiffusionModel
 
 
 class HostWeights:
-    """Keeps a frozen model's weights in pinned host memory, and lends them to the device.
+    """Keeps a frozen model's weights in pinned host memory; copies them to the device on demand.
 
-    Frozen, so nothing is ever copied back.
+    The weights never change, so nothing is ever copied back.
 
     Attributes:
-        num_bytes: that leave the device.
+        num_bytes: bytes of weights that leave the device.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class HostWeights:
 
         Args:
             model: this rank's shard.
-            keep: a parameter that stays; None: all go.
+            keep: a parameter that stays on the device; None moves all of them.
             device: where the model runs.
         """
         self._model, self._device = model, device
@@ -46,11 +46,11 @@ class HostWeights:
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
-        """The weights are on the device inside, and only there."""
+        """Puts the weights on the device inside a `with` statement, and releases them after it."""
         for parameter, host in self._weights:
             parameter.data = torch.empty_like(host, device=self._device)
             parameter.data.copy_(host, non_blocking=True)
-        # FP8 layers keep converted weights until they are told that theirs have changed.
+        # FP8 layers keep converted weights until they are told that the weights have changed.
         self._model.set_is_first_microbatch()
         try:
             yield
@@ -61,6 +61,6 @@ class HostWeights:
         for parameter, host in self._weights:
             parameter.data = torch.empty(0, dtype=host.dtype, device=self._device)
         for module in self._model.modules():
-            # Transformer Engine's FP8 copies of the weights; it makes them anew.
+            # These are Transformer Engine's FP8 copies of the weights; it makes them again.
             if workspaces := getattr(module, "_fp8_workspaces", None):
                 workspaces.clear()

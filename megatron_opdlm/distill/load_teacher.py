@@ -1,4 +1,4 @@
-"""Loads the frozen teacher, and checks that it speaks the student's language."""
+"""Loads the frozen teacher, and checks that it shares the student's vocabulary."""
 
 from __future__ import annotations
 
@@ -32,20 +32,21 @@ def load_teacher(
     parallel: ParallelState,
     student: Student,
 ) -> Teacher:
-    """Loads the frozen teacher, after checking that it speaks the student's language.
+    """Loads the frozen teacher, after checking that it shares the student's vocabulary.
 
-    From here on ids that only one of the two has are in no softmax of either, see
+    Ids that only one of the two models has are then in no softmax of either model; see
     `distill.vocabulary`.
 
     Args:
-        config: resolved.
-        cache: where a Hugging Face directory is converted.
-        options: how the student is built.
-        parallel: the student's layout.
+        config: resolved configuration.
+        cache: folder in which a Hugging Face directory is converted.
+        options: build options of the student.
+        parallel: process groups of the student's layout.
         student: the student.
 
     Raises:
-        ValueError: another vocabulary or tokenizer than the student's, or weights not finite.
+        ValueError: the teacher's vocabulary or tokenizer is not the student's, or a weight is not
+            finite.
     """
     path = config.model.teacher or config.model.student
     folder = cache.checkpoint(path, is_main=parallel.is_main)
@@ -67,7 +68,7 @@ def load_teacher(
         columns = len(student.model.head_weight()) if parallel.is_last_stage else None
         head = load_head(folder, columns, options.params_dtype, parallel)
         if own.is_last_stage and not config.distill.teacher_writes:
-            del model.output_layer  # the head is where the student's is
+            del model.output_layer  # the teacher's head is held where the student's head is
     elif parallel.is_last_stage:
         head = model.head_weight()
     device, is_lent = torch.cuda.current_device(), config.model.teacher_offload
@@ -88,7 +89,7 @@ def load_teacher(
 
 
 def _layout(config: Config, parallel: ParallelState) -> ParallelState:
-    """The teacher's process groups: the student's, or a second layout of the same ranks."""
+    """Returns the teacher's process groups: the student's, or a second layout of the same ranks."""
     if not config.parallel.has_teacher_layout:
         return parallel
     tp_size, pp_size = config.parallel.teacher_layout
@@ -101,7 +102,7 @@ def _layout(config: Config, parallel: ParallelState) -> ParallelState:
 
 
 def _padded(description: ModelDescription, options: BuildOptions, parallel: ParallelState) -> int:
-    """Rows of the vocabulary with padding, in the student's layout."""
+    """Returns the number of vocabulary rows with padding, in the student's layout."""
     return padded_vocab_size(
         description.config.vocab_size,
         divisor=options.make_vocab_size_divisible_by,
@@ -110,17 +111,17 @@ def _padded(description: ModelDescription, options: BuildOptions, parallel: Para
 
 
 def teacher_options(model: ModelConfig, options: BuildOptions, tp_size: int) -> BuildOptions:
-    """How the teacher is built: as the student, without what only helps gradients.
+    """Returns how the teacher is built: as the student, without what only helps gradients.
 
     Args:
-        model: resolved configuration.
-        options: the student's.
+        model: resolved configuration of the models.
+        options: build options of the student.
         tp_size: tensor-parallel size of the teacher.
     """
     return dataclasses.replace(
         options,
         fp8=None if model.teacher_fp8 == "none" else model.teacher_fp8,
-        # It never trains, so it has no history of tensors to scale by.
+        # The teacher never trains, so it has no history of tensors for delayed scaling.
         fp8_recipe="tensorwise" if options.fp8_recipe == "delayed" else options.fp8_recipe,
         recompute_granularity=None,
         gradient_accumulation_fusion=False,

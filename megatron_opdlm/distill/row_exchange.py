@@ -1,10 +1,10 @@
-"""The teacher's hidden states, from the ranks that compute them to the ranks that train on them.
+"""Sends the teacher's hidden states from the ranks that compute them to those that train on them.
 
-Everyone knows which documents every replica of the teacher reads and which rows every rank of the
-student wants, so one all-to-all of known sizes does it: each row goes to each rank that needs it,
-once, and nowhere else.
+Every rank knows which documents each replica of the teacher reads, and which loss rows each rank of
+the student needs. So one all-to-all of known sizes is enough. It sends each row once to each rank
+that needs it, and to no other rank.
 
-Shape letters: T rows, D the teacher's hidden size.
+Shape letters: T loss rows, D the teacher's hidden size.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from megatron_opdlm.distributed.process_groups import RankGrid
 
 @dataclass(frozen=True, kw_only=True)
 class RowExchange:
-    """Who sends what to whom."""
+    """The plan of one exchange: which rank sends which rows to which rank."""
 
     teacher: RankGrid
-    """The teacher's layout; the last stage of a replica has the rows, on all its ranks."""
+    """The teacher's parallel layout. All ranks of a replica's last stage have its rows."""
     student: RankGrid
-    """The student's; all ranks of the last stage want the rows of their replica."""
+    """The student's parallel layout. All ranks of a replica's last stage need its rows."""
     shares: Packing
-    """Documents that the replicas of the teacher read."""
+    """Indices of the documents that each replica of the teacher reads."""
     packing: Packing
-    """Documents that the replicas of the student train on."""
+    """Indices of the documents that each replica of the student trains on."""
     num_rows: Sequence[int]
-    """Of every document."""
+    """Number of loss rows of every document."""
 
     def documents(self, source: int, target: int) -> list[int]:
-        """What one rank sends to another, in order."""
+        """Returns the indices of the documents whose rows rank `source` sends to rank `target`."""
         tp_rank, dp_rank, pp_rank = self.student.place(target)
         from_tp, from_dp, from_pp = self.teacher.place(source)
         if pp_rank != self.student.pp_size - 1 or from_pp != self.teacher.pp_size - 1:
             return []
-        if from_tp != tp_rank % self.teacher.tp_size:  # the ranks of a replica share the sending
+        if from_tp != tp_rank % self.teacher.tp_size:  # another rank of the replica sends them
             return []
         known = set(_flat(self.shares[from_dp]))
         return [index for index in _flat(self.packing[dp_rank]) if index in known]
@@ -50,13 +50,13 @@ class RowExchange:
         """Exchanges the rows. Call on all ranks. Collectives: one all-to-all over the job.
 
         Args:
-            rows: [T, D] of every microbatch of this rank's replica of the teacher, on its last
-                stage; else nothing.
-            empty: [0, D], of the rows' dtype and device.
+            rows: on the teacher's last stage, [T, D] for every microbatch of this rank's replica of
+                the teacher; on other stages an empty list.
+            empty: [0, D], with the dtype and the device of the rows.
 
         Returns:
-            [T, D] for every microbatch of this rank's replica of the student, on its last stage;
-            else nothing.
+            On the student's last stage, [T, D] for every microbatch of this rank's replica of the
+            student; on other stages an empty list.
         """
         rank, world = dist.get_rank(), range(dist.get_world_size())
         mine: dict[int, Tensor] = {}

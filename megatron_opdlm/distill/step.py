@@ -1,4 +1,4 @@
-"""One optimizer step's worth of distillation: student forward, divergence, backward.
+"""Computes the gradient of one optimizer step: student forward, divergence, backward.
 
 Shape letters: S stream tokens, T loss rows.
 """
@@ -24,14 +24,14 @@ from megatron_opdlm.model.attention import AttentionPlan
 
 @dataclass(frozen=True)
 class StepRows:
-    """Divergence of every loss row of an optimizer step, on all ranks."""
+    """Divergence of every loss row of an optimizer step; the same on all ranks."""
 
     loss: float
-    """Sum of weight x divergence over the step, in nats."""
+    """Sum of weight x divergence over all loss rows of the step, in nats."""
     kl: Tensor
-    """[T] float32, divergence in nats."""
+    """[T] float32, divergence of every loss row, in nats."""
     num_masked: Tensor
-    """[T] int64, masked positions in each row's block."""
+    """[T] int64, number of masked positions in the block of each loss row."""
 
 
 def forward_backward(
@@ -43,19 +43,21 @@ def forward_backward(
     divergence: Divergence,
     mask_token_id: int,
 ) -> StepRows:
-    """Accumulates the gradient of one optimizer step into the student.
+    """Accumulates the gradient of one optimizer step in the student. Call on all ranks.
+
+    Gradients are summed over microbatches and data-parallel ranks. Collectives: those of the
+    layers, those of the pipeline, the gradient reduction, one gather of loss rows.
 
     Args:
         ddp: the student, wrapped in Megatron's distributed data parallel.
-        microbatches: of this data-parallel rank.
-        targets: of every microbatch, on the last stage; elsewhere none.
+        microbatches: microbatches of this data-parallel rank.
+        targets: on the last stage, the target of every microbatch; on other stages an empty list.
         parallel: process groups.
-        divergence: what to compute.
-        mask_token_id: in no softmax.
+        divergence: divergence to compute.
+        mask_token_id: id of the mask token, which is in no softmax.
 
     Returns:
-        The divergence of every row; gradients are summed over microbatches and data-parallel ranks.
-        Collectives: the layers', the pipeline's, the gradient reduction, one gather of rows.
+        The divergence of every loss row of the step.
     """
     device = torch.cuda.current_device()
     no_targets: list[Target | None] = [None] * len(microbatches)
@@ -96,9 +98,9 @@ def forward_backward(
 
 
 def _gather_rows(results: list[dict[str, Tensor]], parallel: ParallelState) -> StepRows:
-    """Brings the rows of all data-parallel ranks to every rank.
+    """Brings the loss rows of all data-parallel ranks to every rank.
 
-    Last stages gather, then send down the pipeline.
+    The last stages gather the rows, and then broadcast them to the other stages.
     """
     gathered: list[Any] = [None]
     if parallel.is_last_stage:

@@ -1,4 +1,4 @@
-"""Brings up what a job needs: process groups, models with their weights, tokenizer."""
+"""Loads the student: its weights and its tokenizer."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ class Student:
     model: BlockDiffusionModel
     """This rank's pipeline stage."""
     description: ModelDescription
-    """What the checkpoint says about it."""
+    """Description of the model, from its checkpoint."""
     tokenizer: Any
     """Transformers tokenizer with the mask token."""
     folder: Path
-    """The iteration folder that it was loaded from."""
+    """Iteration folder that the student was loaded from."""
 
     @property
     def tokenizer_dir(self) -> Path:
-        """The tokenizer's files."""
+        """Folder of the tokenizer's files."""
         return self.folder / TOKENIZER_DIR
 
     @property
     def mask_token_id(self) -> int:
-        """Id of masked positions."""
+        """Id of the mask token."""
         assert self.description.mask_token_id is not None, "checked when the student was loaded"
         return self.description.mask_token_id
 
     def decodable(self, layout: RolloutLayout) -> Decodable:
-        """The student as rollouts see it."""
+        """Returns the student as rollouts use it, in their parallel layout."""
         return Decodable(
             model=layout.model,
             parallel=layout.parallel,
@@ -59,7 +59,7 @@ class Student:
 
 
 def build_options(model: ModelConfig, parallel: ParallelConfig) -> BuildOptions:
-    """Reads how models are built from a resolved configuration."""
+    """Returns how models are built, from a resolved configuration."""
     return BuildOptions(
         layer_spec=model.layer_spec,
         params_dtype=DTYPES[model.params_dtype],
@@ -87,14 +87,14 @@ def load_student(
 
     Args:
         path: run folder, checkpoint, or Hugging Face directory.
-        cache: where a Hugging Face directory is converted.
-        options: how to build the model.
+        cache: folder in which a Hugging Face directory is converted.
+        options: build options of the model.
         parallel: process groups.
-        mask_token: text of the mask token; None takes the checkpoint's, whatever it is.
+        mask_token: text of the mask token; None takes the one of the checkpoint.
 
     Raises:
-        ValueError: there is no mask token, or it collides with another special token; or no token
-            ends a response.
+        ValueError: the model has no mask token, its mask token is also another special token, or no
+            token ends a response.
     """
     folder = cache.checkpoint(path, is_main=parallel.is_main)
     tokenizer = load_tokenizer(folder / TOKENIZER_DIR)
@@ -114,7 +114,7 @@ def load_student(
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """Loads tokenizer files with transformers; no code of the directory runs."""
+    """Loads tokenizer files with transformers, without running any code of the directory."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
@@ -123,9 +123,9 @@ def load_tokenizer(directory: Path) -> Any:
 def check_mask_token(
     description: ModelDescription, tokenizer: Any, mask_token: str | None, path: str
 ) -> None:
-    """Refuses a student whose mask token is missing, ambiguous, or also means something else.
+    """Refuses a student whose mask token is missing, ambiguous, or also another special token.
 
-    With `mask_token` None the checkpoint alone says which it is.
+    If `mask_token` is None, the checkpoint alone decides which token it is.
     """
     mask_id = description.mask_token_id
     if mask_id is None:

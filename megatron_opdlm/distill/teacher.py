@@ -1,10 +1,12 @@
-"""The frozen teacher: of any size, in a layout of its own if need be.
+"""The frozen teacher: it may have any size, and a parallel layout of its own.
 
-Its body runs where it lies; its hidden states at the loss rows go to the student's last stage, and
-meet there the columns of its LM head that the student's rank holds of its own. So teacher and
-student need not be cut alike, and no logits travel.
+The teacher's layers run in the teacher's layout. The hidden states of the loss rows then go to the
+student's last stage. There each rank holds the columns of the teacher's LM head for the same ids as
+its columns of the student's head. So teacher and student may have different layouts, and no logits
+are sent.
 
-Shape letters: T rows, D the teacher's hidden size, V_local columns of a student's rank.
+Shape letters: T loss rows, D the teacher's hidden size, V_local ids (head columns) of a student's
+rank.
 """
 
 from __future__ import annotations
@@ -39,50 +41,52 @@ PROBE_PROMPTS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A teacher that is loaded and frozen."""
+    """A loaded, frozen teacher."""
 
     path: str
-    """Where it comes from, for people."""
+    """Path that the teacher was loaded from, for messages."""
     model: BlockDiffusionModel
-    """This rank's stage in the teacher's layout."""
+    """This rank's pipeline stage in the teacher's layout."""
     vocab_size: int
-    """Ids that teacher and student both have; others are in no softmax."""
+    """Number of ids that teacher and student both have; other ids are in no softmax."""
     description: ModelDescription
-    """What its checkpoint says."""
+    """Description of the model, from its checkpoint."""
     fingerprint: Fingerprint
-    """Of its weights."""
+    """Fingerprint of the teacher's weights."""
     parallel: ParallelState
-    """The teacher's layout; the student's own if it is the same."""
+    """Process groups of the teacher's layout; the student's object if the layouts are equal."""
     student_parallel: ParallelState
-    """The student's."""
+    """Process groups of the student's layout."""
     head: Tensor | None
-    """[V_local, D], the columns that this rank of the student holds of its own head; None where the
-    student has no head."""
+    """[V_local, D], the teacher's LM head for the ids whose student head this rank holds; None on
+    ranks without the student's head."""
     stream_multiple: int
-    """What the length of its streams must be a multiple of."""
+    """Training streams are padded to a multiple of this number of tokens."""
     pass_multiple: int
-    """The same of its decoding passes."""
+    """Decoding passes are padded to a multiple of this number of tokens."""
     token_budget: int
-    """Most tokens of one pass."""
+    """Most tokens of one training pass."""
     host: HostWeights | None = None
-    """Where its weights are between its phases; None = they stay."""
+    """Host memory that holds the weights while the teacher does not run; None keeps them on the
+    device."""
 
     @property
     def is_second_layout(self) -> bool:
-        """Whether it is cut in another way than the student."""
+        """Whether the teacher's parallel layout differs from the student's."""
         return self.parallel is not self.student_parallel
 
     def head_weight(self) -> Tensor:
-        """The LM head of this rank, [V_local, D]. On the student's last stage only."""
+        """Returns this rank's LM head [V_local, D]. Only the student's last stage has one."""
         assert self.head is not None, "only the student's last stage has a head"
         return self.head
 
     def shares(self, documents: Sequence[Document], packing: Packing) -> Packing:
-        """Which documents every replica of the teacher reads, in which passes.
+        """Returns the documents that every replica of the teacher reads, by pass.
 
         Args:
-            documents: of an optimizer step.
-            packing: from `plan_packing`: which of them every replica of the student wants.
+            documents: all documents of an optimizer step.
+            packing: from `plan_packing`: indices of the documents that every replica of the student
+                trains on.
         """
         if not self.is_second_layout:
             return packing
@@ -91,16 +95,20 @@ class Teacher:
 
     @torch.no_grad()
     def hidden_rows(self, documents: Sequence[Document], packing: Packing) -> list[Tensor]:
-        """Runs the teacher, causally, over the documents of an optimizer step. On all ranks.
+        """Runs the teacher with causal attention over the documents of an optimizer step.
+
+        Call on all ranks. Collectives: those of the layers, and one all-to-all if the teacher has a
+        second layout.
 
         Args:
-            documents: of the step, the same on every rank; rows are wanted at their loss rows.
-            packing: from `plan_packing`: which of them every student's replica wants, in order.
+            documents: all documents of the step, the same on every rank.
+            packing: from `plan_packing`: indices of the documents that every replica of the student
+                trains on, in order.
 
         Returns:
-            On the student's last stage, for every microbatch of this rank the hidden states [T, D]
-            whose logits are the targets; elsewhere nothing. Hidden states instead of logits: V / D
-            times smaller. Collectives: the layers', and in a second layout one all-to-all.
+            On the student's last stage, the hidden states [T, D] of every microbatch of this rank;
+            their logits are the targets. On other stages an empty list. Hidden states are V / D
+            times smaller than logits.
         """
         shares = self.shares(documents, packing)
         rows = self._forward(documents, shares[self.parallel.dp_rank])
@@ -120,11 +128,11 @@ class Teacher:
         return exchange.run(rows, empty)
 
     def targets(self, hidden: Sequence[Tensor]) -> list[Target]:
-        """Makes the target of every microbatch from `hidden_rows`."""
+        """Makes the target of every microbatch from its hidden states [T, D] (`hidden_rows`)."""
         return [TeacherTarget(rows, self.head_weight()) for rows in hidden]
 
     def on_device(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the weights are where the model runs."""
+        """Returns a context in which the weights are on the device."""
         return contextlib.nullcontext() if self.host is None else self.host.on_device()
 
     def _forward(
@@ -140,14 +148,17 @@ class Teacher:
 
     @torch.no_grad()
     def mean_loss(self, texts: Sequence[Tensor], mask_token_id: int | None) -> float:
-        """Mean cross-entropy of texts under the teacher, by the way that its targets take.
+        """Computes the teacher's mean cross-entropy of texts, with the code that makes its targets.
+
+        Call on all ranks.
 
         Args:
-            texts: [S] int64 token ids each, the same on every rank; all but the first token count.
-            mask_token_id: in no softmax, as in training.
+            texts: token ids [S] int64 of each text, the same on every rank. The mean is over all
+                tokens but the first of each text.
+            mask_token_id: id of the mask token, which is in no softmax, as in training.
 
         Returns:
-            Nats per token, the same on every rank. Call on all ranks.
+            Nats per token, the same on every rank.
         """
         student, texts = self.student_parallel, [text for text in texts if len(text) > 1]
         assert texts, "a text has two tokens at least"
@@ -190,20 +201,22 @@ class Teacher:
         mask_token_id: int,
         max_nll: float | None,
     ) -> dict[str, float]:
-        """Says which weights these are, and how well the teacher predicts the first prompts.
+        """Logs both fingerprints, and how well the teacher predicts the first prompts.
+
+        Call on all ranks; rank 0 logs.
 
         Args:
-            student: of the student's weights.
-            prompts: [S] int64 token ids each, the template included; the first few are read.
-            mask_token_id: in no softmax.
-            max_nll: a loss above which the teacher is refused; None: warn if it is no better than a
-                uniform guess.
+            student: fingerprint of the student's weights.
+            prompts: token ids [S] int64 of each prompt with its template; the first few are read.
+            mask_token_id: id of the mask token, which is in no softmax.
+            max_nll: highest loss that is accepted, in nats per token; None only warns of a teacher
+                that is no better than a uniform guess.
 
         Returns:
-            The figures, as metrics. Call on all ranks; rank 0 logs.
+            The figures, as metrics.
 
         Raises:
-            ValueError: the loss is not finite or above `max_nll`.
+            ValueError: the loss is not finite, or above `max_nll`.
         """
         probe = prompts[:PROBE_PROMPTS]
         loss = self.mean_loss(probe, mask_token_id)

@@ -1,8 +1,8 @@
-"""What teacher and student must have in common: the same text for every id.
+"""Checks that every token id means the same text to teacher and student.
 
-The rows of an embedding need not be equally many. Models of one family pad theirs to different
-sizes: Qwen2.5 has 151,936 rows up to 3B and 152,064 from 7B on, and one tokenizer of 151,665 ids.
-Rows that only one of the two has stand for no text, so they belong to no softmax of a run.
+Their embeddings may have different numbers of rows. Models of one family pad them to different
+sizes: Qwen2.5 has 151,936 rows up to 3B and 152,064 from 7B on, with one tokenizer of 151,665 ids.
+Rows that only one model has stand for no text, so they are in no softmax of a run.
 """
 
 from __future__ import annotations
@@ -13,26 +13,28 @@ _FIX = "use two models of one family, both imported with a mask token"
 
 
 def check_same_language(student: ModelSource, teacher: ModelSource, teacher_path: str) -> int:
-    """Refuses a teacher whose ids do not mean what the student's mean.
+    """Refuses a teacher whose token ids mean other texts than the student's.
 
     Args:
-        student: the student.
-        teacher: the teacher.
-        teacher_path: where it comes from, for messages.
+        student: source of the student.
+        teacher: source of the teacher.
+        teacher_path: path of the teacher, for messages.
 
     Returns:
         The number of ids that both models have, from 0 on.
 
     Raises:
-        ValueError: another tokenizer, or a token of it that one of the models lacks.
+        ValueError: the tokenizers differ, or one of the models lacks a token of the tokenizer.
     """
     _require_same_tokenizer(student, teacher, teacher_path)
     return shared_vocab_size(student, teacher, teacher_path)
 
 
 def shared_vocab_size(student: ModelSource, teacher: ModelSource, teacher_path: str) -> int:
-    """Returns the number of ids that both models have; as `check_same_language`, but content with
-    models of one size that have no tokenizer here, of which `opdlm plan` knows no more.
+    """Returns the number of ids that both models have.
+
+    Unlike `check_same_language` it accepts models without tokenizer files if their sizes are equal:
+    `opdlm plan` may know nothing but their sizes.
     """
     ours, theirs = student.vocab_size, teacher.vocab_size
     shared = min(ours, theirs)

@@ -1,4 +1,4 @@
-"""Entries of a prompt file: JSONL or one JSON list, read with errors that name file and line."""
+"""Reads the entries of a prompt file (JSONL or one JSON list). Errors name file and line."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ _TEXT_KEYS = ("prompt", "messages", "question")
 _ROLES = ("system", "user", "assistant", "tool")
 
 Messages = list[dict[str, str]]
-"""A conversation: turns with `role` and `content`."""
+"""A conversation: a list of turns with `role` and `content`."""
 
 
 class WrittenFloat(float):
-    """A number of a JSON text that also keeps how it is written: 0.00001 is not 1e-05 there."""
+    """A number of a JSON file that remembers its spelling, such as 0.00001 instead of 1e-05.
+
+    Attributes:
+        text: the number as the file spells it.
+    """
 
     def __init__(self, text: str) -> None:
-        """Takes the number as the file has it."""
+        """Takes the number as the file spells it."""
         self.text = text
 
 
@@ -28,15 +32,16 @@ class Entry:
     """One entry of a prompt file, as the file gives it."""
 
     where: str
-    """File and line, or file and place in a JSON list; errors begin with it."""
+    """File and line, or file and position in a JSON list. Errors begin with it."""
     number: int
-    """Line in a JSONL file, place in a JSON list; from 1."""
+    """Line in a JSONL file, or position in a JSON list; counted from 1."""
     values: dict[str, Any]
     """The JSON object."""
 
     def refusal(self, key: str, rule: str, fix: str) -> ValueError:
-        """Returns the error of an entry whose `key` breaks a rule: file, line, field, value, rule,
-        fix.
+        """Returns the error for an entry whose `key` breaks a rule.
+
+        The message names file, line, field, value, rule and fix.
         """
         return ValueError(f"{self.where}: {key}={_short(self.values.get(key))} {rule}; {fix}")
 
@@ -44,8 +49,8 @@ class Entry:
         """Returns the conversation: `messages`, or `prompt` or `question` as one user turn.
 
         Raises:
-            ValueError: none or several of the three, an empty or malformed one, or a conversation
-                that ends with no turn of the user or a tool.
+            ValueError: the entry has none or several of the three keys, the value is empty or
+                malformed, or the last turn is neither the user's nor a tool's.
         """
         given = [key for key in _TEXT_KEYS if key in self.values]
         if len(given) != 1:
@@ -58,25 +63,25 @@ class Entry:
         return [{"role": "user", "content": self.text(given[0])}]
 
     def text(self, key: str) -> str:
-        """Returns a text that must be there, and not be empty.
+        """Returns a required text, which must not be empty.
 
         Raises:
-            ValueError: it is missing, empty, no text, or holds half of a surrogate pair.
+            ValueError: it is missing, empty, not a text, or contains half of a surrogate pair.
         """
         return _text(self.values.get(key), key, self.where)
 
     def label(self, key: str) -> str | None:
-        """Returns an optional text; a number is taken as Python writes it.
+        """Returns an optional text. A number becomes the text that Python writes for it.
 
-        Random numbers depend on ids, so 1e5 and 100000.0 stay one id.
+        Random numbers depend on ids, so 1e5 and 100000.0 must stay one id.
 
         Raises:
-            ValueError: it is neither text nor a number, or holds half of a surrogate pair.
+            ValueError: it is neither text nor a number, or contains half of a surrogate pair.
         """
         value = self.values.get(key)
         if value is None:
             return None
-        # NaN and Infinity, which Python reads though JSON has no such numbers, are plain floats.
+        # Python reads NaN and Infinity, which JSON does not have. They are plain floats here.
         if isinstance(value, bool) or not isinstance(value, str | int | WrittenFloat):
             raise ValueError(f"{self.where}: {key}={_short(value)} must be text or a number")
         text = str(value)
@@ -84,7 +89,7 @@ class Entry:
         return text
 
     def written(self, key: str) -> str | None:
-        """Returns an optional text; a number is taken as the file writes it.
+        """Returns an optional text. A number becomes the text that the file has for it.
 
         Raises:
             ValueError: see `label`.
@@ -100,12 +105,12 @@ def read_entries(path: str | Path) -> list[Entry]:
         path: file in UTF-8.
 
     Returns:
-        At least one entry, in file order; their keys are not looked at.
+        At least one entry, in file order. The keys of the entries are not checked.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: an empty file, an empty line, no JSON, or an entry that is no object; names file
-            and line.
+        ValueError: the file is empty, a line is empty or not valid JSON, or an entry is not an
+            object; the message names file and line.
     """
     path = Path(path)
     if not path.is_file():
@@ -134,7 +139,7 @@ def _read_list(path: Path, text: str) -> Iterator[Entry]:
 
 
 def _read_lines(path: Path, text: str) -> Iterator[Entry]:
-    lines = text.split("\n")  # not splitlines(): JSON strings may hold other line separators
+    lines = text.split("\n")  # not splitlines(): JSON strings may contain other line separators
     if lines[-1] == "":
         lines.pop()
     for number, line in enumerate(lines, 1):
@@ -153,7 +158,7 @@ def _read_lines(path: Path, text: str) -> Iterator[Entry]:
         yield _entry(where, number, value)
 
 
-# An integer of more than 4300 digits, and lists within lists without end.
+# Python raises these for an integer of more than 4300 digits, and for very deeply nested lists.
 _UNREADABLE = (ValueError, RecursionError)
 
 

@@ -1,10 +1,10 @@
-"""Responses as token ids on disk, so that nobody decodes them twice.
+"""A file of responses as token ids, so that no response is decoded twice.
 
     {"teacher": "3f1c..", "temperature": 1.0, ..}             what all responses depend on
     {"id": "17", "sample": 0, "prompt": "9a0b..", "response_ids": [..], "ended": true}
 
-Lines are only ever appended, by one process at a time. Several jobs may share a file: of two
-responses to the same request the first stays, and both jobs go on with it.
+Lines are only appended, and by one process at a time. Several jobs may share a file. If two jobs
+add a response to the same request, the first stays, and both jobs use it.
 """
 
 from __future__ import annotations
@@ -25,42 +25,53 @@ from megatron_opdlm.responses.source import Response
 
 
 class ResponseKey(NamedTuple):
-    """What names a response in a file."""
+    """The key of a response in a file."""
 
     prompt_id: str
     sample: int
     prompt: str
-    """Digest of the prompt's token ids: the same id may be another prompt in other data."""
+    """Digest of the prompt's token ids. In other data the same id may name another prompt."""
 
     @classmethod
     def of(cls, prompt_id: str, sample: int, prompt_ids: Tensor) -> ResponseKey:
-        """Names the response of a sample of a prompt [P]."""
+        """Returns the key of one sample of a prompt.
+
+        Args:
+            prompt_id: id of the prompt.
+            sample: index of the sample.
+            prompt_ids: [P] int64, token ids of the prompt.
+        """
         digest = hashlib.blake2b(repr(prompt_ids.tolist()).encode(), digest_size=8).hexdigest()
         return cls(prompt_id, sample, digest)
 
 
 class ResponseFile:
-    """One file. Every method is for one process of a job, its main one."""
+    """One file of responses. Only the main process of a job calls its methods.
+
+    Attributes:
+        path: path of the file.
+        settings: JSON values that all its responses depend on.
+    """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], *, vocab_size: int) -> None:
-        """Names a file, which need not exist; its folder must.
+        """Remembers the path. The folder must exist; the file need not.
 
         Args:
-            path: where it is.
+            path: path of the file.
             settings: JSON values that all its responses depend on.
-            vocab_size: token ids are below it.
+            vocab_size: token ids must be less than this.
         """
         self.path, self.settings, self.vocab_size = Path(path), dict(settings), vocab_size
         self._places: dict[ResponseKey, int] = {}
         self._end = 0
 
     def check(self) -> None:
-        """Reads what is there, and makes no file where there is none.
+        """Reads the file if it exists; does not create one.
 
-        A torn last line is dropped, and an empty file gets its first line.
+        An incomplete last line is removed, and an empty file gets its first line.
 
         Raises:
-            ValueError: the file is of other settings, or no such file.
+            ValueError: the file has other settings, or is not a file of responses.
         """
         if not self.path.parent.is_dir():
             raise ValueError(
@@ -72,7 +83,7 @@ class ResponseFile:
                 pass
 
     def read(self, keys: Iterable[ResponseKey]) -> dict[ResponseKey, Response]:
-        """Returns those of some responses that are there.
+        """Returns the responses of `keys` that the file has.
 
         Raises:
             ValueError: see `check`.
@@ -83,13 +94,12 @@ class ResponseFile:
             return self._read(file, keys)
 
     def add(self, responses: Mapping[ResponseKey, Response]) -> dict[ResponseKey, Response]:
-        """Appends responses; where another job was faster, its response stays.
+        """Appends responses. If another job was faster, its response stays.
 
-        A job that is killed meanwhile leaves whole lines and at most one torn one, which the next
-        one drops.
+        A job that is killed here leaves at most one incomplete line, which the next job removes.
 
         Returns:
-            What the file holds for each of them now.
+            The responses that the file now has for these keys.
 
         Raises:
             ValueError: see `check`.
@@ -116,8 +126,9 @@ class ResponseFile:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
-        """The file, which no other process has meanwhile, with a first line and without torn ones;
-        `_places` knows all of its lines.
+        """Opens the file and locks it against other processes.
+
+        The file then has its first line and no incomplete line, and `_places` knows all lines.
         """
         try:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -128,7 +139,7 @@ class ResponseFile:
             ) from error
         with open(descriptor, "r+b") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+                fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
             except OSError as error:
                 raise ValueError(
                     f"teacher_responses={self.path}: no locks on this file system "
@@ -138,14 +149,14 @@ class ResponseFile:
             yield file
 
     def _catch_up(self, file: BinaryIO) -> None:
-        """Takes note of the lines that were appended since the last time."""
-        if file.seek(0, os.SEEK_END) < self._end:  # another file in its place
+        """Records the places of the lines that were appended since the last call."""
+        if file.seek(0, os.SEEK_END) < self._end:  # the file was replaced by another one
             self._places, self._end = {}, 0
         file.seek(self._end)
         header = json.dumps(self.settings).encode() + b"\n"
         for line in file:
-            if not line.endswith(b"\n"):  # whoever wrote it is dead: it would hold the lock
-                if self._end == 0 and not header.startswith(line):  # somebody's own file
+            if not line.endswith(b"\n"):  # its writer is dead, or it would still hold the lock
+                if self._end == 0 and not header.startswith(line):  # not a file of responses
                     raise self._unreadable()
                 file.truncate(self._end)
                 break

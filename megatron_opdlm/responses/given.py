@@ -15,14 +15,15 @@ from megatron_opdlm.responses.source import Collected, Response, RolloutSchedule
 
 
 class DataResponses:
-    """Those that the prompt file gives."""
+    """A source of the responses that the prompt file gives."""
 
     def __init__(self, schedule: RolloutSchedule, responses: Sequence[Tensor]) -> None:
         """Binds a source to data.
 
         Args:
-            schedule: what rollouts ask for.
-            responses: [R] int64 each, through the end of sequence; aligned with the prompts.
+            schedule: the schedule of rollouts.
+            responses: token ids [R] int64 of each response, including the end of sequence; one for
+                each prompt of the schedule, in order.
         """
         self._schedule = schedule
         self._responses = {
@@ -55,22 +56,23 @@ def tokenize_responses(
     eos_token_ids: Sequence[int],
     mask_token_id: int,
 ) -> list[Tensor]:
-    """Tokenises the given responses, once and for all, and appends the end of sequence.
+    """Tokenises the given responses once, and appends the end of sequence to each.
 
     Args:
-        prompts: from `load_prompts(with_responses=True)`.
-        kept: those that are trained on.
+        prompts: prompts from `load_prompts(with_responses=True)`.
+        kept: the prompts that are trained on.
         tokenizer: a transformers tokenizer.
-        path: of the prompts, for messages.
-        eos_token_ids: ids that end a response; the tokenizer's own is appended if it is one of
-            them, else the first.
-        mask_token_id: may stand in no response.
+        path: path of the prompt file, for messages.
+        eos_token_ids: ids that end a response. The tokenizer's eos_token_id is appended if it is
+            one of them, otherwise the first of them.
+        mask_token_id: id of the mask token, which must not be in a response.
 
     Returns:
-        [R] int64 for each of `kept`.
+        Token ids [R] int64 for each prompt of `kept`.
 
     Raises:
-        ValueError: naming file and line; the tokenizer has no end of sequence.
+        ValueError: a response contains a special token (the message names file and line), or the
+            student names no end of sequence.
     """
     if not eos_token_ids:
         raise ValueError(

@@ -1,7 +1,6 @@
-"""Prompts: files, chat template, order of presentation.
+"""Prompts: their files, the chat template, and the order in which rollouts take them.
 
-A prompt is tokenised once, here; from then on it is a tensor of ids, and its text is never read
-again.
+A prompt is tokenised once, here. After that it is a tensor of ids; its text is never read again.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from megatron_opdlm.responses.rendering import require_rendering
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 1024  # prompts per call of the tokenizer: its threads are busy, the progress bar moves
+_CHUNK = 1024  # prompts per call: enough for the tokenizer's threads, and the bar still moves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +29,15 @@ class Prompt:
     """One prompt as the file gives it."""
 
     id: str
-    """Unique name; the line number where the file gives none. Random numbers depend on it."""
+    """Unique name. It is the line number if the file gives none. Random numbers depend on it."""
     messages: Messages
-    """Conversation so far, ending with a turn that wants an answer."""
+    """Conversation so far. Its last turn is the one that the student answers."""
     domain: str | None = None
-    """Subject, for reports."""
+    """Subject of the prompt, for reports."""
     response: str | None = None
-    """Text to train on, where `load_prompts` was asked for it."""
+    """Response to train on; None unless `load_prompts` was told to read it."""
     where: str
-    """File and line, or place in a JSON list, for messages; from 1."""
+    """File and line, or position in a JSON list, for messages; counted from 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +45,16 @@ class PromptTokens:
     """A prompt ready to decode."""
 
     index: int
-    """Place in the list that was tokenised."""
+    """Index in the list that was tokenised."""
     id: str
     """The prompt's id."""
     ids: Tensor
-    """[P] int64 on the CPU, chat template and generation prompt included."""
+    """[P] int64 on the CPU, including chat template and generation prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedPrompts:
-    """What `tokenize_prompts` kept, and what it left out."""
+    """The prompts that `tokenize_prompts` kept and those that it left out."""
 
     kept: list[PromptTokens]
     """Prompts within the limit, in file order."""
@@ -67,18 +66,19 @@ def load_prompts(path: str | Path, *, with_responses: bool = False) -> list[Prom
     """Reads a prompt file: JSONL, or one JSON list.
 
     An entry is an object with `prompt` or `question` (text of one user turn) or `messages`, and
-    optionally `id` and `domain`. Other keys are left alone.
+    optionally `id` and `domain`. Other keys are ignored.
 
     Args:
         path: file in UTF-8.
-        with_responses: whether every entry must have a `response`, too.
+        with_responses: whether every entry must also have a `response`.
 
     Returns:
         The prompts in file order.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: an empty file, an empty or malformed entry, a duplicate id; names file and line.
+        ValueError: the file is empty, an entry is empty or malformed, or two entries have the same
+            id; the message names file and line.
     """
     return make_prompts(read_entries(path), Entry.messages, with_responses=with_responses)
 
@@ -89,15 +89,16 @@ def make_prompts(
     *,
     with_responses: bool = False,
 ) -> list[Prompt]:
-    """Makes one prompt of each entry.
+    """Makes a prompt from each entry.
 
     Args:
-        entries: from `read_entries`.
-        messages: how an entry becomes a conversation.
-        with_responses: whether every entry must have a `response`, too.
+        entries: entries from `read_entries`.
+        messages: function that returns the conversation of an entry.
+        with_responses: whether every entry must also have a `response`.
 
     Raises:
-        ValueError: a malformed entry or a duplicate id; names file and line.
+        ValueError: an entry is malformed, or two entries have the same id; the message names file
+            and line.
     """
     prompts: list[Prompt] = []
     seen: dict[str, str] = {}
@@ -127,21 +128,22 @@ def tokenize_prompts(
     max_prompt_tokens: int,
     progress: bool = False,
 ) -> TokenizedPrompts:
-    """Renders prompts with the chat template and tokenises them, once and for all.
+    """Renders prompts with the chat template and tokenises them once.
 
-    Prompts over the limit are left out here, whole and with their ids, so nothing that follows can
-    slip out of step with the prompts it belongs to.
+    Prompts over the limit are left out here, together with their ids. So later data always belong
+    to the right prompt.
 
     Args:
-        prompts: from `load_prompts`.
+        prompts: prompts from `load_prompts`.
         tokenizer: a transformers tokenizer with a chat template and a mask token.
         enable_thinking: passed to the template.
-        max_prompt_tokens: longest prompt to keep, template included.
+        max_prompt_tokens: length of the longest prompt to keep, including the template.
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: no mask token or template; a prompt that the template refuses, that contains the
-            mask token or renders to nothing; no prompt within the limit.
+        ValueError: the tokenizer has no mask token or no template; a prompt is refused by the
+            template, contains the mask token or renders to nothing; or no prompt is within the
+            limit.
     """
     from tqdm import tqdm
 
@@ -176,17 +178,17 @@ def tokenize_prompts(
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSampler:
-    """Which prompts each rollout takes: shuffled epochs, as a function of the rollout's index.
+    """Chooses the prompts of each rollout: shuffled epochs, as a function of the rollout's index.
 
-    There is no state to save: a resumed run asks for the step it continues with. Prompts that do
-    not fill the last rollout of an epoch are left for other epochs, so one rollout never holds a
-    prompt twice.
+    There is no state to save: a resumed run asks for the step with which it continues. The prompts
+    left at the end of an epoch, too few for a rollout, wait for later epochs. So one rollout never
+    has a prompt twice.
     """
 
     num_prompts: int
-    """Prompts to choose from."""
+    """Number of prompts to choose from."""
     prompts_per_rollout: int
-    """Prompts of one rollout."""
+    """Number of prompts of one rollout."""
     seed: int
     """Seed of the run."""
 
@@ -199,11 +201,11 @@ class PromptSampler:
 
     @property
     def rollouts_per_epoch(self) -> int:
-        """Rollouts until the order is shuffled anew."""
+        """Number of rollouts before the order is shuffled again."""
         return self.num_prompts // self.prompts_per_rollout
 
     def batch(self, rollout_step: int) -> list[int]:
-        """Returns the places of a rollout's prompts, all different.
+        """Returns the indices of a rollout's prompts, all different.
 
         Args:
             rollout_step: index of the rollout, from 0.
@@ -213,7 +215,7 @@ class PromptSampler:
         return self._order(epoch)[first : first + self.prompts_per_rollout]
 
     def places_before(self, rollout_step: int) -> set[int]:
-        """Returns the places of all prompts that earlier rollouts took."""
+        """Returns the indices of all prompts that earlier rollouts took."""
         epoch, place = divmod(rollout_step, self.rollouts_per_epoch)
         taken = set(self._order(epoch)[: place * self.prompts_per_rollout])
         whole = self.rollouts_per_epoch * self.prompts_per_rollout
@@ -230,14 +232,14 @@ class PromptSampler:
 
 
 def _require_tokenizer(tokenizer: Any) -> int:
-    """Returns the mask token's id."""
+    """Returns the mask token's id; refuses a tokenizer without mask token or chat template."""
     if tokenizer.mask_token_id is None:
         raise ValueError(
             "tokenizer has no mask_token; it must mark masked positions; "
             "`opdlm convert import` adds it"
         )
     template = tokenizer.chat_template
-    if isinstance(template, dict):  # several, by name
+    if isinstance(template, dict):  # several templates, by name
         template = template.get("default")
     if template is None:
         raise ValueError(NO_CHAT_TEMPLATE)

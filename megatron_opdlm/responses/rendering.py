@@ -1,4 +1,4 @@
-"""Prompts that a chat template refuses, named in one line."""
+"""Finds prompts that a chat template refuses, and names them in one line."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ if TYPE_CHECKING:
 def check_rendering(
     prompts: Sequence[Prompt], source: ModelSource, *, enable_thinking: bool
 ) -> None:
-    """Renders prompts as training and decoding will, from the tokenizer's files alone: before an
-    import that may take minutes. A prompt takes a tenth of a millisecond.
+    """Renders prompts as training and decoding do, with nothing but the tokenizer's files.
+
+    So a bad prompt is found before an import that may take minutes. A prompt takes a tenth of a
+    millisecond.
 
     Args:
-        prompts: from `load_prompts`.
-        source: the student.
+        prompts: prompts from `load_prompts`.
+        source: source of the student.
         enable_thinking: passed to the template.
 
     Raises:
-        ValueError: there is no template, or it refuses a prompt; names the prompt's file and line.
+        ValueError: there is no template, or it refuses a prompt; the message names the prompt's
+            file and line.
     """
     template = source.require_chat_template()
     if template is not None and source.tokenizer is not None:
@@ -38,12 +41,13 @@ def require_rendering(prompts: Sequence[Prompt], tokenizer: Any, *, enable_think
     """Refuses the first prompt that cannot be rendered.
 
     Args:
-        prompts: from `load_prompts`.
+        prompts: prompts from `load_prompts`.
         tokenizer: a transformers tokenizer with a chat template.
         enable_thinking: passed to the template.
 
     Raises:
-        ValueError: with the prompt's file and line, and the template's own words.
+        ValueError: the template refuses a prompt; the message has the prompt's file and line, and
+            the error text of the template.
     """
     for prompt in prompts:
         try:
@@ -67,7 +71,7 @@ def require_rendering(prompts: Sequence[Prompt], tokenizer: Any, *, enable_think
 
 
 def _words(error: Exception) -> str:
-    """What an error of a template says, in one line."""
+    """Returns the text of a template's error, in one line."""
     text = " ".join(str(error).split())
     is_plain = isinstance(error, jinja2.TemplateError) and text
     return text if is_plain else f"{type(error).__name__} {text}".strip()

@@ -1,7 +1,7 @@
-"""What all sources of responses share: the schedule of rollouts, and the one method, `collect`.
+"""What all sources of responses share: the schedule of rollouts, and the method `collect`.
 
-A source gives every rank the same trajectories: student.py, teacher.py and given.py are those there
-are.
+A source gives every rank the same trajectories. The sources are in student.py, teacher.py and
+given.py.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from megatron_opdlm.rollout.engine import tokens_per_forward
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSchedule:
-    """What a rollout is asked for, as a function of its index alone."""
+    """Prompts, samples and limits of every rollout, as a function of its index alone."""
 
     prompts: Sequence[PromptTokens]
-    """To choose from."""
+    """All prompts of the run."""
     config: RolloutConfig
-    """Of rollouts."""
+    """Configuration of rollouts."""
     seed: int
-    """Of the run."""
+    """Seed of the run."""
     mask_token_id: int
-    """The student's."""
+    """Id of the student's mask token."""
 
     def __post_init__(self) -> None:
         _ = self._sampler
@@ -46,19 +46,19 @@ class RolloutSchedule:
         )
 
     def rows(self, rollout_step: int) -> list[tuple[PromptTokens, int]]:
-        """Prompt and index of the sample, for every response of a rollout."""
+        """Returns prompt and sample index of every response of a rollout."""
         samples = range(self.config.samples_per_prompt)
         places = self._sampler.batch(rollout_step)
         return [(self.prompts[place], sample) for place in places for sample in samples]
 
     def first_uses(self, rollout_step: int) -> list[bool]:
-        """For every response of a rollout, whether no earlier rollout took its prompt."""
+        """Returns, for every response of a rollout, whether no earlier rollout took its prompt."""
         before = self._sampler.places_before(rollout_step)
         samples = range(self.config.samples_per_prompt)
         return [place not in before for place in self._sampler.batch(rollout_step) for _ in samples]
 
     def response_limit(self, rollout_step: int) -> int:
-        """Most response tokens of a rollout, as the curriculum has it."""
+        """Returns the most response tokens of a rollout, from the curriculum."""
         lengths = self.config.max_response_tokens
         return response_limit(
             rollout_step,
@@ -71,7 +71,10 @@ class RolloutSchedule:
     def on_grid(
         self, prompt: PromptTokens, sample: int, response: Response, rollout_step: int
     ) -> Trajectory:
-        """A response that the student did not decode, up to the rollout's limit."""
+        """Returns the trajectory of a response that the student did not decode.
+
+        The response is cut to the rollout's limit.
+        """
         shown = response.cut(self.response_limit(rollout_step))
         return given_response(
             prompt.id,
@@ -86,15 +89,15 @@ class RolloutSchedule:
 
 @dataclass(frozen=True)
 class Response:
-    """Response tokens and nothing else."""
+    """The tokens of a response, without commit steps."""
 
     token_ids: Tensor
-    """[R] int64, through the end of sequence if there is one."""
+    """[R] int64, including the end of sequence if there is one."""
     ended: bool
-    """Whether there is one."""
+    """Whether the tokens include an end of sequence."""
 
     def cut(self, limit: int) -> Response:
-        """Its first tokens; a response that goes on has not ended."""
+        """Returns the first `limit` tokens. A response that loses tokens has not ended."""
         return self if len(self.token_ids) <= limit else Response(self.token_ids[:limit], False)
 
 
@@ -103,28 +106,28 @@ class Collected:
     """The responses of one rollout; the same on every rank."""
 
     trajectories: list[Trajectory]
-    """One per row of the schedule."""
+    """One trajectory per row of the schedule."""
     work: WorkCounters
-    """What they took."""
+    """Tokens and passes that the responses took."""
 
 
 class ResponseSource(Protocol):
-    """Student, teacher or data."""
+    """Where responses come from: the student, the teacher or the data."""
 
     @property
     def given(self) -> Mapping[str, Tensor]:
-        """Responses [R] int64 that the data give, by prompt id; empty where a model writes them."""
+        """Returns the data's responses [R] int64 by prompt id; empty if a model writes them."""
 
     def collect(self, rollout_step: int) -> Collected:
         """Returns the responses of a rollout. Call on all ranks."""
 
 
 def response_metrics(trajectories: Sequence[Trajectory], *, by_student: bool) -> dict[str, float]:
-    """What is logged of the responses of a rollout.
+    """Returns the metrics of a rollout's responses.
 
     Args:
-        trajectories: all of them.
-        by_student: whether the student decoded them, in denoising steps.
+        trajectories: all trajectories of the rollout.
+        by_student: whether the student decoded the responses, in denoising steps.
     """
     lengths = [trajectory.num_response_tokens for trajectory in trajectories]
     speed = {"rollout/tokens_per_forward": tokens_per_forward(trajectories)} if by_student else {}

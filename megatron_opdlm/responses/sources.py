@@ -1,4 +1,4 @@
-"""Brings up the prompts of a run and the source of its responses."""
+"""Loads the prompts of a run, and makes the source of its responses."""
 
 from __future__ import annotations
 
@@ -28,29 +28,30 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class SourceParts:
-    """What sources of responses are made of."""
+    """The objects that sources of responses need."""
 
     config: Config
-    """Resolved."""
+    """Resolved configuration."""
     parallel: ParallelState
-    """Of training."""
+    """Process groups of training."""
     response_file: Path
-    """Where the teacher's responses are kept."""
+    """File of the teacher's responses."""
     student: Student
-    """In training."""
+    """The student in training."""
     layout: RolloutLayout
-    """The student as rollouts see it."""
+    """The student in the parallel layout of rollouts."""
     weights_version: Callable[[], int]
-    """Another number after every change of the student's weights."""
+    """Function whose number changes with every change of the student's weights."""
     teacher: Teacher | None
-    """Frozen; None where the method has none."""
+    """The frozen teacher; None if the method has no teacher."""
 
 
 def find_responses(parts: SourceParts) -> tuple[RolloutSchedule, ResponseSource]:
-    """Reads the prompts, and binds the source that the method asks for. Call on all ranks.
+    """Reads the prompts, and makes the source that the method needs. Call on all ranks.
 
     Raises:
-        ValueError: bad prompts or responses; a file of responses of other settings.
+        ValueError: a prompt or a response is malformed, or the file of responses has other
+            settings.
     """
     config, student = parts.config, parts.student
     prompts = load_prompts(config.train.data, with_responses=config.distill.data_writes)
@@ -113,7 +114,7 @@ RESPONSE_SOURCES: dict[str, MakeSource] = {
     "teacher": _of_teacher,
     "data": _of_data,
 }
-"""For every name in `config/methods.py`'s WRITERS."""
+"""The function of every name in WRITERS of `config/methods.py`."""
 
 
 def _warn_of_cuts(responses: Sequence[Tensor], limit: int) -> None:

@@ -1,4 +1,4 @@
-"""Responses of the student itself, with its current weights."""
+"""Responses that the student decodes with its present weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_opdlm.rollout.request import DecodingOptions, Request
 
 
 class StudentResponses:
-    """The student's own, with its current weights."""
+    """A source of responses that the student decodes with its present weights."""
 
     def __init__(
         self,
@@ -33,10 +33,11 @@ class StudentResponses:
         """Binds a source to a student in training.
 
         Args:
-            schedule: what rollouts ask for.
-            engine: of the student.
-            layout: the student as rollouts see it.
-            weights_version: another number after every change of the student's weights.
+            schedule: the schedule of rollouts.
+            engine: decoding engine of the student.
+            layout: the student in the parallel layout of rollouts.
+            weights_version: function whose number changes with every change of the student's
+                weights.
         """
         self._schedule, self._engine = schedule, engine
         self._layout, self._weights_version = layout, weights_version
@@ -72,7 +73,7 @@ class StudentResponses:
 def decode(
     engine: RolloutEngine, requests: Sequence[Request], parallel: ParallelState, name: str
 ) -> tuple[list[Trajectory], RolloutCounts]:
-    """Decodes on all replicas, with a progress bar."""
+    """Decodes requests on all replicas, with a progress bar named `name`. Call on all ranks."""
     bar = progress_bar(len(requests), name, is_main=parallel.is_main, leave=False)
     with bar:
         return collect(
@@ -83,7 +84,7 @@ def decode(
 def build_engine(
     decodable: Decodable, options: DecodingOptions, config: RolloutConfig
 ) -> RolloutEngine:
-    """Makes an engine that decodes training's responses, within the limits of the configuration."""
+    """Makes the engine that decodes responses for training, within the configured limits."""
     return RolloutEngine(
         decodable,
         options,

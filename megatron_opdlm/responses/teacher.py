@@ -1,4 +1,4 @@
-"""Responses of the teacher: decoded when a rollout first asks for them, then read from a file."""
+"""Responses of the teacher. A rollout that needs them first decodes them; others read a file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class TeacherResponses:
-    """The teacher's: one for every prompt and sample, whatever the rollout."""
+    """A source of the teacher's responses. Each prompt and sample has one, in all rollouts."""
 
     def __init__(
         self,
@@ -38,13 +38,13 @@ class TeacherResponses:
         """Binds a source to a teacher. Call on all ranks.
 
         Args:
-            schedule: what rollouts ask for.
-            engine: of the teacher.
-            teacher: who is asked.
-            file: rank 0 reads and writes it.
+            schedule: the schedule of rollouts.
+            engine: decoding engine of the teacher.
+            teacher: the teacher.
+            file: file of responses; only rank 0 reads and writes it.
 
         Raises:
-            ValueError: the file holds something else, or responses of other settings.
+            ValueError: the file is not a file of responses, or has other settings.
         """
         self._schedule, self._engine, self._teacher = schedule, engine, teacher
         self._file = file
@@ -59,8 +59,8 @@ class TeacherResponses:
         """See `ResponseSource`.
 
         The decoding of a response is counted in the rollout that first takes its prompt, even if
-        the file had it: so runs that share a file can be compared, and a resumed run counts as one
-        that was never interrupted.
+        the file already had the response. So runs that share a file can be compared, and a resumed
+        run has the same counts as one that was never interrupted.
         """
         rows = self._schedule.rows(rollout_step)
         keys = [ResponseKey.of(prompt.id, sample, prompt.ids) for prompt, sample in rows]
@@ -105,9 +105,9 @@ class TeacherResponses:
 
 
 def teacher_engine(config: Config, teacher: Teacher, student: Student) -> RolloutEngine:
-    """Makes the engine that decodes the teacher, token by token.
+    """Makes the engine that decodes with the teacher, token by token.
 
-    A response ends where the student's would, and never holds its mask token.
+    A response ends at the student's end tokens, and never contains the student's mask token.
     """
     rollout = config.rollout
     decodable = Decodable(
@@ -117,8 +117,8 @@ def teacher_engine(config: Config, teacher: Teacher, student: Student) -> Rollou
         eos_token_ids=student.description.config.eos_token_ids,
         stream_multiple=teacher.pass_multiple,
         is_causal=True,
-        # It decodes every prompt once, and weights that come from the host have other addresses
-        # every time.
+        # The teacher decodes every prompt once, and weights that come from host memory have new
+        # addresses every time.
         memory=DecodingMemory(keep=bool(rollout.keep_kv_cache) and teacher.host is None),
     )
     options = DecodingOptions(
@@ -132,14 +132,14 @@ def teacher_engine(config: Config, teacher: Teacher, student: Student) -> Rollou
 
 
 def response_settings(config: Config, teacher: Teacher, student: Student) -> dict[str, Any]:
-    """What all responses of a file depend on, apart from prompt and sample.
+    """Returns the settings that all responses of a file depend on, besides prompt and sample.
 
-    Parallel layout and batch are left out: they change rounding alone.
+    Parallel layout and batch size are not among them: they change only the rounding.
 
     Args:
         config: resolved configuration.
-        teacher: whose responses they are.
-        student: whose end and mask tokens hold.
+        teacher: the teacher that writes the responses.
+        student: the student, whose end tokens and mask token apply.
     """
     rollout = config.rollout
     is_cut = teacher.vocab_size < teacher.description.config.vocab_size

@@ -4,8 +4,8 @@
     CHECKPOINTS/iter_0000010/     weights and optimizer (torch_dist), opdlm_model.json,
                                   opdlm_state.json, tokenizer/
 
-The iteration is the number of finished rollouts. Weights load into any tensor and pipeline parallel
-size, and so does the optimizer.
+The iteration is the number of finished rollouts. Weights and optimizer state load into any tensor
+and pipeline parallel size.
 """
 
 from __future__ import annotations
@@ -41,14 +41,20 @@ _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class CheckpointFolder:
-    """The `checkpoints/` folder of a run."""
+    """The `checkpoints/` folder of a run.
+
+    Attributes:
+        root: path of the folder.
+        keep: how many of the newest checkpoints stay.
+        parallel: process groups.
+    """
 
     def __init__(self, root: Path, *, keep: int, parallel: ParallelState) -> None:
-        """Names a folder; nothing is written yet.
+        """Remembers the folder; writes nothing.
 
         Args:
             root: the folder.
-            keep: newest checkpoints to keep.
+            keep: how many of the newest checkpoints to keep.
             parallel: process groups.
         """
         self.root = root
@@ -56,7 +62,10 @@ class CheckpointFolder:
         self.parallel = parallel
 
     def latest(self) -> Path | None:
-        """Returns the newest complete iteration folder, or None before the first. On all ranks."""
+        """Returns the newest complete iteration folder, or None if there is none.
+
+        Call on all ranks.
+        """
 
         def find() -> Path | None:
             return resolve_iteration(self.root) if (self.root / LATEST_FILE).is_file() else None
@@ -72,17 +81,17 @@ class CheckpointFolder:
         tokenizer_dir: Path,
         state: Mapping[str, Any],
     ) -> Path:
-        """Writes an iteration folder; call on all ranks.
+        """Writes an iteration folder. Call on all ranks.
 
-        It is written under another name and renamed when every rank is done, so a killed run leaves
-        no folder that looks complete.
+        The folder is written under another name and renamed when every rank is done. So a killed
+        run leaves no folder that looks complete.
 
         Args:
             iteration: number of finished rollouts.
-            model: the student's stage, not wrapped.
-            optimizer: its optimizer.
+            model: this rank's pipeline stage of the student, not wrapped.
+            optimizer: the student's optimizer.
             description: what the checkpoint holds.
-            tokenizer_dir: tokenizer files to copy.
+            tokenizer_dir: folder of the tokenizer files to copy.
             state: JSON values of `opdlm_state.json`.
 
         Returns:
@@ -91,7 +100,7 @@ class CheckpointFolder:
         final = self.root / iteration_name(iteration)
         partial = self.root / f".{final.name}.partial"
         if self.parallel.is_main:
-            for left_over in self.root.glob(".iter_*"):  # of runs that were killed while saving
+            for left_over in self.root.glob(".iter_*"):  # a run was killed while it saved
                 shutil.rmtree(left_over)
             partial.mkdir(parents=True)
         dist.barrier()
@@ -113,7 +122,7 @@ class CheckpointFolder:
             write_json(partial / STATE_FILE, dict(state))
             shutil.copytree(tokenizer_dir, partial / TOKENIZER_DIR)
             sync_tree(partial)
-            if final.exists():  # the same iteration again: set aside until its successor is there
+            if final.exists():  # saved before: keep the old folder until the new one is there
                 os.rename(final, self.root / f".{final.name}.old")
             os.rename(partial, final)
             self._point_to(iteration)
@@ -124,12 +133,12 @@ class CheckpointFolder:
     def load(
         self, iteration_dir: Path, model: BlockDiffusionModel, optimizer: StudentOptimizer
     ) -> dict[str, Any]:
-        """Reads weights and optimizer of a run; call on all ranks.
+        """Reads the weights and the optimizer state of a run. Call on all ranks.
 
         Args:
-            iteration_dir: from `latest`.
-            model: the student's stage, not wrapped.
-            optimizer: its optimizer.
+            iteration_dir: iteration folder, from `latest`.
+            model: this rank's pipeline stage of the student, not wrapped.
+            optimizer: the student's optimizer.
 
         Returns:
             The values of `opdlm_state.json`.
@@ -157,16 +166,19 @@ class CheckpointFolder:
         os.replace(temporary, pointer)
 
     def _prune(self, iteration: int) -> None:
-        """Keeps the newest up to `iteration`; later ones belong to a run set back by hand."""
+        """Deletes all but the newest `keep` checkpoints up to `iteration`.
+
+        A user may have set the run back by hand. Later checkpoints then stay untouched.
+        """
         done = sorted(p for p in self.root.glob("iter_*") if p.name <= iteration_name(iteration))
         for old in (*done[: -self.keep], *self.root.glob(".iter_*")):
             shutil.rmtree(old)
 
 
 def _save_in_this_process() -> None:
-    """Spares Megatron's writer the server process that it starts for asynchronous saves.
+    """Prevents Megatron's writer from starting its server process for asynchronous saves.
 
-    We save synchronously; the server would cost seconds per rank and outlive a killed job.
+    Saves are synchronous here. The server would cost seconds per rank and outlive a killed job.
     """
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()

@@ -1,7 +1,7 @@
-"""What a run is computed from, by content: its prompts as tokens, and the weights it begins with.
+"""What a run is computed from: its prompts as tokens, and the weights it begins with.
 
-A path says little: the file behind it may change, and the same file has several. So a run folder
-keeps digests, and a run that goes on must have the same ones.
+A path says little: its file may change, and one file may have several paths. So a run folder keeps
+digests of the content, and a resumed run must have the same digests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_opdlm.files.folders import read_json_object, write_json
 
 _NAMED = 4
-"""Prompts that an error names of each kind."""
+"""An error names at most so many prompts of each kind (changed, new, gone)."""
 _DIGEST_BYTES = 8
 
 
@@ -27,15 +27,15 @@ class RunIdentity:
     """Digests of everything that a run reads and that its configuration only points to."""
 
     prompts: Mapping[str, str]
-    """Digest of the token ids by prompt id, in the order of the file, which the rollouts follow."""
+    """Digest of the token ids, by prompt id. The order is the file's: rollouts depend on it."""
     student: str
     """Fingerprint of the student's weights before training."""
     teacher: str | None
-    """Fingerprint of the teacher's weights; None: there is none."""
+    """Fingerprint of the teacher's weights; None if the run has no teacher."""
 
     @classmethod
     def read(cls, path: Path) -> RunIdentity:
-        """Reads what `write` wrote.
+        """Reads the file that `write` wrote.
 
         Raises:
             ValueError: the file is damaged.
@@ -46,7 +46,7 @@ class RunIdentity:
         return cls(**values)
 
     def write(self, path: Path) -> None:
-        """Writes a JSON file, whole or not at all."""
+        """Writes a JSON file, completely or not at all."""
         partial = path.with_suffix(".partial")
         values = {"prompts": self.prompts, "student": self.student, "teacher": self.teacher}
         write_json(partial, values)
@@ -58,12 +58,12 @@ class RunIdentity:
         """Refuses to go on with a run that was computed from something else.
 
         Args:
-            before: of the run so far.
-            save: its folder.
-            paths: where `data`, `student` and `teacher` are now.
+            before: identity of the run so far.
+            save: folder of the run.
+            paths: paths of `data`, `student` and `teacher` in the present configuration.
 
         Raises:
-            ValueError: naming what differs.
+            ValueError: the identities differ; the message names the difference.
         """
         for role in ("student", "teacher"):
             old, new = getattr(before, role), getattr(self, role)
@@ -85,7 +85,7 @@ def digest_tokens(parts: Sequence[Tensor]) -> str:
     """Returns a short digest of token ids.
 
     Args:
-        parts: [L] int64 each: a prompt, and its response where the data give one.
+        parts: tensors [L] int64: a prompt, and its response where the data give one.
     """
     whole = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     for part in parts:
@@ -95,7 +95,7 @@ def digest_tokens(parts: Sequence[Tensor]) -> str:
 
 
 def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """What changed, with the first ids of each kind; empty if nothing did."""
+    """Describes the changed, new and gone prompts by their first ids; empty if nothing changed."""
     kinds = {
         "changed": [name for name in now if before.get(name, now[name]) != now[name]],
         "new": [name for name in now if name not in before],

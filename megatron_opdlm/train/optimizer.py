@@ -1,6 +1,6 @@
-"""The student in training.
+"""The student in training: its gradients, its optimizer and its learning rate.
 
-Megatron's distributed data parallel, its (distributed) AdamW, and our schedule.
+Distributed data parallel and the (distributed) AdamW are Megatron's; the schedule is ours.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from megatron_opdlm.model.gpt import BlockDiffusionModel
 class NonFiniteError(FloatingPointError):
     """The loss or the gradient is NaN or infinite.
 
-    Raised on all ranks before the optimizer steps.
+    All ranks raise it before the optimizer steps.
     """
 
 
 class StudentOptimizer:
-    """Owns gradients and updates of the student.
+    """Owns the gradients and the updates of the student.
 
-    Gradients are sums over microbatches and data-parallel ranks: the loss carries its own
-    denominator.
+    Gradients are sums over microbatches and data-parallel ranks. The loss weights already contain
+    the denominator.
 
     Attributes:
         ddp: the model wrapped for training.
@@ -55,8 +55,8 @@ class StudentOptimizer:
         Args:
             model: this rank's pipeline stage, weights loaded.
             config: learning rate, Adam and clipping.
-            use_distributed_optimizer: shard the optimizer state over data-parallel ranks.
-            overlap_grad_reduce: overlap gradient reduction with the backward pass.
+            use_distributed_optimizer: whether data-parallel ranks share the optimizer state.
+            overlap_grad_reduce: whether gradient reduction overlaps with the backward pass.
             decay_steps: optimizer steps until the learning rate reaches its minimum.
         """
         assert config.lr_warmup_steps is not None, "a resolved configuration has it"
@@ -118,7 +118,8 @@ class StudentOptimizer:
             The gradient norm before clipping, over all parameters.
 
         Raises:
-            NonFiniteError: on all ranks, with the weights untouched.
+            NonFiniteError: the loss or the gradient norm is not finite. All ranks raise it, and the
+                weights stay as they were.
         """
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
@@ -130,7 +131,7 @@ class StudentOptimizer:
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self.next_lr()
-            # Megatron leaves this product to its own scheduler: 0 for norms.
+            # Megatron's own scheduler would form this product; `wd_mult` is 0 for norms.
             group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
         self.optimizer.step()
         self._weights_changed()
@@ -138,9 +139,9 @@ class StudentOptimizer:
         return grad_norm
 
     def prime_state(self) -> None:
-        """Allocates the state of torch's Adam that a checkpoint is about to be read into.
+        """Allocates the state of torch's Adam, so that a checkpoint can be read into it.
 
-        Megatron allocates that of Transformer Engine's and Apex's Adam itself.
+        Megatron itself allocates the state of Transformer Engine's and of Apex's Adam.
         """
         for adam in filter(_is_torch_adam, _inner_optimizers(self.optimizer)):
             for group in adam.param_groups:
@@ -154,9 +155,9 @@ class StudentOptimizer:
     def load(self, state: dict[str, Any], num_steps: int) -> None:
         """Takes over the optimizer state of a checkpoint.
 
-        Megatron's distributed optimizer restores Adam's moments, but with torch's Adam it stumbles
-        over `step`, on which the bias correction depends: so the moments are read without it, and
-        it is set from our own count.
+        Megatron's distributed optimizer restores Adam's moments, but it fails on the `step` of
+        torch's Adam, on which the bias correction depends. So the moments are read without `step`,
+        and `step` is set from `num_steps`.
 
         Args:
             state: what `dist_checkpointing.load` returned for `optimizer.sharded_state_dict(...)`.
@@ -182,21 +183,21 @@ class StudentOptimizer:
         self.num_steps = num_steps
 
     def weights_version(self) -> int:
-        """Returns another number after every step and every checkpoint that was loaded."""
+        """Returns a number that changes with every step and with every loaded checkpoint."""
         return self._weights_version
 
     def _weights_changed(self) -> None:
-        """Tells those who keep copies of the weights.
+        """Makes all copies of the weights invalid.
 
-        Transformer Engine keeps FP8 copies between forward passes, and only Megatron's schedules,
-        which the rollout does not always use, tell it when to drop them.
+        Transformer Engine keeps FP8 copies between forward passes. Only Megatron's schedules tell
+        it when to drop them, and the rollout does not always use these schedules.
         """
         self._weights_version += 1
         self.ddp.module.set_is_first_microbatch()
 
 
 def _is_torch_adam(adam: torch.optim.Optimizer) -> bool:
-    """Whether this is torch's own Adam, which counts its steps in the state of each parameter."""
+    """Returns whether this is torch's Adam, which counts steps in the state of each parameter."""
     return type(adam).__module__.startswith("torch.")
 
 
@@ -207,5 +208,5 @@ def _inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
 
 
 def _sum_gradients(models: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
-    """Megatron's gradient reduction without its division by the number of tokens."""
+    """Reduces gradients as Megatron does, without its division by the number of tokens."""
     finalize_model_grads(models, None, **kwargs)

@@ -28,24 +28,27 @@ LOCK_FILE = ".lock"
 
 
 class RunFolder:
-    """Paths of a run, and the check that the folder is this run's."""
+    """The paths of a run, and the check that the folder belongs to this run."""
 
     def __init__(self, root: str | Path) -> None:
-        """Names the folder; nothing is written yet."""
+        """Remembers the folder; writes nothing."""
         self.root = Path(root)
         self.checkpoints = self.root / CHECKPOINTS
         self._undo: weakref.finalize[..., RunFolder] | None = None
 
     def imported(self, config: Config) -> Path:
-        """The folder of imports: beside this one, so that the runs of a series share it."""
+        """Returns the folder of imported checkpoints.
+
+        By default it stands beside the run folder, so that the runs of a series share it.
+        """
         return Path(config.model.import_cache or self.root.absolute().parent / IMPORTED)
 
     def teacher_responses(self, config: Config) -> Path:
-        """The file of the teacher's responses: here, or one that runs share."""
+        """Returns the file of the teacher's responses: in this folder, or one that runs share."""
         return Path(config.train.teacher_responses or self.root / TEACHER_RESPONSES)
 
     def check(self, config: Config) -> None:
-        """Checks that the folder is free or this run's own; nothing is written. Main process only.
+        """Checks that the folder is free or belongs to this run. Writes nothing. Main process only.
 
         Raises:
             ValueError: the folder holds another run, or something else.
@@ -65,7 +68,7 @@ class RunFolder:
             self._require_same_run(load_config(previous), config)
             return
         found = sorted(path.name for path in self.root.iterdir()) if self.root.exists() else []
-        # Conversions alone are left by a start that went no further.
+        # A start that was refused early leaves nothing but imported checkpoints.
         if set(found) - {IMPORTED, LOCK_FILE}:
             raise ValueError(
                 f"save={self.root} is not empty and holds no {CONFIG_FILE} "
@@ -75,8 +78,8 @@ class RunFolder:
     def lock(self) -> None:
         """Keeps other jobs out of the folder until this process ends. Main process only.
 
-        What this makes goes again with this object, or when the process exits, unless `claim` comes
-        first: a start that is refused leaves nothing behind.
+        The files and folders made here are removed with this object or at the end of the process,
+        unless `claim` was called before. So a refused start leaves nothing behind.
 
         Raises:
             ValueError: another job is running there, or the file system has no locks.
@@ -88,14 +91,18 @@ class RunFolder:
         self._lock = open(path, "w")  # noqa: SIM115  held until the process ends
         self._undo = weakref.finalize(self, _remove, made, os.getpid())
         if not self._try_lock(path):
-            self._undo.detach()  # all of it is the other job's
+            self._undo.detach()  # everything there belongs to the other job
             raise ValueError(
                 f"save={self.root} is in use by another job that is still running; "
                 "wait for it, stop it, or choose another folder"
             )
 
     def _try_lock(self, path: Path) -> bool:
-        """Whether the lock is ours: not held, nor removed by the job that held it."""
+        """Tries to take the lock.
+
+        Returns:
+            Whether this process has it now: no other job held it, and no job has removed the file.
+        """
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -111,11 +118,11 @@ class RunFolder:
         """Refuses to go on with a run that was computed from something else. Main process only.
 
         Args:
-            identity: of what was loaded now.
-            config: resolved; it says where from.
+            identity: digests of the prompts and weights that this process has loaded.
+            config: resolved configuration, with the paths that they were loaded from.
 
         Raises:
-            ValueError: naming what differs.
+            ValueError: the run was computed from something else; the message names the difference.
         """
         path = self.root / IDENTITY_FILE
         if not (self.root / CONFIG_FILE).is_file():
@@ -133,8 +140,9 @@ class RunFolder:
         identity.require_same(RunIdentity.read(path), self.root, paths)
 
     def claim(self, config: Config, identity: RunIdentity) -> None:
-        """Makes the folder this run's: writes its resolved configuration, and what it is computed
-        from. Main process only.
+        """Claims the folder for this run: writes its resolved configuration and its identity.
+
+        Main process only.
         """
         if self._undo is not None:
             self._undo.detach()
@@ -166,7 +174,7 @@ class RunFolder:
     def write_samples(
         self, rollout_step: int, trajectories: Sequence[Trajectory], tokenizer: Any
     ) -> None:
-        """Writes a few rollouts to look at, as JSON lines with text, ids and commit steps."""
+        """Writes sample responses for people, as JSON lines with text, ids and commit steps."""
         path = self.root / ROLLOUTS / f"rollout_{rollout_step:06d}.jsonl"
         with open(path, "w", encoding="utf-8") as file:
             for trajectory in trajectories:
@@ -186,9 +194,9 @@ class RunFolder:
 
 
 def _remove(made: Sequence[Path], process_id: int) -> None:
-    """Removes the lock file and the folders that are empty without it; no child process does."""
+    """Removes the lock file, and then the folders that are empty. A child process does nothing."""
     if os.getpid() != process_id:
         return
     for path in made:
-        with contextlib.suppress(OSError):  # somebody else has put something there
+        with contextlib.suppress(OSError):  # another process has put something there
             path.rmdir() if path.is_dir() else path.unlink()

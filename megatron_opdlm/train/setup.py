@@ -1,4 +1,4 @@
-"""What a run's configuration and models have to agree on, and what training is built of."""
+"""Checks that the models of a run agree with each other and with its configuration."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megatron_opdlm.train.identity import RunIdentity, digest_tokens
 
 
 def check_graphs(config: Config, *, student: ModelSource, teacher: ModelSource) -> None:
-    """Refuses CUDA graphs where rollouts cannot have them, before models are loaded.
+    """Refuses CUDA graphs where rollouts cannot use them, before models are loaded.
 
     Args:
-        config: resolved.
-        student: where the student comes from.
-        teacher: where the teacher comes from.
+        config: resolved configuration.
+        student: source of the student.
+        teacher: source of the teacher.
 
     Raises:
-        ValueError: naming the rule and the fix.
+        ValueError: rollouts cannot use graphs; the message names the rule and the fix.
     """
     if not config.rollout.cuda_graphs:
         return
@@ -38,13 +38,13 @@ def check_graphs(config: Config, *, student: ModelSource, teacher: ModelSource) 
 def identify(
     weights: Fingerprint, teacher: Teacher | None, schedule: RolloutSchedule, source: ResponseSource
 ) -> RunIdentity:
-    """Says what a run is computed from.
+    """Returns the digests of what a run is computed from.
 
     Args:
-        weights: of the student before training.
-        teacher: frozen; None: there is none.
-        schedule: with all prompts.
-        source: of the responses; those that the data give count, too.
+        weights: fingerprint of the student before training.
+        teacher: the frozen teacher; None if the run has no teacher.
+        schedule: the schedule of rollouts; it holds all prompts.
+        source: source of the responses; responses that the data give are in the digests.
     """
     given = source.given
     return RunIdentity(
@@ -58,10 +58,10 @@ def identify(
 
 
 def student_weights(student: Student, path: str) -> Fingerprint:
-    """Reads all of the student's weights. Call on all ranks.
+    """Returns the fingerprint of the student's weights, after reading them all. Call on all ranks.
 
     Raises:
-        ValueError: NaN or infinity, naming the model.
+        ValueError: a weight is NaN or infinite; the message names the model.
     """
     weights = fingerprint(student.model, student.description.config)
     weights.require_finite("student", path)
@@ -74,19 +74,19 @@ def check_teacher(
     schedule: RolloutSchedule,
     config: ModelConfig,
 ) -> dict[str, float]:
-    """Says whose weights these are, and refuses a teacher that cannot be right. Call on all ranks.
+    """Logs both models' fingerprints, and refuses a teacher that is broken. Call on all ranks.
 
     Args:
-        teacher: frozen; None: there is none.
-        weights: the student's.
-        schedule: with the prompts that the teacher is tried on.
-        config: resolved.
+        teacher: the frozen teacher; None if the run has no teacher.
+        weights: fingerprint of the student's weights.
+        schedule: the schedule of rollouts; the teacher is tested on its prompts.
+        config: resolved configuration.
 
     Returns:
-        What `Teacher.self_check` found; nothing without a teacher.
+        The figures of `Teacher.self_check`; empty without a teacher.
 
     Raises:
-        ValueError: naming the model.
+        ValueError: the teacher is broken; the message names the model.
     """
     if teacher is None:
         return {}

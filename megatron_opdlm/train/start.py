@@ -1,4 +1,4 @@
-"""Starting a run: every check that needs neither weights nor process groups, then the trainer."""
+"""Starts a run: first every check that needs neither weights nor process groups, then training."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from megatron_opdlm.train.trainer import Trainer
 
 
 def check(config: Config) -> Config:
-    """Finds every mistake that configuration, prompts and model folders can show by themselves.
+    """Finds the mistakes that configuration, prompts and model folders show without any weights.
 
-    Nothing is written, and no model is read, so this takes seconds whatever the model's size.
+    It writes nothing and reads no weights. So it takes seconds, whatever the model's size.
 
     Args:
         config: configuration as loaded.
@@ -31,8 +31,8 @@ def check(config: Config) -> Config:
         The configuration with its automatic values resolved for this machine.
 
     Raises:
-        ValueError: naming field, value, rule and fix.
-        FileNotFoundError: a path that is not there.
+        ValueError: a mistake; the message names field, value, rule and fix.
+        FileNotFoundError: a path does not exist.
     """
     resolved = config.resolved(
         cuda=torch.cuda.is_available(), transformer_engine=has_transformer_engine()
@@ -65,19 +65,19 @@ def check(config: Config) -> Config:
 
 
 def main(config: Config) -> None:
-    """Trains as the configuration says; what `opdlm train` does on every rank."""
+    """Trains as the configuration says. `opdlm train` calls this on every rank."""
     trainer = Trainer(check(config))
     try:
         trainer.train()
     except ValueError as error:
-        # Past the start no ValueError is the user's: show where it comes from.
+        # After the start a ValueError is a defect, no user error: show its traceback.
         raise RuntimeError("training stopped") from error
-    # Only after success: leaving the groups is collective, and would wait for ranks that failed.
+    # Only after success: this is a collective, and would wait for ranks that failed.
     process_groups.shutdown()
 
 
 def _open_models(config: ModelConfig) -> tuple[ModelSource, ModelSource]:
-    """Student and teacher; the same object where they are the same."""
+    """Returns the sources of student and teacher: one object if both have the same path."""
     student = ModelSource.open(config.student, mask_token=config.mask_token)
     if config.teacher in (None, config.student):
         return student, student
@@ -85,7 +85,7 @@ def _open_models(config: ModelConfig) -> tuple[ModelSource, ModelSource]:
 
 
 def _require_mask_token(student: ModelSource) -> None:
-    """Says so before an import if the student's tokenizer names another mask token."""
+    """Refuses, before an import, a student whose tokenizer names another mask token."""
     named = student.named_mask_token
     if named not in (None, student.mask_token):
         raise ValueError(

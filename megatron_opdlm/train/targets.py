@@ -1,4 +1,4 @@
-"""What the student learns from: distributions of the teacher, or the tokens of the responses."""
+"""Targets of the student: the teacher's distributions, or the tokens of the responses."""
 
 from __future__ import annotations
 
@@ -20,36 +20,37 @@ from megatron_opdlm.reporting.logger import PhaseTimer
 
 @dataclass(frozen=True, kw_only=True)
 class TargetSource(ABC):
-    """Gives the targets of an optimizer step, and counts what they took."""
+    """Gives the targets of an optimizer step, and counts the passes that they take."""
 
     parallel: ParallelState
-    """The student's process groups."""
+    """Process groups of the student's layout."""
     teacher: Teacher | None
-    """Frozen; None where the method has none."""
+    """The frozen teacher; None if the method has no teacher."""
     timer: PhaseTimer
-    """Times the phase "teacher", if there is one."""
+    """Timer of the phase "teacher"."""
 
     @abstractmethod
     def of(self, examples: Sequence[TrainingExample], packing: Packing) -> list[Target]:
         """Returns the targets of this rank's microbatches. Call on all ranks.
 
         Args:
-            examples: of the optimizer step, the same on every rank.
-            packing: from `plan_packing`: which of them every data-parallel rank wants, in order.
+            examples: all examples of the optimizer step, the same on every rank.
+            packing: from `plan_packing`; for every data-parallel rank and microbatch, the indices
+                of its examples, in the order of its loss rows.
         """
 
     @abstractmethod
     def count(
         self, examples: Sequence[TrainingExample], packing: Packing, work: WorkCounters
     ) -> None:
-        """Adds the passes that `of` takes, on all ranks, to `work`."""
+        """Adds the passes that `of` takes to `work`, for all ranks together."""
 
 
 class TeacherTargets(TargetSource):
     """The teacher's distribution at every loss position."""
 
     def of(self, examples: Sequence[TrainingExample], packing: Packing) -> list[Target]:
-        """See `TargetSource`; there are none but on the student's last stage."""
+        """See `TargetSource`. Only the student's last pipeline stage gets targets."""
         with self.timer.phase("teacher"):
             hidden = self._teacher.hidden_rows([example.teacher for example in examples], packing)
             return self._teacher.targets(hidden)
@@ -81,8 +82,8 @@ class TokenTargets(TargetSource):
     def count(
         self, examples: Sequence[TrainingExample], packing: Packing, work: WorkCounters
     ) -> None:
-        """See `TargetSource`: nothing is run."""
+        """See `TargetSource`. No model runs, so this adds nothing."""
 
 
 TARGET_SOURCES: dict[str, type[TargetSource]] = {"teacher": TeacherTargets, "tokens": TokenTargets}
-"""For every name in `config/methods.py`'s TARGETS."""
+"""The class of every name in TARGETS of `config/methods.py`."""

@@ -1,6 +1,6 @@
 """One training loop: responses -> teacher -> student -> loss -> optimizer -> log -> save.
 
-Methods (config/methods.py) differ in who writes the responses, the noisy states, and the target.
+Methods (config/methods.py) differ in the writer of the responses, the noisy states, and the target.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Trainer:
     """One run. Every rank holds the same trajectories and plans the same batches; rank 0 writes.
 
     There is no random state: randomness is a function of (seed, step, prompt id, sample, block). So
-    the weights, the optimizer and three counters are all that a checkpoint needs.
+    a checkpoint needs only the weights, the optimizer state and three counters.
 
     Attributes:
         config: resolved configuration.
@@ -64,7 +64,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config) -> None:
-        """Joins the job, loads models and data, and resumes; input errors show here, before work.
+        """Joins the job, loads models and data, and resumes. Input errors are raised here.
 
         Args:
             config: resolved configuration.
@@ -152,14 +152,14 @@ class Trainer:
             logger.info("finished; the student is in %s", self.folder.checkpoints)
 
     def collect(self) -> list[Trajectory]:
-        """Responses: one per row of the schedule; the same list on every rank."""
+        """Collects one response per row of the schedule; the same list on every rank."""
         with self.timer.phase("rollout"):
             collected = self.source.collect(self.rollout_step)
         self.work.add(collected.work)
         return collected.trajectories
 
     def select_states(self, trajectories: Sequence[Trajectory]) -> list[TrainingExample]:
-        """State selection: noisy states of every trajectory, laid out for student and teacher."""
+        """Selects noisy states of every trajectory, and lays them out for student and teacher."""
         config, seed = self.config.distill, self.config.train.seed
         examples = []
         for trajectory in trajectories:
@@ -186,7 +186,7 @@ class Trainer:
         return examples
 
     def cut(self, examples: Sequence[TrainingExample]) -> list[list[TrainingExample]]:
-        """Cut: the rows of every optimizer step of a rollout."""
+        """Cuts the examples of a rollout into optimizer steps."""
         train = self.config.train
         lengths = [len(example.student) for example in examples]
         key = randomness.key(train.seed, "optimizer steps", self.rollout_step)
@@ -195,7 +195,7 @@ class Trainer:
         return [[examples[i] for i in rows] for rows in groups]
 
     def plan(self, examples: Sequence[TrainingExample]) -> Packing:
-        """Plan: which rows of an optimizer step go into which microbatch of which rank."""
+        """Plans which examples of an optimizer step go into which microbatch of which rank."""
         return plan_packing(
             [len(example.student) for example in examples],
             dp_size=self.parallel.dp_size,
@@ -204,7 +204,7 @@ class Trainer:
         )
 
     def make_batch(self, examples: Sequence[TrainingExample], packing: Packing) -> list[Microbatch]:
-        """Stream: this data-parallel rank's share of an optimizer step, packed."""
+        """Packs this data-parallel rank's share of an optimizer step into token streams."""
         return make_microbatches(
             examples,
             packing,
@@ -214,13 +214,13 @@ class Trainer:
         )
 
     def run_teacher(self, examples: Sequence[TrainingExample], packing: Packing) -> list[Target]:
-        """Teacher: targets of this rank's microbatches; the responses' tokens if it gives none."""
+        """Returns the targets of this rank's microbatches, from the teacher or the responses."""
         return self.target_source.of(examples, packing)
 
     def run_student(
         self, microbatches: Sequence[Microbatch], targets: Sequence[Target]
     ) -> StepRows:
-        """Student and loss: forward, divergence, backward."""
+        """Runs the student's forward pass, the divergence and the backward pass."""
         with self.timer.phase("student"):
             self.optimizer.zero_grad()
             return forward_backward(
@@ -233,7 +233,7 @@ class Trainer:
             )
 
     def count(self, examples: Sequence[TrainingExample], packing: Packing) -> None:
-        """Account: the passes of an optimizer step, of all ranks; the plan says them all."""
+        """Counts the passes of an optimizer step on all ranks; the packing says them all."""
         self.work.add_student_step(
             [example.student for example in examples],
             packing,
@@ -243,9 +243,9 @@ class Trainer:
         self.target_source.count(examples, packing, self.work)
 
     def update(self, rows: StepRows) -> tuple[float, float]:
-        """Optimizer.
+        """Clips the gradient and steps; refuses a loss or gradient that is not finite.
 
-        Clips and steps; refuses a loss or gradient that is not finite. Returns (gradient norm, lr).
+        Returns (gradient norm, lr).
         """
         lr = self.optimizer.next_lr()
         with self.timer.phase("optimizer"):
@@ -254,7 +254,7 @@ class Trainer:
         return norm, lr
 
     def log_step(self, rows: StepRows, grad_norm: float, lr: float) -> None:
-        """Log: one record per optimizer step."""
+        """Logs one record per optimizer step."""
         self.histogram.add(rows.kl, rows.num_masked)
         self._log(
             {
@@ -269,7 +269,7 @@ class Trainer:
     def log_rollout(
         self, trajectories: Sequence[Trajectory], batches: Sequence[Sequence[TrainingExample]]
     ) -> None:
-        """Log: one record per rollout, and a few responses to look at."""
+        """Logs one record per rollout, and writes a few responses for people to read."""
         of_responses = response_metrics(trajectories, by_student=self.config.distill.student_writes)
         self._log(
             {
@@ -293,13 +293,13 @@ class Trainer:
             self.folder.write_samples(self.rollout_step, samples, self.student.tokenizer)
 
     def evaluate_if_due(self) -> None:
-        """Evaluate: accuracy of the weights as they are, every `eval_interval` rollouts."""
+        """Evaluates the present weights every `eval_interval` rollouts."""
         if self.evaluation.is_due(self.rollout_step):
             self.layout.refresh(self.optimizer.weights_version())
             self._log(self.evaluation.run())
 
     def save_if_due(self) -> None:
-        """Save: weights, optimizer and counters, every `save_interval` rollouts and at the end."""
+        """Saves weights, optimizer and counters every `save_interval` rollouts and at the end."""
         interval, done = self.config.train.save_interval, self.rollout_step
         if done < self.config.train.train_rollouts and (not interval or done % interval):
             return
@@ -343,10 +343,10 @@ class Trainer:
         )
 
     def _settle(self) -> dict[str, float]:
-        """Makes sure that the folder is this run's, goes on where it stopped, and claims it.
+        """Checks that the folder belongs to this run, resumes from it, and claims it.
 
         Returns:
-            What is known of the teacher before the first rollout, as metrics.
+            The figures of the teacher's check before the first rollout, as metrics.
         """
         config, is_main = self.config, self.parallel.is_main
         weights = student_weights(self.student, config.model.student)
@@ -359,7 +359,7 @@ class Trainer:
         return figures
 
     def _resume(self) -> bool:
-        """Goes on from the newest checkpoint; returns whether there is one."""
+        """Resumes from the newest checkpoint; returns whether there is one."""
         latest = self.checkpoints.latest()
         if latest is None:
             return False
@@ -396,5 +396,5 @@ class Trainer:
 
 
 def has_loss(batch: Sequence[TrainingExample]) -> bool:
-    """Whether an optimizer step has any loss position; one without is left out, and counted."""
+    """Returns whether a step has any loss position; a step without is left out, and counted."""
     return any(example.num_rows for example in batch)
