@@ -1,9 +1,9 @@
-"""Key/value cache of block decoding: one slot per sequence, allocated whole before decoding.
+"""Key/value cache of block decoding: one slot per sequence, all allocated before decoding.
 
-Every position of a sequence has one place in its slot, and one version of its keys and values at a
-time: those of the noisy token while its block is being denoised, those of the clean token from the
-pass after that on. So committing a block needs no pass of its own: its clean tokens ride with the
-first denoising pass of the next block.
+Every position of a sequence has one place in its slot, which holds one version of its keys and
+values. While the block is being denoised, they are those of the noisy token; the pass after that
+replaces them with those of the clean token. So a finished block needs no extra pass: its clean
+tokens are part of the first denoising pass of the next block.
 
 Shape letters: L layers of this pipeline stage, n slots, C capacity in tokens, M key/value heads of
 this tensor-parallel rank, D head size, S tokens."""
@@ -25,7 +25,7 @@ from megatron_opdlm.rollout.limits import PREFILL_TOKENS, SAMPLED_LOGITS, SAMPLE
 logger = logging.getLogger(__name__)
 
 CUDA_SHARE = 0.8
-"""Part of the free memory of a GPU that a cache may take; passes need the rest."""
+"""Share of a GPU's free memory that a cache may take; passes need the rest."""
 
 
 class KVCache:
@@ -34,10 +34,11 @@ class KVCache:
     Memory: 2 x L x n x C x M x D x element size, see `num_bytes`.
 
     Attributes:
-        num_slots: n.
-        capacity: C.
-        shared: query heads that share a key head.
-        spare_slot: one more, for tokens that nobody reads; only if asked for.
+        num_slots: n, number of slots.
+        capacity: C, tokens of a slot.
+        shared: number of query heads that share a key head.
+        spare_slot: index of an extra slot for tokens that nobody reads; it exists only if
+            `has_spare` was set.
     """
 
     def __init__(
@@ -55,7 +56,8 @@ class KVCache:
     ) -> None:
         """Allocates the slots.
 
-        Zeros, because dense attention multiplies what its mask hides by 0: it has to be finite.
+        They are filled with zeros: dense attention multiplies hidden values by 0, so these must be
+        finite.
         """
         self.num_slots = self.spare_slot = num_slots
         self.capacity = capacity
@@ -75,22 +77,24 @@ class KVCache:
         limit_gb: float | None,
         has_spare: bool | None = False,
     ) -> KVCache:
-        """Allocates as many slots as are wanted and fit on every rank of the replica.
+        """Allocates up to `most_slots` slots, as many as fit on every rank of the replica.
+
+        Call on all ranks of the replica. Collectives: two all-reduces over the tensor-parallel
+        group and two over the pipeline group.
 
         Args:
             model: this rank's pipeline stage.
-            parallel: process groups. Collectives: two all-reduces over each of tensor and
-                pipeline group.
+            parallel: process groups.
             capacity: tokens that the longest sequence may fill.
-            most_slots: sequences to decode at once.
-            limit_gb: most memory of this rank in GB (1e9 bytes); None: 80 % of what is free on a
-                GPU, or less if passes need more than the rest; 4 GiB on a CPU.
-            has_spare: whether to allocate a spare slot; None: if it costs little, see
+            most_slots: number of sequences to decode at once.
+            limit_gb: most memory of this rank in GB (1e9 bytes). None: on a GPU 80 % of the free
+                memory, or less if passes need more than the rest; on a CPU 4 GiB.
+            has_spare: whether to allocate a spare slot; None allocates it if it costs little, see
                 `share_slots`.
 
         Raises:
-            ValueError: not even one sequence fits, or there is less memory than kv_cache_gb says;
-                on all ranks.
+            ValueError: not even one sequence fits, or there is less memory than kv_cache_gb says.
+                All ranks raise it.
         """
         weight = next(model.decoder.parameters())
         config, cuda = model.config, weight.is_cuda
@@ -123,7 +127,7 @@ class KVCache:
                 f"a key/value cache of {_size(size.num_bytes)} does not fit "
                 "into the memory of a rank; set kv_cache_gb to less"
             )
-        logger.info("%s", str(cache))  # a record that somebody keeps would keep the cache
+        logger.info("%s", str(cache))  # text: a log record may be kept, and would keep the cache
         return cache
 
     def __repr__(self) -> str:
@@ -141,17 +145,17 @@ class KVCache:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of keys and values."""
+        """Data type of keys and values."""
         return self._store.dtype
 
     @property
     def shape(self) -> torch.Size:
-        """Of a layer's keys: [n, M, C, D], the spare slot among them."""
+        """Shape of a layer's keys: [n, M, C, D]. Here n includes the spare slot."""
         return self._store.shape[2:]
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """Device of keys and values."""
         return self._store.device
 
     @property
@@ -160,7 +164,7 @@ class KVCache:
         return self._store.untyped_storage().nbytes()
 
     def layer(self, layer_number: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer by Megatron's layer number, each [n, M, C, D]."""
+        """Returns keys and values of a layer, each [n, M, C, D], by Megatron's layer number."""
         pair = self._store[self._layers[layer_number]]
         return pair[0], pair[1]
 
@@ -170,11 +174,11 @@ class KVCache:
         """Stores the keys and values of tokens.
 
         Args:
-            layer_number: Megatron's.
-            slots: [S] int64.
-            positions: [S] int64.
-            key: [S, M, D], after RoPE.
-            value: [S, M, D].
+            layer_number: Megatron's layer number.
+            slots: [S] int64, slot of every token.
+            positions: [S] int64, position of every token in its sequence.
+            key: [S, M, D], keys after RoPE.
+            value: [S, M, D], values.
         """
         keys, values = self.layer(layer_number)
         keys[slots, :, positions] = key
@@ -204,13 +208,13 @@ def _limit_bytes(model: BlockDiffusionModel, limit_gb: float | None) -> int:
         return int(limit_gb * 1e9)
     if not torch.cuda.is_available():
         return CPU_LIMIT_BYTES
-    torch.cuda.empty_cache()  # what torch keeps of earlier work is free, too
+    torch.cuda.empty_cache()  # memory that torch's allocator keeps is free, too
     free = torch.cuda.mem_get_info()[0]
     return max(0, min(int(CUDA_SHARE * free), free - _pass_bytes(model)))
 
 
 def _pass_bytes(model: BlockDiffusionModel) -> int:
-    """Estimates of the work space of a pass: a layer's activations, and sampling."""
+    """Estimates the work space of a pass in bytes: a layer's activations, and sampling."""
     config = model.config
     inner = config.ffn_hidden_size // config.tensor_model_parallel_size
     widths = 8 * config.hidden_size + 3 * inner
@@ -219,9 +223,9 @@ def _pass_bytes(model: BlockDiffusionModel) -> int:
 
 
 def smallest_in_replica(value: int, parallel: ParallelState) -> int:
-    """The smallest value of all ranks of a replica, on each of them.
+    """Returns the smallest value of all ranks of a replica. Call on all of them.
 
-    Collectives: an all-reduce over each of tensor and pipeline group.
+    Collectives: one all-reduce over the tensor-parallel group and one over the pipeline group.
     """
     smallest = torch.tensor(int(value), device=torch.cuda.current_device())
     for group in (parallel.tp_group, parallel.pp_group):

@@ -1,4 +1,4 @@
-"""How large a rank's key/value cache is: one answer for the cache itself and for `opdlm plan`."""
+"""Size of a rank's key/value cache. Both the cache itself and `opdlm plan` use it."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ from dataclasses import dataclass
 from megatron_opdlm.diffusion.blocks import round_up
 
 CUDA_PAGE = 256
-"""Capacities are a multiple of this on CUDA, where the attention kernel reads whole pages."""
+"""On CUDA capacities are multiples of this, because the attention kernel reads whole pages."""
 LEAST_BESIDE_SPARE = 8
-"""A spare slot among so many takes little from them."""
+"""A spare slot costs little if there are at least so many slots for sequences."""
 CPU_LIMIT_BYTES = 4 * 2**30
-"""Limit on a CPU where the user sets none."""
+"""Limit on a CPU if the user sets none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSize:
-    """A rank's part of a cache."""
+    """Size of one rank's part of a cache."""
 
     num_sequences: int
-    """That its replica decodes at once; below 1, the limit holds none."""
+    """Sequences that the replica decodes at once; below 1 if none fits within the limit."""
     has_spare: bool
-    """Whether there is one slot more, which CUDA graphs write to and nobody reads."""
+    """Whether there is an extra slot, which CUDA graphs write to and nobody reads."""
     capacity: int
     """Tokens per sequence."""
     bytes_per_token: int
-    """Of one sequence, over this rank's layers and key/value heads."""
+    """Bytes per token of a sequence, over this rank's layers and key/value heads."""
 
     @property
     def bytes_per_slot(self) -> int:
-        """Of one sequence."""
+        """Bytes of one slot."""
         return self.capacity * self.bytes_per_token
 
     @property
     def num_bytes(self) -> int:
-        """Of all slots, the spare one included."""
+        """Bytes of all slots, including the spare one."""
         return (self.num_sequences + self.has_spare) * self.bytes_per_slot
 
     @property
     def least_bytes(self) -> int:
-        """Of one sequence and the spare slot, if there is one: the smallest limit that works."""
+        """Bytes of one sequence and the spare slot (if any): the smallest limit that works."""
         return (1 + self.has_spare) * self.bytes_per_slot
 
 
@@ -55,18 +55,18 @@ def cache_size(
     limit_bytes: int | None,
     on_cuda: bool,
 ) -> CacheSize:
-    """Returns the largest cache that is of use and within a limit.
+    """Returns the largest useful cache within a limit.
 
     Args:
-        num_tokens: that the longest sequence may fill.
-        num_layers: of this rank's pipeline stage.
-        num_heads: key/value heads of this rank.
+        num_tokens: tokens that the longest sequence may fill.
+        num_layers: number of layers of this rank's pipeline stage.
+        num_heads: number of key/value heads of this rank.
         head_size: channels of a head.
-        element_bytes: of one key or value channel.
-        most_sequences: to decode at once.
+        element_bytes: bytes of one key or value channel.
+        most_sequences: number of sequences to decode at once.
         has_spare: whether there must be a spare slot; None: see `share_slots`.
-        limit_bytes: of this rank; None: all sequences fit.
-        on_cuda: whether it lies on a GPU.
+        limit_bytes: most bytes of this rank; None means that all sequences fit.
+        on_cuda: whether the cache is on a GPU.
     """
     capacity = whole_pages(num_tokens) if on_cuda else num_tokens
     per_token = 2 * num_layers * num_heads * head_size * element_bytes
@@ -92,13 +92,13 @@ def whole_pages(num_tokens: int) -> int:
 
 
 def share_slots(num_fit: int, most_slots: int, has_spare: bool | None) -> tuple[int, bool]:
-    """Returns how many sequences are decoded at once, and whether there is a spare slot beside.
+    """Returns how many sequences are decoded at once, and whether there is also a spare slot.
 
     Args:
-        num_fit: slots that there is memory for.
-        most_slots: sequences to decode at once.
-        has_spare: whether there must be one; None: if all sequences have room beside it, or it is
-            one of many.
+        num_fit: number of slots that fit into memory.
+        most_slots: number of sequences to decode at once.
+        has_spare: whether there must be a spare slot. None: there is one if it costs no sequence a
+            slot, or if there are many slots.
 
     >>> share_slots(2, 2, None), share_slots(3, 2, None), share_slots(9, 99, None)
     ((2, False), (2, True), (8, True))

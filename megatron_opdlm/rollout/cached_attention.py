@@ -1,13 +1,13 @@
 """Attention of a decoding pass, partly against the KV cache.
 
-Rows that have nothing in the cache yet attend within the stream, as in training. The others attend
-against the cache. There a token sees every position through the end of its own block: as a position
-holds the newest version of its token, that is the predicate of stream.py, and no mask is needed
-besides the number of keys that a query sees.
+Rows (sequences of the pass) that have nothing in the cache yet attend within the stream, as in
+training. The other rows attend against the cache. There a token sees every position through the end
+of its own block. A position of the cache holds the newest version of its token, so this is the
+predicate of stream.py, and the number of keys that a query sees is the only mask.
 
-Two implementations of it: `scaled_dot_product_attention` (CPU, float32, and the reference), and on
-CUDA a flash kernel (decoding_kernels.py). In neither of them does the host wait for the device:
-what it must know of a pass it works out itself, and the rest travels with the pass's inputs.
+There are two implementations: `scaled_dot_product_attention` (on CPUs, for float32, and as the
+reference), and a flash kernel on CUDA (decoding_kernels.py). With both the host never waits for the
+device: it computes what it must know of a pass, and copies the rest with the inputs of the pass.
 
 Shape letters: n rows, S stream tokens, Q queries of a row, N query heads, M key/value heads, C
 cached positions, D head size."""
@@ -31,51 +31,51 @@ from megatron_opdlm.rollout.kernel_choice import decoding_kernel
 from megatron_opdlm.rollout.staged import Staged
 
 MASK_CELLS = 2**24
-"""Most (query, key) pairs of one call; a single row may exceed it. The mask holds each as often as
-query heads share a key head."""
+"""Most (query, key) pairs of one call; a single row may have more. The mask holds each pair once
+for every query head that shares a key head."""
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows that are attended in one call."""
+    """Rows that attend in one call."""
 
     slots: Tensor | slice
-    """[n] int64 cache slots, or a slice where they are contiguous."""
+    """[n] int64 cache slots, or a slice if they are contiguous."""
     queries: Tensor | slice
-    """[n, Q] int64 stream indices, missing ones repeat the row's last; or a slice where all rows
-    have as many."""
+    """[n, Q] int64 stream indices, or a slice if all rows have Q queries. A shorter row repeats its
+    last query as padding."""
     num_keys: Tensor
-    """[n, Q] int64, cache positions that each query sees."""
+    """[n, Q] int64, number of cache positions that each query sees."""
     most: int
-    """The largest of them."""
+    """Largest value of `num_keys`."""
     kept_row: Tensor | None = None
-    """[T] int64, rows of the queries that are real; None where all are."""
+    """[T] int64, row of every query that is not padding; None if no query is padding."""
     kept_column: Tensor | None = None
-    """[T] int64, their places in the row."""
+    """[T] int64, index in its row of every query that is not padding."""
     kept_query: Tensor | None = None
-    """[T] int64, their stream indices."""
+    """[T] int64, stream index of every query that is not padding."""
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Those of the attributes that are wanted on the device, by names that begin so."""
+        """Returns the attributes that the device needs; each name begins with `prefix`."""
         return {prefix + k: value for k, value in vars(self).items() if isinstance(value, Tensor)}
 
     def on_device(self, inputs: Staged, prefix: str) -> _Rows:
-        """The same with the tensors that `inputs` holds."""
+        """Returns a copy whose tensors are those of `inputs`, on the device."""
         there: dict[str, Any] = {k.removeprefix(prefix): inputs[k] for k in self.tensors(prefix)}
         return replace(self, **there)
 
 
 class AttentionLayout:
-    """How the tokens of one pass attend, worked out on the host.
+    """How the tokens of one pass attend, computed on the host.
 
     Attributes:
-        cache: read and written.
-        num_tokens: of the stream, without padding.
-        num_cached: tokens at its start that attend against the cache.
-        inputs: tensors that attention wants on the device, next to the tags.
-        kernel: that attends against the cache; None: the dense implementation does.
-        rows: its calls.
-        flex_padding: tokens that fill up the part that attends within the stream.
+        cache: key/value cache, which is read and written.
+        num_tokens: tokens of the stream, without padding.
+        num_cached: number of tokens, at the start of the stream, that attend against the cache.
+        inputs: tensors that attention needs on the device, besides the tags.
+        kernel: kernel that attends against the cache; None selects the dense implementation.
+        rows: calls of the dense implementation.
+        flex_padding: tokens of padding in the part that attends within the stream.
     """
 
     def __init__(
@@ -91,12 +91,12 @@ class AttentionLayout:
         """Lays out a pass.
 
         Args:
-            cache: of its sequences.
+            cache: key/value cache of the sequences.
             tags: [S, 4] int64 without padding; document i is the i-th row.
             slots: [n] int64, cache slot of each row.
-            num_cached_rows: the first rows, which have clean tokens in the cache.
+            num_cached_rows: number of rows, at the start, that have clean tokens in the cache.
             block_size: tokens per block.
-            device: of the model.
+            device: device of the model.
         """
         self.cache, self.block_size, self.num_tokens = cache, block_size, len(tags)
         row = tags[:, DOCUMENT]
@@ -123,11 +123,11 @@ class CachedAttention:
     """How the tokens of one pass attend, on the device; shared by all layers."""
 
     def __init__(self, layout: AttentionLayout, inputs: Staged) -> None:
-        """Binds a layout to memory.
+        """Binds an attention layout to tensors on the device.
 
         Args:
-            layout: of the pass.
-            inputs: holds `tags` [S and padding, 4] and the layout's inputs.
+            layout: attention layout of the pass.
+            inputs: `tags` [S with padding, 4] and the inputs of the attention layout.
         """
         self.layout, self._inputs = layout, inputs
         tags = inputs["tags"][: layout.num_tokens]
@@ -143,17 +143,17 @@ class CachedAttention:
     def attend(
         self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
-        """Writes a pass's keys and values into the cache and attends.
+        """Writes a pass's keys and values into the cache, and attends. No collectives.
 
         Args:
-            layer_number: Megatron's layer number, the cache's name of the layer.
-            query: [S, N, D], after RoPE.
-            key: [S, M, D], after RoPE.
-            value: [S, M, D].
+            layer_number: Megatron's layer number, by which the cache names the layer.
+            query: [S, N, D], queries after RoPE.
+            key: [S, M, D], keys after RoPE.
+            value: [S, M, D], values.
             scale: factor of the scores.
 
         Returns:
-            [S, N, D]; no collectives.
+            [S, N, D], the output of attention.
         """
         layout = self.layout
         real, cached = layout.num_tokens, layout.num_cached
@@ -184,7 +184,7 @@ class CachedAttention:
     def _attend_dense(
         self, query: Tensor, keys: Tensor, values: Tensor, scale: float, output: Tensor
     ) -> None:
-        """Attends against `keys` and `values` [slots, M, C, D], row by row of the layout."""
+        """Attends against `keys` and `values` [slots, M, C, D], one call after the other."""
         num_groups = keys.shape[1]
         shared = query.shape[1] // num_groups
         if not self._masks:
@@ -207,12 +207,12 @@ class CachedAttention:
 
 
 def _flex_padding(length: int, device: torch.device | int | str) -> int:
-    """Tokens up to whole squares of the compiled stream attention; tiles need none."""
+    """Returns the padding up to whole squares of compiled stream attention; tiles need none."""
     return -length % FLEX_BLOCK if torch.device(device).type == "cuda" else 0
 
 
 def _in_calls(slots: Tensor, counts: Tensor, num_keys: Tensor) -> list[_Rows]:
-    """Cuts rows into calls whose masks are not too large."""
+    """Groups rows into calls whose masks are not too large."""
     calls: list[_Rows] = []
     starts = counts.cumsum(0) - counts
     cells = int(counts.max()) * int(num_keys.max())
@@ -241,7 +241,7 @@ def _in_calls(slots: Tensor, counts: Tensor, num_keys: Tensor) -> list[_Rows]:
 
 
 def _mask(rows: _Rows, shared: int, like: Tensor) -> Tensor:
-    """[n, 1, shared * Q, most] scores to add: 0 for keys that a query sees, else -inf."""
+    """Returns [n, 1, shared * Q, most] scores to add: 0 for keys that a query sees, else -inf."""
     positions = torch.arange(rows.most, device=like.device)
     hidden = positions >= rows.num_keys.unsqueeze(-1)
     mask = like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)

@@ -1,6 +1,6 @@
 """Rollouts over data-parallel replicas.
 
-Requests come from one queue, trajectories go to every rank.
+The replicas take requests from one queue. Every rank gets all trajectories.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def collect(
 ) -> tuple[list[Trajectory], RolloutCounts]:
     """Decodes requests on all data-parallel replicas.
 
-    A response depends on its request alone, so the result depends neither on the number of replicas
-    nor on which of them decoded what.
+    A response depends on its request alone. So the result depends neither on the number of replicas
+    nor on which replica decoded which response.
 
     Args:
         engine: this rank's engine.
         requests: the same list on every rank.
         parallel: process groups of the engine.
         on_progress: called on the main rank of each replica with the number of responses that the
-            whole job has finished: after each of the replica's own, and once when all are.
+            whole job has finished: after each response of the replica, and once at the end.
 
     Returns:
         Trajectories in the order of the requests, and the work of all replicas; the same on every
@@ -44,10 +44,11 @@ def collect(
         group.
 
     Raises:
-        ValueError: a request that fits neither the model nor the cache.
+        ValueError: a request fits neither the model nor the cache.
         FloatingPointError: NaN logits.
-        RuntimeError: no memory. All of them on all ranks, also those of other replicas; but where
-            only some ranks of a replica fail, its others learn of it when the process ends.
+        RuntimeError: out of memory. All ranks of all replicas raise each of these errors, with one
+            exception: if only some ranks of a replica fail, its other ranks stop when the failed
+            process ends.
     """
     report = on_progress or (lambda done: None)
     queue = SharedQueue(requests, parallel)
@@ -78,11 +79,11 @@ def collect(
 def _gather(
     mine: tuple[dict[int, Trajectory], RolloutCounts, Exception | None], parallel: ParallelState
 ) -> list[Any]:
-    """What every replica has, or the failure of one of them: this rank's own first, as it was."""
+    """Gathers the results of all replicas; raises the first failure, preferring this rank's own."""
     own = mine[2]
     if own is not None:
         text = "".join(traceback.format_exception(own))
-        own.add_note(f"on rank {dist.get_rank()}:\n{text}")  # pickled, where the traceback is not
+        own.add_note(f"on rank {dist.get_rank()}:\n{text}")  # pickling keeps notes, not tracebacks
     parts: list[Any] = [None] * parallel.dp_size
     try:
         dist.all_gather_object(parts, mine, group=parallel.dp_group)

@@ -1,11 +1,11 @@
 """One decoding pass: the new tokens of some sequences as a stream.
 
-A sequence's tokens in a pass are its clean tokens that the cache does not hold yet (the prompt at
-first, later the block just finished) followed by its current block. So prefill, commit and
-denoising are the same pass, and a block costs exactly its denoising steps.
+A sequence brings to a pass those of its clean tokens that the cache does not hold yet (first the
+prompt, later the block just finished), and then its current block. So one pass does prefill, commit
+and denoising, and a block costs exactly as many passes as it has denoising steps.
 
-In a causal model a block is one token, and the model's output at the token before it predicts it:
-there a pass holds the clean tokens alone.
+In a causal model a block is one token, and the output at the token before predicts it. There a pass
+contains only the clean tokens.
 
 Shape letters: n sequences, S stream tokens, T masked positions, K block size."""
 
@@ -28,39 +28,39 @@ from megatron_opdlm.rollout.staged import Staged
 
 @dataclass(frozen=True)
 class DecodePass:
-    """What the model is given, and which rows of its output are wanted."""
+    """The input of the model, and the rows of its output that predict masked positions."""
 
     slots: Tensor
-    """[n] int64, in the order of the stream: first those without a prompt to read; on the host, as
-    `masked` and `steps`."""
+    """[n] int64, on the host. Slot of each sequence in the order of the stream: sequences without a
+    prompt to read come first."""
     masked: Tensor
-    """[n, K] bool, masked positions of each sequence's block."""
+    """[n, K] bool, on the host. Masked positions of each sequence's block."""
     steps: Tensor
-    """[n] int64, denoising step of each block."""
+    """[n] int64, on the host. Denoising step of each block."""
     inputs: Staged
-    """What the model reads, on its device."""
+    """Tensors that the model reads, on its device."""
     head_rows: Tensor
-    """[T] int64, stream indices of the rows that predict the masked positions, on the device."""
+    """[T] int64, on the device. Stream indices of the rows that predict the masked positions."""
     noise_keys: Tensor
-    """[T] int64, one for every draw, on the device."""
+    """[T] int64, on the device. Noise key of every draw."""
     plan: AttentionPlan
-    """Tags of the stream, and attention against the cache."""
+    """Attention plan: tags of the stream, and attention against the cache."""
     is_whole_blocks: bool
-    """Whether no sequence has a prompt to read: all it brings are one or two blocks (in a causal
+    """Whether no sequence has a prompt to read. Each then brings one or two blocks (in a causal
     model, one)."""
 
     @property
     def token_ids(self) -> Tensor:
-        """[S] int64."""
+        """[S] int64, token ids of the stream."""
         return self.inputs["token_ids"]
 
     @property
     def tags(self) -> Tensor:
-        """[S, 4] int64."""
+        """[S, 4] int64, tags of the stream."""
         return self.inputs["tags"]
 
     def clone(self) -> DecodePass:
-        """The same pass on memory of its own, as far as the model reads it."""
+        """Returns a copy of the pass with its own memory for all tensors that the model reads."""
         assert isinstance(self.plan.cache, CachedAttention)
         inputs = self.inputs.clone()
         return replace(self, inputs=inputs, plan=_plan(self.plan.cache.layout, inputs))
@@ -77,12 +77,12 @@ def lay_out(
     """Packs the new tokens of sequences, on the model's device.
 
     Args:
-        sequences: the host's state of all slots.
-        slots: [n] int64, at least one.
-        cache: where their keys and values are kept.
-        multiple: the length of the stream is padded to a multiple of this.
+        sequences: state of all slots, on the host.
+        slots: [n] int64, slots of the pass; at least one.
+        cache: key/value cache of the sequences.
+        multiple: the length of the stream is padded to a multiple of this number of tokens.
         for_graph: whether a pass of whole blocks is filled up to a captured size, with blocks in
-            the cache's spare slot.
+            the spare slot of the cache.
     """
     size, device = sequences.block_size, torch.cuda.current_device()
     slots = _in_order(sequences, slots)
@@ -103,10 +103,11 @@ def lay_out(
     masked = sequences.masked[slots]
     masked_row, column = masked.nonzero(as_tuple=True)
     steps, keys = sequences.step[slots], sequences.key[slots]
-    # Positions and steps of a sequence differ in these low bits, so every draw has its own key.
+    # The position and the eight bits of the step give every draw of a sequence its own key.
     draws = (sequences.block[slots][masked_row] + column) << 8 | steps[masked_row]
     wanted_rows = {
-        # With blocks of one token, the last row: the masked one, or the one that predicts it.
+        # In blocks of one token this is the last row: the masked token, or (in a causal model) the
+        # token that predicts it.
         "head_rows": (ends - size)[masked_row] + column,
         "noise_keys": keys[masked_row] ^ draws,
     }
@@ -125,7 +126,7 @@ def lay_out(
 
 
 def captured_size(num_blocks: int) -> int:
-    """The next larger size of a captured pass: at most a quarter more blocks, from 8 on.
+    """Returns the size of the captured pass for some blocks: at most a quarter more, from 8 on.
 
     >>> [captured_size(n) for n in (1, 7, 9, 15, 17, 100)]
     [1, 7, 10, 16, 20, 112]
@@ -139,7 +140,7 @@ def _plan(layout: AttentionLayout, inputs: Staged) -> AttentionPlan:
 
 
 def _padded(sequences: Sequences, slots: Tensor, tags: Tensor, multiple: int) -> dict[str, Tensor]:
-    """Tokens and tags of a stream, padded to a multiple."""
+    """Returns token ids [S] and tags [S, 4] of a stream, padded to a multiple."""
     padding = -len(tags) % multiple
     token_ids = sequences.token_ids[slots[tags[:, DOCUMENT]], tags[:, POSITION]]
     padded_tags = F.pad(tags, (0, 0, 0, padding))
@@ -148,15 +149,16 @@ def _padded(sequences: Sequences, slots: Tensor, tags: Tensor, multiple: int) ->
 
 
 def _in_order(sequences: Sequences, slots: Tensor) -> Tensor:
-    """Those without a prompt to read first; by slot, so that their keys are a view of the cache
-    where they can be.
+    """Returns the slots in stream order: sequences without a prompt to read come first.
+
+    Within each part they are sorted, so that keys of adjacent slots are a view of the cache.
     """
     slots = slots.sort().values
     return slots[sequences.has_prompt(slots).sort(stable=True).indices]
 
 
 def _tags(sequences: Sequences, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """[S, 4] tags of the new tokens of slots, and [n] where each sequence ends in the stream."""
+    """Returns tags [S, 4] of the slots' new tokens, and [n] the stream index of each one's end."""
     block, first = sequences.block[slots], sequences.cached[slots]
     end = block + sequences.num_open
     ends = (end - first).cumsum(0)

@@ -1,13 +1,13 @@
-"""Flash kernels that attend against the KV cache: three of them, under one contract.
+"""Three flash kernels that attend against the KV cache, with one interface.
 
-All tokens that a sequence brings of one block are a run. They see every position of the sequence
-through the end of that block and nothing else, so to a kernel a run is a sequence of its own with a
+A run is all tokens that a sequence brings of one block. They see every position of the sequence
+through the end of that block and nothing else. So to a kernel a run is a separate sequence with a
 number of keys and no mask. For the same reason the query heads that share a key head can be packed:
-laid out as further queries of that head. It changes no number, and the kernel reads every key once
-instead of once per query head.
+they are laid out as more queries of that head. This changes no result, and the kernel reads every
+key once instead of once per query head.
 
-No kernel may split its keys: how it would do that depends on the other runs, and so would the
-rounding. Packed heads are as many as key heads, and there FlashAttention never does it by itself.
+No kernel may split its keys: the split, and with it the rounding, would depend on the other runs.
+With packed heads there are as many query heads as key heads, and then FlashAttention never splits.
 
 None of this has run on a GPU. On a CPU the arguments are tested with plain versions of the kernels.
 
@@ -34,7 +34,7 @@ from megatron_opdlm.rollout.staged import Staged
 
 Function = Callable[..., Any]
 MOST_ROWS = 2**31 - 1
-"""Positions in the cache are int32 to FlashAttention 2."""
+"""FlashAttention 2 stores positions in the cache as int32."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,21 @@ class Packing:
     """The runs of a pass, on the host."""
 
     starts: Tensor
-    """[B + 1] int64, where each begins among the packed queries, and their number."""
+    """[B + 1] int64, start of each run among the packed queries; the last is their number."""
     num_keys: Tensor
-    """[B] int64, positions that a run sees."""
+    """[B] int64, number of positions that each run sees."""
     slots: Tensor
-    """[B] int64, where its sequence is in the cache."""
+    """[B] int64, cache slot of each run's sequence."""
 
 
 def find_runs(tags: Tensor, slots: Tensor, *, shared: int, block_size: int) -> Packing:
     """Finds the runs of a pass.
 
     Args:
-        tags: [S, 4] int64 of the tokens that attend against the cache, at least one, by sequence
-            and block.
-        slots: slot of every sequence.
-        shared: g.
+        tags: [S, 4] int64 of the tokens that attend against the cache, in order of sequence and
+            block; S > 0.
+        slots: [n] int64, cache slot of every sequence.
+        shared: g, number of query heads that share a key head.
         block_size: tokens per block.
     """
     row, block = tags[:, DOCUMENT], tags[:, BLOCK]
@@ -80,11 +80,11 @@ def unpack_heads(packed: Tensor, shared: int) -> Tensor:
 
 
 class DecodingKernel(ABC):
-    """One way to attend against the cache.
+    """A kernel that attends against the cache.
 
     Attributes:
-        name: for the log.
-        head_sizes: those that the kernel takes.
+        name: name of the kernel, for the log.
+        head_sizes: head sizes that the kernel accepts.
     """
 
     name: str
@@ -92,15 +92,15 @@ class DecodingKernel(ABC):
 
     @abstractmethod
     def find(self) -> Function | None:
-        """The function that runs the kernel; None where it is not installed."""
+        """Returns the function that runs the kernel; None if it is not installed."""
 
     @abstractmethod
     def inputs(self, runs: Packing, cache: KVCache) -> dict[str, Tensor]:
-        """What the kernel wants to know about a pass.
+        """Returns what the kernel needs to know about a pass.
 
         Args:
-            runs: of the pass.
-            cache: that it reads.
+            runs: runs of the pass.
+            cache: key/value cache that the kernel reads.
 
         Returns:
             int32 tensors by name, on the host.
@@ -120,10 +120,13 @@ class DecodingKernel(ABC):
         most_queries: int,
         scale: float,
     ) -> Tensor:
-        """[S * g, M, D] attended, of `query` likewise and [n, M, C, D] keys and values."""
+        """Returns the output of attention [S * g, M, D].
+
+        `query` is [S * g, M, D]; keys and values are [n, M, C, D].
+        """
 
     def available(self) -> bool:
-        """Whether it is installed."""
+        """Returns whether the kernel is installed."""
         return self.find() is not None
 
     def attend(
@@ -137,14 +140,14 @@ class DecodingKernel(ABC):
         block_size: int,
         scale: float,
     ) -> None:
-        """Attends against the cache; no collectives, and the host does not wait.
+        """Attends against the cache. No collectives, and the host does not wait.
 
         Args:
             query: [S, N, D], bfloat16 or float16.
             keys: [n, M, C, D], contiguous.
             values: [n, M, C, D], contiguous.
-            inputs: what `inputs` returned, on the device.
-            output: [S, N, D], contiguous; written.
+            inputs: the tensors of the method `inputs`, on the device.
+            output: [S, N, D], contiguous; the result is written into it.
             block_size: most tokens of a run.
             scale: factor of the scores.
         """
@@ -161,8 +164,10 @@ class _PagedKernel(DecodingKernel):
     """Reads a slot of the cache as one page."""
 
     def inputs(self, runs: Packing, cache: KVCache) -> dict[str, Tensor]:
-        """`query_starts` [B + 1], `num_keys` [B], `pages` [B, 1], and `key_starts` [B + 1]: where
-        the keys of each run would begin if they lay one run after the other.
+        """Returns `query_starts` [B + 1], `num_keys` [B], `pages` [B, 1] and `key_starts` [B + 1].
+
+        `key_starts` says where the keys of each run would begin if those of all runs were
+        concatenated.
         """
         assert cache.capacity % CUDA_PAGE == 0, "FlashAttention 2 wants pages of whole 256"
         return {
@@ -174,7 +179,7 @@ class _PagedKernel(DecodingKernel):
 
     @abstractmethod
     def _options(self, inputs: Staged, scale: float) -> dict[str, Any]:
-        """What a function calls the scale, the pages and the numbers of keys."""
+        """Returns scale, pages and numbers of keys under the argument names of the function."""
 
     def _run(
         self,
@@ -209,7 +214,7 @@ class PagedTorch(_PagedKernel):
         return _find_varlen_attn()
 
     def _options(self, inputs: Staged, scale: float) -> dict[str, Any]:
-        # The key starts must be there, but the number of keys and the pages replace them.
+        # The function requires key starts, but reads the numbers of keys and the pages instead.
         return {
             "scale": scale,
             "seqused_k": inputs["num_keys"],
@@ -221,8 +226,8 @@ class PagedTorch(_PagedKernel):
 class FlatTorch(DecodingKernel):
     """torch's internal flash operator on the cache without pages.
 
-    A row of the cache is one position of one key head of one slot. The keys of a head lie C rows
-    behind those of the head before it, and a slot begins M * C rows behind the one before it.
+    A row of the cache is one position of one key head of one slot. The rows of a head begin C rows
+    after those of the previous head, and a slot begins M * C rows after the previous slot.
     """
 
     name = "torch's flash attention on the flat cache"
@@ -232,8 +237,9 @@ class FlatTorch(DecodingKernel):
         return _find_flash_forward()
 
     def inputs(self, runs: Packing, cache: KVCache) -> dict[str, Tensor]:
-        """`query_starts` [B + 1], `num_keys` [B], and `key_starts` [B + 1], the row where the slot
-        of each run begins; the last entry is not read.
+        """Returns `query_starts` [B + 1], `num_keys` [B] and `key_starts` [B + 1].
+
+        `key_starts` has the row where the slot of each run begins; its last entry is not read.
         """
         num_slots, num_groups, capacity, _ = cache.shape
         num_rows = num_slots * num_groups * capacity
@@ -277,9 +283,9 @@ class FlatTorch(DecodingKernel):
 
 
 class PagedPackage(_PagedKernel):
-    """`flash_attn_varlen_func` of the package flash-attn; NVIDIA's PyTorch images have it.
+    """`flash_attn_varlen_func` of the package flash-attn, which NVIDIA's PyTorch images have.
 
-    It takes the numbers of keys from the differences of the key starts.
+    It computes the numbers of keys as differences of the key starts.
     """
 
     name = "flash_attn_varlen_func of the package flash-attn"
@@ -293,11 +299,11 @@ class PagedPackage(_PagedKernel):
 
 
 KERNELS: tuple[DecodingKernel, ...] = (PagedTorch(), FlatTorch(), PagedPackage())
-"""In the order of preference."""
+"""All kernels, in order of preference."""
 
 
 def _flat(layer: Tensor) -> Tensor:
-    """[n, M, C, D] as [n * M * C - (M - 1) * C, M, D] rows, which overlap; no copy."""
+    """Views [n, M, C, D] as [n * M * C - (M - 1) * C, M, D]: the rows overlap, without a copy."""
     assert layer.is_contiguous()
     num_slots, num_groups, capacity, size = layer.shape
     num_rows = (num_slots * num_groups - num_groups + 1) * capacity
@@ -334,7 +340,7 @@ def _find_flash_attn() -> Function | None:
         OSError,
         RuntimeError,
         AttributeError,
-    ):  # absent, or built for another torch
+    ):  # the package is absent, or built for another torch
         return None
     names = inspect.signature(flash_attn_varlen_func).parameters
     return flash_attn_varlen_func if "block_table" in names else None

@@ -1,8 +1,8 @@
-"""What decoding keeps on the device: the key/value cache, and the passes captured against it.
+"""The device memory of decoding: the key/value cache, and the passes captured with it.
 
-A captured pass holds the addresses of weights and cache, so both have to stay where they are for as
-long as it is used. Capturing all sizes of a rollout should take seconds. So memory stays between
-rollouts where training has room for it, and is made anew where it has not.
+A captured pass contains the addresses of weights and cache. So both must stay at their addresses as
+long as the pass is used. Capturing all sizes of a rollout should take seconds. So the memory is
+kept between rollouts if training leaves room for it; otherwise every rollout allocates it again.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from megatron_opdlm.rollout.graphs import PassGraphs
 logger = logging.getLogger(__name__)
 
 KEPT_SHARE = 0.5
-"""Part of the memory that everything else has left free that a kept cache may take: the rest is for
-its graphs, for fragments, and for a training step that is larger than those before."""
+"""Share of the otherwise free memory that a kept cache may take. The rest is for its graphs, for
+fragmentation, and for a training step that is larger than those before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What a rollout asks for; the same on every rank of a replica."""
+    """The memory that a rollout asks for; the same on every rank of a replica."""
 
     capacity: int
     """Tokens that the longest sequence may fill."""
     most_slots: int
-    """Sequences to decode at once."""
+    """Number of sequences to decode at once."""
     limit_gb: float | None
-    """Most memory for keys and values, see `KVCache.for_model`."""
+    """Most memory for keys and values in GB, see `KVCache.for_model`."""
     block_size: int
     """Tokens of a block."""
     with_graphs: bool | None
-    """Whether passes are captured: True, False, or None where it costs few slots."""
+    """Whether passes are captured; None captures them if that costs few slots."""
 
 
 class Lent(NamedTuple):
-    """What a rollout works with."""
+    """The memory that a rollout gets."""
 
     cache: KVCache
-    """Its slots; of a kept one there may be more than the rollout wants."""
+    """Key/value cache. A kept cache may have more slots than the rollout needs."""
     graphs: PassGraphs | None
-    """None where no pass is captured."""
+    """Captured passes; None if no pass is captured."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class _Held:
     weights: tuple[int, ...]
 
     def serves(self, need: Need, model: BlockDiffusionModel) -> bool:
-        """Whether it does for a rollout what memory of its own would."""
+        """Returns whether this memory serves a rollout as well as new memory would."""
         cache, mine = self.lent.cache, self.need
         is_cuda = cache.device.type == "cuda"
         wanted = whole_pages(need.capacity) if is_cuda else need.capacity
-        # Too few slots are as many as there would be only where slots would be as long.
+        # With too few slots: a new cache would have as few only if its slots were as long.
         has_slots = cache.num_slots >= need.most_slots or (
             cache.capacity == wanted and mine.most_slots >= need.most_slots
         )
@@ -82,8 +82,8 @@ class DecodingMemory:
         """Holds nothing yet.
 
         Args:
-            keep: whether memory stays between rollouts; None: where passes are captured, once a
-                training step has shown that there is room for it.
+            keep: whether memory is kept between rollouts. None: it is kept if passes are captured,
+                as soon as a training step has shown that there is room for it.
         """
         self.keep = keep
         self._held: _Held | None = None
@@ -93,7 +93,7 @@ class DecodingMemory:
         self._last_said = ""
 
     def require_free(self) -> None:
-        """Refuses a second rollout.
+        """Refuses a second rollout at the same time.
 
         Raises:
             RuntimeError: another rollout has the memory.
@@ -104,22 +104,24 @@ class DecodingMemory:
             )
 
     def take(self, model: BlockDiffusionModel, parallel: ParallelState, need: Need) -> Lent:
-        """Lends what was kept if it serves, else allocates. Call on all ranks of the replica.
+        """Lends the kept memory if it is enough; otherwise allocates new memory.
+
+        Call on all ranks of the replica. Collectives: `smallest_in_replica` twice, and those of
+        `KVCache.for_model`.
 
         Args:
             model: this rank's pipeline stage.
-            parallel: process groups. Collectives: `smallest_in_replica` twice, and those of
-                `KVCache.for_model`.
-            need: what the rollout asks for.
+            parallel: process groups.
+            need: the memory that the rollout asks for.
 
         Raises:
             ValueError: see `KVCache.for_model`.
-            RuntimeError: another rollout has it.
+            RuntimeError: another rollout has the memory.
         """
         self.require_free()
         serves = self._held is not None and self._held.serves(need, model)
         if not smallest_in_replica(serves, parallel):
-            self.drop()  # gone before the next one is allocated
+            self.drop()  # free the old memory before the new one is allocated
             self._held = _allocate(model, parallel, need)
         assert self._held is not None
         room = smallest_in_replica(self._fits_beside_training(self._held.lent), parallel)
@@ -127,11 +129,10 @@ class DecodingMemory:
         return self._held.lent
 
     def give_back(self, *, is_usable: bool = True) -> None:
-        """Ends a rollout, and drops what does not stay. No collectives.
+        """Ends a rollout, and frees the memory that is not kept. No collectives.
 
         Args:
-            is_usable: whether the rollout came to its end; what a failed one has left in the cache
-                may be no numbers.
+            is_usable: whether the rollout was completed. A failed one may leave NaN in the cache.
         """
         self._is_lent = False
         keeps = self._has_room if self.keep is None else self.keep
@@ -143,13 +144,13 @@ class DecodingMemory:
             torch.cuda.reset_peak_memory_stats()
 
     def drop(self) -> None:
-        """Frees what is held. Call between rollouts."""
+        """Frees the memory. Call between rollouts."""
         if self._held is not None and self._held.lent.graphs is not None:
             self._held.lent.graphs.close()
         self._held = None
 
     def observe_training(self) -> None:
-        """Notes how much memory a training step took. Call after each."""
+        """Notes how much memory a training step took. Call after each training step."""
         if (used := _device_memory()) is not None:
             peak = used.peak - (0 if self._held is None else self._held.lent.cache.num_bytes)
             self._peak_of_others = max(peak, self._peak_of_others or 0)
@@ -177,14 +178,14 @@ class DecodingMemory:
 
 
 class _DeviceMemory(NamedTuple):
-    """Bytes of a GPU: most that were allocated at once since a rollout, and all there are."""
+    """Bytes of a GPU: the peak of allocated memory since the last rollout, and the total."""
 
     peak: int
     total: int
 
 
 def _device_memory() -> _DeviceMemory | None:
-    """What torch knows of the current device; None on a CPU."""
+    """Returns the memory figures of the current GPU; None on a CPU."""
     if not torch.cuda.is_available():
         return None
     return _DeviceMemory(torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1])
@@ -209,5 +210,5 @@ def _allocate(model: BlockDiffusionModel, parallel: ParallelState, need: Need) -
 
 
 def _addresses(model: BlockDiffusionModel) -> tuple[int, ...]:
-    """Where the weights are: a teacher's move when they come back from the host."""
+    """Returns the addresses of the weights. Those of a teacher change with each copy to the GPU."""
     return tuple(parameter.data_ptr() for parameter in model.parameters())

@@ -1,11 +1,12 @@
 """Block-diffusion decoding on the live training weights, and autoregressive decoding.
 
-Sequences wait in a queue and occupy slots of the KV cache; a finished one is replaced at once.
-Every pass runs one denoising step of its rows. With pipeline parallelism the active rows are spread
-over as many passes as there are stages, all of them in flight.
+Requests wait in a queue. A decoded sequence has a slot of the KV cache; when it is finished, the
+next request gets the slot at once. Every pass runs one denoising step of its rows (its sequences).
+With pipeline parallelism the active rows are spread over as many passes as there are stages, and
+all these passes are in the pipeline at the same time.
 
-All ranks of a data-parallel replica run this file in step on the same requests and hold the same
-host state; only hidden states, logits and the cache are sharded.
+All ranks of a data-parallel replica run this file in step, on the same requests and with the same
+host state. Only hidden states, logits and the cache are sharded.
 
 Shape letters: n rows of a pass, T masked positions of a pass, K block size, V vocab."""
 
@@ -39,17 +40,18 @@ class RolloutCounts:
     """Work of a rollout on this data-parallel replica."""
 
     passes: int = 0
-    """Of the model."""
+    """Forward passes of the model."""
     ticks: int = 0
-    """Of the pipeline; more than the passes by those in which no pass entered it."""
+    """Ticks of the pipeline: the passes, and the ticks at which no pass entered the pipeline."""
     tokens: int = 0
-    """Of the streams of all passes."""
+    """Tokens in the streams of all passes."""
     head_rows: int = 0
-    """That the LM head was applied to."""
+    """Rows that the LM head was applied to."""
 
 
 Observer = Callable[[int, Tensor, Tensor], None]
-"""Called after a step of a row: (index of the request, [L] ids so far, [L] bool still masked)."""
+"""A function called after each denoising step of a sequence, with three arguments: index of the
+request, [L] int64 token ids so far, [L] bool positions that are still masked."""
 
 
 class RolloutEngine:
@@ -65,18 +67,20 @@ class RolloutEngine:
         cuda_graphs: bool | None = None,
         policy: type[Scheduler] = Scheduler,
     ) -> None:
-        """Binds the engine to a model; nothing is allocated before decoding.
+        """Binds the engine to a model. Allocates nothing before decoding.
 
         Args:
-            decodable: the model, and what is special about it.
-            options: how blocks are denoised.
-            max_rows: most sequences decoded at once on this replica.
+            decodable: the model, and what an engine must know of it.
+            options: decoding options.
+            max_rows: most sequences that this replica decodes at once.
             kv_cache_gb: most memory for keys and values on this rank, see `KVCache.for_model`.
-            cuda_graphs: whether to capture passes; None: where they can be.
-            policy: which sequences decode at a tick; no policy changes a response.
+            cuda_graphs: whether to capture passes; None captures them if possible.
+            policy: scheduler, which chooses the sequences of each tick. No policy changes a
+                response.
 
         Raises:
-            ValueError: blocks of several tokens of a causal model; no CUDA graphs here.
+            ValueError: a causal model has blocks of several tokens, or CUDA graphs are impossible
+                here.
         """
         if decodable.is_causal and options.block_size != 1:
             raise ValueError(
@@ -109,10 +113,10 @@ class RolloutEngine:
 
         Args:
             requests: the same list on every rank of the replica.
-            observer: called after every step of every row.
+            observer: called after every denoising step of every sequence.
 
         Returns:
-            Trajectories in the order of the requests. Errors: those of `stream`.
+            Trajectories in the order of the requests. It raises the errors of `stream`.
         """
         finished = dict(self.stream(LocalQueue(requests), observer=observer))
         return [finished[index] for index in range(len(requests))]
@@ -120,20 +124,21 @@ class RolloutEngine:
     def stream(
         self, queue: RequestQueue, *, observer: Observer | None = None
     ) -> Iterator[tuple[int, Trajectory]]:
-        """Decodes what it takes from a queue, and yields each response as it finishes.
+        """Decodes the requests of a queue, and yields each response when it is finished.
 
         Args:
-            queue: requests; its list is the same on every rank of the replica.
-            observer: called after every step of every row.
+            queue: requests; the list is the same on every rank of the replica.
+            observer: called after every denoising step of every sequence.
 
         Yields:
             Index of the request and its trajectory.
 
         Raises:
-            ValueError: a request that fits neither the model nor the cache, when the first response
-                is asked for, before any work.
-            RuntimeError: another rollout of this model is not over.
-            FloatingPointError: NaN logits, on all ranks of the replica, naming prompts and steps.
+            ValueError: a request fits neither the model nor the cache. This is raised when the
+                first response is asked for, before any work.
+            RuntimeError: another rollout of this model is not finished.
+            FloatingPointError: NaN logits. All ranks of the replica raise it; the message names
+                prompts and steps.
         """
         self.memory.require_free()
         self.counts = RolloutCounts()
@@ -166,10 +171,10 @@ class RolloutEngine:
             self.model.train(was_training)
 
     def required_tokens(self, request: Request) -> int:
-        """Returns the tokens that a request may fill.
+        """Returns the number of tokens that a request may fill.
 
         Raises:
-            ValueError: why it cannot be decoded.
+            ValueError: the request cannot be decoded; the message says why.
         """
         prompt_length, limit = len(request.prompt_ids), request.response_limit
         if prompt_length == 0:
@@ -209,7 +214,7 @@ class RolloutEngine:
         num_slots: int,
         observer: Observer | None,
     ) -> Iterator[tuple[int, Trajectory]]:
-        """The loop: schedule, push, commit, retire; one tick of the pipeline each time."""
+        """Runs the loop: schedule, push, commit, retire. One turn is one tick of the pipeline."""
         graphs = lent.graphs
         pipeline: DecodePipeline[DecodePass] = DecodePipeline(
             self.model, self.parallel, None if graphs is None else graphs.run
@@ -238,8 +243,11 @@ class RolloutEngine:
         slots: list[int],
         lent: Lent,
     ) -> tuple[DecodePass, Tensor | None] | None:
-        """Starts a pass of some slots, if there are any; returns the pass that has left the last
-        stage by now, and what the model returned for it there.
+        """Starts a pass of some slots, if there are any.
+
+        Returns:
+            The pass that has now left the last stage, and there also the model's output for it;
+            None if no pass has.
         """
         self.counts.ticks += 1
         if not slots:
@@ -259,7 +267,7 @@ class RolloutEngine:
     def _retire(
         self, scheduler: Scheduler, sequences: Sequences, slots: Tensor, lent: Lent
     ) -> Iterator[tuple[int, Trajectory]]:
-        """Moves the sequences of a pass to their next block, and yields those that are finished."""
+        """Moves the sequences of a pass to their next block, and yields the finished ones."""
         finished = sequences.advance(slots, self.eos_token_ids)
         scheduler.retire(slots.tolist(), [slot for slot, _ in finished])
         for slot, trajectory in finished:
@@ -271,12 +279,12 @@ class RolloutEngine:
         """Samples the masked positions of a pass and commits some of them.
 
         Args:
-            sequences: changed in place.
+            sequences: state of all slots; changed in place.
             decoded: the pass.
-            hidden: what the model returned; of the last stage.
+            hidden: output of the model on the last pipeline stage; None on other stages.
 
         Raises:
-            FloatingPointError: NaN logits, on all ranks of the replica.
+            FloatingPointError: NaN logits. All ranks of the replica raise it.
         """
         masked = decoded.masked
         drawn = self._draw_everywhere(decoded, hidden)
@@ -304,8 +312,9 @@ class RolloutEngine:
 
     @torch.no_grad()
     def _draw_everywhere(self, decoded: DecodePass, hidden: Tensor | None) -> Tensor:
-        """[3, T] float64 tokens, confidence and entropy, on the host of every rank: the one time
-        that the host waits for the device.
+        """Returns [3, T] float64 tokens, confidence and entropy, on the host of every rank.
+
+        Only here does the host wait for the device.
         """
         shape, device = (3, len(decoded.head_rows)), torch.cuda.current_device()
         drawn = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -318,7 +327,7 @@ class RolloutEngine:
         return drawn.cpu()
 
     def _draw(self, hidden: Tensor, keys: Tensor, drawn: Tensor) -> None:
-        """Samples at hidden states [T, D] into `drawn` [3, T], some rows at a time; last stage."""
+        """Samples from hidden states [T, D] into `drawn` [3, T], in parts. Last stage only."""
         num_columns = self.model.vocab_size // self.parallel.tp_size
         size = max(1, most_logits(self.options.sampling, hidden.device.type) // num_columns)
         for start in range(0, len(keys), size):
@@ -329,7 +338,7 @@ class RolloutEngine:
                 drawn[2, part] = draws.entropy
 
     def _sample(self, logits: Tensor, keys: Tensor) -> Draws:
-        """Samples from this rank's shard of some logits [T, V_local]; last stage only."""
+        """Samples from this rank's shard of logits [T, V_local]. Last stage only."""
         return sample_tokens(
             logits,
             self.options.sampling,
@@ -342,7 +351,7 @@ class RolloutEngine:
 
 
 def _show(sequences: Sequences, slots: Tensor, observer: Observer) -> None:
-    """Tells an observer what the sequences of a pass look like after its step."""
+    """Calls an observer with the state of each sequence after a pass."""
     for slot in slots.tolist():
         observer(sequences.index[slot], *sequences.still_masked(slot))
 
@@ -350,7 +359,7 @@ def _show(sequences: Sequences, slots: Tensor, observer: Observer) -> None:
 def tokens_per_forward(trajectories: Sequence[Trajectory]) -> float:
     """Returns response tokens per denoising pass over all trajectories.
 
-    Commits cost no pass of their own.
+    Commits need no extra pass.
     """
     tokens = sum(trajectory.num_response_tokens for trajectory in trajectories)
     return tokens / max(sum(trajectory.num_passes for trajectory in trajectories), 1)

@@ -1,4 +1,4 @@
-"""Whether decoding passes are captured as CUDA graphs here."""
+"""Decides whether decoding passes are captured as CUDA graphs on this device."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ def choose_graphs(
     sequence_parallel: bool,
     fp8: str | None,
 ) -> bool | None:
-    """Decides whether passes are captured, and says on a GPU if nobody asked and they are not.
+    """Decides whether passes are captured.
+
+    On a GPU it logs why passes cannot be captured if the user made no choice.
 
     Args:
-        wanted: what the user says; None: wherever they can be.
-        dtype: see `graph_obstacle`, as the others.
-        head_size: of the model's attention.
+        wanted: the user's choice; None captures passes if possible.
+        dtype: data type of weights and cache.
+        head_size: head size of the model's attention.
         sequence_parallel: whether rollouts shard activations between layers.
-        fp8: whether the matrix products are FP8, and which.
+        fp8: FP8 format of the matrix products; None if they are not FP8.
 
     Returns:
-        True if they must be, False if not; None if they can be and nobody asked.
+        True if passes must be captured, False if not; None if they can be captured and the user
+        made no choice.
 
     Raises:
-        ValueError: they are wanted and cannot be captured; naming the rule and the fix.
+        ValueError: the user wants graphs, and they are impossible; the message names the rule and
+            the fix.
     """
     if wanted:
         require_graphs(dtype, head_size, sequence_parallel=sequence_parallel, fp8=fp8)
@@ -47,36 +51,36 @@ def choose_graphs(
 def graph_obstacle(
     dtype: torch.dtype, head_size: int, *, sequence_parallel: bool, fp8: str | None
 ) -> str | None:
-    """Says why passes cannot be captured, on the current device.
+    """Returns why passes cannot be captured on the current device.
 
     Args:
-        dtype: of weights and cache.
-        head_size: of the model's attention.
+        dtype: data type of weights and cache.
+        head_size: head size of the model's attention.
         sequence_parallel: whether rollouts shard activations between layers.
-        fp8: whether the matrix products are FP8, and which; None: they are not.
+        fp8: FP8 format of the matrix products; None if they are not FP8.
 
     Returns:
-        The end of a sentence that begins "cuda_graphs=true"; None: they can be captured.
+        The end of a sentence that begins with "cuda_graphs=true"; None if passes can be captured.
     """
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     if (missing := why_none(device, dtype, head_size)) is not None:
-        return f"needs {missing}"  # the path without a kernel has other shapes in every pass
+        return f"needs {missing}"  # without a kernel every pass has other shapes
     if sequence_parallel:
-        return "does not go with sequence_parallel, whose buffers do not survive a capture"
+        return "cannot be used with sequence_parallel, whose buffers do not survive a capture"
     if fp8:
-        return f"does not go with fp8={fp8}, whose scales do not survive a capture"
+        return f"cannot be used with fp8={fp8}, whose scales do not survive a capture"
     return None
 
 
 def require_graphs(
     dtype: torch.dtype, head_size: int, *, sequence_parallel: bool, fp8: str | None
 ) -> None:
-    """Refuses CUDA graphs where they cannot be captured. Needs no process groups and no model.
+    """Refuses CUDA graphs if they cannot be captured. Needs no process groups and no model.
 
-    Args: those of `graph_obstacle`.
+    The arguments are those of `graph_obstacle`.
 
     Raises:
-        ValueError: naming the rule and the fix.
+        ValueError: graphs cannot be captured; the message names the rule and the fix.
     """
     obstacle = graph_obstacle(dtype, head_size, sequence_parallel=sequence_parallel, fp8=fp8)
     if obstacle is not None:

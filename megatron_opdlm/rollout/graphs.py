@@ -1,14 +1,15 @@
-"""CUDA graphs of decoding passes: a pass is hundreds of small kernels, which a host starts slower
-than the GPU runs them.
+"""CUDA graphs of decoding passes.
 
-Passes in which no prompt is read consist of whole blocks, so their number of blocks is their shape
-(scheduler.py reads prompts in passes of their own). It is rounded up to a few sizes
-(`captured_size`) with blocks that nobody reads, and each size is captured at its first pass. A
-graph keeps the addresses of weights, cache and its own buffers: weights change in place, and cache
-and graphs are kept and dropped together (decoding_memory.py).
+A pass is hundreds of small kernels, and a host starts them more slowly than the GPU runs them.
 
-Not yet run on a device: on a CPU, tests hold a stand-in that repeats the pass on the same buffers
-against passes without graphs.
+A pass that reads no prompt consists of whole blocks, so the number of blocks determines its shapes.
+(The scheduler reads prompts in separate passes.) Blocks that nobody reads round this number up to
+one of a few sizes (`captured_size`). Each size is captured at its first pass. A graph contains the
+addresses of weights, cache and its own buffers: weights change in place, and cache and graphs are
+kept and freed together (decoding_memory.py).
+
+This has not yet run on a GPU. On a CPU, tests compare passes without graphs with a replacement that
+repeats the pass on the same buffers.
 """
 
 from __future__ import annotations
@@ -31,38 +32,39 @@ class Graph(Protocol):
     """A captured pass."""
 
     def replay(self) -> None:
-        """Runs it on what its buffers hold now."""
+        """Runs the pass again on the present contents of its buffers."""
 
     def reset(self) -> None:
-        """Gives its memory and communicators back."""
+        """Frees the memory and the communicators of the graph."""
 
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]]
-"""Runs a pass once while recording it; returns the graph and its output's buffer."""
+"""A function that runs a pass once and records it. It returns the graph and the buffer of its
+output."""
 
 
 @functools.cache
 def _capture_stream() -> Any:
-    """One for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    """Returns the stream of all captures; cuBLAS keeps a workspace for every stream it has seen."""
     return torch.cuda.Stream()
 
 
 class CudaCapture:
-    """Captures on CUDA; all graphs share one memory pool, as only one runs at a time."""
+    """Captures passes on CUDA. All graphs share one memory pool, as only one runs at a time."""
 
     def __init__(self) -> None:
-        """Makes the pool."""
+        """Makes the memory pool."""
         self._pool: Any = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
         """See `Capture`."""
         stream = _capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # kernels are loaded and tuned outside of the graph
+        with torch.cuda.stream(stream):  # load and tune the kernels before the capture
             run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads (NCCL's watchdog, checkpoint writers) may call CUDA meanwhile.
+        # Other threads (NCCL's watchdog, checkpoint writers) may call CUDA during the capture.
         with torch.cuda.graph(
             graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
         ):
@@ -85,8 +87,8 @@ class PassGraphs:
         """Starts without any graph.
 
         Args:
-            model: this rank's stage.
-            capture: how passes are recorded; None: on CUDA.
+            model: this rank's pipeline stage.
+            capture: function that records passes; None records them on CUDA.
         """
         self._model = model
         self._capture = CudaCapture() if capture is None else capture
@@ -94,7 +96,7 @@ class PassGraphs:
         close_before_shutdown(self)
 
     def close(self) -> None:
-        """Forgets all passes; the device has to be done with them."""
+        """Frees all captured passes. The device must have finished them."""
         torch.cuda.synchronize()
         for captured in self._captured.values():
             captured.graph.reset()
@@ -104,11 +106,11 @@ class PassGraphs:
         return len(self._captured)
 
     def run(self, new: DecodePass, received: Tensor | None) -> Tensor:
-        """Hidden states of a pass, valid until the next one.
+        """Returns the hidden states of a pass, which are valid until the next pass.
 
         Args:
             new: the pass.
-            received: the previous stage's output; None on the first stage.
+            received: output of the previous pipeline stage; None on the first stage.
         """
         if not new.is_whole_blocks:
             return self._forward(new, received)

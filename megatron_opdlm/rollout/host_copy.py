@@ -1,8 +1,8 @@
-"""Resharding between processes of one machine without GPUs, through memory that they share.
+"""Reshards weights between processes of one machine without GPUs, through shared memory.
 
-Megatron plans which slice goes where; its gloo service then moves them through sockets, which is
-slower than writing and reading a file. Here a rank copies what others need into its own shared
-buffer once, and every rank copies what it needs straight into its parameters.
+Megatron plans which slice goes where. Its gloo service would then send the slices through sockets,
+which is slower than writing and reading a file. Here each rank copies the slices that others need
+into its shared buffer once, and each rank copies the slices that it needs into its parameters.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from megatron_opdlm.model.gpt import BlockDiffusionModel
 
 
 def on_one_host() -> bool:
-    """Whether all ranks of the job run on one machine. Call on all ranks."""
+    """Returns whether all ranks of the job run on one machine. Call on all ranks."""
     hosts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname())
     return len(set(hosts)) == 1
 
 
 def make_plan(source: BlockDiffusionModel, target: BlockDiffusionModel) -> Any:
-    """Megatron's plan of the transfers, lists of `TransferOp`. Call on all ranks."""
+    """Returns Megatron's plan of the transfers, lists of `TransferOp`. Call on all ranks."""
     from megatron.core import resharding
 
-    # One function under two names: megatron-core 0.16 and 0.19.
+    # The function has different names in megatron-core 0.16 and 0.19.
     build = getattr(resharding, "build_local_reshard_plan", None)
     if build is None:
         build = resharding.build_centralized_reshard_plan
@@ -41,7 +41,7 @@ def make_plan(source: BlockDiffusionModel, target: BlockDiffusionModel) -> Any:
 
 @dataclass(frozen=True)
 class _Transfer:
-    """A tensor of this rank, and where it lies in the buffer of a rank."""
+    """A tensor of this rank, and its place in the buffer of a rank."""
 
     tensor: Tensor
     rank: int
@@ -53,14 +53,14 @@ class _Transfer:
 
 
 class HostCopy:
-    """Copies a model's weights into another layout, again and again."""
+    """Copies a model's weights into another parallel layout, as often as needed."""
 
     def __init__(self, source: BlockDiffusionModel, target: BlockDiffusionModel) -> None:
         """Plans the copies and maps the buffers. Call on all ranks.
 
         Args:
-            source: this rank's shard; its parameters stay where they are from now on.
-            target: this rank's shard in the other layout.
+            source: this rank's shard; from now on its parameters must stay at their addresses.
+            target: this rank's shard in the other parallel layout.
         """
         plan, rank = make_plan(source, target), dist.get_rank()
         sources, targets = dict(source.named_parameters()), dict(target.named_parameters())
@@ -74,7 +74,7 @@ class HostCopy:
             mine[op.task_id] = tensor
             if op.peer_rank == rank:
                 continue
-            slice_name = f"{op.param_name} {op.my_slice}"  # several ranks may want the same
+            slice_name = f"{op.param_name} {op.my_slice}"  # several ranks may need the same slice
             if slice_name not in placed:
                 placed[slice_name] = size
                 self._outgoing.append(_Transfer(tensor, rank, size))
@@ -92,7 +92,7 @@ class HostCopy:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Copies the weights as they are now. Call on all ranks."""
+        """Copies the present weights. Call on all ranks. Collectives: two barriers."""
         for transfer in self._outgoing:
             transfer.place(self._buffers).copy_(transfer.tensor)
         for target, source in self._local:
@@ -100,17 +100,17 @@ class HostCopy:
         dist.barrier()  # the buffers are full
         for transfer in self._incoming:
             transfer.tensor.copy_(transfer.place(self._buffers))
-        dist.barrier()  # and may be filled again
+        dist.barrier()  # the buffers may be filled again
 
 
 def _reserved_file(size: int) -> Any:
-    """A file of `size` bytes in memory; on disk where memory has no room (small containers)."""
+    """Returns a file of `size` bytes in memory; on disk if memory is short (small containers)."""
     for folder in ("/dev/shm", None):
         if folder is not None and not os.path.isdir(folder):
             continue
         file = tempfile.NamedTemporaryFile(dir=folder, prefix="opdlm_")  # noqa: SIM115
         try:
-            os.posix_fallocate(file.fileno(), 0, size)  # else a full disk is a SIGBUS later
+            os.posix_fallocate(file.fileno(), 0, size)  # without this a full disk raises SIGBUS
         except OSError:
             file.close()
             if folder is None:
@@ -121,7 +121,7 @@ def _reserved_file(size: int) -> Any:
 
 
 def _map_buffers(size: int, starts: dict[int, int]) -> tuple[list[Tensor], list[dict[int, int]]]:
-    """[bytes] buffer of every rank, and where each transfer lies in it."""
+    """Returns the buffer [bytes] of every rank, and the place of each transfer in it."""
     with _reserved_file(max(size, 1)) as file:
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, (file.name, max(size, 1), starts))
@@ -129,5 +129,5 @@ def _map_buffers(size: int, starts: dict[int, int]) -> tuple[list[Tensor], list[
             torch.from_file(name, shared=True, size=num_bytes, dtype=torch.uint8)
             for name, num_bytes, _ in parts
         ]
-        dist.barrier()  # all have mapped the file before it loses its name
+        dist.barrier()  # all ranks have mapped the file before its name is removed
     return buffers, [part_starts for _, _, part_starts in parts]

@@ -1,4 +1,4 @@
-"""Which flash kernel decodes on a device, and what is missing where none does."""
+"""Chooses the flash kernel that decodes on a device, or says what is missing for one."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ LEAST_CAPABILITY = (8, 0)
 def decoding_kernel(
     device: torch.device | int | str, dtype: torch.dtype, head_size: int
 ) -> DecodingKernel | None:
-    """The kernel that decodes there; None: see `why_none`.
+    """Returns the kernel that decodes on a device; None if there is none, see `why_none`.
 
     Args:
-        device: of model and cache.
-        dtype: of keys and values.
-        head_size: D.
+        device: device of model and cache.
+        dtype: data type of keys and values.
+        head_size: channels of a head.
     """
     if why_none(device, dtype, head_size) is not None:
         return None
@@ -31,12 +31,15 @@ def decoding_kernel(
 
 
 def why_none(device: torch.device | int | str, dtype: torch.dtype, head_size: int) -> str | None:
-    """What is missing for a kernel, as the end of a sentence that begins "it needs"; None: nothing.
+    """Returns what is missing for a kernel; None if nothing is missing.
 
     Args:
-        device: of model and cache.
-        dtype: of keys and values.
-        head_size: D.
+        device: device of model and cache.
+        dtype: data type of keys and values.
+        head_size: channels of a head.
+
+    Returns:
+        The end of a sentence that begins with "it needs".
     """
     if torch.device(device).type != "cuda":
         return "a CUDA device, and there is none"
@@ -62,7 +65,7 @@ def why_none(device: torch.device | int | str, dtype: torch.dtype, head_size: in
 
 
 def log_choice(device: torch.device | int | str, dtype: torch.dtype, head_size: int) -> None:
-    """Says once which kernel decodes on a GPU, or warns that none does."""
+    """Logs once which kernel decodes on a GPU, or warns that there is none."""
     if torch.device(device).type != "cuda":
         return
     kernel = decoding_kernel(device, dtype, head_size)

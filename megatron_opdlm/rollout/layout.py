@@ -1,9 +1,10 @@
 """Rollouts in another parallel layout than training.
 
-Decoding reads all weights for a few tokens, so it likes replicas (or, for the longest sequence,
-tensor parallelism) where training likes what fits its activations. Then the job holds a second copy
-of the student's weights, cut for rollouts, and Megatron's resharding fills it from rank to rank: no
-disk, no whole model anywhere. In the training layout there is no copy at all.
+Decoding reads all weights for a few tokens. So it is fast with many replicas (or, for the longest
+sequence, with tensor parallelism), while training needs a layout in which its activations fit. If
+the layouts differ, the job holds a second copy of the student's weights, sharded for rollouts.
+Megatron's resharding fills it from rank to rank, without a disk and without a whole model on any
+rank. If rollouts use the training layout, there is no copy.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from megatron_opdlm.rollout.host_copy import HostCopy, on_one_host
 
 
 class RolloutLayout:
-    """The student as rollouts see it.
+    """The student in the parallel layout of rollouts.
 
     Attributes:
         model: this rank's shard for rollouts; the student itself in the training layout.
         parallel: process groups of rollouts.
-        stream_multiple: what the length of a pass must be a multiple of.
-        num_bytes: of the second copy on this rank; 0 in the training layout.
-        memory: cache and captured passes of all engines on it.
+        stream_multiple: the length of a pass is padded to a multiple of this number of tokens.
+        num_bytes: bytes of the second copy on this rank; 0 in the training layout.
+        memory: cache and captured passes of all engines of this model.
     """
 
     def __init__(
@@ -43,18 +44,19 @@ class RolloutLayout:
         tensor_model_parallel_size: int | None,
         keep_memory: bool | None = None,
     ) -> None:
-        """Makes groups and shard. Call on all ranks.
+        """Makes the process groups and the shard of rollouts. Call on all ranks.
 
         Args:
-            student: this rank's stage in the training layout.
-            hf: its hyperparameters.
-            options: how it was built.
-            parallel: the training layout.
-            tensor_model_parallel_size: of rollouts, which then have no pipeline; None: as training.
-            keep_memory: see `DecodingMemory`.
+            student: this rank's pipeline stage in the training layout.
+            hf: hyperparameters of the student.
+            options: build options of the student.
+            parallel: process groups of the training layout.
+            tensor_model_parallel_size: tensor-parallel size of rollouts, which then have no
+                pipeline; None uses the training layout.
+            keep_memory: whether decoding memory is kept between rollouts, see `DecodingMemory`.
 
         Raises:
-            ValueError: neither the number of processes nor the model can be cut this way.
+            ValueError: the size divides neither the number of processes nor the model's heads.
         """
         self._student, self.model, self.parallel = student, student, parallel
         self.num_bytes = 0
@@ -78,18 +80,19 @@ class RolloutLayout:
 
     @property
     def is_second(self) -> bool:
-        """Whether rollouts have weights of their own."""
+        """Whether rollouts have their own copy of the weights."""
         return self.model is not self._student
 
     def refresh(self, version: int | None = None) -> None:
         """Gives rollouts the student's current weights. Call on all ranks.
 
-        Bytes copied: none in the training layout or where rollouts have this version, else every
-        parameter of the rollout's shard once: from rank to rank with NCCL, on CPUs through shared
-        memory, or gloo between machines.
+        It copies nothing in the training layout, or if rollouts already have this version.
+        Otherwise it copies every parameter of the rollout's shard once: with NCCL on GPUs; on CPUs
+        through shared memory, or with gloo between machines.
 
         Args:
-            version: of the student's weights, `StudentOptimizer.weights_version()`; None: unknown.
+            version: version of the student's weights, `StudentOptimizer.weights_version()`; None if
+                it is unknown.
         """
         if self.is_second and (version is None or version != self._version):
             self._copy_weights()
@@ -97,23 +100,24 @@ class RolloutLayout:
 
     def _copy_weights(self) -> None:
         if torch.cuda.is_available():
-            # What stays on a rank is copied on a stream of its own, which waits for no update.
+            # Slices that stay on a rank are copied on another stream, which waits for no update.
             torch.cuda.current_stream().synchronize()
             swap_model_weights([self._student], [self.model], "nccl")
-            # FP8 layers keep converted weights until they are told that theirs have changed.
+            # FP8 layers keep converted weights until they are told that the weights have changed.
             self.model.set_is_first_microbatch()
             return
         if not self._one_host:
             swap_model_weights([self._student], [self.model], "gloo")
             return
-        if self._copy is None:  # now, because the optimizer moves the parameters once
+        if self._copy is None:  # not earlier: the optimizer moves the parameters at its start
             self._copy = HostCopy(self._student, self.model)
         self._copy.run()
 
 
 def _options(options: BuildOptions, training: int, rollout: int) -> BuildOptions:
-    """Options for the rollout's shard: the same padded vocabulary, nothing that only helps
-    gradients.
+    """Returns the build options of the rollout's shard.
+
+    The padded vocabulary stays the same, and everything that only helps gradients is off.
     """
     return dataclasses.replace(
         options,

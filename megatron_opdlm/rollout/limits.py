@@ -1,12 +1,13 @@
-"""Bounds of what a decoding pass takes on at once."""
+"""Limits on the work of one decoding pass."""
 
 PREFILL_TOKENS = 16384
-"""No further prompt is admitted at a tick that has admitted as many prompt tokens."""
+"""A tick that has admitted so many prompt tokens admits no further prompt."""
 SAMPLED_LOGITS = 2**25
-"""Most logits of a rank that are made and sampled from at once."""
+"""Most logits that a rank computes and samples from at once, with PyTorch."""
 KERNEL_LOGITS = 2**27
-"""The same where the Triton kernel samples, which needs next to no work space: 512 rows of 151,936
-columns, so that the LM head's weights are read once."""
+"""Most logits that a rank computes and samples from at once with the Triton kernel, which needs
+almost no work space: 512 rows of 151,936 columns need 7.8e7. So the LM head's weights are read
+once."""
 SAMPLER_BYTES = 72
-"""Most work space for each of them: 72 bytes with top-p; without it 20 with PyTorch, and next to
-none with the Triton kernel, 0.03 at 151,936 columns."""
+"""Most bytes of work space per logit: 72 with top-p. Without top-p, PyTorch needs 20 bytes and the
+Triton kernel 0.03 (at 151,936 columns)."""

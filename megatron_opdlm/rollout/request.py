@@ -1,4 +1,4 @@
-"""What a rollout is asked for: decoding options and requests.
+"""Input of a rollout: decoding options and requests.
 
 Shape letters: P prompt tokens, K block size.
 """
@@ -27,13 +27,13 @@ class DecodingOptions:
     denoising_steps: int = 4
     """Most steps per block; the last one commits what is left."""
     rule: RemaskingRule = LowConfidenceStatic()
-    """Which positions a step commits."""
+    """Rule that chooses the positions that a step commits."""
     temperature: float = 0.0
-    """0 is argmax."""
+    """Sampling temperature; 0 is argmax."""
     top_k: int = 0
-    """0 keeps all."""
+    """Number of tokens that the top-k filter keeps; 0 keeps all."""
     top_p: float = 1.0
-    """1.0 keeps all."""
+    """Probability mass that the top-p filter keeps; 1.0 keeps all."""
 
     def __post_init__(self) -> None:
         rules = (
@@ -56,8 +56,9 @@ class DecodingOptions:
         return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns all options by name: `remasking` and, whatever the rule, every parameter that
-        some rule has; those of other rules at their defaults.
+        """Returns all options by name, with the rule's name as `remasking`.
+
+        The parameters of all rules are included; those of other rules have their defaults.
         """
         values: dict[str, Any] = {}
         for option in dataclasses.fields(self):
@@ -77,9 +78,9 @@ class Request:
     prompt_id: str
     """The prompt's id in the data."""
     sample: int
-    """Index of the sample among those of the same prompt."""
+    """Index of the sample among the samples of the same prompt."""
     prompt_ids: Tensor
-    """[P] int64, not empty."""
+    """[P] int64, token ids of the prompt; P > 0."""
     response_limit: int
     """Most response tokens."""
     key: int

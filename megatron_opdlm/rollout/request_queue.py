@@ -1,4 +1,4 @@
-"""Where an engine takes its next requests from: a list, or one that replicas share."""
+"""Queues from which an engine takes requests: a local one, and one that all replicas share."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ _names = itertools.count()
 
 
 class RequestQueue(Protocol):
-    """Requests in order; each is taken once, by one replica."""
+    """Requests in order. Each request is taken once, by one replica."""
 
     requests: Sequence[Request]
 
     @property
     def is_empty(self) -> bool:
-        """Whether `take` would return nothing; every rank of a replica has the same answer."""
+        """Whether `take` would return nothing. All ranks of a replica get the same answer."""
 
     @property
     def fair_share(self) -> int:
-        """Requests that a replica should have at once when none waits."""
+        """Returns how many requests one replica should take at the start."""
 
     def take(self, most: int, most_tokens: int) -> list[int]:
-        """Takes the next requests: at most `most`, and none after `most_tokens` prompt tokens.
+        """Takes the next requests: at most `most`, and no more after `most_tokens` prompt tokens.
+
+        Call on all ranks of a replica.
 
         Returns:
-            Their indices, the same on every rank of a replica. Call on all of its ranks.
+            Indices of the requests, the same on every rank of the replica.
         """
 
 
@@ -39,7 +41,7 @@ class LocalQueue:
     """The requests of one replica."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
-        """Holds all of them."""
+        """Starts a queue with all requests."""
         self.requests = requests
         self._next = 0
 
@@ -50,7 +52,7 @@ class LocalQueue:
 
     @property
     def fair_share(self) -> int:
-        """All of them."""
+        """Returns the number of all requests."""
         return len(self.requests)
 
     def take(self, most: int, most_tokens: int) -> list[int]:
@@ -65,7 +67,7 @@ class LocalQueue:
 class SharedQueue:
     """One queue for all data-parallel replicas: counters in the job's key-value store.
 
-    Whoever has room takes the next request, so no replica idles while another has requests waiting.
+    A replica with a free slot takes the next request. So no replica is idle while requests wait.
     """
 
     def __init__(self, requests: Sequence[Request], parallel: ParallelState) -> None:
@@ -82,7 +84,7 @@ class SharedQueue:
 
     @property
     def fair_share(self) -> int:
-        """A replica with room for all would leave nothing to the others."""
+        """Returns an equal share. Otherwise a large replica would leave nothing to the others."""
         return -(-len(self.requests) // self._parallel.dp_size)
 
     def take(self, most: int, most_tokens: int) -> list[int]:
@@ -103,12 +105,12 @@ class SharedQueue:
         return taken
 
     def count_finished(self) -> int:
-        """Counts one finished response; returns how many all replicas have finished by now.
+        """Counts one finished response; returns how many all replicas together have finished.
 
         Call on the main rank of the replica that decoded it.
         """
         return self._store.add("finished", 1)
 
     def close(self) -> None:
-        """Leaves nothing for any replica to take, after a failure."""
+        """Empties the queue for all replicas, after a failure."""
         self._store.add("taken", len(self.requests))

@@ -1,10 +1,10 @@
 """Draws tokens from logits that are sharded over the vocabulary, without gathering them.
 
-The result depends on the logits and the keys only: noise belongs to the (key, token id) pair, and
-ties are broken by token id, so any tensor-parallel size draws the same tokens.
+The result depends only on the logits and the keys: the noise is a function of (key, token id), and
+ties are broken by token id. So all tensor-parallel sizes draw the same tokens.
 
-Without filters, a Triton kernel or PyTorch reduces a rank's logits: see `shard_statistics`. Filters
-are PyTorch on every device.
+Without filters, a Triton kernel or PyTorch reduces a rank's logits: see `shard_statistics`. With
+filters, PyTorch does the work on every device.
 
 Shape letters: T rows, V vocabulary, C candidates; `_TV` holds this rank's [T, V_local] columns.
 """
@@ -41,11 +41,11 @@ class Sampling:
     """How a token is drawn from its distribution."""
 
     temperature: float = 0.0
-    """0 is argmax and ignores the filters; else from 1e-6 to 1e6."""
+    """From 1e-6 to 1e6; or 0, which is argmax and ignores the filters."""
     top_k: int = 0
     """Number of tokens to keep; 0 keeps all."""
     top_p: float = 1.0
-    """Mass to keep, in (0, 1]; 1 keeps all."""
+    """Probability mass to keep, in (0, 1]; 1 keeps all."""
 
     def __post_init__(self) -> None:
         for name, holds, rule in (
@@ -58,25 +58,25 @@ class Sampling:
 
     @property
     def has_filters(self) -> bool:
-        """Whether some tokens cannot be drawn."""
+        """Whether a filter excludes some tokens."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
 
 
 class Draws(NamedTuple):
-    """What was drawn, identical on all ranks."""
+    """The drawn tokens, identical on all ranks."""
 
     tokens: Tensor
-    """[T] int64, global ids."""
+    """[T] int64, global token ids."""
     confidence: Tensor
-    """[T] float32, probability of the token under the softmax at temperature 1 without filters; NaN
-    where the row's logits hold NaN or +inf on any rank, or nothing but -inf."""
+    """[T] float32, probability of the token under the softmax at temperature 1 without filters. It
+    is NaN if the row's logits contain NaN or +inf on any rank, or only -inf."""
     entropy: Tensor | None
-    """[T] float32, nats, of that same softmax; None unless asked for."""
+    """[T] float32, entropy of that softmax in nats; None unless `with_entropy` is set."""
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """This rank's columns of the logits, as the model made them."""
+    """This rank's columns of the logits, unchanged."""
 
     logits_TV: Tensor
     first: int
@@ -86,18 +86,18 @@ class _Shard:
     tp_group: ProcessGroup | None
 
     def visible_logits(self) -> Tensor:
-        """[T, V_local] float32, the mask token and padding at -inf."""
+        """Returns [T, V_local] float32 logits, with the mask token and padding at -inf."""
         return visible_logits(
             self.logits_TV, num_valid=self.num_valid, mask_column=self.mask_column
         )
 
 
 def most_logits(sampling: Sampling, device_type: str) -> int:
-    """Returns how many logits of a rank should be sampled from at once, for their work space.
+    """Returns from how many logits a rank should sample at once, to limit the work space.
 
     Args:
-        sampling: how they are sampled.
-        device_type: of the logits, such as "cuda".
+        sampling: temperature and filters.
+        device_type: device type of the logits, such as "cuda".
     """
     is_torch = sampling.has_filters or statistics_on(device_type) is torch_statistics
     return SAMPLED_LOGITS if is_torch else KERNEL_LOGITS
@@ -116,29 +116,29 @@ def sample_tokens(
 ) -> Draws:
     """Samples one token per row: temperature, then top-k, then top-p, then Gumbel-max.
 
-    The mask token and padded columns are removed before everything else. top-k keeps exactly k
-    tokens. top-p keeps the smallest set of the most probable tokens whose mass reaches top_p under
-    the tempered, top-k-filtered distribution, at least one. Order everywhere: logit descending,
-    then id ascending.
+    The mask token and padded columns are removed first. top-k keeps exactly k tokens. top-p keeps
+    the smallest set of the most probable tokens whose mass reaches top_p, at least one token; the
+    mass is that of the distribution after temperature and top-k. Tokens are ordered by logit
+    (descending), then by id (ascending).
 
-    Collectives on tp_group: one all-gather of four numbers per row, one more of two with
-    `with_entropy`; with filters, of C candidates per row and rank instead: C = top_k, or 64, 128,
-    256 ... for the rows whose nucleus has not fitted yet (a flat distribution with top_p near 1
-    needs most of the vocabulary). CUDA is waited for only then: when top_p is below 1 without
-    top-k.
+    Collectives on tp_group: one all-gather of four numbers per row; with `with_entropy` one more,
+    of two numbers per row. With filters the first all-gather has C candidates per row and rank: C
+    is top_k; without top-k it is 64, and then 128, 256 ... for the rows whose nucleus did not fit
+    (a flat distribution with top_p near 1 needs most of the vocabulary). The host waits for CUDA
+    only if top_p is below 1 without top-k.
 
     Args:
         logits_TV: [T, V_local] bfloat16 or float32, columns [rank * V_local, (rank + 1) * V_local);
             left unchanged.
         sampling: temperature and filters.
         keys: [T] int64 noise key of each row (`randomness.key`), equal on all ranks.
-        mask_token_id: never sampled, and in no softmax.
-        vocab_size: tokens without padding.
+        mask_token_id: id of the mask token, which is never sampled and is in no softmax.
+        vocab_size: number of token ids without padding.
         tp_group: tensor-parallel group that shards the vocabulary; None means unsharded.
         with_entropy: whether to compute the entropies.
 
     Raises:
-        ValueError: shapes do not match, or a mask token outside the vocabulary.
+        ValueError: the shapes do not match, or the mask token is outside the vocabulary.
     """
     _check_arguments(logits_TV, keys, mask_token_id, vocab_size)
     if len(logits_TV) == 0:
@@ -158,7 +158,7 @@ def sample_tokens(
 
 
 def _draw(shard: _Shard, keys: Tensor, sampling: Sampling, with_entropy: bool) -> Draws:
-    """The token of the highest score, lowest id on ties."""
+    """Draws the token of the highest score; on ties the one of the lowest id."""
     record = statistics_on(shard.logits_TV.device.type)(
         shard.logits_TV,
         keys,
@@ -175,8 +175,8 @@ def _draw(shard: _Shard, keys: Tensor, sampling: Sampling, with_entropy: bool) -
 
 
 def _best_of_ranks(records: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[T] id, logit and global normaliser of [TP, 4, T] records, float64."""
-    if len(records) == 1:  # the same bits with fewer launches, which decoding is bound by
+    """Returns id, logit and global normaliser, each [T] float64, from [TP, 4, T] records."""
+    if len(records) == 1:  # the same bits with fewer kernel launches, which limit decoding
         return records[0, 1], records[0, 2], records[0, 3]
     winner = records[:, 0].argmax(0)  # the first maximum, hence the lowest rank and id
     rows = torch.arange(len(winner), device=winner.device)
@@ -186,8 +186,12 @@ def _best_of_ranks(records: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _draw_filtered(
     logits: Tensor, shard: _Shard, keys: Tensor, sampling: Sampling
 ) -> tuple[Tensor, Tensor]:
-    """Tokens as of `_draw`, among the best candidates of every rank, more for rows whose nucleus
-    does not fit; and their log probabilities, float64. Works on the visible logits.
+    """Draws tokens from the filtered distribution of the visible logits.
+
+    Every rank contributes its best candidates; rows whose nucleus does not fit get more.
+
+    Returns:
+        [T] int64 token ids, and [T] float64 log probabilities of these tokens.
     """
     top_k, temperature = sampling.top_k, sampling.temperature
     tokens, log_confidence = torch.empty_like(keys), torch.empty_like(keys, dtype=torch.float64)
@@ -203,11 +207,11 @@ def _draw_filtered(
 
         # 2. the filters
         weight = logit.double() / temperature
-        if top_k > 0:  # the candidates are the distribution
+        if top_k > 0:  # the distribution consists of the candidates
             tempered = weight.logsumexp(1)
         keep, complete = _nucleus((weight - tempered.unsqueeze(1)).exp(), sampling.top_p)
 
-        # 3. the draw; what it gives for an incomplete row is overwritten in a later round
+        # 3. the draw; a later round overwrites the tokens of incomplete rows
         noise = randomness.gumbel(keys, token)
         score = noise.add_(logit, alpha=1.0 / temperature).masked_fill_(~keep, -torch.inf)
         choice = score.argmax(dim=1, keepdim=True)
@@ -225,7 +229,10 @@ def _draw_filtered(
 def _exchange(
     packed: Tensor, log_sums: Tensor, num_candidates: int, shard: _Shard
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[T, C] logits and ids of the best candidates of all ranks; [T] both global normalisers."""
+    """Returns [T, C] logits and ids of the best candidates of all ranks, and both normalisers [T].
+
+    The normalisers are global: at temperature 1, and at the sampling temperature.
+    """
     local = packed.topk(min(num_candidates, packed.shape[1]), dim=1).values
     message = torch.cat([local, log_sums.view(torch.int64)], dim=1)
     gathered = _all_gather(message, shard.tp_group)
@@ -236,8 +243,9 @@ def _exchange(
 
 
 def _entropy(record: Tensor, tp_group: ProcessGroup | None) -> Tensor:
-    """[T] float32 entropy of the whole softmax: log sum exp - mean logit, of [2, T] these two of
-    this rank.
+    """Returns [T] float32 entropy of the whole softmax, log sum exp - mean logit.
+
+    `record` is [2, T]: these two numbers for this rank's columns.
     """
     log_sums, means = _all_gather(record, tp_group).unbind(1)
     if len(means) == 1:  # as in `_best_of_ranks`
@@ -249,17 +257,18 @@ def _entropy(record: Tensor, tp_group: ProcessGroup | None) -> Tensor:
 
 
 def _nucleus(probability: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Top-p filter of candidates in descending order.
+    """Applies the top-p filter to candidates in descending order.
 
     Args:
-        probability: [T, C] float64, candidates that may be only the head of the distribution.
-        top_p: mass to keep; 1 keeps all candidates.
+        probability: [T, C] float64, probabilities of the candidates; these may be only the most
+            probable part of the distribution.
+        top_p: probability mass to keep; 1 keeps all candidates.
 
     Returns:
-        [T, C] bool, candidates with less than top_p before them, and [T] bool, whether the
-        candidates reach top_p.
+        [T, C] bool, whether the mass before a candidate is less than top_p; and [T] bool, whether
+        all candidates together reach top_p.
     """
-    # Integers, because a float cumsum is not reproducible on CUDA and ranks must never disagree.
+    # Sums of integers: a float cumsum is not reproducible on CUDA, and all ranks must agree.
     mass = (probability / MASS_UNIT).round().long()
     limit = round(top_p / MASS_UNIT)
     keep = mass.cumsum(1) - mass < limit if top_p < 1 else torch.ones_like(mass, dtype=torch.bool)
@@ -267,7 +276,7 @@ def _nucleus(probability: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
 
 def _all_gather(local: Tensor, tp_group: ProcessGroup | None) -> Tensor:
-    """[TP, ...]: the tensor of every rank."""
+    """Returns [TP, ...], the tensors of all ranks."""
     if tp_group is None or tp_group.size() == 1:
         return local.unsqueeze(0)
     gathered = local.new_empty((tp_group.size() * local.shape[0], *local.shape[1:]))
@@ -276,7 +285,7 @@ def _all_gather(local: Tensor, tp_group: ProcessGroup | None) -> Tensor:
 
 
 def _finite(log_sum: Tensor) -> Tensor:
-    """NaN in place of a normaliser that is not finite; every rank sees the same normalisers."""
+    """Replaces normalisers that are not finite with NaN. All ranks see the same normalisers."""
     return torch.where(log_sum.isfinite(), log_sum, torch.nan)
 
 

@@ -1,16 +1,17 @@
-"""One pass over a shard's logits on a GPU, with Triton: noise, best token, normaliser, mean logit.
+"""Triton kernels that read a shard's logits once: noise, best token, normaliser, mean logit.
 
-The first kernel reads the logits once, as they are, in tiles of `TILE` logits: of one row, or of
-several where the vocabulary is small. It writes a few numbers per tile. The second kernel puts the
-tiles of a row together. Every tile covers the same columns whatever else is in the batch, and sums
-have a fixed order, so a row's result depends on nothing but the row.
+The first kernel reads the logits in tiles of `TILE` logits, without changing them. A tile belongs
+to one row, or to several rows if the vocabulary is small. The kernel writes a few numbers per tile.
+The second kernel combines the tiles of a row. A tile covers the same columns in every batch, and
+sums have a fixed order. So a row's result depends on this row alone.
 
-NaN: the maximum of a GPU skips it, so none may get into one. Before anything else a NaN is counted
-as +inf, and a row with +inf has the sum exp(inf - inf), which is NaN on every device.
+NaN: the maximum of a GPU ignores NaN, so no NaN may reach it. Therefore NaN is first replaced with
++inf, and a row with +inf has the sum exp(inf - inf), which is NaN on every device.
 
-Compiled for compute capability 9.0 (no registers spilled) and tested in Triton's interpreter; not
-yet run on a device. With noise, a logit takes some 110 instructions, half of them for two exact
-logarithms, so arithmetic is expected to bound it, not memory; without noise, some 30.
+The kernels are compiled for compute capability 9.0 (no registers spilled) and tested in Triton's
+interpreter, but have not yet run on a device. With noise, a logit takes about 110 instructions,
+half of them for two exact logarithms; without noise, about 30. So with noise the kernel is expected
+to be limited by arithmetic, not by memory.
 
 Shape letters: T rows; in the kernels R rows and C columns of a tile, S tiles of a row.
 """
@@ -25,20 +26,20 @@ from torch import Tensor
 from megatron_opdlm.diffusion import randomness
 
 TILE = 1024
-"""Logits of a program. 151,936 columns make 149 programs, so that a single row occupies all 132
-processors of an H100 or H200. Larger tiles would leave some idle; smaller ones have more reductions
-per logit."""
+"""Logits of a tile, which one program reads. 151,936 columns make 149 programs, so that a single
+row uses all 132 processors of an H100 or H200. Larger tiles would leave some idle; smaller ones need
+more reductions per logit."""
 NUM_WARPS = 2
-"""Of a tile: 16 logits per thread, which are two loads of 16 bytes in bfloat16. A reduction costs a
-thread the same however many logits it has, and with 16 of them all reductions are a tenth of its
-work; with 32 it would need twice the registers."""
+"""Warps of a tile: each thread has 16 logits, which are two loads of 16 bytes in bfloat16. The cost
+of a reduction does not depend on the logits per thread. With 16 logits all reductions are a tenth
+of a thread's work; with 32 it would need twice the registers."""
 COMBINED = 256
-"""Tiles that a program of the second kernel puts together, of one row or several."""
+"""Tiles that one program of the second kernel combines; they belong to one row or several."""
 
 SHIFT_1 = tl.constexpr(randomness.FINALISER_ROUNDS[0][0])
 SHIFT_2 = tl.constexpr(randomness.FINALISER_ROUNDS[1][0])
 SHIFT_3 = tl.constexpr(randomness.FINAL_SHIFT)
-# uint32 products wrap, so the factors are wanted modulo 2**32
+# uint32 products wrap, so the factors are taken modulo 2**32
 FACTOR_1 = tl.constexpr(randomness.FINALISER_ROUNDS[0][1] & randomness.MASK_32)
 FACTOR_2 = tl.constexpr(randomness.FINALISER_ROUNDS[1][1] & randomness.MASK_32)
 KEY_SALT = tl.constexpr(randomness.KEY_SALT)
@@ -57,18 +58,19 @@ def kernel_statistics(
     temperature: float,
     with_entropy: bool,
 ) -> Tensor:
-    """Returns what a rank knows about its columns; see `shard_statistics.ShardStatistics`.
+    """Returns the statistics of a rank's columns; see `shard_statistics.ShardStatistics`.
 
-    Two launches on the current device, of which the host waits for none.
+    It starts two kernels on the current device, and the host waits for neither.
 
     Args:
         logits_TV: [T, V_local] bfloat16, float16 or float32 with any strides; T > 0.
         keys: [T] int64 noise key of each row.
         first: id of the first column.
-        num_valid: columns that are not padding; the others are left out.
-        mask_column: column that is left out; outside of [0, V_local) there is none.
-        temperature: 0 draws without noise.
-        with_entropy: whether to add the last row of the result.
+        num_valid: number of columns that are not padding; the others are left out.
+        mask_column: column of the mask token, which is left out; outside of [0, V_local) this shard
+            does not have it.
+        temperature: sampling temperature; 0 draws without noise.
+        with_entropy: whether the result has its last row.
 
     Returns:
         [4, T] float64, or [5, T] with entropy.
@@ -102,18 +104,20 @@ def _reduce_tiles(
     first, mask_column, inverse_temperature,
     HAS_NOISE: tl.constexpr, WITH_ENTROPY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Of every tile: best score, its column in the tile, largest logit, sum of exp(logit - largest)
-    and of exp(logit - largest) (logit - largest), as planes of `tiles` [4 or 5, T, S] float32.
+    """Writes five numbers of every tile to the planes of `tiles` [4 or 5, T, S] float32.
+
+    They are the best score, its column in the tile, the largest logit, the sum of
+    exp(logit - largest), and with entropy the sum of exp(logit - largest) (logit - largest).
     """
-    # 1. the logits, nothing but visible ones above -inf
+    # 1. the logits; all but the visible ones are -inf
     program = tl.program_id(0)
     tile = program % num_tiles
     row = program // num_tiles * ROWS + tl.arange(0, ROWS)
     in_tile = tl.arange(0, COLUMNS)
     column = tile * COLUMNS + in_tile
     is_row = row < num_rows
-    # bounded by the columns that exist, not by the valid ones: their number is mostly a multiple of
-    # 16, so that threads load 16 bytes at once
+    # the bound is the number of all columns, not of the valid ones: it is mostly a multiple of 16,
+    # so that threads load 16 bytes at once
     x = tl.load(
         logits
         + row.to(tl.int64)[:, None] * row_stride
@@ -134,7 +138,7 @@ def _reduce_tiles(
     best = tl.max(score, axis=1)
     best_column = tl.min(tl.where(score == best[:, None], in_tile[None, :], COLUMNS - 1), axis=1)
 
-    # 3. sums; a tile of -inf alone has none
+    # 3. the sums; in a tile with nothing but -inf they are 0
     largest = tl.max(x, axis=1)
     relative = x - tl.where(largest == -INFINITY, 0.0, largest)[:, None]
     weight = tl.exp(relative)
@@ -198,7 +202,7 @@ def _combine_tiles(
 
 @triton.jit
 def noise_bits(key, column):
-    """`randomness._bits`: uint32 of int64 keys and integer columns, whose shapes broadcast."""
+    """Returns `randomness._bits` as uint32; int64 keys and integer columns broadcast."""
     low = _finalise(key.to(tl.uint32))
     high = _finalise((key >> 32).to(tl.uint32) ^ KEY_SALT)
     multiplier = (low >> 1) | 1
@@ -208,7 +212,7 @@ def noise_bits(key, column):
 
 @triton.jit
 def _finalise(bits):
-    """`randomness._finalise`: products of uint32 wrap, and that is what is wanted of them."""
+    """Returns `randomness._finalise`; it relies on uint32 products that wrap."""
     bits = tl.mul(bits ^ (bits >> SHIFT_1), FACTOR_1, False)
     bits = tl.mul(bits ^ (bits >> SHIFT_2), FACTOR_2, False)
     return bits ^ (bits >> SHIFT_3)
@@ -216,12 +220,13 @@ def _finalise(bits):
 
 @triton.jit
 def gumbel(bits):
-    """`randomness.gumbel` of these bits: -log(-log(1 - u)), float32.
+    """Returns `randomness.gumbel` of these bits: -log(-log(1 - u)), float32.
 
-    There is no log1p. y = 1 - u is rounded where u < 1/2, and what the rounding took is known
-    exactly. It is added as if the logarithm had the slope 1 there, which is off by less than 2**-24
-    of the result. With a logarithm of one unit in the last place, such as CUDA's, the noise is off
-    by at most 2.1e-7 max(1, |noise|), and `randomness.gumbel` by 1.3e-7 of it.
+    Triton has no log1p. y = 1 - u is rounded where u < 1/2, and the rounding error is known
+    exactly. It is added to the logarithm as if its slope were 1 there, which causes an error of less
+    than 2**-24 of the result. With a logarithm that is exact to one unit in the last place, such as
+    CUDA's, the error of the noise is at most 2.1e-7 max(1, |noise|); that of `randomness.gumbel` is
+    at most 1.3e-7 max(1, |noise|).
     """
     u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.0**-32, LARGEST_UNIFORM)
     y = 1.0 - u

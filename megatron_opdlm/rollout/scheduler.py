@@ -1,4 +1,4 @@
-"""Which sequences decode at the next tick: requests wait, get a slot, are ready, leave it."""
+"""Chooses the sequences of the next pass, and gives free slots to waiting requests."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megatron_opdlm.rollout.request_queue import RequestQueue
 from megatron_opdlm.rollout.sequences import Sequences
 
 LEAST_SHARE_ADMITTED = 8
-"""Where passes are captured, requests wait until one in so many slots is free: reading prompts
-takes a pass of its own there, which is not captured, so a few of them read together."""
+"""If passes are captured, requests wait until one of so many slots is free. Prompts are then read
+in a separate pass, which is not captured, so it should read several prompts at once."""
 
 
 class Scheduler:
     """Gives slots to requests, and passes to slots.
 
-    Every rank of a replica takes the same decisions. A response depends on its request alone, so
-    none of them changes a token.
+    Every rank of a replica makes the same decisions. A response depends on its request alone, so
+    no decision changes a token.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class Scheduler:
         """Starts with every slot free.
 
         Args:
-            queue: requests that wait.
+            queue: queue of waiting requests.
             sequences: state of all slots.
-            num_slots: most sequences at once; the first slots.
-            num_stages: pipeline stages, each of which has a pass of its own to work on.
-            prompts_apart: whether prompts are read in passes of their own, some of them together,
-                so that all other passes consist of whole blocks and can be captured.
+            num_slots: most sequences at once; they use the first slots.
+            num_stages: number of pipeline stages, each of which works on a different pass.
+            prompts_apart: whether prompts are read in separate passes, several at once. All other
+                passes then consist of whole blocks and can be captured.
         """
         self._queue, self._sequences = queue, sequences
         self._free, self._ready = list(range(num_slots)), list[int]()
@@ -54,7 +54,8 @@ class Scheduler:
         """Admits requests to free slots and chooses the sequences of the next pass.
 
         Returns:
-            Their slots; empty where all are in the pipeline, None when every response is finished.
+            Slots of these sequences; empty if all sequences are in the pipeline, None if every
+            response is finished.
         """
         self._admit()
         if not self._num_active:
@@ -74,8 +75,8 @@ class Scheduler:
         """Takes back the sequences of a pass.
 
         Args:
-            slots: of the pass.
-            finished: those of them whose response is; they are free.
+            slots: slots of the pass.
+            finished: those of the slots whose response is finished; they become free.
         """
         left = set(finished)
         self._ready += [slot for slot in slots if slot not in left]
@@ -83,9 +84,9 @@ class Scheduler:
         self._num_active -= len(left)
 
     def close_gaps(self, cache: KVCache) -> None:
-        """Moves sequences to lower free slots: those next to each other are read without a copy.
+        """Moves sequences to lower free slots, because adjacent slots are read without a copy.
 
-        Does nothing while requests wait, which will take those slots.
+        Does nothing while requests wait: they will take the free slots.
         """
         if not self._queue.is_empty:
             return
@@ -103,7 +104,7 @@ class Scheduler:
         """Gives free slots, the lowest first, to waiting requests."""
         if not self._free or self._queue.is_empty:
             return
-        # Once begun it goes on until no slot is free: long prompts fill a pass one by one.
+        # Admission goes on until no slot is free: a long prompt may fill a whole pass.
         self._is_admitting |= len(self._free) >= self._least_admitted or not self._num_active
         if not self._is_admitting:
             return

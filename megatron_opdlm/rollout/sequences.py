@@ -1,7 +1,7 @@
-"""The responses that are being decoded: one row per slot of the cache, all moved on together.
+"""State of the responses that are being decoded: one row per slot of the cache.
 
-Host tensors; the same on every rank of a replica. A pass works on some of the slots, and each of
-its steps here is a few operations over all of them.
+The state is in host tensors, the same on every rank of a replica. A pass works on some of the
+slots. Each method here handles all of these slots with a few tensor operations.
 
 Shape letters: n slots of a pass, C positions that a sequence may fill, K block size, T tokens.
 """
@@ -19,22 +19,22 @@ from megatron_opdlm.rollout.request import Request
 
 
 class Sequences:
-    """State of every slot; the last row is the spare slot, a block that nobody reads.
+    """State of every slot. The last row is the spare slot, a block that nobody reads.
 
     Attributes:
-        block_size: K.
-        num_open: tokens of the current block that a pass holds: K, or 0 in a causal model, whose
-            output at the token before the block predicts it.
-        token_ids: [slots + 1, C] int64, the prompt, what is decoded, and mask tokens.
-        commit_step: [slots + 1, C] int64, -1 where nothing was committed.
-        masked: [slots + 1, K] bool, positions of the current block that still are.
+        block_size: K, tokens per block.
+        num_open: number of tokens of the current block in a pass: K, or 0 in a causal model, where
+            the output at the token before the block predicts it.
+        token_ids: [slots + 1, C] int64, the prompt, the decoded tokens, and mask tokens.
+        commit_step: [slots + 1, C] int64, commit step of every position; -1 if it has none.
+        masked: [slots + 1, K] bool, positions of the current block that are still masked.
         block: [slots + 1] int64, first position of the current block.
         cached: [slots + 1] int64; positions before this have clean keys and values in the cache.
-        step: [slots + 1] int64, denoising steps that the current block has had.
-        prompt_length: [slots + 1] int64.
-        limit: [slots + 1] int64, the position after the last one that may be response.
+        step: [slots + 1] int64, number of denoising steps that the current block has had.
+        prompt_length: [slots + 1] int64, tokens of the prompt.
+        limit: [slots + 1] int64, the position after the last possible response token.
         key: [slots + 1] int64, random keys of the requests.
-        index: of the request in each slot, among all of a rollout.
+        index: for each slot, the index of its request among all requests of the rollout.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Sequences:
         mask_token_id: int,
         causal: bool = False,
     ) -> None:
-        """All slots are empty; `causal` goes with blocks of one token."""
+        """Starts with empty slots. A causal model needs blocks of one token."""
         rows, self._mask_token_id = num_slots + 1, mask_token_id
         self.block_size = block_size
         self.num_open = 0 if causal else block_size
@@ -61,8 +61,9 @@ class Sequences:
         self._requests: list[Request | None] = [None] * rows
 
     def start(self, slot: int, index: int, request: Request) -> None:
-        """Puts a request into a slot, at its first step: the prompt's tail shares its block with
-        masks.
+        """Puts a request into a slot, at its first denoising step.
+
+        The last tokens of the prompt may share the first block with mask tokens.
         """
         length = len(request.prompt_ids)
         self.token_ids[slot] = self._mask_token_id
@@ -76,24 +77,25 @@ class Sequences:
         self.index[slot], self._requests[slot] = index, request
 
     def request(self, slot: int) -> Request:
-        """What is decoded in a slot."""
+        """Returns the request that is decoded in a slot."""
         request = self._requests[slot]
         assert request is not None, "the slot is empty"
         return request
 
     def has_prompt(self, slots: Tensor) -> Tensor:
-        """[n] bool: whether a sequence brings more to a pass than the block just finished and the
-        current one.
+        """Returns [n] bool: whether a sequence still has prompt tokens to read.
+
+        It then brings more to a pass than the block just finished and the current one.
         """
         return self.block[slots] - self.cached[slots] > self.block_size
 
     def commit(self, slots: Tensor, chosen: Tensor, tokens: Tensor) -> None:
-        """Fills positions of current blocks; a step of these slots is over.
+        """Commits tokens to current blocks, and counts a denoising step of these slots.
 
         Args:
-            slots: [n] int64.
-            chosen: [n, K] bool, a subset of `masked`.
-            tokens: [n, K] int64; read where chosen.
+            slots: [n] int64, slots of the pass.
+            chosen: [n, K] bool, positions to commit; a subset of `masked`.
+            tokens: [n, K] int64, tokens of the chosen positions; the others are ignored.
         """
         row, column = chosen.nonzero(as_tuple=True)
         slot = slots[row]
@@ -105,14 +107,14 @@ class Sequences:
         self.step[slots] += 1
 
     def advance(self, slots: Tensor, eos_token_ids: Tensor) -> list[tuple[int, Trajectory]]:
-        """Moves on to the next block where the current one is finished.
+        """Moves each sequence whose current block is finished to its next block.
 
         Args:
-            slots: [n] int64.
+            slots: [n] int64, slots of the pass.
             eos_token_ids: int64, ids that end a response.
 
         Returns:
-            Slot and trajectory of every response that is finished; its slot is free.
+            Slot and trajectory of every finished response; its slot is free now.
         """
         slots = slots[~self.masked[slots].any(1)]
         place = self.block[slots].unsqueeze(1) + torch.arange(self.block_size)
@@ -135,20 +137,20 @@ class Sequences:
         return finished
 
     def move(self, source: int, target: int) -> None:
-        """Takes over a slot for another one; the cache has to move along."""
+        """Moves the state of slot `source` to slot `target`; the cache must be moved, too."""
         for state in vars(self).values():
             if isinstance(state, (Tensor, list)):
                 state[target] = state[source]
 
     def still_masked(self, slot: int) -> tuple[Tensor, Tensor]:
-        """[L] int64 tokens through the current block, and [L] bool, which are masked."""
+        """Returns [L] int64 tokens through the current block, and [L] bool, which are masked."""
         block = int(self.block[slot])
         masked = torch.zeros(block + self.block_size, dtype=torch.bool)
         masked[block:] = self.masked[slot]
         return self.token_ids[slot, : len(masked)].clone(), masked
 
     def describe(self, slots: Sequence[int]) -> str:
-        """Names prompts, blocks and denoising steps, for an error message."""
+        """Returns prompts, blocks and denoising steps of slots, for an error message."""
         places = [
             f"{self.request(slot).prompt_id} (block {int(self.block[slot]) // self.block_size}, "
             f"denoising step {int(self.step[slot])})"

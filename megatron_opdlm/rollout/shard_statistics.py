@@ -1,9 +1,9 @@
-"""What a rank knows about its columns of the logits: best token, normaliser, mean logit.
+"""Statistics of a rank's columns of the logits: best token, normaliser, mean logit.
 
-The one place of the draw with two implementations. The Triton kernel reads the logits once, 2 bytes
-per logit in bfloat16; it runs on CUDA where Triton can be imported. PyTorch moves about 340 bytes
-per logit, more than half of them for the noise; it is the reference and runs elsewhere. Noise has
-the same bits in both, and results agree to the rounding of float32.
+Only this part of a draw has two implementations. The Triton kernel reads the logits once, 2 bytes
+per logit in bfloat16; it runs on CUDA if Triton can be imported. PyTorch moves about 340 bytes per
+logit, more than half of them for the noise; it is the reference, and runs everywhere else. The bits
+of the noise are the same in both, and results agree up to the rounding of float32.
 
 Shape letters: T rows, V vocabulary; `_TV` holds this rank's [T, V_local] columns.
 """
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class ShardStatistics(Protocol):
-    """An implementation."""
+    """A function that computes the statistics of a shard."""
 
     def __call__(
         self,
@@ -36,30 +36,32 @@ class ShardStatistics(Protocol):
         temperature: float,
         with_entropy: bool,
     ) -> Tensor:
-        """Reduces every row to a few numbers. No collectives, and CUDA is not waited for.
+        """Reduces every row to a few numbers. No collectives, and the host does not wait for CUDA.
 
         Args:
             logits_TV: [T, V_local] bfloat16 or float32, T > 0; left unchanged.
             keys: [T] int64 noise key of each row.
             first: id of the first column.
-            num_valid: columns that are not padding; the others are left out.
-            mask_column: column that is left out; outside of [0, V_local) there is none.
-            temperature: the score of a token is logit / temperature + noise, or at 0 its logit.
+            num_valid: number of columns that are not padding; the others are left out.
+            mask_column: column of the mask token, which is left out; outside of [0, V_local) this
+                shard does not have it.
+            temperature: sampling temperature. The score of a token is logit / temperature + noise;
+                at temperature 0 it is the logit.
             with_entropy: whether to add the mean logit.
 
         Returns:
             [4, T] float64: best score, id of its token (the lowest on ties), logit of that token,
-            log sum exp of the logits; or [5, T], with their mean under the softmax. A row of -inf
-            has the first id and the log sum -inf; the log sum of one with NaN or +inf is not
-            finite, and its token is any of this rank.
+            log sum exp of the logits. With entropy [5, T]: the last row is the mean logit under the
+            softmax. A row of nothing but -inf has the first id and the log sum -inf. If a row
+            contains NaN or +inf, its log sum is not finite, and its token is any of this rank.
         """
 
 
 def statistics_on(device_type: str) -> ShardStatistics:
-    """Returns the implementation for a kind of device, and says once which it is on a GPU.
+    """Returns the implementation for a device type. On a GPU it logs the choice once.
 
     Args:
-        device_type: of the logits, such as "cuda".
+        device_type: device type of the logits, such as "cuda".
     """
     if device_type != "cuda":
         return torch_statistics
@@ -83,14 +85,14 @@ def torch_statistics(
     temperature: float,
     with_entropy: bool,
 ) -> Tensor:
-    """See `ShardStatistics`: the reference."""
+    """Computes the statistics with PyTorch; the reference. See `ShardStatistics`."""
     score = logits = visible_logits(logits_TV, num_valid=num_valid, mask_column=mask_column)
     if temperature > 0:
         columns = torch.arange(logits.shape[1], device=logits.device) + first
         score = randomness.gumbel(keys, columns).add_(logits, alpha=1.0 / temperature)
     value, column = score.max(dim=1)
     logit = logits.gather(1, column.unsqueeze(1)).squeeze(1)
-    # float64 holds ids exactly, so everything travels in one message
+    # float64 holds ids exactly, so all numbers are sent in one message
     record = [value.double(), (column + first).double(), logit.double()]
     sums = log_sum_and_mean(logits) if with_entropy else (log_sum_exp(logits, 1.0),)
     return torch.stack([*record, *sums])
@@ -99,7 +101,7 @@ def torch_statistics(
 def visible_logits(logits_TV: Tensor, *, num_valid: int, mask_column: int) -> Tensor:
     """Returns a float32 copy of the logits with padding and the mask token at -inf.
 
-    Args: as of `ShardStatistics`.
+    The arguments are those of `ShardStatistics`.
     """
     logits = logits_TV.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     logits[:, num_valid:] = -torch.inf
@@ -109,7 +111,7 @@ def visible_logits(logits_TV: Tensor, *, num_valid: int, mask_column: int) -> Te
 
 
 def log_sum_exp(logits: Tensor, temperature: float) -> Tensor:
-    """Returns [T] float64 log sum exp(logits / temperature); -inf if all is padding.
+    """Returns [T] float64 log sum exp(logits / temperature); -inf if the shard is all padding.
 
     Args:
         logits: [T, V_local] float32.
@@ -121,8 +123,9 @@ def log_sum_exp(logits: Tensor, temperature: float) -> Tensor:
 
 
 def log_sum_and_mean(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns [T] float64 log sum exp(logits) and [T] float64 mean of the logits under their
-    softmax, NaN if all is padding.
+    """Returns [T] float64 log sum exp(logits), and [T] float64 mean logit under the softmax.
+
+    The mean is NaN if the shard is all padding.
 
     Args:
         logits: [T, V_local] float32.
@@ -136,6 +139,6 @@ def log_sum_and_mean(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _finite_maximum(logits: Tensor) -> Tensor:
-    """[T] largest logit; 0 in a row of -inf alone, such as a shard of padding."""
+    """Returns [T] the largest logit; 0 for a row of nothing but -inf, such as padding."""
     largest = logits.amax(1)
     return largest.masked_fill(largest == -torch.inf, 0.0)

@@ -1,4 +1,4 @@
-"""Small tensors that go to the device together, in one copy that the host does not wait for."""
+"""Copies small tensors to the device together, in one copy for which the host does not wait."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from torch import Tensor
 from megatron_opdlm.diffusion.blocks import round_up
 
 ALIGNMENT = 8
-"""Bytes; the size of the largest numbers, so that every part can be viewed as what it is."""
+"""Alignment in bytes: the size of the largest numbers, so that every part can be viewed in its own
+data type."""
 
 
 class Staged:
-    """Named tensors on a device, in one buffer, of which `staged[name]` is a view.
+    """Named tensors on a device, in one buffer. `staged[name]` is a view of the buffer.
 
-    Whoever fills the buffer anew, as CUDA graphs need it, changes them all.
+    New contents of the buffer change all these tensors. CUDA graphs rely on this.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device | int | str) -> None:
         """Copies tensors of the host to the device.
 
         Args:
-            tensors: by name, of any shapes and types, on the host.
-            device: where they are wanted.
+            tensors: host tensors by name, with any shapes and data types.
+            device: device to copy them to.
         """
         self._places: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
         size = 0
@@ -32,7 +33,7 @@ class Staged:
             self._places[name] = size, tensor.dtype, tensor.shape
             size += round_up(tensor.nbytes, ALIGNMENT)
         is_cuda = torch.device(device).type == "cuda"
-        # Pinned memory is torch's to reuse once the copy is done.
+        # torch reuses pinned memory only after the copy is done.
         self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=is_cuda)
         for name, tensor in tensors.items():
             self[name].copy_(tensor)
@@ -45,10 +46,10 @@ class Staged:
         return self._buffer[start:end].view(dtype).view(shape)
 
     def only(self, names: Iterable[str]) -> Staged:
-        """The first of the tensors, on the same memory.
+        """Returns the first tensors, in the same memory.
 
         Args:
-            names: the first names, all of them in order.
+            names: the names of the first tensors, in order and without gaps.
         """
         places = {name: self._places[name] for name in names}
         assert list(places) == list(self._places)[: len(places)]
@@ -56,11 +57,11 @@ class Staged:
         return self._of(places, self._buffer[: start + shape.numel() * dtype.itemsize])
 
     def clone(self) -> Staged:
-        """The same on memory of its own."""
+        """Returns a copy in its own memory."""
         return self._of(self._places, self._buffer.clone())
 
     def copy_from(self, other: Staged) -> None:
-        """Takes the values of tensors that have the same names, shapes and types."""
+        """Copies the values of tensors that have the same names, shapes and data types."""
         assert self._places == other._places, "a captured pass runs on inputs of its own shapes"
         self._buffer.copy_(other._buffer)
 

@@ -302,10 +302,10 @@ def test_graphs_say_what_they_do_not_go_with(gpu, monkeypatch):
     gpu()
     where = "cuda:0", torch.bfloat16, 128
     assert graph_obstacle_on(*where[:1], where, sequence_parallel=True) == (
-        "does not go with sequence_parallel, whose buffers do not survive a capture"
+        "cannot be used with sequence_parallel, whose buffers do not survive a capture"
     )
     assert graph_obstacle_on(*where[:1], where, fp8="hybrid") == (
-        "does not go with fp8=hybrid, whose scales do not survive a capture"
+        "cannot be used with fp8=hybrid, whose scales do not survive a capture"
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     rule = r"^cuda_graphs=true needs a CUDA device, and there is none; leave cuda_graphs out$"
