@@ -1,1 +1,1 @@
-"""The method's own objects: blocks, streams, trajectories, randomness. PyTorch alone."""
+"""The objects of the method: blocks, streams, trajectories, randomness. Needs PyTorch only."""

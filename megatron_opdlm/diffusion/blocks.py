@@ -1,8 +1,8 @@
-"""Arithmetic of the block grid, anchored at absolute position 0: position p belongs to block p //
-block_size.
+"""Arithmetic of the block grid, which begins at absolute position 0.
 
-A prompt's tail shares its block with the first response tokens, as in the engines that serve these
-models. There is no left padding."""
+Position p belongs to block p // block_size. The last prompt tokens may share a block with the first
+response tokens, as in the engines that serve these models. There is no left padding.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def round_up(length: int, multiple: int) -> int:
 
 
 def num_decoded_tokens(prompt_length: int, response_limit: int, block_size: int) -> int:
-    """Returns how many positions after the prompt are decoded when the response runs to its limit.
+    """Returns how many positions after the prompt are decoded if the response reaches its limit.
 
-    Blocks are decoded whole, so the last one may reach beyond the limit; what lies there is
+    Blocks are decoded whole, so the last block may end after the limit. Tokens after the limit are
     context, never response.
 
     >>> num_decoded_tokens(prompt_length=6, response_limit=5, block_size=4)

@@ -1,6 +1,6 @@
-"""A response at its noisy states, laid out for the student and the teacher.
+"""A training example: a response at its noisy states, laid out for student and teacher.
 
-Shape letters: M states, N blocks that hold decoded tokens, K block size, T loss rows.
+Shape letters: M states, N blocks with decoded tokens, K block size, T loss rows.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from megatron_opdlm.diffusion.trajectory import Trajectory
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingExample:
-    """A response seen at one or more noisy states."""
+    """A response at one or more noisy states."""
 
     trajectory: Trajectory
-    """Where it comes from."""
+    """Trajectory of the response."""
     student: Document
-    """Clean tokens followed by the noisy blocks that hold a loss position; its loss rows are the
-    loss positions."""
+    """Document for the student: clean tokens, then the noisy blocks that have a loss position. Its
+    loss rows are the loss positions."""
     teacher: Document
-    """Clean tokens, causal, as far as a target is needed; its loss rows are aligned one to one with
-    the student's."""
+    """Document for the teacher: clean tokens with causal tags, up to the last needed target. Its
+    loss rows correspond one to one to the student's."""
     target_ids: Tensor
-    """[T] int64, the token of the response at each loss position."""
+    """[T] int64, the response's token at each loss position."""
     num_masked: Tensor
-    """[T] int64, masked positions in each row's block."""
+    """[T] int64, number of masked positions in the block of each loss row."""
     row_scale: Tensor
-    """[T] float32, factor of each row's loss: 1, or 1/t for the NELBO."""
+    """[T] float32, factor of each loss row: 1, or 1/t for the NELBO."""
     denominator: int
-    """What a mean over the sequence divides by: its loss rows, or for the NELBO its response
-    tokens."""
+    """Divisor of a mean over the response: its number of loss rows, or of response tokens for the
+    NELBO."""
     num_states: int
-    """What a sum over the sequence divides by, so that more states are no larger loss: M; 1 for the
-    NELBO, whose rows are divided already."""
+    """Divisor of a sum over the response, so that more states do not make the loss larger: M, or 1
+    for the NELBO, whose rows are already divided."""
 
     @property
     def num_rows(self) -> int:
@@ -49,9 +49,10 @@ class TrainingExample:
 def teacher_row(position: Tensor) -> Tensor:
     """Returns the position whose causal logits predict `position`: the one before it.
 
-    The student's logits at a position predict that very position; this is the only place where the
-    shift of the autoregressive teacher enters. With block size 4 and a prompt of 6, the target of
-    r0 (position 6) is the teacher's output at position 5."""
+    The student's logits at a position predict this same position. The shift of the autoregressive
+    teacher is applied only here. Example: with block size 4 and a prompt of 6 tokens, the target of
+    r0 (position 6) is the teacher's output at position 5.
+    """
     return position - 1
 
 
@@ -65,18 +66,18 @@ def make_example(
 ) -> TrainingExample:
     """Lays out one response at its noisy states.
 
-    Loss positions are masked in the state, part of the response, and at or before the end of
-    sequence (before it, if `include_eos` is False). Noisy blocks without a loss position are left
-    out, and so are the clean tokens that no remaining noisy block can see.
+    A loss position is masked in the state, belongs to the response, and is not after the end of
+    sequence (if `include_eos` is False, it is before the end of sequence). Noisy blocks without a
+    loss position are left out, and so are clean tokens that no remaining noisy block sees.
 
     Args:
-        trajectory: the response.
-        states: from `select_states`.
-        mask_token_id: id shown at masked positions.
-        include_eos: whether the end-of-sequence token carries loss.
-        nelbo: whether rows are weighted by 1/t, and counted by the response's tokens: with
-            cross-entropy, the loss is then the block-diffusion NELBO per token (BD3-LM, arXiv
-            2503.09573, Eq. 8, linear schedule); the mean over M states.
+        trajectory: trajectory of the response.
+        states: noisy states from `select_states`.
+        mask_token_id: id of the mask token, which stands at masked positions.
+        include_eos: whether the end-of-sequence token has a loss.
+        nelbo: whether loss rows have the factor 1/t, and a mean divides by the number of response
+            tokens. With cross-entropy the loss is then the block-diffusion NELBO per token (BD3-LM,
+            arXiv 2503.09573, Eq. 8, linear schedule), averaged over the M states.
 
     Returns:
         The documents of student and teacher. Both are empty if there is no loss position.
@@ -111,7 +112,10 @@ def make_example(
 def _student_document(
     trajectory: Trajectory, masked: Tensor, has_loss: Tensor, mask_token_id: int
 ) -> Document:
-    """The clean tokens that a noisy block sees, then every noisy block [M, N, K] with a loss."""
+    """Returns the clean tokens that a noisy block sees, then the noisy blocks with a loss position.
+
+    `masked` and `has_loss` are [M, N, K] bool.
+    """
     size, first = trajectory.block_size, trajectory.first_block
     state, block = has_loss.any(-1).nonzero(as_tuple=True)
     clean_length = (first + int(block.max())) * size if len(block) else 0
@@ -131,7 +135,7 @@ def _student_document(
 
 
 def _teacher_document(trajectory: Trajectory, rows: Tensor) -> Document:
-    """The clean tokens through the last of the wanted rows."""
+    """Returns the clean tokens up to the last loss row."""
     length = int(rows.max()) + 1 if len(rows) else 0
     return Document(
         token_ids=trajectory.token_ids[:length],

@@ -1,4 +1,4 @@
-"""The choice of the noisy states of a response that are trained on."""
+"""Chooses the noisy states at which a response is trained on."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ def select_states(
     """Chooses noisy states of a response.
 
     Args:
-        trajectory: the response.
+        trajectory: trajectory of the response.
         state_selection: a name of STATE_SELECTIONS.
         key: random key, `randomness.key(...)`; the same key gives the same states.
-        num_states: M, for selections that do not take every step.
-        at_least_one: `random` masks one position, drawn uniformly, in a block where none would be.
-        mask_token_id: positions that hold it stay masked: they were never decoded.
+        num_states: M, the number of states; ignored by selections that take every step.
+        at_least_one: whether `random` masks one position, drawn uniformly, in a block that would
+            have no mask.
+        mask_token_id: id of the mask token. Positions of the trajectory that have it were never
+            decoded, and stay masked.
 
     Returns:
-        The states. A finished block has no masked position.
+        The noisy states. A finished block has no masked position.
 
     Raises:
         ValueError: there is no such selection.

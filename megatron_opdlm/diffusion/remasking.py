@@ -1,12 +1,12 @@
 """Remasking rules: which masked positions of a block become tokens at a denoising step.
 
-A rule is a frozen dataclass in the table `RULES`; its fields are its parameters. It says in which
-order masked positions are committed, and which of them beyond the step's quota; `choose_commits`
-does all the rest, so no rule can overwrite a prompt token or leave a mask behind. Whatever lets
-somebody choose a rule derives from the table: a new rule is one class and its line there.
+A rule is a frozen dataclass in the table `RULES`; its fields are its parameters. A rule decides in
+which order masked positions are committed, and which positions are committed beyond the step's
+quota. `choose_commits` does everything else, so no rule can overwrite a prompt token or leave a
+mask behind. All commands and configurations read the table: a new rule is a class and a line in it.
 
-This file imports no torch when it is loaded, so that commands can offer the rules at once, and
-nothing else of its package: exported models carry it as it is.
+This file does not import torch when it is loaded, so that commands can offer the rules at once. It
+imports nothing else of its package, because exported models contain a copy of this file.
 
 Shape letters: B blocks (one per sequence in the batch), K block size.
 """
@@ -26,27 +26,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """The tokens that were sampled at the positions of some blocks."""
+    """The tokens that were sampled at the positions of blocks."""
 
     confidence_BK: Tensor
-    """[B, K] float, finite: the probability of each token; of no meaning where nothing is
-    masked."""
+    """[B, K] float, finite: the probability of each token. Values at positions that are not masked
+    have no meaning."""
     known_entropy_BK: Tensor | None = None
-    """[B, K] float, nats, of the distribution of each; None where the rule does not need it."""
+    """[B, K] float, entropy of the distribution at each position, in nats; None if the rule does
+    not need it."""
 
     @property
     def entropy_BK(self) -> Tensor:
-        """[B, K] float, nats.
+        """[B, K] float, entropy of the distribution at each position, in nats.
 
         Raises:
-            ValueError: a rule reads it that does not say so.
+            ValueError: the rule reads entropies, but `needs_entropy` is False.
         """
         if self.known_entropy_BK is None:
             raise ValueError("this rule reads entropies; set needs_entropy = True in its class")
         return self.known_entropy_BK
 
     def in_order(self, order_BK: Tensor) -> Candidates:
-        """Returns them with the positions of every row in another order, [B, K] int64."""
+        """Returns the candidates with the positions of each row in the order [B, K] int64."""
         entropy_BK = self.known_entropy_BK
         return Candidates(
             confidence_BK=self.confidence_BK.gather(1, order_BK),
@@ -56,39 +57,39 @@ class Candidates:
 
 @dataclass(frozen=True, kw_only=True)
 class RemaskingRule(ABC):
-    """Base of the rules. Every step commits at least the first n masked positions in its order."""
+    """Base class of the rules. A step commits at least the first n masked positions, in order."""
 
     summary: ClassVar[str]
-    """What it keeps at a step, for help texts and tables."""
+    """The tokens that a step keeps, for help texts and tables."""
     label: ClassVar[str]
     """Short name in tables of results."""
     flag: ClassVar[str] = ""
-    """Option of `opdlm eval`, without dashes; empty = the label."""
+    """Name of the option of `opdlm eval`, without dashes; if empty, the label."""
     needs_entropy: ClassVar[bool] = False
-    """Whether it reads the entropies, which are then computed."""
+    """Whether the rule reads entropies. They are computed only then."""
 
     @abstractmethod
     def score(self, candidates: Candidates) -> Tensor:
-        """Returns [B, K] float, finite: masked positions are committed highest first.
+        """Returns the scores, [B, K] float, finite. Highest scores are committed first.
 
-        Ties go to the lower position.
+        On ties the lower position is committed first.
         """
 
     def beyond_quota(self, ordered: Candidates) -> Tensor | None:
-        """Returns [B, K] bool: what is committed however many there are; None = nothing.
+        """Returns the positions to commit beyond the quota, [B, K] bool; None if there are none.
 
         Args:
-            ordered: the candidates in the order of commitment, so that index 0 is the position that
-                is committed first; those that are not masked come last, and count in no way.
+            ordered: the candidates in the order of commitment: index 0 is committed first.
+                Positions that are not masked come last, and are ignored.
         """
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LowConfidenceStatic(RemaskingRule):
-    """By confidence, highest first; no more than the quota (SDAR)."""
+    """Commits the positions of highest confidence, no more than the quota (SDAR)."""
 
-    summary: ClassVar[str] = "the n surest"
+    summary: ClassVar[str] = "the n of highest confidence"
     label: ClassVar[str] = "static"
 
     def score(self, candidates: Candidates) -> Tensor:
@@ -98,9 +99,9 @@ class LowConfidenceStatic(RemaskingRule):
 
 @dataclass(frozen=True, kw_only=True)
 class LowConfidenceDynamic(RemaskingRule):
-    """By confidence; and every position whose confidence exceeds a threshold (SDAR, JetEngine)."""
+    """Commits the positions of highest confidence, and all above a threshold (SDAR, JetEngine)."""
 
-    summary: ClassVar[str] = "the n surest, and all above confidence_threshold"
+    summary: ClassVar[str] = "the n of highest confidence, and all above confidence_threshold"
     label: ClassVar[str] = "dynamic"
 
     confidence_threshold: float = 0.9
@@ -116,18 +117,18 @@ class LowConfidenceDynamic(RemaskingRule):
         return candidates.confidence_BK
 
     def beyond_quota(self, ordered: Candidates) -> Tensor:
-        """Returns what is above the threshold."""
+        """Returns the positions whose confidence is above the threshold."""
         return ordered.confidence_BK > self.confidence_threshold
 
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyBounded(RemaskingRule):
-    """By entropy, lowest first; and as many more as keep the sum of the entropies below a bound
-    (EB-Sampler, arXiv 2505.24857, in the form of SDAR's engines).
+    """Commits the positions of lowest entropy, and more while their entropies sum to less than a
+    bound (EB-Sampler, arXiv 2505.24857, in the form of SDAR's engines).
     """
 
     summary: ClassVar[str] = (
-        "the n of lowest entropy, and as many more as keep the sum of entropies below entropy_bound"
+        "the n of lowest entropy, and more while the sum of entropies is below entropy_bound"
     )
     label: ClassVar[str] = "entropy"
     flag: ClassVar[str] = "entropy-bounded"
@@ -152,7 +153,7 @@ class EntropyBounded(RemaskingRule):
 
 @dataclass(frozen=True, kw_only=True)
 class Sequential(RemaskingRule):
-    """From left to right; no more than the quota."""
+    """Commits positions from left to right, no more than the quota."""
 
     summary: ClassVar[str] = "the n leftmost"
     label: ClassVar[str] = "sequential"
@@ -168,7 +169,7 @@ RULES: dict[str, type[RemaskingRule]] = {
     "entropy_bounded": EntropyBounded,
     "sequential": Sequential,
 }
-"""All rules, by the name that users choose them by."""
+"""All rules, by the name that users give."""
 
 
 def make_rule(name: str, **parameters: Any) -> RemaskingRule:
@@ -176,7 +177,7 @@ def make_rule(name: str, **parameters: Any) -> RemaskingRule:
 
     Args:
         name: a name of RULES.
-        parameters: some of its parameters; the others have their defaults.
+        parameters: parameters of the rule; those not given have their defaults.
 
     Raises:
         ValueError: there is no such rule, the rule has no such parameter, or a value is out of its
@@ -200,7 +201,7 @@ def rule_name(rule: RemaskingRule) -> str:
     """Returns the name of a rule's class in RULES.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the class is not in RULES.
     """
     for name, entry in RULES.items():
         if entry is type(rule):
@@ -211,19 +212,19 @@ def rule_name(rule: RemaskingRule) -> str:
 def num_transfer_tokens(block_size: int, denoising_steps: int, step: int) -> int:
     """Returns how many tokens every rule commits at least at a step of a fully masked block.
 
-    block_size // denoising_steps, plus one for the first block_size % denoising_steps steps, so the
-    steps sum to the block.
+    The number is block_size // denoising_steps, plus one for the first
+    block_size % denoising_steps steps. So the numbers of all steps sum to block_size.
 
     >>> [num_transfer_tokens(4, 3, step) for step in range(3)]
     [2, 1, 1]
 
     Args:
-        block_size: K.
-        denoising_steps: steps per block.
+        block_size: K, tokens per block.
+        denoising_steps: denoising steps per block.
         step: denoising step, from 0.
 
     Raises:
-        ValueError: if a value is out of its range.
+        ValueError: a value is out of its range.
     """
     _check_steps(block_size, denoising_steps)
     if not 0 <= step < denoising_steps:
@@ -242,27 +243,30 @@ def choose_commits(
 ) -> Tensor:
     """Chooses the positions that are committed at this denoising step.
 
-    With n = `num_transfer_tokens` of the row's step, every rule commits the first
-    min(n, masked positions) of the row in its own order, and what it wants beyond them; the last
-    step commits whatever is still masked. Ties go to the lower position. The two defects of SDAR's
-    and JetEngine's samplers are fixed that overwrite prompt tokens (n above the masked count) and
-    leave masks behind (steps used up).
+    Let n be `num_transfer_tokens` of the row's step. Every rule commits the first n masked
+    positions of the row in its order (all of them if fewer are masked), and the positions that it
+    wants beyond n. The last step commits all positions that are still masked. On ties the lower
+    position is first. Two defects of SDAR's and JetEngine's samplers are fixed here: they overwrite
+    prompt tokens if n is above the number of masked positions, and leave masks behind after the
+    last step.
 
     Args:
-        confidence_BK: [B, K] float, finite, of the sampled token; ignored where not masked.
+        confidence_BK: [B, K] float, finite, probability of the sampled token; ignored at positions
+            that are not masked.
         masked_BK: [B, K] bool, True where the position is still masked.
-        step_B: [B] int64, denoising step of each block from 0.
-        rule: in which order, and what beyond the quota.
-        denoising_steps: steps per block.
-        entropy_BK: [B, K] float, nats, for rules that need it; ignored where not masked.
+        step_B: [B] int64, denoising step of each block, from 0.
+        rule: the remasking rule.
+        denoising_steps: denoising steps per block.
+        entropy_BK: [B, K] float, entropy in nats, for rules that need it; ignored at positions that
+            are not masked.
 
     Returns:
-        [B, K] bool, a subset of masked_BK; at least one position in every row that has a masked
-        one, if denoising_steps <= K.
+        [B, K] bool, a subset of masked_BK. If denoising_steps <= K, every row with a masked
+        position commits at least one.
 
     Raises:
-        ValueError: denoising_steps below 1, shapes that do not match, or no entropy for a rule that
-            needs it.
+        ValueError: denoising_steps is below 1, the shapes do not match, or the rule needs entropies
+            and there are none.
     """
     _check_shapes(confidence_BK, masked_BK, step_B)
     if not rule.needs_entropy:
@@ -271,7 +275,7 @@ def choose_commits(
         name = type(rule).__name__
         raise ValueError(f"{name} needs entropy_BK, shaped like confidence_BK; compute it")
     candidates = Candidates(confidence_BK=confidence_BK, known_entropy_BK=entropy_BK)
-    # Unmasked positions sort last, so a quota above the masked count only ever reaches them.
+    # Unmasked positions sort last. A quota above the number of masked positions only reaches them.
     score_BK = rule.score(candidates).masked_fill(~masked_BK, -math.inf)
     order_BK = score_BK.argsort(dim=1, descending=True, stable=True)
     place_BK = step_B.new_ones(masked_BK.shape).cumsum(1)  # from 1, in the order of commitment
@@ -291,7 +295,7 @@ def _check_shapes(confidence_BK: Tensor, masked_BK: Tensor, step_B: Tensor) -> N
 
 
 def _quota(block_size: int, denoising_steps: int, step_B: Tensor) -> Tensor:
-    """`num_transfer_tokens` for one step per row; the last step takes what is left."""
+    """Returns [B] `num_transfer_tokens` of each row's step; the last step takes everything left."""
     _check_steps(block_size, denoising_steps)
     quota_B = block_size // denoising_steps + (step_B < block_size % denoising_steps).long()
     return quota_B.masked_fill(step_B >= denoising_steps - 1, block_size)

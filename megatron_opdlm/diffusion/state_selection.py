@@ -1,9 +1,9 @@
-"""State selections: at which noisy states a response is trained on.
+"""State selections: they choose the noisy states at which a response is trained on.
 
-A selection is a record in the table `STATE_SELECTIONS`; whatever lets somebody choose one derives
-from it. Nothing here imports torch when it is loaded, so that commands can offer the names at once.
+A selection is a record in the table `STATE_SELECTIONS`, which all commands and configurations read.
+Nothing here imports torch when it is loaded, so that commands can offer the names at once.
 
-Shape letters: M states, N blocks that hold decoded tokens, K block size.
+Shape letters: M states, N blocks with decoded tokens, K block size.
 """
 
 from __future__ import annotations
@@ -19,66 +19,73 @@ if TYPE_CHECKING:
     from megatron_opdlm.diffusion.trajectory import Trajectory
 
 LEAST_TIME = 1e-3
-"""Smallest probability of a mask, as LLaDA has it; 1/t would have no variance without a bound."""
+"""Smallest probability of a mask, as in LLaDA. Without it the factor 1/t has no finite variance."""
 
 
 @dataclass(frozen=True)
 class NoisyStates:
-    """States of one response."""
+    """Noisy states of one response."""
 
     masked: Tensor
-    """[M, N, K] bool, True where the position is masked. Prompt positions never are."""
+    """[M, N, K] bool, True where the position is masked. Prompt positions are never masked."""
     time: Tensor | None = None
-    """[M, N] float32, the probability with which positions of a block were masked; None where the
-    states are those of a trajectory."""
+    """[M, N] float32, the probability t with which positions of a block were masked; None if the
+    states come from the trajectory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """What a selection chooses by, beside the trajectory."""
+    """The input of a selection besides the trajectory."""
 
     uniform: Callable[[int], Tensor]
-    """Number of draws -> [M, number] float32, uniform between 0 and 1; the same every time."""
+    """Function from a number of draws to [M, number] float32 noise, uniform between 0 and 1. Every
+    call returns the same noise."""
     at_least_one: bool
-    """Whether random masks leave no block without one."""
+    """Whether random masks give every block at least one mask."""
     mask_token_id: int
-    """Positions that hold it stay masked: they were never decoded."""
+    """Id of the mask token. Positions of the trajectory that have it were never decoded, and stay
+    masked."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StateSelection:
-    """One way to choose states."""
+    """One way to choose noisy states."""
 
     summary: str
-    """What it chooses, for help texts and tables."""
+    """The chosen states in words, for help texts and tables."""
     choose: Callable[[Trajectory, Draw], NoisyStates]
-    """Returns the states of a response. A finished block has no masked position."""
+    """Function that returns the states of a response. A finished block has no masked position."""
     reads_trajectory: bool = True
-    """Whether states are those of the denoising trajectory, which only a student's response has."""
+    """Whether the states come from the denoising trajectory, which only the student's responses
+    have."""
     takes_every_step: bool = False
-    """Whether it is one state per denoising step, however many are asked for."""
+    """Whether there is one state per denoising step, so that the number of states is not a
+    choice."""
 
 
 def before_step(trajectory: Trajectory, steps: Tensor) -> NoisyStates:
     """Returns the states before given denoising steps.
 
     Args:
-        trajectory: the response.
-        steps: [M, N] int64, from 0; a block whose step is past its own last one is finished.
+        trajectory: trajectory of the response.
+        steps: [M, N] int64, denoising steps from 0. A block is finished if its step is after the
+            block's last one.
     """
     return NoisyStates(trajectory.commit_grid >= steps.unsqueeze(-1))
 
 
 def _per_block(trajectory: Trajectory, draw: Draw) -> NoisyStates:
-    """The released code."""
+    """Draws a denoising step for every block separately, as the released code does."""
     num_steps = trajectory.num_steps
     uniform = draw.uniform(len(num_steps))
     return before_step(trajectory, (uniform.double() * num_steps).long().minimum(num_steps - 1))
 
 
 def _trajectory(trajectory: Trajectory, draw: Draw) -> NoisyStates:
-    """Paper, Algorithm 1, lines 5-6: blocks before the drawn index are finished, the block at it is
-    partly masked, blocks after it are fully masked.
+    """Draws one denoising step of the whole trajectory (paper, Algorithm 1, lines 5-6).
+
+    Blocks before the drawn block are finished, the drawn block is partly masked, and blocks after
+    it are fully masked.
     """
     num_steps, num_passes = trajectory.num_steps, trajectory.num_passes
     chosen = (draw.uniform(1).double() * num_passes).long().clamp(max=num_passes - 1)
@@ -87,16 +94,18 @@ def _trajectory(trajectory: Trajectory, draw: Draw) -> NoisyStates:
 
 
 def _all(trajectory: Trajectory, draw: Draw) -> NoisyStates:
-    """As many states as the largest number of steps that a block took."""
+    """Takes every denoising step; there are as many states as the slowest block took steps."""
     num_steps = trajectory.num_steps
     ones = num_steps.new_ones(int(num_steps.max()), len(num_steps))
     return before_step(trajectory, ones.cumsum(0) - 1)
 
 
 def _random(trajectory: Trajectory, draw: Draw) -> NoisyStates:
-    """The forward process of a masked diffusion model; OPDLM_off draws t for each block, too, in
-    the released code. Where there must be at least one mask, a block that would have none gets one,
-    drawn uniformly (the released code; a bias that the NELBO must not have).
+    """Masks positions at random: the forward process of a masked diffusion model.
+
+    Each block has its own t, as for OPDLM_off in the released code. With `at_least_one`, a block
+    that would have no mask gets one, drawn uniformly. This is what the released code does; it is a
+    bias, which the NELBO must not have.
     """
     grid = trajectory.commit_grid
     draws = draw.uniform(len(grid) + grid.numel())
@@ -115,7 +124,7 @@ def _random(trajectory: Trajectory, draw: Draw) -> NoisyStates:
 
 STATE_SELECTIONS: dict[str, StateSelection] = {
     "per_block": StateSelection(
-        summary="every block before a denoising step of its own, drawn uniformly",
+        summary="each block before one of its own denoising steps, drawn uniformly",
         choose=_per_block,
     ),
     "trajectory": StateSelection(
@@ -130,4 +139,4 @@ STATE_SELECTIONS: dict[str, StateSelection] = {
         reads_trajectory=False,
     ),
 }
-"""All selections, by the name that users choose them by."""
+"""All selections, by the name that users give."""

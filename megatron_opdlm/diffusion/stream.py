@@ -1,7 +1,7 @@
 """Token streams with tags, and the one attention predicate of this project.
 
-A stream is a flat run of tokens [S] in which several documents lie one after the other, without
-padding between them. Four tags per token say everything that attention has to know:
+A stream is a flat sequence of tokens [S], which contains several documents one after the other,
+without padding between them. Four tags per token say everything that attention must know:
 
     DOCUMENT  which sequence the token belongs to
     NOISY     0 in the clean part x_0; in the noisy part x_t (the doubled sequence of block
@@ -11,8 +11,8 @@ padding between them. Four tags per token say everything that attention has to k
     POSITION  absolute position in its document, used by RoPE; a noisy token has the position of
               the clean one
 
-A causal model is the case of block size 1: there, a clean token sees the clean tokens at or before
-its own position. So teacher, student, training and decoding all share `visible`.
+A causal model is the case of block size 1: a clean token then sees the clean tokens at its own
+position and before it. So teacher, student, training and decoding all use `visible`.
 
 Shape letters: S stream tokens, Q query tokens, K key tokens, T loss rows.
 """
@@ -30,11 +30,11 @@ PADDING_DOCUMENT = -1
 
 
 def visible(query_tags: Tensor, key_tags: Tensor) -> Tensor:
-    """Says which key each query may attend to.
+    """Returns which keys each query sees.
 
-    A clean query sees clean keys of its own block and of those before it (block_causal). A noisy
-    query sees clean keys of the blocks before its own (offset_block_causal) and the noisy keys of
-    its own block and state (block_diagonal). Never across documents.
+    A clean query sees clean keys of its own block and of the blocks before it (block_causal). A
+    noisy query sees clean keys of the blocks before its own (offset_block_causal), and the noisy
+    keys of its own block and state (block_diagonal). No query sees keys of another document.
 
     Args:
         query_tags: [..., Q, 4] int, tags of the queries.
@@ -58,7 +58,7 @@ def make_tags(document: int, positions: Tensor, *, noisy: int, block_size: int) 
     Args:
         document: index of the document in its stream.
         positions: [S] int, absolute positions.
-        noisy: number of the noisy state that this is, from 1; 0 = the clean part.
+        noisy: number of the noisy state, from 1; 0 for the clean part.
         block_size: tokens per block; 1 makes the part causal.
 
     Returns:
@@ -77,11 +77,11 @@ class Document:
     """One sequence of a stream, before packing."""
 
     token_ids: Tensor
-    """[S] int64."""
+    """[S] int64, token ids."""
     tags: Tensor
-    """[S, 4] int64; the document tag is set by `pack`."""
+    """[S, 4] int64, tags; `pack` sets the document tag."""
     loss_rows: Tensor
-    """[T] int64, indices into this document of the tokens whose output is wanted."""
+    """[T] int64, indices in this document of the tokens whose output is needed."""
 
     def __post_init__(self) -> None:
         assert self.tags.shape == (len(self.token_ids), 4), "one row of four tags per token"
@@ -90,26 +90,27 @@ class Document:
         return len(self.token_ids)
 
     def attention_pairs(self, block_size: int) -> int:
-        """Returns the (query, key) pairs that the predicate allows, per layer.
+        """Returns the number of (query, key) pairs that the predicate allows, per layer.
 
-        Clean or noisy, a token of block b sees the same number of keys: b blocks and its own.
+        A token of block b sees the same number of keys whether it is clean or noisy: those of b
+        earlier blocks and of its own.
         """
         return int(block_size * (self.tags[:, BLOCK] + 1).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedStream:
-    """Documents laid one after the other."""
+    """Documents one after the other in one stream."""
 
     token_ids: Tensor
-    """[S] int64."""
+    """[S] int64, token ids."""
     tags: Tensor
-    """[S, 4] int64. Alignment padding carries document -1; it sees itself alone and nobody sees
-    it."""
+    """[S, 4] int64, tags. Alignment padding has the document tag -1: a padding token sees only
+    itself, and no other token sees it."""
     loss_rows: Tensor
-    """[T] int64, indices into the stream, in the order of the documents."""
+    """[T] int64, indices in the stream, in the order of the documents."""
     num_padding: int
-    """Alignment tokens at the end of the stream."""
+    """Number of padding tokens at the end of the stream."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -125,14 +126,14 @@ class PackedStream:
 
 
 def to_device(tensor: Tensor, device: torch.device | str | int) -> Tensor:
-    """Copies a tensor of the host to a device without waiting for what the device is doing.
+    """Copies a host tensor to a device, without waiting for the device's other work.
 
-    A copy from memory that may be swapped out would wait. Pinned memory is torch's to reuse once
-    the copy is done.
+    A copy from pageable memory would wait, so the tensor is pinned first. torch reuses the pinned
+    memory only after the copy is done.
 
     Args:
-        tensor: of any shape and dtype.
-        device: where it is wanted.
+        tensor: host tensor of any shape and dtype.
+        device: device to copy it to.
     """
     if torch.cuda.is_available() and not tensor.is_cuda:
         tensor = tensor.pin_memory()
@@ -140,16 +141,16 @@ def to_device(tensor: Tensor, device: torch.device | str | int) -> Tensor:
 
 
 def aligned(num_tokens: int, multiple: int) -> int:
-    """Returns the length of the stream that `pack` makes of so many tokens."""
+    """Returns the length of the stream that `pack` makes of `num_tokens` tokens."""
     return max(1, -(-num_tokens // multiple)) * multiple
 
 
 def pack(documents: Sequence[Document], *, multiple: int = 1) -> PackedStream:
-    """Lays documents one after the other and pads the end to a multiple that the layers ask for.
+    """Packs documents one after the other, and pads the end to the multiple that the layers need.
 
     Args:
-        documents: any number of documents; none gives a stream of padding alone (a data-parallel
-            rank without rows).
+        documents: any number of documents. An empty list gives a stream of nothing but padding (for
+            a data-parallel rank without loss rows).
         multiple: the stream's length becomes a multiple of this (sequence parallel: the
             tensor-parallel size; FP8: 16).
 

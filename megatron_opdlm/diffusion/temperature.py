@@ -1,13 +1,14 @@
-"""Which temperatures tokens can be sampled at.
+"""The allowed sampling temperatures.
 
-The standard library only: the configuration asks, too.
+This file needs only the standard library, because the configuration uses it.
 """
 
 SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-6, 1e6
-"""Float32 logits / temperature carry no noise any more below these, and nothing else above them."""
+"""Below the first, noise no longer changes float32 logits / temperature; above the second, the
+noise is all that is left."""
 TEMPERATURE_RULE = f"0 (argmax) or from {SMALLEST_TEMPERATURE} to {LARGEST_TEMPERATURE:.0f}"
 
 
 def is_temperature(value: float) -> bool:
-    """Whether it keeps TEMPERATURE_RULE."""
+    """Returns whether a temperature satisfies TEMPERATURE_RULE."""
     return value == 0 or SMALLEST_TEMPERATURE <= value <= LARGEST_TEMPERATURE

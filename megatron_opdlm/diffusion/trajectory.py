@@ -1,6 +1,6 @@
-"""What a rollout leaves behind.
+"""The result of a rollout: responses with their commit steps.
 
-Shape letters: P prompt tokens, R decoded tokens, K block size, N blocks that hold decoded tokens.
+Shape letters: P prompt tokens, R decoded tokens, K block size, N blocks with decoded tokens.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from megatron_opdlm.diffusion.blocks import num_decoded_tokens
 class Trajectory:
     """One response and the denoising step at which each of its tokens was committed.
 
-    Blocks are decoded whole: tokens after the end of sequence, or beyond the response limit, that
-    lie in the last block stay here, because attention saw them. They are not response and carry no
-    loss.
+    Blocks are decoded whole. So the last block may have tokens after the end of sequence, or after
+    the response limit. They stay here because attention saw them, but they do not belong to the
+    response and have no loss.
 
-    Example, block size 4, prompt of 6: positions 4..7 are the first decoded block [p4 p5 r0 r1];
-    response_ids holds r0 r1 | r2 ..
+    Example with block size 4 and a prompt of 6: positions 4..7 are the first decoded block
+    [p4 p5 r0 r1]; response_ids is r0 r1 | r2 ..
     """
 
     prompt_id: str
     """The prompt's id in the data."""
     sample: int
-    """Index of the sample among those of the same prompt."""
+    """Index of the sample among the samples of the same prompt."""
     prompt_ids: Tensor
-    """[P] int64."""
+    """[P] int64, token ids of the prompt."""
     response_ids: Tensor
-    """[R] int64, P + R is a multiple of block_size."""
+    """[R] int64, decoded token ids; P + R is a multiple of block_size."""
     commit_step: Tensor
-    """[R] int64, denoising step within its block, from 0."""
+    """[R] int64, denoising step within the block that committed each token, from 0."""
     num_response_tokens: int
-    """Response tokens, through the first end of sequence, at most the limit."""
+    """Number of response tokens, including the first end of sequence; at most the limit."""
     ended: bool
     """Whether the response ended with an end-of-sequence token."""
     block_size: int
-    """K."""
+    """K, tokens per block."""
 
     def __post_init__(self) -> None:
         total = len(self.prompt_ids) + len(self.response_ids)
@@ -55,7 +55,7 @@ class Trajectory:
 
     @property
     def first_block(self) -> int:
-        """Index of the first block that holds decoded tokens."""
+        """Index of the first block with decoded tokens."""
         return len(self.prompt_ids) // self.block_size
 
     @cached_property
@@ -77,12 +77,12 @@ class Trajectory:
 
     @property
     def num_passes(self) -> int:
-        """Denoising passes of the whole response; commits ride along with them."""
+        """Number of denoising passes of the whole response; commits need no extra pass."""
         return int(self.num_steps.sum())
 
     @property
     def text_ids(self) -> Tensor:
-        """[num_response_tokens] int64: the response alone."""
+        """[num_response_tokens] int64: the response without the tokens after it."""
         return self.response_ids[: self.num_response_tokens]
 
 
@@ -96,19 +96,19 @@ def given_response(
     block_size: int,
     mask_token_id: int,
 ) -> Trajectory:
-    """A response that no diffusion model decoded, on the block grid.
+    """Returns the trajectory of a response that no diffusion model decoded.
 
-    Where its last block goes on beyond the response there is nothing to show, so these positions
-    hold the mask token, as while a block is decoded.
+    Positions of the last block after the response have no token. So they have the mask token, as
+    while a block is decoded.
 
     Args:
         prompt_id: the prompt's id in the data.
-        sample: index of the sample among those of the same prompt.
-        prompt_ids: [P] int64.
-        response_ids: [num_response_tokens] int64, not empty.
-        ended: whether it ends with an end-of-sequence token.
-        block_size: K.
-        mask_token_id: the mask token.
+        sample: index of the sample among the samples of the same prompt.
+        prompt_ids: [P] int64, token ids of the prompt.
+        response_ids: [num_response_tokens] int64, token ids of the response; not empty.
+        ended: whether the response ends with an end-of-sequence token.
+        block_size: K, tokens per block.
+        mask_token_id: id of the mask token.
     """
     length = len(response_ids)
     size = num_decoded_tokens(len(prompt_ids), length, block_size)

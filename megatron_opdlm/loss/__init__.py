@@ -1,1 +1,1 @@
-"""Divergences between teacher and student, and the loss that computes both LM heads with them."""
+"""Divergences between teacher and student, and the fused loss: both LM heads and a divergence."""

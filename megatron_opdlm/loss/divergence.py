@@ -1,15 +1,15 @@
-"""Divergences between the teacher's distribution p and the student's q of one token, in nats, and
-their derivatives.
+"""Divergences between the teacher's distribution p and the student's q of one token, in nats.
 
-Every divergence here is a sum over outcomes of a function of p_v and q_v. With that function's
-derivative g_v = d/dq_v, the gradient by the student's logits is, for any of them,
+Every divergence here is a sum over outcomes of a function of p_v and q_v. Let g_v be the derivative
+of this function by q_v. Then the gradient of each divergence by the student's logits is
 
     d/dz_v = q_v g_v - q_v sum_u q_u g_u,
 
-so an outcome's value and its q_v g_v are all that a kind of divergence is. Outcomes are tokens, or
-with `top_k` those of the teacher's k likeliest, and with `tail` one more: all the others together.
+So the values of the outcomes and their q_v g_v define a kind of divergence. Outcomes are all
+tokens. With `top_k` they are the teacher's k likeliest tokens, and with `tail` one more outcome:
+all other tokens together.
 
-A new kind is a class and its entry in DIVERGENCES. Configuration, `--help`, docs and the loss read
+A new kind is a class and an entry in DIVERGENCES. Configuration, `--help`, docs and the loss read
 the table. The configuration imports this file, so PyTorch is not loaded here.
 """
 
@@ -28,34 +28,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Kind(ABC):
-    """A kind of divergence; its fields are its parameters."""
+    """A kind of divergence. The fields of its class are its parameters."""
 
     summary: ClassVar[str]
-    """What it is, for people."""
+    """The divergence in words, for help texts and tables."""
     kernel: ClassVar[str | None] = None
-    """Which of `loss/kernels.py`'s KINDS computes it; None = PyTorch's operations do."""
+    """Name in KINDS of `loss/kernels.py`; None if PyTorch's operations compute it."""
 
     @abstractmethod
     def terms(self, log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Value of every outcome, and q times its derivative by q.
+        """Returns the value of every outcome, and q times the derivative of the value by q.
 
         Args:
-            log_p: float, any shape; -inf where the teacher excludes an outcome.
-            log_q: the same shape.
-            q: its exponential.
+            log_p: float tensor of any shape, log probabilities of the teacher; -inf where the
+                teacher excludes an outcome.
+            log_q: float tensor of the same shape, log probabilities of the student.
+            q: exponential of `log_q`.
 
         Returns:
-            Two tensors of that shape. An outcome that neither distribution has counts 0.
+            Two tensors of that shape. Both are 0 for an outcome that both distributions exclude.
         """
 
     def for_kernel(self) -> tuple[str | None, float]:
-        """Returns the kernels' kind, and the one number that it needs besides."""
+        """Returns the kernels' name of the kind, and its parameter (any number if it has none)."""
         return self.kernel, 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardKL(Kind):
-    """KL(p || q), the paper's."""
+    """KL(p || q), the divergence of the paper."""
 
     summary: ClassVar[str] = "KL(teacher || student)"
     kernel: ClassVar[str] = "forward_kl"
@@ -69,7 +70,7 @@ class ForwardKL(Kind):
 
 @dataclass(frozen=True, kw_only=True)
 class ReverseKL(Kind):
-    """KL(q || p), infinite where the teacher excludes a token."""
+    """KL(q || p). It is infinite if the teacher excludes a token that the student does not."""
 
     summary: ClassVar[str] = "KL(student || teacher)"
     kernel: ClassVar[str] = "reverse_kl"
@@ -84,7 +85,7 @@ class ReverseKL(Kind):
 class MixedKL(Kind):
     """(1 - w) KL(p || q) + w KL(q || p), as in the released code."""
 
-    summary: ClassVar[str] = "a weighted sum of both"
+    summary: ClassVar[str] = "a weighted sum of both KLs"
     kernel: ClassVar[str] = "mixed"
     reverse_kl_weight: float = 0.5
     """w of (1 - w) KL(teacher || student) + w KL(student || teacher), in [0, 1]."""
@@ -109,7 +110,7 @@ class MixedKL(Kind):
         return (self.kernel, self.reverse_kl_weight) if pure is None else pure.for_kernel()
 
     def _pure(self) -> Kind | None:
-        """The one that has all the weight, if one has: 0 times infinity is no number."""
+        """Returns the KL that has all the weight, if any: 0 times infinity would be NaN."""
         if self.reverse_kl_weight in (0, 1):
             return ReverseKL() if self.reverse_kl_weight else ForwardKL()
         return None
@@ -147,25 +148,26 @@ DIVERGENCES: dict[str, type[Kind]] = {
     "mixed": MixedKL,
     "jsd": JensenShannon,
 }
-"""Every kind by the name that a user gives."""
+"""All kinds, by the name that users give."""
 
 
 def name_of(kind: Kind) -> str:
-    """Returns the name of a kind in the table; of one that is not there, its class's."""
+    """Returns the name of a kind in the table, or its class name if it is not in the table."""
     names = (name for name, entry in DIVERGENCES.items() if entry is type(kind))
     return next(names, type(kind).__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopKMode:
-    """What becomes of the tokens that are not among the teacher's k likeliest."""
+    """How the other tokens count, which are not among the teacher's k likeliest."""
 
     summary: str
-    """What it is, for people."""
+    """The mode in words, for help texts and tables."""
     in_softmax: bool
-    """Whether both softmaxes have them."""
+    """Whether both softmaxes include the other tokens."""
     as_one: bool
-    """Whether they are one outcome together, with their gradient; it needs their softmax."""
+    """Whether the other tokens together are one outcome, with a gradient. They must then be in the
+    softmaxes."""
 
     def __post_init__(self) -> None:
         assert self.in_softmax or not self.as_one, "what has no probability is no outcome"
@@ -178,8 +180,8 @@ TOP_K_MODES = {
         as_one=True,
     ),
     "raw": TopKMode(
-        summary="left out of the sum (as released; no divergence, may be negative, and with "
-        "reverse_kl it is least where the student is elsewhere)",
+        summary="left out of the sum (as in the released code; this is no divergence: it may be "
+        "negative, and with reverse_kl it is least if the student prefers other tokens)",
         in_softmax=True,
         as_one=False,
     ),
@@ -187,19 +189,19 @@ TOP_K_MODES = {
         summary="left out of both distributions", in_softmax=False, as_one=False
     ),
 }
-"""Every mode by the name that a user gives. The two facts are all that the loss asks."""
+"""All modes, by the name that users give. The loss reads only `in_softmax` and `as_one`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """What the student is pulled by: a kind of divergence, and which outcomes it tells apart."""
+    """The divergence of the loss: its kind, and the outcomes that it distinguishes."""
 
     kind: Kind = field(default_factory=ForwardKL)
-    """The function of both distributions."""
+    """Kind of divergence."""
     top_k: int = 0
-    """Outcomes are the teacher's k likeliest tokens; 0 = all tokens."""
+    """k: outcomes are the teacher's k likeliest tokens; 0 for all tokens."""
     top_k_mode: str = "tail"
-    """What becomes of the others: a name in TOP_K_MODES."""
+    """How the other tokens count: a name in TOP_K_MODES."""
 
     def __post_init__(self) -> None:
         k, mode = self.top_k, self.top_k_mode
@@ -214,10 +216,10 @@ class Divergence:
 
     @property
     def mode(self) -> TopKMode:
-        """What becomes of the tokens beyond the k likeliest."""
+        """How the tokens count that are not among the k likeliest."""
         return TOP_K_MODES[self.top_k_mode]
 
 
 def _zero_where_zero(value: Tensor, probability: Tensor) -> Tensor:
-    """0 log 0 = 0."""
+    """Returns `value`, but 0 where the probability is 0, because 0 log 0 = 0."""
     return value.masked_fill_(probability == 0, 0.0)

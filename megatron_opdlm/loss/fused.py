@@ -1,15 +1,14 @@
-"""LM heads and divergence in one: hidden states in, loss and gradients out, a chunk of rows at a
-time.
+"""The fused loss: both LM heads and the divergence, computed for one chunk of loss rows at a time.
 
-The logits of neither model ever exist for more than a chunk, in the forward pass or the backward:
-gradients are formed in the forward pass, while the chunk's logits are there, and wait for the
-backward as [T, D] and [V_local, D].
+The logits of both models exist for one chunk only, in the forward and in the backward pass.
+Gradients are computed in the forward pass, while the chunk's logits exist, and are kept for the
+backward pass as [T, D] and [V_local, D].
 
-What happens to the logits of a chunk has two implementations (`loss/kernel_choice.py`): Triton's
-kernels for float32 logits on a GPU, and for everything else PyTorch's operations, the reference.
+There are two implementations of the work on a chunk's logits (`loss/kernel_choice.py`): Triton
+kernels for float32 logits on a GPU, and PyTorch's operations, the reference, for everything else.
 
-Shape letters: T rows, C rows of a chunk, V vocabulary, D hidden size; a tensor named `_CV` holds
-this rank's valid columns of a chunk.
+Shape letters: T loss rows, C rows of a chunk, V vocabulary, D hidden size; a tensor named `_CV`
+holds this rank's valid columns of a chunk.
 """
 
 from __future__ import annotations
@@ -30,31 +29,31 @@ from megatron_opdlm.loss.divergence import Divergence
 from megatron_opdlm.loss.kernel_choice import kernels_for
 
 CHUNK_CELLS = {"cpu": 2**24, "cuda": 2**27}
-"""Logits of a chunk, of one model, over all ranks that share the vocabulary: a rank has its share
-of them as of everything else."""
+"""Logits of a chunk, for one model, over all ranks that share the vocabulary. Each rank has its
+part of them."""
 TILE_CELLS = {"cpu": 2**19, "cuda": 2**24}
-"""Logits that the reference works on at once: on a CPU what its caches hold, on a GPU what bounds
-memory."""
+"""Logits that the reference processes at once. On a CPU they fit into its caches; on a GPU they
+limit the memory."""
 
 
 class Target(Protocol):
-    """Where the target distributions come from."""
+    """The target distributions of loss rows."""
 
     def shape(self) -> tuple[int, int | None]:
-        """Rows, and columns of this rank including padding if it has its own."""
+        """Returns the number of rows, and of this rank's padded columns; None if any number fits."""
 
     def logits(self, rows: slice, shard: VocabShard, out: Tensor) -> None:
-        """Writes the logits of some rows into `out` [C, V_valid]."""
+        """Writes the target logits of some rows into `out` [C, V_valid]."""
 
 
 @dataclass(frozen=True)
 class TeacherTarget:
-    """The teacher's LM head on its hidden states."""
+    """The teacher's distributions: its LM head applied to its hidden states."""
 
     hidden: Tensor
-    """[T, D_teacher], aligned with the student's rows."""
+    """[T, D_teacher], the teacher's hidden states, in the order of the student's loss rows."""
     weight: Tensor
-    """[V_local, D_teacher], the columns that the student's rank holds."""
+    """[V_local, D_teacher], the teacher's LM head for the ids that this rank of the student has."""
 
     def shape(self) -> tuple[int, int | None]:
         """See `Target`."""
@@ -67,10 +66,10 @@ class TeacherTarget:
 
 @dataclass(frozen=True)
 class TokenTarget:
-    """All probability on one token: the divergence is the cross-entropy."""
+    """Distributions with all probability on one token: forward KL is then the cross-entropy."""
 
     token_ids: Tensor
-    """[T] int64, global ids."""
+    """[T] int64, global token ids."""
 
     def shape(self) -> tuple[int, int | None]:
         """See `Target`."""
@@ -97,39 +96,42 @@ def fused_divergence(
     mask_token_id: int | None,
     tp_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Applies both LM heads and the divergence, row by row.
+    """Applies both LM heads, and computes the divergence of every loss row.
 
-    Softmaxes are in float32 (float64 if the weights are), over all columns but padding and the mask
-    token: no response holds it, and a teacher whose vocabulary grew by it never learnt it.
+    Softmaxes are in float32 (float64 if the weights are), over all columns except padding and the
+    mask token. No response contains the mask token, and a teacher whose vocabulary was extended by
+    it has never learnt it.
 
-    Memory: two chunks of logits (one more in the weights' type where that is 16-bit), and where
-    gradients are wanted [T, D] and a float32 [V_local, D], in the backward one more in the weights'
-    type. Besides, the reference needs a few tiles, with top_k a bool or two per logit of a chunk;
-    the kernels need 12 bytes for each of k candidates of 4,096 logits. Nothing of size [T, V].
+    Memory: two chunks of logits (and a third in the data type of the weights if that has 16 bits);
+    for gradients [T, D] and a float32 [V_local, D], and in the backward pass one more [V_local, D]
+    in the data type of the weights. The reference also needs a few tiles, and with top_k one or two
+    bools per logit of a chunk. The kernels also need 12 bytes for each of k candidates per 4,096
+    logits. Nothing has the size [T, V].
 
     Collectives on tp_group, for every chunk of C rows in the forward pass: all-reduces of [2, C]
-    maxima, [2, C] sums and [2, C] values (24 bytes per row); with top_k also an all-gather of
-    [C, k] integers, and with `tail` and `raw` the last is [4, C]. The kernels have theirs
-    (`loss/kernel_passes.py`), of no more bytes. None in the backward.
+    maxima, [2, C] sums and [2, C] values (24 bytes per row). With top_k there is also an all-gather
+    of [C, k] integers, and with `tail` and `raw` the last all-reduce has [4, C] values. The kernels
+    have other collectives (`loss/kernel_passes.py`), with no more bytes. The backward pass has
+    none.
 
     Args:
         student_hidden: [T, D], replicated on tp_group; float32, bfloat16 or float64.
         student_weight: [V_local, D], this rank's rows of the padded head.
-        target: of these rows; frozen.
-        row_weight: [T] float.
-        divergence: what to compute.
-        vocab_size: tokens without padding.
-        mask_token_id: in no softmax; None = there is none.
-        tp_group: tensor-parallel group that shards the vocabulary; None = unsharded.
+        target: target distributions of the T rows, without gradient.
+        row_weight: [T] float, weights of the rows.
+        divergence: divergence to compute.
+        vocab_size: number of token ids without padding.
+        mask_token_id: id of the mask token, which is in no softmax; None if there is none.
+        tp_group: tensor-parallel group that shards the vocabulary; None if it is not sharded.
 
     Returns:
-        The sum over rows of weight x divergence, a scalar, differentiable in hidden states and
-        weight; and the divergences [T], not differentiable. Both the same on all ranks. The
-        gradient of `student_hidden` is this rank's part: sum it over tp_group (as
-        `BlockDiffusionModel.select_rows` does).
+        The sum over rows of weight x divergence, a scalar, which is differentiable by hidden states
+        and weight; and the divergences [T], which are not differentiable. Both are the same on all
+        ranks. The gradient of `student_hidden` is this rank's part of it and must be summed over
+        tp_group (as `BlockDiffusionModel.select_rows` does).
 
     Raises:
-        ValueError: shapes do not match.
+        ValueError: the shapes do not match.
     """
     _check_shapes(student_hidden, student_weight, target, row_weight)
     shard = VocabShard.of(
@@ -175,10 +177,10 @@ class _FusedDivergence(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
         values = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
         weights = row_weight.to(dtype)
-        # The same on all ranks: by the padded columns, of which each has as many.
+        # The chunk is the same on all ranks, because all have the same number of padded columns.
         chunk = max(1, CHUNK_CELLS[hidden.device.type] // (len(weight) * shard.num_ranks))
-        # Kernels and cuBLAS read 16 bytes at once where rows begin at multiples of them, as those
-        # of padded columns do.
+        # Kernels and cuBLAS read 16 bytes at once if rows begin at multiples of 16 bytes. Rows of
+        # padded columns do.
         columns = shard.num_valid if of_chunk is reference else len(weight)
         shape = (2, min(chunk, len(hidden)), columns)
         buffers = torch.empty(shape, dtype=dtype, device=hidden.device)[:, :, : shard.num_valid]
@@ -194,7 +196,7 @@ class _FusedDivergence(torch.autograd.Function):
                 torch.mm(gradient, head, out=grad_hidden[rows])
             if grad_weight is not None:
                 _add_product(grad_weight[: shard.num_valid], gradient, hidden[rows])
-            del gradient  # before the next one is made
+            del gradient  # free it before the next chunk's gradient is made
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(values)
@@ -213,7 +215,10 @@ class _FusedDivergence(torch.autograd.Function):
 
 
 def _linear(hidden: Tensor, head: Tensor, out: Tensor) -> None:
-    """hidden @ head^T into `out`, float32 at least: bfloat16 rounds a logit of 16 by up to 0.06."""
+    """Writes hidden @ head^T to `out`, in float32 at least.
+
+    hidden is [C, D], head [V, D], out [C, V]. bfloat16 would round a logit of 16 by up to 0.06.
+    """
     if hidden.dtype == out.dtype:
         torch.mm(hidden, head.t(), out=out)
     elif hidden.is_cuda:
@@ -226,10 +231,11 @@ def _linear(hidden: Tensor, head: Tensor, out: Tensor) -> None:
 
 
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """total += gradient^T @ hidden; some columns at a time where a product must be kept for it.
+    """Adds gradient^T @ hidden to `total`, in parts if the product needs memory of its own.
 
-    Where the types differ the product is float32 on a GPU: rounded to 16 bits, every chunk's would
-    add its error. On a CPU it has the type of the gradient.
+    total is [V, D], gradient [C, V], hidden [C, D]. If their data types differ, the product is
+    float32 on a GPU: a product rounded to 16 bits would add an error with every chunk. On a CPU it
+    has the data type of the gradient.
     """
     if gradient.dtype == total.dtype:
         total.addmm_(gradient.t(), hidden)
@@ -244,10 +250,10 @@ def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
 
 @functools.cache
 def _addmm_widens(dtype: torch.dtype) -> bool:
-    """Whether addmm adds a product of 16-bit matrices to a float32 one, which torch 2.8 refuses.
+    """Returns whether addmm adds a product of 16-bit matrices to a float32 matrix.
 
-    Otherwise the float32 product is added by itself: sums of the same numbers, with one rounding to
-    float32 more. (pytorch/pytorch#167931 lifted the restriction, after 2.9.)
+    torch 2.8 refuses this; pytorch/pytorch#167931 allowed it after 2.9. Without it the float32
+    product is computed first and then added: the same sums, with one more rounding to float32.
     """
     total, one = torch.zeros(1, 1, device="cuda"), torch.zeros(1, 1, dtype=dtype, device="cuda")
     try:
@@ -267,7 +273,10 @@ def reference(
     shard: VocabShard,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """A `ChunkDivergence` of PyTorch's operations, for any float type, device and divergence."""
+    """Computes a chunk with PyTorch's operations, for any float type, device and divergence.
+
+    See `ChunkDivergence` for arguments and result.
+    """
     values = divergence_and_gradient(student_CV, teacher_CV, divergence, shard)
     return values, student_CV.mul_(row_weight.unsqueeze(1)).to(dtype)
 
@@ -275,16 +284,17 @@ def reference(
 def divergence_and_gradient(
     student_CV: Tensor, teacher_CV: Tensor, divergence: Divergence, shard: VocabShard
 ) -> Tensor:
-    """Divergence of every row of a chunk.
+    """Computes the divergence of every row of a chunk, and the gradient by the student's logits.
 
     Args:
-        student_CV: [C, V_valid] float32 or float64 logits; overwritten by the gradient.
-        teacher_CV: the same columns of the teacher; overwritten.
-        divergence: what to compute.
-        shard: which columns these are.
+        student_CV: [C, V_valid] float32 or float64, the student's logits; the gradient overwrites
+            them.
+        teacher_CV: [C, V_valid], the teacher's logits; they are overwritten.
+        divergence: divergence to compute.
+        shard: this rank's columns.
 
     Returns:
-        [C], the same on all ranks of the group.
+        [C] divergences, the same on all ranks of the group.
     """
     for logits in (student_CV, teacher_CV):
         shard.hide_mask(logits)
@@ -313,7 +323,7 @@ def divergence_and_gradient(
     shard.reduce(sums, dist.ReduceOp.SUM)
     values, slopes = sums[0], sums[1]
     if member is not None and divergence.mode.as_one:
-        # A mass that underflows counts as the smallest there is: its logarithm stays finite.
+        # A mass that underflows becomes the smallest positive number: its logarithm stays finite.
         sums[2:].clamp_(min=torch.finfo(sums.dtype).tiny)
         value, q_slope = divergence.kind.terms(sums[2].log(), sums[3].log(), sums[3])
         values, slopes = values + value, slopes + q_slope
@@ -327,15 +337,15 @@ def divergence_and_gradient(
 
 
 def top_k_members(teacher_CV: Tensor, k: int, shard: VocabShard) -> Tensor:
-    """Which columns are among the teacher's k likeliest tokens, over all shards.
+    """Returns which columns are among the teacher's k likeliest tokens, over all shards.
 
-    Logits are ranked as float32, the lower id first on ties. Collectives: one all-gather of k
+    Logits are ranked as float32; on ties the lower id is first. Collectives: one all-gather of k
     integers per row.
 
     Args:
-        teacher_CV: [C, V_valid] float logits.
-        k: how many tokens; all if there are fewer.
-        shard: which columns these are.
+        teacher_CV: [C, V_valid] float, the teacher's logits.
+        k: number of tokens; all tokens if there are fewer.
+        shard: this rank's columns.
 
     Returns:
         [C, V_valid] bool.
@@ -361,7 +371,7 @@ def _tiles(logits_CV: Tensor) -> list[slice]:
 def _log_sum_exp(
     student_CV: Tensor, teacher_CV: Tensor, tiles: list[slice], shard: VocabShard
 ) -> Tensor:
-    """[2, C] logarithms of both softmaxes' global denominators."""
+    """Returns [2, C], the logarithms of both softmaxes' denominators over all ranks."""
     local = student_CV.new_full((2, 2, len(student_CV)), -torch.inf)
     largest, sums = local[0], local[1].zero_()
     for logits, maximum, total in zip((student_CV, teacher_CV), largest, sums, strict=True):

@@ -1,4 +1,4 @@
-"""Who computes a chunk's divergence: Triton's kernels, where they can."""
+"""Chooses the implementation of a chunk's divergence: Triton's kernels if they can compute it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from megatron_opdlm.triton_support import log_once, why_no_triton
 logger = logging.getLogger(__name__)
 
 KERNEL_DEVICE = "cuda"
-"""Where kernels run. Tests that have Triton interpret them say `cpu`."""
+"""Device type that kernels run on. Tests that interpret the kernels set it to `cpu`."""
 
 
 class ChunkDivergence(Protocol):
-    """Divergence and weighted gradient of a chunk: what the implementations have in common."""
+    """A function that computes divergence and weighted gradient of a chunk."""
 
     def __call__(
         self,
@@ -30,30 +30,32 @@ class ChunkDivergence(Protocol):
         shard: VocabShard,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """Divergence of every row, and the gradient by the student's logits times its weight.
+        """Computes the divergence of every row, and its gradient times the weight of the row.
 
         Args:
-            student_CV: [C, V_valid] logits; may be overwritten, also by the gradient.
-            teacher_CV: the same columns of the teacher; may be overwritten.
-            row_weight: [C] of the logits' type.
-            divergence: what to compute.
-            shard: which columns these are.
-            dtype: of the gradient.
+            student_CV: [C, V_valid] float, the student's logits; they may be overwritten, also by
+                the gradient.
+            teacher_CV: [C, V_valid], the teacher's logits; they may be overwritten.
+            row_weight: [C], weights of the rows, in the data type of the logits.
+            divergence: divergence to compute.
+            shard: this rank's columns.
+            dtype: data type of the gradient.
 
         Returns:
-            [C] values of the logits' type, the same on all ranks; [C, V_valid] gradient.
+            [C] divergences in the data type of the logits, the same on all ranks; and [C, V_valid],
+            the weighted gradient by the student's logits.
         """
 
 
 def kernels_for(
     device_type: str, dtype: torch.dtype, divergence: Divergence
 ) -> ChunkDivergence | None:
-    """Triton's kernels, or None if there are none for this; on a GPU says which, once.
+    """Returns Triton's kernels, or None if they cannot compute this. On a GPU it logs this once.
 
     Args:
-        device_type: of the logits.
-        dtype: of the logits.
-        divergence: what to compute.
+        device_type: device type of the logits.
+        dtype: data type of the logits.
+        divergence: divergence to compute.
     """
     if device_type != KERNEL_DEVICE:
         return None

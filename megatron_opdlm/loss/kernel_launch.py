@@ -1,4 +1,4 @@
-"""Starts the loss's Triton kernels (`loss/kernels.py`) and names what they give.
+"""Starts the Triton kernels of the loss (`loss/kernels.py`), and names their results.
 
 Shape letters: C rows of a chunk, V this rank's valid columns, S splits of a row, K candidates of a
 split.
@@ -22,11 +22,11 @@ class Chunk:
     """Logits of some rows."""
 
     student: Tensor
-    """[C, V] float32; the columns of a row lie together."""
+    """[C, V] float32, the student's logits; the columns of a row are contiguous."""
     teacher: Tensor
-    """The same, and rows as far apart."""
+    """[C, V] float32, the teacher's logits, with the same strides."""
     shard: VocabShard
-    """Which columns these are."""
+    """This rank's columns."""
 
     def __post_init__(self) -> None:
         assert self.student.dtype == self.teacher.dtype == torch.float32, "kernels read float32"
@@ -35,7 +35,7 @@ class Chunk:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """[C, S]: a rank of padding has a split, too, with nothing in it."""
+        """Returns (C, S). A rank with nothing but padding has one empty split."""
         rows, columns = self.student.shape
         return rows, max(1, triton.cdiv(columns, kernel.SPLIT))
 
@@ -50,42 +50,43 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Records:
-    """What programs found out about their splits."""
+    """The numbers that programs compute of their splits."""
 
     largest: Tensor
     """[2, C, S] float32, largest logits of student and teacher."""
     sums: Tensor
-    """[2, C, S] sums of their exponentials, shifted by these."""
+    """[2, C, S] float32, sums of the exponentials of both, shifted by the largest logits."""
     differences: Tensor | None = None
-    """[2, C, S] or nothing: sums of the student's exponentials times (student - teacher), of the
-    teacher's times (teacher - student), shifted logits. Tokens that one of them excludes are left
-    out. Only what the kind of divergence needs is written."""
+    """[2, C, S] float32 or None. First the sums of the student's exponentials times (student -
+    teacher), then of the teacher's times (teacher - student), with shifted logits. Tokens that one
+    of them excludes are left out. Only the part that the kind of divergence needs is written."""
     excluded: Tensor | None = None
-    """[2, C, S] or nothing: the student's largest logit where the teacher excludes a token, and the
-    other way round; written as the differences are."""
+    """[2, C, S] float32 or None. First the student's largest logit among the tokens that the
+    teacher excludes, then the reverse. Written under the same condition as `differences`."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The best K columns of every split, and all others together."""
+    """The best K columns of every split, and the records of all other columns."""
 
     ranks: Tensor
-    """[C, S * K] int64 of the teacher's logits (ranking.py); LAST where a split has fewer."""
+    """[C, S * K] int64, ranks of the teacher's logits (ranking.py); LAST if a split has fewer than
+    K columns."""
     logits: Tensor
-    """[C, S * K] float32, the student's."""
+    """[C, S * K] float32, the student's logits of the same columns."""
     others: Records
-    """Records of the others."""
+    """Records of the other columns."""
 
 
 def whole_records(chunk: Chunk, kind: str) -> Records:
-    """Reads both logits once: what the softmaxes need and, where it can be had, the divergence.
+    """Reads both logits once, for the softmaxes and, if possible, also for the divergence.
 
     Args:
-        chunk: of C rows in S splits.
-        kind: of divergence.
+        chunk: logits of C rows in S splits.
+        kind: name of the kind of divergence.
 
     Returns:
-        Records, with differences for the KLs that the kind has.
+        Records of all columns, with differences for the KLs of this kind.
     """
     numbers = chunk.student.new_empty(8, *chunk.grid)
     forward = kind in (kernel.FORWARD_KL, kernel.MIXED)
@@ -95,11 +96,11 @@ def whole_records(chunk: Chunk, kind: str) -> Records:
 
 
 def candidates(chunk: Chunk, k: int) -> Candidates:
-    """Reads both logits once: the best k columns of every split by the teacher, and the rest.
+    """Reads both logits once, and finds the teacher's k best columns of every split.
 
     Args:
-        chunk: of C rows in S splits.
-        k: how many, at most MAX_TOP_K.
+        chunk: logits of C rows in S splits.
+        k: number of columns, at most MAX_TOP_K.
     """
     rows, splits = chunk.grid
     ranks = torch.empty(rows, splits * k, dtype=torch.int64, device=chunk.student.device)
@@ -107,17 +108,17 @@ def candidates(chunk: Chunk, k: int) -> Candidates:
     numbers = chunk.student.new_empty(4, rows, splits)
     chunk.launch(
         kernel.candidate_kernel, numbers, ranks, logits, chunk.shard.first, k,
-        maxnreg=128,  # of the 193 that it would take, for two programs to share a processor
+        maxnreg=128,  # it would take 193; with 128 two programs share a processor
     )  # fmt: skip
     return Candidates(ranks, logits, Records(numbers[:2], numbers[2:]))
 
 
 def rejected_records(found: Candidates, least: Tensor) -> Records:
-    """Records of the candidates below a rank, as if they were columns.
+    """Returns the records of the candidates below a rank, computed like those of columns.
 
     Args:
-        found: of C rows.
-        least: [C, 1] int64.
+        found: candidates of C rows.
+        least: [C, 1] int64, the rank.
     """
     rows, number = found.ranks.shape
     grid = rows, triton.cdiv(number, kernel.SPLIT)
@@ -129,16 +130,16 @@ def rejected_records(found: Candidates, least: Tensor) -> Records:
 
 
 def term_sums(chunk: Chunk, rows: Tensor, kind: str, share: float) -> Tensor:
-    """Reads both logits once: sums of a divergence's terms over the columns.
+    """Reads both logits once, and sums the terms of a divergence over the columns.
 
     Args:
-        chunk: of C rows in S splits.
-        rows: [4, C] float32, the first numbers of each.
-        kind: of divergence.
-        share: what `mixed` gives to reverse KL, `jsd` to the teacher.
+        chunk: logits of C rows in S splits.
+        rows: [4, C] float32, the first four numbers of each row (see `loss/kernels.py`).
+        kind: name of the kind of divergence.
+        share: weight of reverse KL in `mixed`, or of the teacher in `jsd`.
 
     Returns:
-        [2, C, S] float32: values, and q times their derivatives by q.
+        [2, C, S] float32: sums of the values, and of q times their derivatives by q.
     """
     sums = chunk.student.new_empty(2, *chunk.grid)
     chunk.launch(kernel.term_kernel, rows, sums, share, KIND=kind)
@@ -148,15 +149,15 @@ def term_sums(chunk: Chunk, rows: Tensor, kind: str, share: float) -> Tensor:
 def write_gradient(
     chunk: Chunk, rows: Tensor, least: Tensor | None, kind: str, share: float, out: Tensor
 ) -> None:
-    """Reads both logits once and writes the gradient by the student's, times the row's weight.
+    """Reads both logits once, and writes the gradient by the student's logits times the row weight.
 
     Args:
-        chunk: of C rows in S splits.
-        rows: [7, C] float32, all numbers of each.
-        least: [C, 1] int64: the tokens of this rank and above are outcomes; None = all are.
-        kind: of divergence.
-        share: what `mixed` gives to reverse KL, `jsd` to the teacher.
-        out: [C, V] float, any type; may be the student's logits.
+        chunk: logits of C rows in S splits.
+        rows: [7, C] float32, all numbers of each row (see `loss/kernels.py`).
+        least: [C, 1] int64: tokens of this rank and above are outcomes; None if all tokens are.
+        kind: name of the kind of divergence.
+        share: weight of reverse KL in `mixed`, or of the teacher in `jsd`.
+        out: [C, V] of any float type; may be the student's logits.
     """
     assert out.stride(1) == 1, "columns of a row must lie together"
     chunk.launch(

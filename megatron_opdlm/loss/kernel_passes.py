@@ -1,18 +1,19 @@
 """Divergence and weighted gradient of a chunk of logits, by the kernels of `loss/kernels.py`.
 
-A pass over the logits gives records, one for every row and split; a few operations on these, which
-are small, give what the next pass needs. Passes over the logits, of which a pair takes 8 bytes:
+A pass over the logits gives records, one for every row and split. A few PyTorch operations on these
+small records give the input of the next pass. Each pass reads 8 bytes per pair of logits. The
+passes are:
 
-- forward and reverse KL, and mixtures: the softmaxes' denominators and the value come from one
-  pass, for E_p[log p - log q] = E_p[teacher - student] - (log-sum-exp's difference). Another makes
-  the gradient.
-- Jensen-Shannon: its terms need both denominators, so there is a pass more between the two.
-- the teacher's k likeliest tokens: one pass finds the best k of every split and sums up the others.
-  The k of the whole row are among them, and so few that all else about them is small, whatever the
-  divergence. Another pass makes the gradient.
+- forward and reverse KL, and mixtures: one pass gives the softmaxes' denominators and the value,
+  because E_p[log p - log q] = E_p[teacher - student] - (difference of the log-sum-exps). A second
+  pass computes the gradient.
+- Jensen-Shannon: its terms need both denominators, so there is a third pass between these two.
+- the teacher's k likeliest tokens: one pass finds the best k of every split, and sums over the
+  others. The k best of the whole row are among these candidates. They are so few that further work
+  on them is small, for any divergence. A second pass computes the gradient.
 
 Shape letters: C rows of a chunk, V this rank's valid columns, S splits of a row, N sets of columns
-of which there are records, K the teacher's likeliest tokens.
+that have records, K the teacher's likeliest tokens.
 """
 
 from __future__ import annotations
@@ -34,24 +35,24 @@ STUDENT, TEACHER = 0, 1
 
 @dataclass(frozen=True)
 class _Rows:
-    """What the gradient needs of every row."""
+    """Divergence of every row, and the numbers that the gradient needs."""
 
     values: Tensor
-    """[C] float32."""
+    """[C] float32, divergence of each row."""
     shift: Tensor
-    """[2, C] the largest logits, of student and teacher."""
+    """[2, C] float32, largest logits of student and teacher."""
     log_sum: Tensor
-    """[2, C] log-sum-exp of the shifted logits."""
+    """[2, C] float32, log-sum-exp of the shifted logits."""
     slope: Tensor
-    """[C] sum of q times the derivative by q, over all outcomes."""
+    """[C] float32, sum over all outcomes of q times the derivative by q."""
     others: Tensor
-    """[C] what the gradient by a token outside the k is, over its q."""
+    """[C] float32, gradient by the logit of a token outside the k, divided by its q."""
     least: Tensor | None = None
-    """[C, 1] int64: the lowest rank among the k; None = all tokens are outcomes."""
+    """[C, 1] int64, lowest rank among the k; None if all tokens are outcomes."""
 
 
 def why_not(divergence: Divergence) -> str | None:
-    """Why the kernels cannot compute a divergence; None = they can."""
+    """Returns why the kernels cannot compute a divergence; None if they can."""
     if divergence.kind.kernel not in KINDS:
         return f"no kernel knows divergence={name_of(divergence.kind)}"
     if divergence.top_k > MAX_TOP_K:
@@ -67,23 +68,25 @@ def divergence_and_weighted_gradient(
     shard: VocabShard,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Divergence of every row of a chunk, and the gradient times the row's weight.
+    """Computes the divergence of every row of a chunk, and its gradient times the row weight.
 
-    Collectives: all-reduces of [2, C] maxima; [2, C] sums and as many of [C] as there are KLs, or
-    for Jensen-Shannon [2, C] more values. With top_k an all-gather of [C, k] integers, all-reduces
-    of [2, C] maxima, [2, C] sums ([4, C] with `tail`) and [2, C] values.
+    Collectives for all tokens: all-reduces of [2, C] maxima, and of [2, C] sums with one more [C]
+    for each KL; Jensen-Shannon has another all-reduce of [2, C] values. With top_k: an all-gather
+    of [C, k] integers, and all-reduces of [2, C] maxima, [2, C] sums ([4, C] with `tail`) and
+    [2, C] values.
 
     Args:
-        student_CV: [C, V_valid] float32 logits; the gradient overwrites them if `dtype` is float32.
-        teacher_CV: the same columns of the teacher; stays.
-        row_weight: [C] float32.
-        divergence: one that `why_not` has nothing against.
-        shard: which columns these are.
-        dtype: of the gradient.
+        student_CV: [C, V_valid] float32, the student's logits; the gradient overwrites them if
+            `dtype` is float32.
+        teacher_CV: [C, V_valid] float32, the teacher's logits; left unchanged.
+        row_weight: [C] float32, weights of the rows.
+        divergence: divergence for which `why_not` returns None.
+        shard: this rank's columns.
+        dtype: data type of the gradient.
 
     Returns:
-        [C] float32 values, the same on all ranks of the group; [C, V_valid] gradient, with rows as
-        far apart as the logits'.
+        [C] float32 divergences, the same on all ranks of the group; and [C, V_valid], the weighted
+        gradient, whose rows have the same stride as those of the logits.
     """
     chunk = launch.Chunk(student_CV, teacher_CV, shard)
     kind, share = divergence.kind.for_kernel()
@@ -102,7 +105,7 @@ def divergence_and_weighted_gradient(
 
 
 def _all(chunk: launch.Chunk, kind: str, share: float) -> _Rows:
-    """All tokens are outcomes."""
+    """Computes the rows for a divergence whose outcomes are all tokens."""
     records = launch.whole_records(chunk, kind)
     shift = _shift(records.largest, chunk.shard)
     total = _scaled(records.largest, records.sums, shift).sum(2)
@@ -131,26 +134,27 @@ def _all(chunk: launch.Chunk, kind: str, share: float) -> _Rows:
 
 
 def _shift(largest: Tensor, shard: VocabShard) -> Tensor:
-    """[2, C] largest logits of all ranks, from [2, C, N] of this one."""
+    """Returns [2, C], the largest logits of all ranks, from [2, C, N] of this rank."""
     shift = largest.amax(2)
     shard.reduce(shift, dist.ReduceOp.MAX)
     return shift
 
 
 def _scaled(largest: Tensor, sums: Tensor, shift: Tensor) -> Tensor:
-    """[2, C, N] sums of exponentials, each shifted by its own largest logit, shifted by `shift`."""
+    """Returns [2, C, N] sums of exponentials, shifted by `shift` instead of their largest logit."""
     return sums * (largest - shift.unsqueeze(2)).exp()
 
 
 def _difference(records: launch.Records, shift: Tensor, model: int) -> Tensor:
-    """[C] sum over this rank's tokens of a model's exponentials times how far its logits are above
-    the other's, all shifted by `shift`.
+    """Returns [C], the sum over this rank's tokens of exponential times difference of logits.
 
-    A token that the other model excludes makes it infinite, unless its exponential is zero.
+    The exponentials are those of `model`, shifted by `shift`. The difference is this model's
+    shifted logit minus the other's. A token that the other model excludes makes the sum infinite,
+    unless its exponential is zero.
     """
     assert records.differences is not None and records.excluded is not None
     below = (records.largest - shift.unsqueeze(2)).masked_fill_(records.sums == 0, 0.0)
-    # The records' logits are shifted by less: by how much less, times what has that shift.
+    # The records are shifted by their own largest logits; `rest` corrects the difference for this.
     rest = records.sums[model] * (below[model] - below[1 - model])
     difference = ((records.differences[model] + rest) * below[model].exp()).sum(1)
     excluded = records.excluded[model].amax(1)
@@ -158,7 +162,10 @@ def _difference(records: launch.Records, shift: Tensor, model: int) -> Tensor:
 
 
 def _best(chunk: launch.Chunk, divergence: Divergence) -> _Rows:
-    """Outcomes are the teacher's k likeliest tokens, and with `tail` all others together."""
+    """Computes the rows for a divergence over the teacher's k likeliest tokens.
+
+    With `tail` all other tokens together are one more outcome.
+    """
     shard, k = chunk.shard, divergence.top_k
     found = launch.candidates(chunk, k)
     best, place = found.ranks.topk(k, dim=1)
@@ -176,7 +183,7 @@ def _best(chunk: launch.Chunk, divergence: Divergence) -> _Rows:
     values, slopes = sums
     by_others = torch.zeros_like(values) if not divergence.mode.in_softmax else -slopes
     if divergence.mode.as_one:
-        # A mass that underflows counts as the smallest there is: its logarithm stays finite.
+        # A mass that underflows becomes the smallest positive number: its logarithm stays finite.
         q, p = (others / total).clamp_(min=torch.finfo(total.dtype).tiny)
         value, slope = divergence.kind.terms(p.log(), q.log(), q)
         values, slopes = values + value, slopes + slope
@@ -191,18 +198,20 @@ def _denominators(
     divergence: Divergence,
     shard: VocabShard,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Both softmaxes' denominators, from the members' logits and the records of all others.
+    """Computes both softmaxes' denominators, from the members' logits and all other records.
 
     Args:
-        found: of this rank.
-        least: [C, 1] the lowest rank among the k.
-        members: [2, C, K] logits of student and teacher; -inf where another rank has the token.
-        divergence: says whether the others have a part in the softmaxes.
-        shard: which columns these are.
+        found: candidates of this rank.
+        least: [C, 1] int64, lowest rank among the k.
+        members: [2, C, K] float32, logits of student and teacher for the k tokens; -inf where
+            another rank has the token.
+        divergence: divergence; it says whether the other tokens are in the softmaxes.
+        shard: this rank's columns.
 
     Returns:
-        [2, C] largest logits, of student and teacher; [2, C] sums of exponentials, shifted by
-        these; [2, C] the part of the others in them, of all ranks with `tail`.
+        [2, C] largest logits of student and teacher; [2, C] sums of exponentials, shifted by the
+        largest logits; and [2, C] the part of the other tokens in these sums, with `tail` over all
+        ranks.
     """
     largest = members.amax(2, keepdim=True)
     finite = largest.masked_fill(largest == -torch.inf, 0.0)

@@ -1,21 +1,27 @@
 """Triton kernels of the loss: each reads a chunk of both models' logits once.
 
-A program has one row and one split of its columns. What it learns of them is a record: a few
-numbers. `kernel_launch.py` starts the kernels, `kernel_passes.py` puts the records of a row
-together. The terms of a divergence are those of `divergence.py`, once more, in Triton's language.
+A program processes one split of the columns of one row. It reduces them to a record of a few
+numbers. `kernel_launch.py` starts the kernels; `kernel_passes.py` combines the records of a row.
+The terms of a divergence are those of `divergence.py`, written again in Triton's language.
 
-What is in no softmax is left out here: columns beyond the valid ones are not read, and the mask
-token's logits count as -inf. Triton's interpreter (TRITON_INTERPRET=1) runs all of this on a CPU,
-and so do the tests. No GPU has run it yet.
+Columns that are in no softmax are left out: padding is not read, and the mask token's logits count
+as -inf. The tests run these kernels on a CPU in Triton's interpreter (TRITON_INTERPRET=1). They
+have not yet run on a GPU.
 
-Numbers of a record, those of student and teacher one after the other where there are two: 0 and 1
-the largest logit; 2 and 3 the sum of exponentials, shifted by it. With these exponentials as q and
-p, 4: the sum of q (student - teacher), shifted logits; 5: of p (teacher - student). 6: the largest
-logit of the student where the teacher excludes a token; 7: the other way round.
+Numbers of a record (of two numbers the first is the student's, the second the teacher's):
+    0, 1  the largest logit
+    2, 3  the sum of exponentials, shifted by the largest logit; q and p are these exponentials
+    4     the sum of q (student - teacher), with shifted logits
+    5     the sum of p (teacher - student), with shifted logits
+    6     the student's largest logit among the tokens that the teacher excludes
+    7     the teacher's largest logit among the tokens that the student excludes
 
-Numbers of a row, once both softmaxes are known: 0 and 1 the shift; 2 and 3 the logarithm of the
-shifted sum; 4 the sum of q times the derivative by q; 5 the gradient by a token that is no outcome,
-over its q; 6 the row's weight.
+Numbers of a row, when both softmaxes are known:
+    0, 1  the shift
+    2, 3  the logarithm of the shifted sum
+    4     the sum of q times the derivative by q
+    5     the gradient by a token that is no outcome, divided by its q
+    6     the weight of the row
 """
 
 from __future__ import annotations
@@ -32,11 +38,11 @@ KINDS = (ForwardKL.kernel, ReverseKL.kernel, MixedKL.kernel, JensenShannon.kerne
 """Kinds of divergence that `_terms` knows, by `Kind.kernel`."""
 FORWARD_KL, REVERSE_KL, MIXED, JSD = KINDS
 SPLIT = 4096
-"""Columns of a program. All of them stay in registers, 16 per thread and tensor, so nothing is read
-twice: more would spill, fewer would make more records and more candidates."""
+"""Columns of a program. They all stay in registers, 16 per thread and tensor, so nothing is read
+twice. More columns would spill registers; fewer would make more records and more candidates."""
 NUM_WARPS = 8
 MAX_TOP_K = 256
-"""Most candidates of a split: there are 12 bytes of each, and sorting them reads these again."""
+"""Most candidates of a split. Each takes 12 bytes, which sorting reads again."""
 
 _FORWARD, _REVERSE, _MIXED, _JSD = (tl.constexpr(kind) for kind in KINDS)
 _SPLIT, _MAX_TOP_K = tl.constexpr(SPLIT), tl.constexpr(MAX_TOP_K)
@@ -49,13 +55,13 @@ def _logits(
     student: tl.tensor, teacher: tl.tensor, stride: tl.tensor, num_columns: tl.tensor,
     mask: tl.tensor,
 ) -> Any:  # fmt: skip
-    """Columns of this program, which of them there are, and the logits of both models."""
+    """Returns the columns of this program, which of them exist, and the logits of both models."""
     columns = tl.program_id(1) * _SPLIT + tl.arange(0, _SPLIT)
     exists = columns < num_columns
     place = tl.program_id(0).to(tl.int64) * stride + columns
     of_student = tl.load(student + place, mask=exists, other=-float("inf"))
     of_teacher = tl.load(teacher + place, mask=exists, other=-float("inf"))
-    # Not in the masks of the loads: these would then go a column at a time.
+    # The mask token is not in the masks of the loads: they would then load column by column.
     of_student = tl.where(columns == mask, -float("inf"), of_student)
     of_teacher = tl.where(columns == mask, -float("inf"), of_teacher)
     return columns, exists, of_student, of_teacher
@@ -87,7 +93,7 @@ def whole_kernel(
     student: tl.tensor, teacher: tl.tensor, stride: tl.tensor, num_columns: tl.tensor,
     mask: tl.tensor, records: tl.tensor, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Records of all columns, [8, C, S]; for which KLs is a constant."""
+    """Writes the records of all columns, [8, C, S]. FORWARD and REVERSE select the KLs."""
     _, _, of_student, of_teacher = _logits(student, teacher, stride, num_columns, mask)
     log_q, q = _put_softmax(records, 0, of_student)
     log_p, p = _put_softmax(records, 1, of_teacher)
@@ -106,7 +112,7 @@ def whole_kernel(
 @triton.jit
 def _key(logits: tl.tensor) -> tl.tensor:  # the upper half of ranking.pack
     bits = tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)
-    # The least of all, of one NaN, is below the columns that bisection can tell apart.
+    # The smallest key (of one NaN) would be below the range of the bisection.
     return tl.maximum(bits ^ ((bits >> 31) & _VALUE_BITS), _LEAST_KEY + 1)
 
 
@@ -123,24 +129,25 @@ def _ranked_logit(rank: tl.tensor) -> tl.tensor:  # as ranking.unpack
 
 @triton.jit
 def _best(key: tl.tensor, exists: tl.tensor, number: tl.tensor) -> Any:
-    """The best `number` of the existing columns, the first ones on ties, and their order.
+    """Finds the best `number` existing columns by bisection; on ties the first ones.
 
-    Bisection: at most 32 counts, however many are wanted.
+    It needs at most 32 counts, for any `number`.
 
     Returns:
-        Which they are, and how many of them are not after a column.
+        For each column, whether it is one of the best, and how many of the best are at or before
+        it.
     """
     low, high = tl.full((), _LEAST_KEY, tl.int32), tl.max(key, 0)
-    above = 0  # columns above `high`: fewer than wanted, or just as many
+    above = 0  # number of columns above `high`; it is at most `number`
     while (low + 1 < high) & (above != number):
-        middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
+        middle = (low & high) + ((low ^ high) >> 1)  # the mean of both, without overflow
         count = tl.sum((exists & (key > middle)).to(tl.int32), 0)
         low = tl.where(count > number, middle, low)
         high = tl.where(count > number, high, middle)
         above = tl.where(count > number, above, count)
     better = exists & (key > high)
     equal = exists & (key == high)
-    # Both counts in one scan: they have 13 bits.
+    # One scan computes both counts, because each has 13 bits.
     counts = tl.cumsum(better.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
     num_equal = counts >> 16
     best = better | (equal & (num_equal <= number - above))
@@ -153,7 +160,9 @@ def candidate_kernel(
     mask: tl.tensor, records: tl.tensor, ranks: tl.tensor, logits: tl.tensor, first: tl.tensor,
     k: tl.tensor,
 ) -> None:  # fmt: skip
-    """The best k columns of a split into `ranks` and `logits` [C, S, K]; records of the others."""
+    """Writes the best k columns of a split to `ranks` and `logits` [C, S, K], and the records of
+    the other columns.
+    """
     columns, exists, of_student, of_teacher = _logits(student, teacher, stride, num_columns, mask)
     key = _key(of_teacher)
     there = tl.minimum(k, tl.sum(exists.to(tl.int32), 0))
@@ -173,7 +182,7 @@ def candidate_kernel(
 def rejected_kernel(
     ranks: tl.tensor, logits: tl.tensor, least: tl.tensor, records: tl.tensor, number: tl.tensor
 ) -> None:
-    """Records of the candidates, of which a row has `number`, below its rank `least`."""
+    """Writes the records of those candidates (`number` in each row) that are below rank `least`."""
     slots = tl.program_id(1) * _SPLIT + tl.arange(0, _SPLIT)
     place = tl.program_id(0).to(tl.int64) * number + slots
     rank = tl.load(ranks + place, mask=slots < number, other=_LAST)
@@ -185,7 +194,7 @@ def rejected_kernel(
 
 @triton.jit
 def _log_probability(numbers: tl.tensor, model: tl.constexpr, logits: tl.tensor) -> Any:
-    # Two steps: the sum of both numbers would round by 1e-4 where logits are in the thousands.
+    # Two steps: the sum of both numbers has an error of 1e-4 if logits are in the thousands.
     return (logits - _get(numbers, model)) - _get(numbers, 2 + model)
 
 
@@ -216,7 +225,7 @@ def _jensen_shannon(log_p: tl.tensor, log_q: tl.tensor, q: tl.tensor, share: tl.
 def _terms(
     log_p: tl.tensor, log_q: tl.tensor, q: tl.tensor, share: tl.tensor, KIND: tl.constexpr
 ) -> Any:
-    # Values and slopes, as Kind.terms.
+    # Returns values and slopes, as `Kind.terms`.
     if KIND == _FORWARD:
         value, slope = _forward(log_p, log_q)
     elif KIND == _REVERSE:
@@ -237,7 +246,7 @@ def term_kernel(
     student: tl.tensor, teacher: tl.tensor, stride: tl.tensor, num_columns: tl.tensor,
     mask: tl.tensor, numbers: tl.tensor, sums: tl.tensor, share: tl.tensor, KIND: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Sums of values and slopes, [2, C, S]."""
+    """Writes the sums of values and slopes, [2, C, S]."""
     _, _, of_student, of_teacher = _logits(student, teacher, stride, num_columns, mask)
     log_q = _log_probability(numbers, 0, of_student)
     log_p = _log_probability(numbers, 1, of_teacher)
@@ -252,7 +261,7 @@ def gradient_kernel(
     mask: tl.tensor, numbers: tl.tensor, least: tl.tensor, out: tl.tensor, out_stride: tl.tensor,
     first: tl.tensor, share: tl.tensor, KIND: tl.constexpr, TOP_K: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The weighted gradient, [C, V]."""
+    """Writes the weighted gradient, [C, V]."""
     columns, exists, of_student, of_teacher = _logits(student, teacher, stride, num_columns, mask)
     log_q = _log_probability(numbers, 0, of_student)
     q = tl.exp(log_q)
@@ -261,7 +270,7 @@ def gradient_kernel(
     if TOP_K:
         member = _rank(_key(of_teacher), first + columns) >= tl.load(least + tl.program_id(0))
         others = _get(numbers, 5)
-        # With `renormalized` it is 0, and q of a token beyond the k may be infinite.
+        # With `renormalized` `others` is 0, and q of a token outside the k may be infinite.
         gradient = tl.where(member, gradient, tl.where(others == 0, 0.0, q * others))
     place = tl.program_id(0).to(tl.int64) * out_stride + columns
     weighted = gradient * _get(numbers, 6)

@@ -1,4 +1,4 @@
-"""Loss reductions: what the loss rows of each response weigh in the loss of an optimizer step.
+"""Loss reductions: the weights of each response's loss rows in the loss of an optimizer step.
 
 Nothing here imports torch when it is loaded, so that commands can offer the names at once.
 """
@@ -14,29 +14,29 @@ if TYPE_CHECKING:
 
 
 class StepTotals(NamedTuple):
-    """Sums over the responses of an optimizer step, of every data-parallel rank."""
+    """Sums over the responses of an optimizer step, on all data-parallel ranks together."""
 
     responses: int
-    """Responses."""
+    """Number of responses."""
     counted: int
-    """Responses whose `TrainingState.denominator` is not 0."""
+    """Number of responses whose `TrainingExample.denominator` is not 0."""
     denominator: int
     """Sum of the denominators."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossReduction:
-    """One way to weigh loss rows."""
+    """One way to weight loss rows."""
 
     summary: str
-    """What the loss is, for help texts and tables."""
+    """The loss in words, for help texts and tables."""
     weight: Callable[[TrainingExample, StepTotals], float]
-    """(a response that has loss rows, its optimizer step) -> the weight of each of its rows."""
+    """Function from a response with loss rows and its optimizer step to the weight of each row."""
 
 
 LOSS_REDUCTIONS: dict[str, LossReduction] = {
     "sequence_mean": LossReduction(  # the released code
-        summary="mean over responses of each one's mean",
+        summary="mean over responses of the mean over each response's loss tokens",
         weight=lambda example, step: 1.0 / (step.counted * example.denominator),
     ),
     "token_mean": LossReduction(
@@ -48,22 +48,23 @@ LOSS_REDUCTIONS: dict[str, LossReduction] = {
         weight=lambda example, step: 1.0 / (step.responses * example.num_states),
     ),
 }
-"""All reductions, by the name that users choose them by."""
+"""All reductions, by the name that users give."""
 
 
 def row_weights(examples: Sequence[TrainingExample], loss_reduction: str) -> list[float]:
     """Returns the weight of the loss rows of each response.
 
-    The denominators are those of the whole optimizer step, over all data-parallel ranks, so
-    gradients just add up. Means count no response whose denominator is 0; `token_sum` counts it as
-    zero.
+    The denominators are those of the whole optimizer step, over all data-parallel ranks. So the
+    gradients are simply added. A mean ignores a response whose denominator is 0; `token_sum` counts
+    it as zero.
 
     Args:
-        examples: all responses of the optimizer step, of every data-parallel rank.
+        examples: all responses of the optimizer step, on all data-parallel ranks together.
         loss_reduction: a name of LOSS_REDUCTIONS.
 
     Returns:
-        One weight per response, to be multiplied by `TrainingState.row_scale`; 0 without rows.
+        One weight per response, to be multiplied by `TrainingExample.row_scale`; 0 for a response
+        without loss rows.
 
     Raises:
         ValueError: there is no such reduction.

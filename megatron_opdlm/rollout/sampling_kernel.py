@@ -27,8 +27,8 @@ from megatron_opdlm.diffusion import randomness
 
 TILE = 1024
 """Logits of a tile, which one program reads. 151,936 columns make 149 programs, so that a single
-row uses all 132 processors of an H100 or H200. Larger tiles would leave some idle; smaller ones need
-more reductions per logit."""
+row uses all 132 processors of an H100 or H200. Larger tiles would leave some idle; smaller ones
+need more reductions per logit."""
 NUM_WARPS = 2
 """Warps of a tile: each thread has 16 logits, which are two loads of 16 bytes in bfloat16. The cost
 of a reduction does not depend on the logits per thread. With 16 logits all reductions are a tenth
@@ -158,7 +158,7 @@ def _combine_tiles(
     logits, tiles, record, row_stride, column_stride, num_rows, num_tiles, first,
     WITH_ENTROPY: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of every row to `record` [4 or 5, T] float64."""
+    """Combines the tiles of every row into `record` [4 or 5, T] float64."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tile = tl.arange(0, TILES)
     is_row = row < num_rows
@@ -170,7 +170,7 @@ def _combine_tiles(
     largest = tl.load(of_tile + 2 * plane, mask=is_tile, other=-INFINITY)
     total = tl.load(of_tile + 3 * plane, mask=is_tile, other=0.0).to(tl.float64)
 
-    # 1. the best score; -inf has no logit but -inf, so that a left-out column has none
+    # 1. the best score; a score of -inf has the logit -inf: the column may be a left-out one
     best = tl.max(score, axis=1)
     column = tile[None, :] * COLUMNS + in_tile.to(tl.int32)
     column = tl.min(tl.where(score == best[:, None], column, TILES * COLUMNS), axis=1)
@@ -223,10 +223,10 @@ def gumbel(bits):
     """Returns `randomness.gumbel` of these bits: -log(-log(1 - u)), float32.
 
     Triton has no log1p. y = 1 - u is rounded where u < 1/2, and the rounding error is known
-    exactly. It is added to the logarithm as if its slope were 1 there, which causes an error of less
-    than 2**-24 of the result. With a logarithm that is exact to one unit in the last place, such as
-    CUDA's, the error of the noise is at most 2.1e-7 max(1, |noise|); that of `randomness.gumbel` is
-    at most 1.3e-7 max(1, |noise|).
+    exactly. It is added to the logarithm as if its slope were 1 there, which causes an error of
+    less than 2**-24 of the result. With a logarithm that is exact to one unit in the last place,
+    such as CUDA's, the error of the noise is at most 2.1e-7 max(1, |noise|); that of
+    `randomness.gumbel` is at most 1.3e-7 max(1, |noise|).
     """
     u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.0**-32, LARGEST_UNIFORM)
     y = 1.0 - u
