@@ -1,1 +1,1 @@
-"""What a checkpoint folder holds, and its weights."""
+"""The files of a checkpoint folder, and the loading of its weights."""

@@ -1,4 +1,4 @@
-"""Where things are in a checkpoint folder, and the description of the model that travels with it.
+"""The files of a checkpoint folder, and the description of the model in it.
 
 ROOT/latest_checkpointed_iteration.txt
 ROOT/iter_0000010/            torch_dist: .metadata, *.distcp, metadata.json, common.pt
@@ -26,29 +26,29 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDescription:
-    """What a checkpoint holds, apart from the numbers."""
+    """Description of the model in a checkpoint, without its weights."""
 
     config: HFConfig
     mask_token_id: int | None
-    """None: imported without a mask token, usable as a teacher only."""
+    """Id of the mask token; None if the model was imported without one, as a teacher only."""
     tokenizer_fingerprint: str | None
-    """`tokenizer.tokenizer_fingerprint` of the source; equal for student and teacher."""
+    """`tokenizer.tokenizer_fingerprint` of the source. Student and teacher must have the same."""
     block_size: int | None = None
-    """Block the weights were trained for; None before training."""
+    """Block size that the weights were trained for; None before training."""
     lineage: dict[str, Any] = field(default_factory=dict)
-    """Where the weights come from, for people and for the model card: source, teacher, data, ..."""
+    """Origin of the weights, for people and for the model card: source, teacher, data, ..."""
 
     def to_json_dict(self) -> dict[str, Any]:
-        """JSON values; `from_json_dict` is the inverse."""
+        """Returns the description as JSON values; `from_json_dict` is the inverse."""
         values = asdict(self) | {"config": self.config.to_json_dict()}
         return {"format_version": FORMAT_VERSION} | values
 
     @classmethod
     def from_json_dict(cls, values: dict[str, Any]) -> "ModelDescription":
-        """Rebuilds from `to_json_dict`'s output.
+        """Returns the description from the result of `to_json_dict`.
 
         Raises:
-            ConversionError: other format version, unknown, missing or invalid field.
+            ConversionError: another format version, or a field is unknown, missing or invalid.
         """
         values = dict(values)
         version = values.pop("format_version", None)
@@ -65,7 +65,7 @@ class ModelDescription:
 
 
 def _check_fields(values: dict[str, Any], vocab_size: int) -> None:
-    """Checks what stands beside the config."""
+    """Checks all fields other than the config."""
     mask, block = values["mask_token_id"], values["block_size"]
     fingerprint = values["tokenizer_fingerprint"]
     rules = {
@@ -94,7 +94,7 @@ def read_description(iteration_dir: Path) -> ModelDescription:
     """Reads `opdlm_model.json`.
 
     Raises:
-        ConversionError: missing or malformed.
+        ConversionError: the file is missing or malformed.
     """
     path = iteration_dir / MODEL_FILE
     if not path.is_file():
@@ -107,22 +107,22 @@ def read_description(iteration_dir: Path) -> ModelDescription:
 
 
 def iteration_name(iteration: int) -> str:
-    """Folder of an iteration, as Megatron names it."""
+    """Returns the name of an iteration folder, as Megatron names it."""
     return f"iter_{iteration:07d}"
 
 
 def resolve_iteration(checkpoint_dir: str | Path, iteration: int | None = None) -> Path:
-    """Finds the iteration folder that a path means.
+    """Finds the iteration folder of a path.
 
     Args:
-        checkpoint_dir: run folder, checkpoint root, or an iteration folder itself.
-        iteration: which one; None for the latest.
+        checkpoint_dir: run folder, checkpoint root, or iteration folder.
+        iteration: number of the iteration; None for the latest.
 
     Returns:
         The iteration folder.
 
     Raises:
-        ConversionError: nothing there, or not that iteration.
+        ConversionError: there is no checkpoint, or not this iteration.
     """
     if iteration is not None and iteration < 0:
         raise ConversionError(f"iteration={iteration} must be 0 or more")

@@ -24,11 +24,11 @@ def load_model(
 
     Args:
         iteration_dir: iteration folder.
-        options: how to build it; weights are converted to its dtype.
-        parallel: process groups; any layout reads any checkpoint.
+        options: build options; weights are converted to their data type.
+        parallel: process groups; any parallel layout reads any checkpoint.
 
     Returns:
-        The model of this rank, and the description of the whole.
+        This rank's shard of the model, and the description of the whole model.
     """
     description = read_description(iteration_dir)
     model = build_model(description.config, options, parallel)
@@ -41,17 +41,18 @@ def load_model(
 def load_head(
     iteration_dir: Path, num_columns: int | None, dtype: torch.dtype, parallel: ParallelState
 ) -> Tensor | None:
-    """Reads a model's LM head as the tensor-parallel ranks of another layout hold theirs.
+    """Reads a model's LM head, sharded like the head of another layout. Call on all ranks.
 
     Args:
         iteration_dir: iteration folder.
-        num_columns: V_local of this rank, whatever the padding in the checkpoint; None on a rank
-            that wants none.
-        dtype: of the result.
-        parallel: the layout. Call on all ranks.
+        num_columns: V_local of this rank, which may include other padding than the checkpoint; None
+            on a rank that needs no head.
+        dtype: data type of the result.
+        parallel: process groups of the other layout.
 
     Returns:
-        [V_local, D] on the current device; columns beyond the vocabulary are zero.
+        [V_local, D] on the current device; rows after the vocabulary are zero. None without
+        `num_columns`.
     """
     config = read_description(iteration_dir).config
     vocab = [e for e in FAMILIES[config.family].entries_for(config) if _is_vocab(e)]
@@ -61,7 +62,7 @@ def load_head(
             num_columns, config.hidden_size, dtype=dtype, device=torch.cuda.current_device()
         )
         wanted["head"] = ShardedTensor.from_rank_offsets(
-            vocab[-1].stacked_key,  # tied: the embedding, the only one
+            vocab[-1].stacked_key,  # with tied weights this is the embedding, the only one
             head,
             (0, parallel.tp_rank, parallel.tp_size),
             replica_id=parallel.dp_rank,
@@ -78,10 +79,10 @@ def _is_vocab(entry: Entry) -> bool:
 def sharded_weights(
     model: BlockDiffusionModel, metadata: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Returns the sharded tensors of a model; `metadata` names groups that are not Megatron's own.
+    """Returns the sharded tensors of a model. `metadata` names groups if they are not Megatron's.
 
-    Without `_extra_state`: that is the history of delayed FP8 scaling, which is not used here, and
-    layers of the local spec have none, though both kinds must load each other's checkpoints.
+    `_extra_state` is left out. It is the history of delayed FP8 scaling, which is not used here.
+    Layers of the local spec have none, and both kinds of layers must load each other's checkpoints.
     """
     state = model.sharded_state_dict(metadata=metadata)
     return {name: part for name, part in state.items() if not name.endswith("_extra_state")}
@@ -91,7 +92,7 @@ def take_weights(model: BlockDiffusionModel, state: dict[str, Any]) -> None:
     """Fills a model with the loaded tensors of `sharded_weights`.
 
     Raises:
-        ValueError: naming tensors that only one of both has.
+        ValueError: only the checkpoint or only the model has a tensor; the message names it.
     """
     missing, unexpected = model.load_state_dict(state, strict=False)
     different = [n for n in (*missing, *unexpected) if not n.endswith("_extra_state")]
@@ -100,6 +101,6 @@ def take_weights(model: BlockDiffusionModel, state: dict[str, Any]) -> None:
 
 
 def freeze(model: BlockDiffusionModel) -> BlockDiffusionModel:
-    """Makes a model the teacher: no gradients, evaluation mode."""
+    """Makes a model a frozen teacher, without gradients and in evaluation mode; returns it."""
     model.requires_grad_(False)
     return model.eval()

@@ -1,12 +1,12 @@
-"""What the annotation of a configuration's field says of its key beyond the type of its value.
+"""Annotations of configuration fields: facts about a key beyond the type of its value.
 
     remasking: Annotated[str, OneOf(RULES)] = "low_confidence_dynamic"
     remasking_parameters: Annotated[Mapping[str, Any], ParametersOf(RULES)]
     kv_cache_gb: Annotated[float | None, MAY_CHANGE] = None
 
-A table is a mapping from the names that a user can choose to what they stand for. Keys, `--help`,
-error texts and docs derive from it, so a new entry is written in one place. The standard library
-only.
+A table is a mapping from the names that users can choose to the entries that they stand for. Keys,
+`--help`, error texts and docs are made from it, so a new entry is written in one place. This file
+needs only the standard library.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class OneOf:
     """The value is a name of a table."""
 
     table: Mapping[str, Any]
-    """By name: instances or classes with a `summary`."""
+    """The table: instances or classes with a `summary`, by name."""
 
     def describe(self) -> str:
         """Returns "name = summary; ..." for the documentation of the key."""
@@ -34,14 +34,15 @@ class OneOf:
 
 @dataclass(frozen=True)
 class ParametersOf:
-    """The field maps the parameters of all entries of a table to their values.
+    """The value is a mapping from the parameters of a table's entries to their values.
 
-    Entries are dataclasses, and their fields are the parameters: each is a key of its own,
-    whichever entry is chosen. Entries may share one if they agree on its type and default.
+    Entries are dataclasses, and their fields are the parameters. Each parameter is a key of the
+    configuration, whichever entry is chosen. Entries may share a parameter if it has the same type
+    and default in all of them.
     """
 
     table: Mapping[str, type]
-    """By name."""
+    """The table: dataclasses by name."""
 
     def fields(self) -> Iterator[tuple[str, type, dataclasses.Field[Any]]]:
         """Yields (name of the entry, the entry, field) for every parameter of every entry."""
@@ -50,16 +51,16 @@ class ParametersOf:
                 yield name, entry, field
 
     def make(self, name: str, values: Mapping[str, Any]) -> Any:
-        """Returns the entry of that name with its own among the parameters' values.
+        """Returns an instance of the entry of that name, with those of the values that it has.
 
         Raises:
-            ValueError: a value that the entry refuses.
+            ValueError: the entry refuses a value.
         """
         entry = self.table[name]
         return entry(**{field.name: values[field.name] for field in dataclasses.fields(entry)})
 
     def changed(self, values: Mapping[str, Any]) -> dict[str, list[str]]:
-        """Returns the parameters whose value is not the default, with the entries that have it."""
+        """Returns the parameters whose value is not the default, and for each its entries."""
         found: dict[str, list[str]] = {}
         for name, _, field in self.fields():
             if values[field.name] != field.default:
@@ -68,22 +69,22 @@ class ParametersOf:
 
 
 class Mark(Enum):
-    """Facts about a key that need no more than a word."""
+    """Facts about a key that have no parameter."""
 
     MAY_CHANGE = "may change when a run goes on"
-    """It says where a run is computed, what it reports, or where it finds what it is computed from,
-    which is known by its content (train/identity.py)."""
+    """The key does not change what is computed: it says how or where the run is computed, what it
+    reports, or the path of an input (which train/identity.py compares by its content)."""
     PATH = "a path"
-    """A leading ~ stands for the home folder."""
+    """The value is a path. A leading ~ stands for the home folder."""
 
 
 MAY_CHANGE, PATH = Mark.MAY_CHANGE, Mark.PATH
 
 
 def split(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Returns the type of a value, and what else its annotation says.
+    """Splits an annotation into the type of the value and its other facts.
 
-    A `OneOf` becomes the Literal of the names that its table has now.
+    A `OneOf` becomes the Literal of the names that are in its table now.
     """
     if typing.get_origin(annotation) is not typing.Annotated:
         return annotation, ()

@@ -1,4 +1,4 @@
-"""Which models of a run decode, how they are cut, and whether their passes can be captured."""
+"""The models of a run that decode, their layouts, and whether their passes can be captured."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ class DecodingModel:
     """A model of a run that decodes responses."""
 
     role: Literal["student", "teacher"]
-    """The student decodes for evaluation at least, the teacher where it writes the responses."""
+    """The student always decodes, at least for evaluation; the teacher if it writes responses."""
     layout: tuple[int, int]
-    """Tensor and pipeline parallel size that it decodes in."""
+    """Tensor and pipeline parallel size of its decoding."""
     sequence_parallel: bool
     """Whether its layers split activations along the tokens."""
     fp8: str
-    """Its FP8 matrix products; "none": it has none."""
+    """FP8 format of its matrix products; "none" if they are not FP8."""
 
     @property
     def graph_obstacle(self) -> str | None:
-        """What keeps its passes from being captured as CUDA graphs on any machine, as a setting of
-        the configuration; None: nothing.
-        """
+        """The setting that makes CUDA graphs impossible on every machine; None if there is none."""
         if self.fp8 != "none":
             return f"{'teacher_' if self.role == 'teacher' else ''}fp8={self.fp8}"
         if not self.sequence_parallel:
             return None
         if self.role == "teacher":
             return "sequence_parallel=true, unless the teacher has one tensor-parallel rank"
-        return "sequence_parallel=true, unless rollouts have a layout of their own"
+        return "sequence_parallel=true, unless rollouts have their own layout"

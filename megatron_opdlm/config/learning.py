@@ -17,12 +17,13 @@ from megatron_opdlm.loss.reduction import LOSS_REDUCTIONS
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(Section):
-    """Which states the student learns from, and the loss on them."""
+    """The responses and noisy states that the student learns from, and the loss."""
 
     preset: Literal["official", "paper"] = "official"
-    """Values for keys not given: the released launchers, or the paper's equations to the letter."""
+    """Values of keys that are not given: those of the released launchers, or of the paper's
+    equations."""
     method: Annotated[str, OneOf(METHODS)] = "opdlm"
-    """Who writes the responses, at which noisy states, and what the student learns from:"""
+    """Source of the responses, noisy states and targets:"""
     sft_responses: Literal["teacher", "data"] = "teacher"
     """For sft: teacher = responses sampled from the teacher; data = the `response` of every entry
     of the data, and no teacher is loaded."""
@@ -35,24 +36,25 @@ class DistillConfig(Section):
     top_k_logits: int = 0
     """How many of the teacher's likeliest tokens the divergence distinguishes; 0 = all tokens."""
     top_k_mode: Annotated[str, OneOf(TOP_K_MODES)] = "tail"
-    """What becomes of the other tokens:"""
+    """How the other tokens count:"""
     state_selection: Annotated[str, OneOf(STATE_SELECTIONS)] = "per_block"
     """Noisy states at which a response is seen; the method limits the choice:"""
     states_per_response: int = 1
-    """Noisy states of one response; they share its clean pass. Not with state_selection: all."""
+    """Number of noisy states of one response, which share its clean part. It must be 1 with
+    state_selection: all."""
     eos_loss: Literal["include", "exclude"] = "include"
-    """Whether the end-of-sequence position carries loss."""
+    """Whether the end-of-sequence position has a loss."""
     loss_reduction: Annotated[str, OneOf(LOSS_REDUCTIONS)] = "sequence_mean"
     """The loss of an optimizer step:"""
 
     @property
     def method_record(self) -> Method:
-        """What the method does."""
+        """The record of the method."""
         return METHODS[self.method]
 
     @property
     def responses(self) -> str:
-        """Who writes the responses: one of WRITERS."""
+        """Writer of the responses: one of WRITERS."""
         method = self.method_record
         return self.sft_responses if method.has_choice_of_writer else method.writers[0]
 
@@ -78,7 +80,7 @@ class DistillConfig(Section):
 
     @property
     def is_nelbo(self) -> bool:
-        """Whether the loss is the NELBO of block diffusion: tokens are learnt at random masks."""
+        """Whether the loss is the NELBO of block diffusion: token targets under random masks."""
         return self.learns_from_tokens and not self.selection.reads_trajectory
 
     @property
@@ -87,7 +89,7 @@ class DistillConfig(Section):
         return self.teacher_writes or not self.learns_from_tokens
 
     def make_divergence(self) -> Divergence:
-        """Returns what the student is pulled by."""
+        """Returns the divergence of the loss."""
         kinds, values = ParametersOf(DIVERGENCES), self.divergence_parameters
         return Divergence(
             kind=kinds.make(self.divergence, values),
@@ -97,7 +99,7 @@ class DistillConfig(Section):
 
     @property
     def selection(self) -> StateSelection:
-        """How the noisy states are chosen."""
+        """The record of the state selection."""
         return STATE_SELECTIONS[self.state_selection]
 
     def _check(self) -> None:
@@ -114,19 +116,19 @@ class DistillConfig(Section):
         if len(method.selections) > 1:
             users = [name for name, other in METHODS.items() if state in other.selections]
             kind = "method" if len(users) == 1 else "methods"
-            rule = f"is for the {kind} {join(users)}" if users else rule
+            rule = f"applies only to the {kind} {join(users)}" if users else rule
         fix = f"leave it out with {here}, or use another method"
         require(state in method.selections, "state_selection", state, rule, fix)
         users = [name for name, other in METHODS.items() if other.has_choice_of_writer]
-        rule, fix = f"is about method={join(users, 'or')}", f"leave it out with {here}"
+        rule, fix = f"applies only to method={join(users, 'or')}", f"leave it out with {here}"
         require_default_unless(method.has_choice_of_writer, self, "sft_responses", rule, fix)
 
     def _check_loss(self) -> None:
-        self.make_divergence()  # refuses what is out of range
+        self.make_divergence()  # refuses values out of range
         kinds, values = ParametersOf(DIVERGENCES), self.divergence_parameters
         changed = kinds.changed(values)
         if self.learns_from_tokens:
-            rule = f"is not for method={self.method}, whose loss is the cross-entropy"
+            rule = f"does not apply to method={self.method}, whose loss is the cross-entropy"
             for name in ("divergence", "top_k_logits", "top_k_mode"):
                 require_default_unless(False, self, name, rule, "leave it out")
             for name in changed:
@@ -134,10 +136,10 @@ class DistillConfig(Section):
         for name, users in changed.items():
             where = f"divergence={join(users, 'or')}"
             is_used, fix = self.divergence in users, f"leave it out, or set {where}"
-            require(is_used, name, values[name], f"is about {where}", fix)
+            require(is_used, name, values[name], f"applies only to {where}", fix)
         where = "top_k_logits above 0"
         is_used, fix = self.top_k_logits > 0, f"leave it out, or set {where}"
-        require_default_unless(is_used, self, "top_k_mode", f"is about {where}", fix)
+        require_default_unless(is_used, self, "top_k_mode", f"applies only to {where}", fix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +159,7 @@ class OptimizerConfig(Section):
     adam_beta2: float = 0.999
     """Decay of the second moment."""
     adam_eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Number added to the root of the second moment."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     clip_grad: float = 1.0
@@ -180,14 +182,14 @@ class TrainConfig(Section):
     """Data, length and outputs of the run."""
 
     data: Annotated[str, PATH, MAY_CHANGE]
-    """Prompt file: JSONL with prompt or messages, or a JSON list with question."""
+    """Prompt file: JSONL, or a JSON list. Each entry has prompt, question or messages."""
     save: Annotated[str, PATH, MAY_CHANGE]
-    """Run folder; must be new or hold the same run."""
+    """Run folder; it must be new, or belong to the same run."""
     teacher_responses: Annotated[str | None, PATH, MAY_CHANGE] = None
-    """File that keeps the teacher's responses, for off_policy and sft; jobs may share it. null =
+    """File of the teacher's responses, for off_policy and sft; several jobs may share it. null =
     teacher_responses.jsonl in save."""
     train_rollouts: Annotated[int, MAY_CHANGE]
-    """Rollouts of the run; each is followed by its optimizer steps."""
+    """Number of rollouts of the run. Optimizer steps follow each rollout."""
     rows_per_optimizer_step: int = 8
     """Responses per optimizer step, over all ranks; must divide the responses of a rollout."""
     group_by_length: bool = True
@@ -198,17 +200,17 @@ class TrainConfig(Section):
     save_interval: Annotated[int, MAY_CHANGE] = 10
     """Rollouts between checkpoints; 0 = only at the end."""
     keep_checkpoints: Annotated[int, MAY_CHANGE] = 2
-    """Newest checkpoints to keep."""
+    """How many of the newest checkpoints to keep."""
     resume: Annotated[Literal["auto", "never"], MAY_CHANGE] = "auto"
     """auto = continue from the run folder's newest checkpoint; never = refuse a used folder."""
     log_samples: Annotated[int, MAY_CHANGE] = 4
-    """Responses written to the run folder's rollouts/ per rollout."""
+    """Responses per rollout that are written to rollouts/ in the run folder."""
     eval_data: Annotated[str | None, PATH, MAY_CHANGE] = None
     """Prompt file with answers, for evaluation during training."""
     eval_interval: Annotated[int, MAY_CHANGE] = 0
-    """Rollouts between evaluations; 0 = none. Needs eval_data."""
+    """Rollouts between evaluations; 0 = no evaluation. Needs eval_data."""
     eval_questions: Annotated[int, MAY_CHANGE] = 128
-    """Questions of one evaluation, from the start of eval_data."""
+    """Number of questions of one evaluation; they are the first ones of eval_data."""
     wandb_project: Annotated[str | None, MAY_CHANGE] = None
     """Weights & Biases project; null = off. TensorBoard and metrics.jsonl are always written."""
 
@@ -224,8 +226,8 @@ class TrainConfig(Section):
         require(given != "", "teacher_responses", "''", "must be a path or null", fix)
         fix = "set both eval_data and eval_interval, or eval_data=null and eval_interval=0"
         has_data, has_interval = self.eval_data is not None, self.eval_interval > 0
-        rule = f"goes with eval_interval > 0, got {self.eval_interval}"
+        rule = f"must be given together with eval_interval > 0, got {self.eval_interval}"
         require(has_data == has_interval, "eval_data", self.eval_data, rule, fix)
         require_default_unless(
-            has_data, self, "eval_questions", "is about eval_data", "leave it out"
+            has_data, self, "eval_questions", "applies only to eval_data", "leave it out"
         )

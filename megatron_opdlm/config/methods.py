@@ -1,9 +1,8 @@
-"""The methods: who writes the responses, at which noisy states they are seen, and what the student
-learns from them.
+"""The methods: a method is a writer of responses, a kind of noisy states, and a target.
 
-A new method that recombines what there is needs a record in METHODS and nothing else.
-Configuration, `--help`, docs and training ask the record and never compare a method's name. The
-standard library only.
+A new method that combines existing parts needs only a record in METHODS. Configuration, `--help`,
+docs and training read the record and never compare a method's name. This file needs only the
+standard library.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ WRITERS = {
     "teacher": "the teacher's",
     "data": "the data's",
 }
-"""Who may write the responses; `responses/sources.py` has a source for each."""
+"""All writers of responses; `responses/sources.py` has a source for each."""
 STATES = {
     "trajectory": "of their own denoising trajectories",
     "random": "random masks",
@@ -30,21 +29,21 @@ TARGETS = {
     "teacher": "the teacher's distribution",
     "tokens": "the response's tokens",
 }
-"""What the student may learn from; `train/targets.py` has a class for each."""
+"""All targets of the student; `train/targets.py` has a class for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to train. What it names is checked when the record is made."""
+    """One way to train. The names in a record are checked when it is made."""
 
     summary: str
-    """What it is, for people."""
+    """The method in words, for help texts and tables."""
     writers: tuple[str, ...]
-    """Who writes the responses: one of WRITERS, or several, among which `sft_responses` chooses."""
+    """Writers of the responses: one of WRITERS, or several from which `sft_responses` chooses."""
     states: str
-    """At which noisy states responses are seen: one of STATES."""
+    """Kind of noisy states: one of STATES."""
     target: str
-    """What the student learns from: one of TARGETS."""
+    """Target of the student: one of TARGETS."""
 
     def __post_init__(self) -> None:
         for name, values, known in (
@@ -54,15 +53,15 @@ class Method:
         ):
             rule = f"must be among {', '.join(known)}"
             for value in values:
-                require(value in known, name, value, rule, "use one of them, or write it first")
+                require(value in known, name, value, rule, "use one of them, or add it there")
             require(bool(values), name, "()", "must not be empty", f"use one of {', '.join(known)}")
         is_there = self.states != "trajectory" or self.writers == ("student",)
-        rule = "are those of a denoising trajectory, which only responses of the student have"
+        rule = "needs a denoising trajectory, which only the student's responses have"
         require(is_there, "states", self.states, rule, "use random, or writers=student")
 
     @property
     def selections(self) -> tuple[str, ...]:
-        """State selections that it may have."""
+        """Names of the state selections that are possible with the method."""
         reads_trajectory = self.states == "trajectory"
         return tuple(
             name
@@ -72,14 +71,14 @@ class Method:
 
     @property
     def has_choice_of_writer(self) -> bool:
-        """Whether `sft_responses` says who writes the responses."""
+        """Whether `sft_responses` chooses the writer of the responses."""
         return len(self.writers) > 1
 
     def implied(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the configuration values that it brings.
+        """Returns the configuration values that the method implies.
 
         Args:
-            given: the values without it: those of the preset.
+            given: configuration values without the method's: those of the preset.
         """
         if given["state_selection"] in self.selections:
             return {}
@@ -112,7 +111,7 @@ METHODS = {
         target="tokens",
     ),
 }
-"""Every method by the name that a user gives."""
+"""All methods, by the name that users give."""
 
 
 def join(names: Iterable[str], last: str = "and") -> str:
@@ -122,7 +121,7 @@ def join(names: Iterable[str], last: str = "and") -> str:
 
 
 def methods_as_markdown() -> str:
-    """Renders the table of docs/methods.md."""
+    """Returns the table of docs/methods.md."""
     lines = [
         "| `method` | responses | noisy states (`state_selection`) | target |",
         "|---|---|---|---|",

@@ -64,7 +64,7 @@ TEACHER_LAYOUT = ("teacher_tensor_model_parallel_size", "teacher_pipeline_model_
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything a run needs to know."""
+    """The whole configuration of a run."""
 
     model: ModelConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -82,17 +82,17 @@ class Config:
 
     @property
     def rows_per_rollout(self) -> int:
-        """Responses of one rollout, over all ranks."""
+        """Number of responses of one rollout, over all ranks."""
         return self.rollout.prompts_per_rollout * self.rollout.samples_per_prompt
 
     @property
     def optimizer_steps_per_rollout(self) -> int:
-        """Optimizer steps that follow one rollout."""
+        """Number of optimizer steps after each rollout."""
         return self.rows_per_rollout // self.train.rows_per_optimizer_step
 
     @property
     def total_optimizer_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps of the whole run."""
         return self.train.train_rollouts * self.optimizer_steps_per_rollout
 
     @property
@@ -103,18 +103,18 @@ class Config:
 
     @property
     def lr_warmup_steps(self) -> int:
-        """Optimizer steps of linear warm-up."""
+        """Number of optimizer steps of the linear warm-up."""
         given = self.optimizer.lr_warmup_steps
         of_the_paper = WARMUP_ROLLOUTS * self.optimizer_steps_per_rollout
         return min(of_the_paper, self.lr_decay_steps) if given is None else given
 
     @property
     def longest_row_tokens(self) -> int:
-        """Upper bound of one row's packed stream, in tokens: [clean x0 | noisy xt].
+        """Upper bound of the tokens of one example's stream, [clean x0 | noisy xt].
 
-        The clean part is prompt and response to the end of their last block; the noisy part is, for
-        every state, the response's blocks, the first of which may begin with up to block_size - 1
-        prompt tokens.
+        The clean part is prompt and response up to the end of their last block. The noisy part has,
+        for every state, the blocks of the response. The first of them may begin with up to
+        block_size - 1 prompt tokens.
         """
         prompt, response = self.rollout.max_prompt_tokens, self.rollout.max_response_tokens.end
         states = self.distill.states_per_response
@@ -124,19 +124,19 @@ class Config:
         return prompt + response + more + states * (response + 2 * more)
 
     def resolved(self, *, cuda: bool, transformer_engine: bool | None = None) -> Config:
-        """Returns the configuration with every automatic value replaced by the one it stands for.
+        """Returns the configuration with every automatic value replaced by its actual value.
 
         Args:
             cuda: whether the run's machine has CUDA devices.
-            transformer_engine: whether it has Transformer Engine; None = if it has CUDA.
+            transformer_engine: whether it has Transformer Engine; None assumes so if it has CUDA.
 
         Raises:
-            ValueError: what was left open cannot be had on this machine (FP8 without CUDA).
+            ValueError: this machine cannot run the configuration (such as FP8 without CUDA).
         """
         layer_spec: Literal["transformer_engine", "local"]
         dtype: Literal["bfloat16", "float32"]
         fix = "on a CPU they are in host memory already: use teacher_offload=false"
-        rule = "is about weights on a GPU, and there is none"
+        rule = "applies only to weights on a GPU, and there is none"
         require(cuda or not self.model.teacher_offload, "teacher_offload", True, rule, fix)
         fused, rule = self.model.bias_swiglu_fusion, "compiles kernels of a GPU, and there is none"
         require(cuda or not fused, "bias_swiglu_fusion", True, rule, "use bias_swiglu_fusion=false")
@@ -163,13 +163,13 @@ class Config:
             lr_decay_steps=self.lr_decay_steps,
         )
         is_16_bit, graphs = model.params_dtype != "float32", self.rollout.cuda_graphs
-        rule, fix = "does not go with params_dtype=float32", "use bfloat16, or cuda_graphs=null"
+        rule, fix = "cannot be used with params_dtype=float32", "use bfloat16, or cuda_graphs=null"
         require(is_16_bit or not (cuda and graphs), "cuda_graphs", graphs, rule, fix)
         return dataclasses.replace(self, model=model, optimizer=optimizer)
 
     @property
     def decoders(self) -> tuple[DecodingModel, ...]:
-        """The models that decode: always the student, and the teacher where it writes."""
+        """The models that decode: always the student, and the teacher if it writes responses."""
         parallel, model = self.parallel, self.model
         student = DecodingModel(
             role="student",
@@ -189,19 +189,20 @@ class Config:
 
     @property
     def writer(self) -> DecodingModel:
-        """The model that decodes the responses; the student, for evaluation, where the data give
-        them.
+        """The model that decodes the responses.
+
+        If the data give the responses, it is the student, which decodes for evaluation.
         """
         return self.decoders[-1]
 
     def _check_graphs(self) -> None:
-        """Passes that cannot be captured on any machine."""
+        """Refuses cuda_graphs=true if passes cannot be captured on any machine."""
         if not self.rollout.cuda_graphs:
             return
         for decoder in self.decoders:
             obstacle = decoder.graph_obstacle
-            rule = f"does not go with {obstacle}"
-            fix = "set cuda_graphs=null, which captures passes where they can be"
+            rule = f"cannot be used with {obstacle}"
+            fix = "set cuda_graphs=null, which captures passes where this is possible"
             require(obstacle is None, "cuda_graphs", True, rule, fix)
 
     def to_flat_dict(self) -> dict[str, Any]:
@@ -249,14 +250,14 @@ class Config:
 
     def _check_responses(self) -> None:
         given, distill = self.train.teacher_responses, self.distill
-        rule = f"is about responses of the teacher; here they come from the {distill.responses}"
+        rule = f"applies only to the teacher's responses; here the {distill.responses} gives them"
         is_used = given is None or distill.teacher_writes
         require(is_used, "teacher_responses", given, rule, "leave it out")
         if not distill.has_teacher:
             choice = f"method={distill.method}"
             if distill.method_record.has_choice_of_writer:
                 choice = f"sft_responses={distill.sft_responses}"
-            rule = f"is about the teacher, and {choice} has none"
+            rule = f"applies only to the teacher, and {choice} has none"
             for section, names in ((self.model, TEACHER_KEYS), (self.parallel, TEACHER_LAYOUT)):
                 for name in names:
                     require_default_unless(False, section, name, rule, "leave it out")
@@ -272,7 +273,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         overrides: texts such as "lr=2e-5" or "max_response_tokens.end=64".
 
     Raises:
-        ValueError: naming key, value, rule and fix.
+        ValueError: the configuration is wrong; the message names key, value, rule and fix.
         FileNotFoundError: there is no such file.
     """
     keys = collect_keys(Config)

@@ -1,7 +1,7 @@
-"""What a configuration dataclass says about itself: keys, types, defaults, documentation.
+"""Reads keys, types, defaults and documentation from configuration dataclasses.
 
-Nothing here knows a key by name; `config/run.py` declares them. The standard library only, so that
-`opdlm train --help` stays fast.
+Nothing here depends on the name of a key; `config/run.py` declares the keys. This file needs only
+the standard library, so that `opdlm train --help` stays fast.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Key:
     """One key of the YAML file and of the command line."""
 
     name: str
-    """Spelling, with a dot for a nested key: `lr`, `max_response_tokens.end`."""
+    """Name, with a dot for a nested key: `lr`, `max_response_tokens.end`."""
     path: tuple[str, ...]
     """Attribute path from the root dataclass: ("rollout", "max_response_tokens", "end")."""
     marks: tuple[Any, ...] = ()
-    """What the annotation says beyond the type, see annotations.py."""
+    """Facts of the annotation beyond the type, see annotations.py."""
     annotation: Any
-    """Type of the value: bool, int, float, str, Literal[...] or one of them | None."""
+    """Type of the value: bool, int, float, str or Literal[...], or one of these | None."""
     default: Any
     """Default of the field; `dataclasses.MISSING` for a required key."""
     doc: str
@@ -50,7 +50,7 @@ class Key:
 
     @property
     def may_change(self) -> bool:
-        """Whether a run that goes on may have another value."""
+        """Whether a resumed run may have another value."""
         return MAY_CHANGE in self.marks
 
     def read(self, root: Any) -> Any:
@@ -61,10 +61,10 @@ class Key:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Returns the known name that looks most like `name`, or None if none does.
+    """Returns the known name that is most similar to `name`, or None if none is similar.
 
-    A nested key is also found by its last part (`end` -> `max_response_tokens.end`), and any key
-    behind the name of its section (`rollout.block_size` -> `block_size`).
+    A nested key is also found by its last part (`end` -> `max_response_tokens.end`), and any key is
+    also found if its section stands before it (`rollout.block_size` -> `block_size`).
     """
     known = list(known)
     if (last_part := name.rsplit(".", 1)[-1]) in known:
@@ -76,7 +76,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     matches = difflib.get_close_matches(name, by_last_part, n=1, cutoff=0.75)
     if matches:
         return by_last_part[matches[0]]
-    # a fragment: `tensor_parallel` is in no edit distance of `tensor_model_parallel_size`
+    # compare parts: by edit distance `tensor_parallel` is far from `tensor_model_parallel_size`
     parts = set(name.lower().split("_"))
     scored = [(len(parts & set(key.split("_"))), -len(key), key) for key in known]
     best = max(scored, default=(0, 0, ""))
@@ -84,7 +84,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def describe_type(annotation: Any) -> str:
-    """Writes a type the way the documentation and the error texts name it."""
+    """Returns a type as the documentation and the error texts write it."""
     if typing.get_origin(annotation) is Literal:
         return "{" + ", ".join(map(str, typing.get_args(annotation))) + "}"
     inner, optional = _split_optional(annotation)
@@ -100,7 +100,7 @@ def check_value(key: str, value: Any, annotation: Any) -> Any:
         The value as the field stores it.
 
     Raises:
-        ValueError: naming key, value and type.
+        ValueError: the type is wrong; the message names key, value and type.
     """
     inner, optional = _split_optional(annotation)
     if value is None and optional:
@@ -114,7 +114,7 @@ def check_value(key: str, value: Any, annotation: Any) -> Any:
         value = float(value)
     if inner is float and isinstance(value, float):
         require(math.isfinite(value), key, value, "must be finite", "use a number")
-    if type(value) is inner:  # not isinstance: True is no integer here
+    if type(value) is inner:  # not isinstance: True is not an integer here
         return value
     _raise_type(key, value, annotation, None)
 
@@ -123,7 +123,7 @@ def parse_text(key: str, text: str, annotation: Any) -> Any:
     """Reads the text of a `key=value` override as the type of its field.
 
     Raises:
-        ValueError: naming key, text and type.
+        ValueError: the text is not of this type; the message names key, text and type.
     """
     inner, optional = _split_optional(annotation)
     if optional and text.lower() in _NULL:
@@ -141,7 +141,7 @@ def parse_text(key: str, text: str, annotation: Any) -> Any:
 
 
 def collect_keys(root: type) -> dict[str, Key]:
-    """Lists the keys of a dataclass of sections. Section names are no part of a key.
+    """Returns the keys of a dataclass of sections. Section names are not part of a key.
 
     Args:
         root: dataclass whose fields are dataclasses (sections); a dataclass inside a section is a
@@ -159,11 +159,11 @@ def collect_keys(root: type) -> dict[str, Key]:
 
 
 def section_keys(cls: type, *path: str) -> tuple[Key, ...]:
-    """Lists the keys of one section, nested ones and parameters of tables included.
+    """Returns the keys of one section, including nested keys and parameters of tables.
 
     Args:
         cls: dataclass of the section.
-        path: attributes that lead to it from the root; all but the first name nested keys.
+        path: attribute names from the root to the section; all but the first name nested keys.
     """
     annotations, docs = hints(cls), field_docs(cls)
     keys: list[Key] = []
@@ -195,7 +195,7 @@ def section_keys(cls: type, *path: str) -> tuple[Key, ...]:
 
 
 def parameter_keys(mark: ParametersOf, path: tuple[str, ...]) -> list[Key]:
-    """The keys of a table's parameters; one that several entries share is one key."""
+    """Returns the keys of a table's parameters. A parameter of several entries is one key."""
     keys: dict[str, Key] = {}
     users: dict[str, list[str]] = {}
     for entry_name, entry, field in mark.fields():
@@ -227,7 +227,7 @@ def flatten(values: Mapping[Any, Any], known: Iterable[str]) -> dict[str, Any]:
     """Joins nested mappings into dotted keys.
 
     Raises:
-        ValueError: a scalar where a nested key belongs, or a nested mapping under an unknown key.
+        ValueError: a nested key has a scalar as value, or an unknown key has a mapping.
     """
     parents = {name.split(".")[0] for name in known if "." in name}
     flat: dict[str, Any] = {}
@@ -243,7 +243,7 @@ def flatten(values: Mapping[Any, Any], known: Iterable[str]) -> dict[str, Any]:
 
 
 def unknown_key_error(name: str, known: Iterable[str]) -> ValueError:
-    """Builds the error for a key that does not exist, naming the nearest one."""
+    """Returns the error for a key that does not exist; it names the most similar key."""
     guess = nearest(name, known)
     hint = f"did you mean {guess}?" if guess else "`opdlm train --help` lists the keys"
     return ValueError(f"unknown key {name}; {hint}")
@@ -253,7 +253,7 @@ def build(root: type, values: Mapping[str, Any]) -> Any:
     """Constructs the dataclass of sections from values by key name.
 
     Raises:
-        ValueError: an unknown key, a missing required key, or what the dataclasses refuse.
+        ValueError: a key is unknown, a required key is missing, or a dataclass refuses a value.
     """
     keys = collect_keys(root)
     for name in values:
@@ -294,7 +294,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def keys_as_markdown(root: type) -> str:
-    """Renders one table per section: key, type, default, whether it may change on resume, meaning."""
+    """Returns one table per section: key, type, default, whether it may change on resume, meaning."""
     lines: list[str] = []
     section = ""
     for key in collect_keys(root).values():

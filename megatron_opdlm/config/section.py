@@ -1,4 +1,4 @@
-"""What every section of the configuration does when it is made: it checks its own values."""
+"""Base class of the sections of the configuration. A section checks its values when it is made."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_opdlm.config.schema import (
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Checks the type of every field, then the rules of the section."""
+    """A section. It checks the type of every field, and then its own rules."""
 
     _path: ClassVar[tuple[str, ...]] = ("section",)
 
@@ -33,7 +33,7 @@ class Section:
                     self._fill(field.name, mark)
         for key in section_keys(cls, *self._path):
             if len(key.path) > len(self._path) + 1:
-                continue  # a nested section has checked itself, and so have parameters
+                continue  # a nested section has checked itself, and so have the parameters
             name = key.path[-1]
             value = check_value(key.name, getattr(self, name), key.annotation)
             if PATH in key.marks and value is not None:
@@ -42,7 +42,7 @@ class Section:
         self._check()
 
     def _fill(self, name: str, mark: ParametersOf) -> None:
-        """Checks the given parameters of a table, and completes them by their defaults."""
+        """Checks the given parameters of a table, and adds the defaults of the others."""
         given = getattr(self, name)
         keys = {key.name: key for key in parameter_keys(mark, (name,))}
         if unknown := set(given) - set(keys):
@@ -52,7 +52,7 @@ class Section:
             for key in keys.values()
         }
         for entry in mark.table:
-            mark.make(entry, values)  # refuses what is out of range
+            mark.make(entry, values)  # refuses values out of range
         object.__setattr__(self, name, values)
 
     def _check(self) -> None:
@@ -74,10 +74,10 @@ class Section:
 
 
 def require_default_unless(is_used: bool, section: Section, name: str, rule: str, fix: str) -> None:
-    """Refuses another value than the default where nothing reads it.
+    """Refuses a value other than the default if nothing uses it.
 
     Raises:
-        ValueError: "name=value rule; fix".
+        ValueError: the message is "name=value rule; fix".
     """
     value = getattr(section, name)
     default = next(field.default for field in dataclasses.fields(section) if field.name == name)

@@ -1,7 +1,7 @@
 """The sections of a configuration: one frozen dataclass per component, each with its own checks.
 
-A default lives on its field and nowhere else; the text under a field is its documentation, shown by
-`opdlm train --help` and in docs/configuration.md.
+A default is written at its field and nowhere else. The text under a field is its documentation,
+which `opdlm train --help` and docs/configuration.md show.
 """
 
 from __future__ import annotations
@@ -21,44 +21,46 @@ from megatron_opdlm.distributed.vocab import rollout_divisor
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
-    """Which models, and in which number format they run."""
+    """The models, and the number formats that they use."""
 
     student: Annotated[str, PATH, MAY_CHANGE]
-    """Model to convert: a Hugging Face directory, a checkpoint, or the folder of a run."""
+    """Model to train: a Hugging Face directory, a checkpoint, or a run folder."""
     teacher: Annotated[str | None, PATH, MAY_CHANGE] = None
-    """Frozen autoregressive model, in the same forms; null = the student's initial weights."""
+    """Frozen autoregressive model, given in the same ways; null = the student's initial weights."""
     layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Layer implementation; auto = transformer_engine where CUDA is available, else local."""
+    """Layer implementation; auto = transformer_engine if CUDA is available, else local."""
     params_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of weights and activations; auto = bfloat16 on CUDA, float32 on a CPU."""
     fp8: Literal["none", "hybrid", "e4m3"] = "none"
     """FP8 matrix products through Transformer Engine; hybrid = e4m3 forward, e5m2 backward."""
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise"] = "tensorwise"
-    """Scaling of FP8 tensors: by the tensor, by a history of tensors (the student alone), or by
-    blocks of 128. mxfp8 is for Blackwell; Hopper has no such kernels."""
+    """Scaling of FP8 tensors: tensorwise = by each tensor, delayed = by a history of tensors (only
+    for the student), blockwise = by blocks of 128. There is no mxfp8: it is for Blackwell, and
+    Hopper has no such kernels."""
     teacher_fp8: Literal["auto", "none", "hybrid", "e4m3"] = "auto"
     """FP8 matrix products of the frozen teacher; auto = what fp8 says."""
     teacher_offload: Annotated[bool, MAY_CHANGE] = False
     """Keeps the teacher's weights in pinned host memory outside its own phase; needs CUDA."""
     max_teacher_nll: Annotated[float | None, MAY_CHANGE] = None
-    """Mean loss on the first prompts, in nats per token, above which a teacher is refused at the
-    start; null = a warning if it is no better than a uniform guess."""
+    """Highest mean loss on the first prompts, in nats per token, with which a teacher is accepted
+    at the start; null = only a warning if it is no better than a uniform guess."""
     recompute_granularity: Annotated[Literal["none", "selective", "full"], MAY_CHANGE] = "none"
-    """Activations to recompute in the backward pass: none, the core attention, or whole layers."""
+    """Activations to recompute in the backward pass: none, selective = the core attention, full =
+    whole layers."""
     apply_rope_fusion: bool = False
     """Rotates queries and keys in one kernel of Transformer Engine, with angles in float32."""
     bias_swiglu_fusion: Annotated[bool, MAY_CHANGE] = False
     """Compiles Megatron's SwiGLU into one kernel; needs CUDA."""
     gradient_accumulation_fusion: Annotated[bool, MAY_CHANGE] = False
-    """Has Transformer Engine's layers add a weight's gradient to its float32 sum in the matrix
-    product itself."""
+    """Adds a weight's gradient to its float32 sum inside the matrix product, in the layers of
+    Transformer Engine."""
     mask_token: str = "<|MASK|>"
-    """Token that marks a masked position; import adds it to tokenizer and embeddings."""
+    """Token that marks a masked position. The import adds it to tokenizer and embeddings."""
     mask_init: Literal["keep", "mean"] | None = None
     """The mask token's embedding at import: keep = the row's own values; mean = the mean of all
     other rows; null = mean if the row is new, else keep."""
     import_cache: Annotated[str | None, PATH, MAY_CHANGE] = None
-    """Folder for imports of Hugging Face models, shared by jobs; null = imported/ beside save."""
+    """Folder of imported Hugging Face models. Jobs may share it; null = imported/ beside save."""
 
     def _check(self) -> None:
         require(bool(self.student), "student", self.student, "must be a path", "name a directory")
@@ -85,12 +87,12 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Section):
-    """How the models and the batch are spread over ranks."""
+    """The distribution of models and batches over ranks."""
 
     tensor_model_parallel_size: Annotated[int, MAY_CHANGE] = 1
-    """Ranks that share every layer; must divide the key/value heads."""
+    """Number of ranks that share every layer; must divide the key/value heads."""
     pipeline_model_parallel_size: Annotated[int, MAY_CHANGE] = 1
-    """Ranks that hold consecutive groups of layers; must divide the number of layers."""
+    """Number of ranks that hold consecutive groups of layers; must divide the number of layers."""
     rollout_tensor_model_parallel_size: Annotated[int | None, MAY_CHANGE] = None
     """Tensor-parallel size of rollouts. They then have no pipeline and use a second copy of the
     student, filled from rank to rank before each rollout. null = training's layout and no copy."""
@@ -99,11 +101,12 @@ class ParallelConfig(Section):
     teacher_pipeline_model_parallel_size: Annotated[int | None, MAY_CHANGE] = None
     """Pipeline-parallel size of the teacher; null = the student's."""
     sequence_parallel: Annotated[bool, MAY_CHANGE] = False
-    """Splits activations between tensor-parallel ranks along the tokens; needs more than one."""
+    """Splits activations along the tokens between tensor-parallel ranks; needs more than one."""
     use_distributed_optimizer: bool = True
     """Splits optimizer states between data-parallel ranks."""
     micro_batch_tokens: Annotated[int, MAY_CHANGE] = 16384
-    """Tokens of one packed microbatch on one data-parallel rank; the longest row must fit."""
+    """Most tokens of a packed microbatch on one data-parallel rank; the longest response with its
+    noisy states must fit."""
     overlap_grad_reduce: Annotated[bool, MAY_CHANGE] = False
     """Reduces gradients between data-parallel ranks during the backward pass."""
     make_vocab_size_divisible_by: int = 128
@@ -134,12 +137,12 @@ class ParallelConfig(Section):
 
     @property
     def has_rollout_layout(self) -> bool:
-        """Whether rollouts have weights of their own, cut in another way than training's."""
+        """Whether rollouts have another layout than training, and so their own weights."""
         return self.rollout_layout != self.layout
 
     @property
     def has_teacher_layout(self) -> bool:
-        """Whether the teacher is cut in another way than the student."""
+        """Whether the teacher has another layout than the student."""
         return self.teacher_layout != self.layout
 
     def _check(self) -> None:
@@ -167,16 +170,17 @@ class ParallelConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ResponseLengthConfig(Section):
-    """The rollout-length curriculum (paper section 4.3), read by `schedules.response_limit`."""
+    """The curriculum of response lengths (paper section 4.3), see `schedules.response_limit`."""
 
     _path: ClassVar[tuple[str, ...]] = ("rollout", "max_response_tokens")
 
     start: int = 100
     """Longest response of the first rollout, in tokens."""
     end: int = 4000
-    """Longest response once the ramp is over, in tokens."""
+    """Longest response after the ramp, in tokens."""
     ramp_steps: int = 100
-    """Rollouts until `end` is reached; 0 = from the first one. The paper's table says 10."""
+    """Number of rollouts until `end` is reached; 0 = `end` from the first rollout. The paper's
+    table says 10."""
     curve: Annotated[str, OneOf(CURVES)] = "cos"
     """Shape of the ramp at progress x:"""
 
@@ -193,31 +197,32 @@ class RolloutConfig(Section):
     """How the student generates the responses it is trained on."""
 
     block_size: int = 4
-    """Tokens decoded together."""
+    """Tokens of a block, which are decoded together."""
     denoising_steps: int = 4
-    """Most student forwards on one block; at most block_size."""
+    """Most denoising steps of one block; at most block_size."""
     remasking: Annotated[str, OneOf(RULES)] = "low_confidence_dynamic"
     """Which tokens are kept at a denoising step, with n = block_size / denoising_steps:"""
     remasking_parameters: Annotated[Mapping[str, Any], ParametersOf(RULES)] = field(
         default_factory=dict
     )
-    """Parameters of the remasking rules: keys of their own."""
+    """Parameters of the remasking rules. Each is a key of the configuration."""
     temperature: float = 1.0
     """Sampling temperature; 0 = the most likely token."""
     top_k: int = 0
-    """Sample among the k most likely tokens; 0 = all."""
+    """Number of most likely tokens to sample from; 0 = all tokens."""
     top_p: float = 1.0
-    """Sample among the most likely tokens that hold this probability together, in (0, 1]."""
+    """Probability, in (0, 1], of the set of most likely tokens to sample from; 1 = all tokens."""
     prompts_per_rollout: int = 128
-    """Prompts of one rollout."""
+    """Number of prompts of one rollout."""
     samples_per_prompt: int = 1
-    """Responses per prompt."""
+    """Number of responses per prompt."""
     max_prompt_tokens: int = 2000
-    """Prompts with more tokens, template included, are dropped once at the start and reported."""
+    """Most tokens of a prompt, including the template. Longer prompts are dropped and reported at
+    the start."""
     max_response_tokens: ResponseLengthConfig = field(default_factory=ResponseLengthConfig)
-    """Longest response by rollout; a nested key: {start, end, ramp_steps, curve}."""
+    """Longest response of each rollout; a nested key: {start, end, ramp_steps, curve}."""
     rollout_batch_size: Annotated[int, MAY_CHANGE] = 128
-    """Most rows decoded at once on one data-parallel rank."""
+    """Most sequences decoded at once on one data-parallel rank."""
     kv_cache_gb: Annotated[float | None, MAY_CHANGE] = None
     """Most memory for keys and values on one rank, in GB of 10^9 bytes; fewer rows are decoded at
     once if necessary. null = 80 % of a GPU's free memory at the start of a rollout; 4 GiB, which is
@@ -235,7 +240,7 @@ class RolloutConfig(Section):
 
     @property
     def rule(self) -> RemaskingRule:
-        """The remasking rule with its parameters."""
+        """The remasking rule, with its parameters."""
         return self.rule_of(self.remasking)
 
     def rule_of(self, name: str) -> RemaskingRule:
@@ -250,7 +255,7 @@ class RolloutConfig(Section):
         temperature, rule = self.temperature, f"must be {TEMPERATURE_RULE}"
         require(is_temperature(temperature), "temperature", temperature, rule, "use e.g. 1.0")
         self._fraction("top_p")
-        rule = "is about sampling, not greedy decoding (temperature=0)"
+        rule = "applies only to sampling, not to greedy decoding (temperature=0)"
         for name, neutral in (("top_k", 0), ("top_p", 1.0), ("samples_per_prompt", 1)):
             value, fix = getattr(self, name), f"use {name}={neutral:g}, or a temperature above 0"
             require(temperature > 0 or value == neutral, name, value, rule, fix)

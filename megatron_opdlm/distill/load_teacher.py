@@ -45,8 +45,7 @@ def load_teacher(
         student: the student.
 
     Raises:
-        ValueError: the teacher's vocabulary or tokenizer is not the student's, or a weight is not
-            finite.
+        ValueError: the teacher has another vocabulary or tokenizer, or a weight is not finite.
     """
     path = config.model.teacher or config.model.student
     folder = cache.checkpoint(path, is_main=parallel.is_main)

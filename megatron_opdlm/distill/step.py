@@ -45,19 +45,18 @@ def forward_backward(
 ) -> StepRows:
     """Accumulates the gradient of one optimizer step in the student. Call on all ranks.
 
-    Gradients are summed over microbatches and data-parallel ranks. Collectives: those of the
-    layers, those of the pipeline, the gradient reduction, one gather of loss rows.
 
     Args:
         ddp: the student, wrapped in Megatron's distributed data parallel.
         microbatches: microbatches of this data-parallel rank.
-        targets: on the last stage, the target of every microbatch; on other stages an empty list.
+        targets: target of every microbatch on the last stage; empty on other stages.
         parallel: process groups.
         divergence: divergence to compute.
         mask_token_id: id of the mask token, which is in no softmax.
 
     Returns:
-        The divergence of every loss row of the step.
+        The divergence of every loss row. Gradients are summed over microbatches and data-parallel
+        ranks. Collectives: those of layers and pipeline, the gradient reduction, one gather.
     """
     device = torch.cuda.current_device()
     no_targets: list[Target | None] = [None] * len(microbatches)

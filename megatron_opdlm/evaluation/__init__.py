@@ -1,1 +1,1 @@
-"""Questions with checkable answers: grading, decoding settings side by side, reports."""
+"""Questions with checkable answers: grading, comparison of decoding settings, reports."""

@@ -33,12 +33,13 @@ if TYPE_CHECKING:
 
 
 def add_eval_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
-    """Adds `eval`; it sets `run(args) -> exit status`."""
+    """Adds the command `eval`. It sets `args.run`, a function from args to the exit status."""
     parser = subparsers.add_parser(
         "eval",
         help="accuracy and tokens per forward on questions with answers",
-        description="Decode and grade; static and dynamic decoding side by side unless one is "
-        "asked for.\nAlso under torchrun, with the same arguments.",
+        description="Decode questions and grade the responses, with static and with dynamic "
+        "decoding unless another\nrule is given. It also runs under torchrun, with the same "
+        "arguments.",
         epilog=_describe_kinds(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -48,23 +49,23 @@ def add_eval_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
         required=True,
         metavar="NAME[:KIND]=FILE",
         help=f"prompt file with answers, under a name of your choice; KIND, one of "
-        f"{', '.join(KINDS)}, says how they are read and graded; default: the KIND that is called "
+        f"{', '.join(KINDS)}, is the way to read and grade them; default: the KIND with the name "
         f"NAME, else {DEFAULT_KIND.name}; may be given several times",
     )
     add_model_arguments(parser)
     add_setting_arguments(parser)
     parser.add_argument(
-        "--teacher", metavar="HF_DIR", help="decode this model too, greedily, with transformers"
+        "--teacher", metavar="HF_DIR", help="also decode this model, greedily, with transformers"
     )
     parser.add_argument(
-        "--num-questions", type=int, metavar="N", help="of each file, from its start; default: all"
+        "--num-questions", type=int, metavar="N", help="first questions of each file; default: all"
     )
     parser.add_argument(
         "--seeds",
         type=int,
         nargs="+",
         metavar="N",
-        help="with a temperature: one run each; default: 0",
+        help="one run per seed; needs a temperature; default: 0",
     )
     parser.add_argument("--json", metavar="OUT", help="write all figures to this file")
     parser.add_argument(
@@ -72,7 +73,7 @@ def add_eval_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="responses per setting to print, and to put into the JSON file; default: 0",
+        help="responses per setting to print and to write to the JSON file; default: 0",
     )
     parser.set_defaults(run=run_eval)
 
@@ -99,13 +100,13 @@ def run_eval(args: argparse.Namespace) -> int:
     results = _run_settings(args, decoder, teacher, tasks, settings)
     if decoder.parallel.is_main:
         _report(args, decoder, results)
-    # Only after success: leaving the groups is collective, and would wait for ranks that failed.
+    # Only after success: this is a collective, and would wait for ranks that failed.
     parallel.shutdown()
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuses arguments that are out of range or change nothing, before any work."""
+    """Refuses, before any work, arguments that are out of range or have no effect."""
     check_arguments(args, "seeds")
     require_at_least(0, "examples", args.examples)
     check_settings(args)
@@ -157,7 +158,7 @@ def _run_settings(
     results = []
     for task in tasks:
         if teacher is not None:
-            decoder.decodable.memory.drop()  # the reference may need the room
+            decoder.decodable.memory.drop()  # the reference may need the memory
             results.append(
                 evaluate_teacher(
                     teacher,
@@ -190,7 +191,7 @@ def _report(args: argparse.Namespace, decoder: Decoder, results: Sequence[EvalRe
     from megatron_opdlm.evaluation.labels import labels
     from megatron_opdlm.evaluation.table import example_text, result_table
 
-    # Piped output is read by programs and logs, which do not wrap.
+    # Programs and logs read piped output, so it must not be wrapped.
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=200)
@@ -205,14 +206,14 @@ def _report(args: argparse.Namespace, decoder: Decoder, results: Sequence[EvalRe
 def write_results(
     path: str, model: str, results: Sequence[EvalResult], tokenizer: Any, num_examples: int
 ) -> None:
-    """Writes all figures, and the first responses of each setting, as JSON; whole or not at all.
+    """Writes all figures, and the first responses of each setting, as one complete JSON file.
 
     Args:
         path: file to write.
-        model: what was evaluated.
-        results: one per task, setting and seed.
-        tokenizer: the student's.
-        num_examples: responses per setting to include.
+        model: path of the evaluated model.
+        results: one result per task, setting and seed.
+        tokenizer: tokenizer of the student.
+        num_examples: number of responses per setting to include.
     """
     from megatron_opdlm.evaluation.examples import choose, example_record
     from megatron_opdlm.evaluation.labels import labels

@@ -1,4 +1,4 @@
-"""One graded response as JSON, with everything that a page needs to replay its decoding."""
+"""A graded response as JSON, with everything that a page needs to replay its decoding."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from megatron_opdlm.generate.display import token_texts
 
 
 def choose(answers: Sequence[Answer], count: int) -> list[Answer]:
-    """Returns the first answers, the last of them exchanged for the first wrong one beyond them.
+    """Returns the first `count` answers; if all are correct, the last is replaced by a wrong one.
 
-    A report that shows successes alone is no report.
+    The wrong answer is the first one after them. A report must not show correct answers only.
     """
     chosen = list(answers[:count])
     wrong = [answer for answer in answers if not answer.correct]
@@ -23,12 +23,12 @@ def choose(answers: Sequence[Answer], count: int) -> list[Answer]:
 
 
 def example_record(answer: Answer, tokenizer: Any) -> dict[str, Any]:
-    """Returns question, verdict and, for a student's response, how it was decoded.
+    """Returns question, verdict and, for a student's response, the record of its decoding.
 
-    Keys of the decoding: `prompt_tail`, texts of the prompt tokens that share the first decoded
-    block; `tokens`, texts of the decoded tokens; `commit_steps`, the step within its block at which
-    each was committed; `passes_at`, the same counted over the whole response; `num_tokens`, how
-    many of them are the response.
+    The keys of the decoding are: `prompt_tail`, texts of the prompt tokens in the first decoded
+    block; `tokens`, texts of the decoded tokens; `commit_steps`, for each token the denoising step
+    within its block that committed it; `passes_at`, the same step counted over the whole response;
+    `num_tokens`, the number of tokens that belong to the response.
     """
     record = {
         "id": answer.question.id,

@@ -1,7 +1,7 @@
-"""The report's page: one HTML file that needs nothing else, with a player of denoising steps.
+"""The page of a report: one HTML file without other files, with a player of denoising steps.
 
-Text from models and data reaches the page in two ways only, escaped in HTML or as JSON that the
-script shows with `textContent`; so no response can put markup into it.
+Text from models and data enters the page in two ways only: escaped in HTML, or as JSON that the
+script shows with `textContent`. So no response can add markup to the page.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def render_page(
     """Returns the page.
 
     Args:
-        title: heading.
-        columns: heads of the table.
-        rows: its cells.
+        title: heading of the page.
+        columns: headings of the table's columns.
+        rows: cells of the table, row by row.
         facts: (name, value) pairs under the table.
-        plots: PNG files to put into the page.
-        examples: decodings to replay, see `examples.example_record`, each with a key "setting".
+        plots: PNG files to include.
+        examples: decodings to replay, see `examples.example_record`; each has a key "setting".
     """
     facts_html = "".join(
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
@@ -48,12 +48,12 @@ def render_page(
         "DATA": script_json(list(examples)),
         "SCRIPT": _SCRIPT,
     }
-    # In one pass: a response may hold what looks like one of the keys.
+    # All keys are replaced in one pass, because a response may contain text like "@TITLE@".
     return re.sub("@([A-Z]+)@", lambda match: parts[match[1]], _PAGE)
 
 
 def script_json(value: Any) -> str:
-    """Returns JSON that may stand inside a <script> element."""
+    """Returns JSON that is safe inside a <script> element."""
     text = json.dumps(value, ensure_ascii=True)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

@@ -1,4 +1,4 @@
-"""What results are called in tables: enough to tell apart whatever stands side by side."""
+"""Labels of results in tables. They distinguish all results of a table from each other."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ TEACHER = "teacher"
 
 
 class _Detail(NamedTuple):
-    """An option of a result, and how a label says it."""
+    """An option of a result, and its text in a label."""
 
     value: object
     text: str
     is_usual: bool
-    """Whether it goes without saying, unless another result differs in it."""
+    """Whether a label omits the option, unless the results differ in it."""
 
 
 def setting_name(options: DecodingOptions | None) -> str:
-    """Returns the short name of a remasking rule, with its parameters: static, dynamic(0.9),
-    entropy(0.35); teacher for None.
+    """Returns the short name of a remasking rule with its parameters, or "teacher" for None.
+
+    Examples are static, dynamic(0.9) and entropy(0.35).
     """
     if options is None:
         return TEACHER
@@ -35,11 +36,13 @@ def setting_name(options: DecodingOptions | None) -> str:
 
 
 def labels(results: Sequence[EvalResult]) -> list[str]:
-    """Returns one label per result: its short name, every option that is not the usual one, and
-    every option in which results differ. Task, questions and seed have columns of their own.
+    """Returns one label per result.
+
+    A label has the short name, every option with an unusual value, and every option in which the
+    results differ. Task, questions and seed are not in it, because they have their own columns.
 
     Args:
-        results: those that stand side by side.
+        results: all results of one table.
     """
     details = [_details(result) for result in results]
     values: dict[str, set[object]] = {}
@@ -62,7 +65,7 @@ def labels(results: Sequence[EvalResult]) -> list[str]:
 
 
 def _details(result: EvalResult) -> dict[str, _Detail]:
-    """The options of a result; those of its tokens' choice are a student's alone."""
+    """Returns the options of a result. Only a student's result has options of remasking."""
     limit, thinks = result.response_limit, result.enable_thinking
     details = {
         "response_limit": _Detail(limit, f"{limit} tokens", True),

@@ -1,4 +1,4 @@
-"""Accuracy over training: a fixed set of questions, answered by the weights as they are."""
+"""Accuracy during training: the present weights answer a fixed set of questions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_questions(config: Config) -> Task | None:
-    """Reads the first questions of `eval_data`; None where nothing is evaluated.
+    """Returns the first questions of `eval_data`; None if nothing is evaluated.
 
     Args:
         config: resolved configuration.
@@ -38,17 +38,17 @@ def load_questions(config: Config) -> Task | None:
 class OnlineEvaluation:
     """Greedy static and dynamic decoding of `eval_data`, every `eval_interval` rollouts.
 
-    It reads the weights that rollouts have, draws no random number and leaves no state behind, so a
-    run with it trains the same numbers as a run without.
+    It uses the weights of rollouts, draws no random number and keeps no state. So a run with
+    evaluation computes the same weights as a run without.
     """
 
     def __init__(self, config: Config, student: Student, layout: RolloutLayout) -> None:
-        """Reads the questions; errors in them show before work starts.
+        """Reads the questions, so that errors in them are found before any work.
 
         Args:
             config: resolved configuration.
             student: the student in training.
-            layout: its weights in the layout of rollouts, in which it is evaluated, too.
+            layout: the student in the parallel layout of rollouts, which evaluation uses, too.
         """
         self.interval = config.train.eval_interval
         self.response_limit = config.rollout.max_response_tokens.end
@@ -72,16 +72,16 @@ class OnlineEvaluation:
         )
 
     def is_due(self, rollouts_done: int) -> bool:
-        """Says whether to evaluate now: before the first rollout, at the interval, at the end.
+        """Returns whether to evaluate now: before the first rollout, at the interval, at the end.
 
-        A record carries the index of the rollout that follows it, as a resumed run expects.
+        A record has the index of the rollout after it, as a resumed run expects.
         """
         if self.task is None:
             return False
         return rollouts_done % self.interval == 0 or rollouts_done == self.total
 
     def run(self) -> dict[str, float]:
-        """Answers the questions with the weights that the layout holds. Call on all ranks.
+        """Answers the questions with the weights of the rollout layout. Call on all ranks.
 
         Rank 0 logs one line.
 

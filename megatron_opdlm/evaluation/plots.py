@@ -20,15 +20,15 @@ _KL_PREFIX = "train/kl_masked_"
 
 
 def write_plots(directory: Path, records: Records, *, teacher_accuracy: float) -> list[Path]:
-    """Draws what the records hold.
+    """Draws the plots of a run's records.
 
     Args:
-        directory: where the files go.
-        records: of metrics.jsonl.
-        teacher_accuracy: share of correct answers of the teacher, a line in the accuracy plot.
+        directory: folder for the files.
+        records: records of metrics.jsonl.
+        teacher_accuracy: share of the teacher's correct answers, a line in the accuracy plot.
 
     Returns:
-        The files, in the order in which to look at them; a plot without data is left out.
+        The files, in the order of the page. A plot without data is left out.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -56,7 +56,7 @@ def write_plots(directory: Path, records: Records, *, teacher_accuracy: float) -
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Returns the mean of each value and up to window - 1 before it.
+    """Returns, for each value, the mean of it and of up to window - 1 values before it.
 
     >>> smooth([4.0, 2.0, 0.0], 2)
     [4.0, 3.0, 1.0]

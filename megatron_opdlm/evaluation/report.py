@@ -1,4 +1,4 @@
-"""The report folder: summary.json, table.md, plots as PNG, and one HTML page to look at."""
+"""The report folder: summary.json, table.md, plots as PNG files, and one HTML page."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SUMMARY_KEYS = (
     "peak_memory_gb",
     "seed",
 )
-"""Top-level keys of summary.json. Accuracies are shares from 0 to 1, tokens_per_forward is that of
-dynamic decoding, train_tokens counts response tokens; anything else goes under "details"."""
+"""Top-level keys of summary.json. Accuracies are shares from 0 to 1; tokens_per_forward is that of
+dynamic decoding; train_tokens counts response tokens. Other values stand under "details"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,21 +33,21 @@ class ReportRow:
     """One line of the report's table."""
 
     name: str
-    """Who answered, and how: "student, dynamic(0.9)"."""
+    """Model and decoding, such as "student, dynamic(0.9)"."""
     accuracy: float
     """Share of correct answers."""
     standard_error: float
-    """Of the accuracy."""
+    """Standard error of the accuracy."""
     tokens_per_forward: float
     """Response tokens per denoising pass."""
     num_questions: int
-    """Questions asked."""
+    """Number of questions."""
     seed: int
     """Seed of the run."""
 
     @classmethod
     def from_result(cls, name: str, result: Mapping[str, Any], seed: int) -> ReportRow:
-        """Takes the figures of `EvalResult.to_json()`."""
+        """Makes a line from the figures of `EvalResult.to_json()`."""
         return cls(
             name=name,
             accuracy=result["accuracy"],
@@ -83,12 +83,12 @@ def write_report(
     """Writes the report of a run.
 
     Args:
-        report_dir: folder for it; made if need be.
+        report_dir: folder of the report; it is made if it does not exist.
         title: heading of the page.
         summary: content of summary.json: SUMMARY_KEYS, and optionally "details".
-        rows: the table.
+        rows: lines of the table.
         run_dir: run folder, whose metrics are plotted.
-        examples: decodings to look at: records of `examples.example_record` with a key "setting".
+        examples: decodings to show: records of `examples.example_record` with a key "setting".
 
     Raises:
         ValueError: the summary's keys are not SUMMARY_KEYS.
@@ -114,7 +114,7 @@ def markdown_table(rows: Sequence[ReportRow]) -> str:
 
 
 def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns what stands under the table: (name, value)."""
+    """Returns the facts under the table, as (name, value)."""
     return [
         ("training tokens", f"{summary['train_tokens']:,}"),
         ("wall time", f"{summary['seconds']:.0f} s"),

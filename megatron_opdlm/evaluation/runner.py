@@ -1,4 +1,4 @@
-"""Asks a student the questions of a task under one decoding setting."""
+"""Evaluates a student on the questions of a task, with one decoding setting."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def evaluate(
 ) -> EvalResult:
     """Decodes and grades every question of a task. Call on all ranks with the same arguments.
 
-    A prompt too long for the model counts as a wrong answer: the number of questions is that of the
-    task, whatever the model.
+    A prompt that is too long for the model counts as a wrong answer. So the number of questions is
+    that of the task for every model.
 
     Args:
         decoder: the student.
-        task: questions.
-        options: how blocks are denoised.
+        task: the questions, with their kind.
+        options: decoding options.
         response_limit: most response tokens.
-        seed: seed of the sampling; greedy decoding doesn't depend on it.
+        seed: seed of the sampling; greedy decoding does not depend on it.
         enable_thinking: passed to the chat template.
         progress: whether to show a progress bar.
 
@@ -74,7 +74,7 @@ def evaluate(
 def _grade_all(
     task: Task, prompts: Sequence[PromptTokens], trajectories: Sequence[Trajectory], tokenizer: Any
 ) -> list[Answer]:
-    """One answer per question, in their order; an empty one where no prompt was decoded."""
+    """Returns one answer per question, in order; an empty one if its prompt was not decoded."""
     texts = tokenizer.batch_decode(
         [trajectory.text_ids.tolist() for trajectory in trajectories], skip_special_tokens=True
     )

@@ -1,4 +1,4 @@
-"""Which remasking rules `opdlm eval` compares: its flags, read from the table of rules."""
+"""The remasking rules that `opdlm eval` compares. Its flags are made from the table of rules."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from megatron_opdlm.diffusion.remasking import RULES, RemaskingRule, make_rule
 from megatron_opdlm.generate.arguments import add_parameter_arguments, parameter_users, require_used
 
 DEFAULT_RULES = ("low_confidence_static", "low_confidence_dynamic")
-"""Compared where nobody asks for others: what the weights know, and what speed costs."""
+"""Rules that are compared if none is given. The first shows the accuracy of the weights; the second
+shows how much of it speed costs."""
 
 
 def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds a flag per rule and an option per parameter; read by `chosen_rules`."""
+    """Adds a flag per rule and an option per parameter. `chosen_rules` reads them."""
     flags = " and ".join(_flag(name) for name in DEFAULT_RULES)
     group = parser.add_argument_group(
         "remasking rules",
@@ -33,10 +34,10 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """Refuses parameters of rules that are not asked for.
+    """Refuses parameters of rules that are not compared.
 
     Raises:
-        ValueError: naming argument, value, rule and fix.
+        ValueError: a parameter has no effect; the message names argument, value, rule and fix.
     """
     for parameter, users in parameter_users().items():
         is_used = any(name in _names(args) for name in users)
@@ -46,11 +47,12 @@ def check_settings(args: argparse.Namespace) -> None:
 
 
 def chosen_rules(args: argparse.Namespace) -> list[RemaskingRule]:
-    """Returns the rules to compare, in the order of the table: one for every combination of the
-    values of a rule's parameters.
+    """Returns the rules to compare, in the order of the table.
+
+    There is one for every combination of the given values of a rule's parameters.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value is out of its range.
     """
     rules = []
     for name in _names(args):

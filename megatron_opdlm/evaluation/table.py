@@ -18,7 +18,7 @@ HEADER = (
 
 
 def result_rows(results: Sequence[EvalResult]) -> list[tuple[str, ...]]:
-    """Returns one row of HEADER per task and label; runs that differ in the seed share one."""
+    """Returns one table row (see HEADER) per task and label. Runs of several seeds share a row."""
     groups: dict[tuple[str, str, int], list[EvalResult]] = {}
     for result, label in zip(results, labels(results), strict=True):
         groups.setdefault((result.task, label, result.num_questions), []).append(result)
@@ -36,7 +36,7 @@ def result_table(results: Sequence[EvalResult]) -> Table:
 
 
 def example_text(label: str, answer: Answer) -> Text:
-    """Returns a question, the response to it and the verdict."""
+    """Returns a question with its response and the verdict."""
     verdict = "correct" if answer.correct else f"wrong, the answer is {answer.question.reference}"
     text = Text(f"[{label}] {answer.question.messages[-1]['content']}\n", style="dim")
     text.append(f"    {answer.response}\n", style="default")
@@ -45,10 +45,10 @@ def example_text(label: str, answer: Answer) -> Text:
 
 
 def accuracy_text(results: Sequence[EvalResult]) -> str:
-    """Returns the accuracy in % with what is known of its error.
+    """Returns the accuracy in %, with its error.
 
-    One run: the binomial standard error of its questions. Several seeds: mean and standard
-    deviation over the seeds.
+    The error of one run is the binomial standard error over its questions. For several seeds the
+    text has mean and standard deviation over the seeds.
     """
     percents = [100 * result.accuracy for result in results]
     if len(results) == 1:

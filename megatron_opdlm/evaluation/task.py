@@ -1,4 +1,4 @@
-"""Questions with reference answers, and what became of them."""
+"""Questions with reference answers, and the graded answers to them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Question(Prompt):
     """A prompt with the reference that its response is compared with."""
 
     reference: Any
-    """What the task's kind read; `str(reference)` is for people."""
+    """Value that the task's kind read from the entry; reports show `str(reference)`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,29 +29,29 @@ class Answer:
     """One graded response."""
 
     question: Question
-    """What was asked."""
+    """The question."""
     response: str
     """Text of the response; empty for a prompt that was too long to decode."""
     correct: bool
     """Verdict of the grader."""
     num_tokens: int
-    """Response tokens, end of sequence included."""
+    """Number of response tokens, including the end of sequence."""
     ended: bool
-    """Whether the response ended by itself, within the limit."""
+    """Whether the response has an end of sequence within the limit."""
     trajectory: Trajectory | None = None
-    """How it was decoded; None for an autoregressive teacher."""
+    """Trajectory of the decoding; None for an autoregressive teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A set of questions, and how they are graded."""
+    """A set of questions, and the way to grade them."""
 
     name: str
-    """What reports call it."""
+    """Name of the task in reports."""
     kind: TaskKind
-    """Whose questions these are."""
+    """Kind of the task."""
     questions: list[Question]
-    """In the order of the file."""
+    """Questions, in the order of the file."""
 
     def grade(
         self,
@@ -62,7 +62,7 @@ class Task:
         ended: bool,
         trajectory: Trajectory | None = None,
     ) -> Answer:
-        """Grades one response."""
+        """Grades one response to a question."""
         return Answer(
             question=question,
             response=response,
@@ -84,15 +84,16 @@ def load_task(
     """Reads the first questions of a prompt file.
 
     Args:
-        name: what reports call it.
-        path: prompt file whose entries have what the kind reads.
-        num_questions: how many; None for all.
-        kind: how entries are read, asked and graded.
-        key: what the user calls that number.
+        name: name of the task in reports.
+        path: prompt file, whose entries have the keys that the kind reads.
+        num_questions: number of questions; None for all.
+        kind: kind of the task.
+        key: the user's name of `num_questions`, for messages.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a malformed file, a question without what the kind reads, or too few.
+        ValueError: the file is malformed, an entry lacks a key that the kind reads, or there are
+            too few questions.
     """
     entries = read_entries(path)
     if num_questions is not None and not 1 <= num_questions <= len(entries):
@@ -110,30 +111,30 @@ def load_task(
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """A task under one decoding setting and seed."""
+    """The answers to a task with one decoding setting and seed."""
 
     task: str
     """Name of the task."""
     kind: str
-    """Name of its kind."""
+    """Name of the task's kind."""
     options: DecodingOptions | None
-    """How blocks were denoised; None for an autoregressive teacher, which is greedy."""
+    """Decoding options; None for an autoregressive teacher, which is greedy."""
     response_limit: int
     """Most response tokens."""
     enable_thinking: bool
-    """What the chat template was told."""
+    """Value that was passed to the chat template."""
     seed: int
-    """Of the decoding; it matters with temperature > 0 only."""
+    """Seed of the decoding; it has an effect only with temperature > 0."""
     answers: Sequence[Answer]
-    """One per question, in order."""
+    """One answer per question, in order."""
     num_passes: int
-    """Denoising passes, summed over responses; a teacher's are its tokens."""
+    """Number of denoising passes, summed over responses; for a teacher, its number of tokens."""
     seconds: float
     """Wall time of the decoding."""
 
     @property
     def num_questions(self) -> int:
-        """Questions asked."""
+        """Number of questions."""
         return len(self.answers)
 
     @property
@@ -143,7 +144,7 @@ class EvalResult:
 
     @property
     def accuracy(self) -> float:
-        """Share of correct answers, 0 to 1."""
+        """Share of correct answers, from 0 to 1."""
         return len(self.correct_ids) / self.num_questions
 
     @property
@@ -168,11 +169,11 @@ class EvalResult:
 
     @property
     def eos_rate(self) -> float:
-        """Share of responses that ended by themselves."""
+        """Share of responses that have an end of sequence within the limit."""
         return sum(answer.ended for answer in self.answers) / self.num_questions
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the numbers and how they came about, without the responses."""
+        """Returns the figures and the settings that led to them, without the responses."""
         return {
             "task": self.task,
             "kind": self.kind,

@@ -1,7 +1,7 @@
-"""The reference: the autoregressive teacher, decoded greedily by transformers.
+"""The reference of an evaluation: transformers decodes the autoregressive teacher greedily.
 
-Nothing of this package takes part in the decoding, so an error in the conversion, the tokenisation
-or the decoding of the student cannot hide in its reference.
+The decoding uses no code of this package. So an error in the student's conversion, tokenisation or
+decoding cannot be in the reference, too.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class Teacher:
 
 
 def load_reference(hf_dir: str) -> Teacher:
-    """Loads a teacher on the host, greedy whatever the sampling defaults of its directory say.
+    """Loads a teacher on the host. Its decoding is greedy; sampling defaults are ignored.
 
-    Call it before `Decoder.open`: what is wrong with the teacher then shows before any work.
+    Call this before `Decoder.open`, so that errors of the teacher are found before any work.
 
     Args:
-        hf_dir: Hugging Face directory; no code from it is run.
+        hf_dir: Hugging Face directory; no code of it is run.
 
     Raises:
-        ConversionError: there is no Hugging Face directory at `hf_dir`, or nothing ends a response.
+        ConversionError: `hf_dir` is not a Hugging Face directory, or no token ends a response.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -52,7 +52,7 @@ def load_reference(hf_dir: str) -> Teacher:
     model = AutoModelForCausalLM.from_pretrained(hf_dir, trust_remote_code=False).eval()
     model.generation_config = GenerationConfig(
         do_sample=False,
-        eos_token_id=list(source.response_ends.ids),  # those of a student
+        eos_token_id=list(source.response_ends.ids),  # the same ids that end a student's response
         pad_token_id=tokenizer.pad_token_id,
     )
     return Teacher(model, tokenizer)
@@ -68,14 +68,15 @@ def evaluate_teacher(
     batch_size: int = 128,
     progress: bool = False,
 ) -> EvalResult:
-    """Decodes and grades every question of a task. Call on all ranks; each takes a share.
+    """Decodes and grades every question of a task. Call on all ranks; each decodes a share.
 
     Args:
-        teacher: from `load_reference`.
-        task: questions.
+        teacher: the teacher, from `load_reference`.
+        task: the questions, with their kind.
         response_limit: most response tokens.
         enable_thinking: passed to the chat template.
-        batch_size: questions decoded at once, in order of length, padded on the left.
+        batch_size: number of questions decoded at once. Questions are sorted by length, and padded
+            on the left.
         progress: whether to show a progress bar.
 
     Returns:

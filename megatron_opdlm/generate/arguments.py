@@ -1,4 +1,4 @@
-"""The arguments that `opdlm generate` and `opdlm eval` share: which student, and how it decodes."""
+"""The arguments that `opdlm generate` and `opdlm eval` share: the student, and how it decodes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 256
 DEFAULT_BLOCK_SIZE = 4
-"""For weights that were not trained for a block size yet."""
+"""Block size of weights that were not yet trained for one."""
 
 Parsers = argparse._SubParsersAction  # the type of argparse's `subparsers`
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that `generate` and `eval` share: which student, and how it decodes."""
+    """Adds the arguments that `generate` and `eval` share: the student, and how it decodes."""
     parser.add_argument(
         "--model",
         required=True,
@@ -36,19 +36,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--import-cache",
         metavar="DIR",
-        help="where a Hugging Face directory is converted, once for all that name the same DIR "
-        "(training: import_cache); default: a temporary folder, removed once it is loaded",
+        help="folder in which a Hugging Face directory is converted, once for all commands that "
+        "name the same DIR (training: import_cache); default: a temporary folder, removed when the "
+        "model is loaded",
     )
     parser.add_argument(
-        "--block-size", type=int, metavar="K", help="default: what the student was trained for"
+        "--block-size", type=int, metavar="K", help="default: the student's block size in training"
     )
     parser.add_argument(
-        "--denoising-steps", type=int, metavar="N", help="most steps per block; default: block size"
+        "--denoising-steps", type=int, metavar="N", help="most steps per block; default: K"
     )
     _add_sampling_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
     parser.add_argument(
-        "--enable-thinking", action="store_true", help="let the chat template ask for thoughts"
+        "--enable-thinking", action="store_true", help="tell the chat template to ask for thoughts"
     )
     parser.add_argument(
         "--max-rows",
@@ -66,8 +67,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cuda-graphs",
         action=argparse.BooleanOptionalAction,
-        help="capture decoding passes as CUDA graphs, once per size: their kernels run faster than "
-        "a host starts them; default: where it is possible (CUDA, bfloat16, a decoding kernel)",
+        help="capture decoding passes as CUDA graphs, one per size, because a host starts kernels "
+        "more slowly than they run; default: if possible (CUDA, bfloat16, a decoding kernel)",
     )
     parser.add_argument(
         "--params-dtype",
@@ -83,7 +84,7 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="default: 0, greedy"
     )
-    # None, not the default, where an argument has an effect beside certain others only.
+    # The default is None for arguments that have an effect only together with others.
     parser.add_argument(
         "--top-k", type=int, metavar="K", help="with a temperature; default: 0, all tokens"
     )
@@ -93,13 +94,13 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_parameter_arguments(parser: argparse._ActionsContainer, *, several: bool) -> None:
-    """Adds an option for every parameter of a remasking rule; None where nobody gives it.
+    """Adds an option for every parameter of a remasking rule; its value is None if it is not given.
 
     Args:
         parser: a parser, or a group of its arguments.
         several: whether an option takes a list of values.
     """
-    more = "; several make several settings" if several else ""
+    more = "; several values make several settings" if several else ""
     for key in parameter_keys(ParametersOf(RULES), ()):
         parser.add_argument(
             f"--{key.name.replace('_', '-')}",
@@ -111,7 +112,7 @@ def add_parameter_arguments(parser: argparse._ActionsContainer, *, several: bool
 
 
 def _reader(key: Key) -> Callable[[str], Any]:
-    """Reads a parameter's text as the configuration does."""
+    """Returns a function that reads a parameter's text as the configuration does."""
 
     def read(text: str) -> Any:
         try:
@@ -123,7 +124,7 @@ def _reader(key: Key) -> Callable[[str], Any]:
 
 
 def parameter_users() -> dict[str, list[str]]:
-    """Returns, for every parameter of remasking rules, the names of the rules that have it."""
+    """Returns, for every parameter of the remasking rules, the names of the rules that have it."""
     users: dict[str, list[str]] = {}
     for name, _, field in ParametersOf(RULES).fields():
         users.setdefault(field.name, []).append(name)
@@ -131,14 +132,14 @@ def parameter_users() -> dict[str, list[str]]:
 
 
 def check_arguments(args: argparse.Namespace, seeds: str) -> None:
-    """Refuses what no student can be decoded with; nothing is read.
+    """Refuses arguments with which no student can be decoded. Reads no file.
 
     Args:
-        args: those of `add_model_arguments`, and `seeds`.
+        args: the arguments of `add_model_arguments`, and `seeds`.
         seeds: name of the argument with the seed or seeds.
 
     Raises:
-        ValueError: naming argument, value, rule and fix.
+        ValueError: an argument is wrong; the message names argument, value, rule and fix.
     """
     require_at_least(1, "max_new_tokens", args.max_new_tokens)
     for name in ("block_size", "denoising_steps", "max_rows"):
@@ -159,36 +160,35 @@ def check_arguments(args: argparse.Namespace, seeds: str) -> None:
 
 
 def require_used(is_used: bool, name: str, given: Any, about: str, here: str) -> None:
-    """Refuses an argument that somebody gave and that changes nothing beside the others.
+    """Refuses a given argument that has no effect together with the others.
 
     Args:
-        is_used: whether it does change something.
-        name: of the argument.
-        given: its value; None = nobody gave it.
-        about: what it belongs to.
-        here: what is asked for instead.
+        is_used: whether the argument has an effect.
+        name: name of the argument.
+        given: value of the argument; None if it was not given.
+        about: use to which the argument applies.
+        here: use that the other arguments ask for.
 
     Raises:
-        ValueError: naming argument, value, rule and fix.
+        ValueError: the argument has no effect; the message names argument, value, rule and fix.
     """
     value = " ".join(map(str, given)) if isinstance(given, list) else given
-    rule = f"is about {about}, not {here}"
+    rule = f"applies only to {about}, not to {here}"
     require(is_used or given is None, name, value, rule, "leave it out")
 
 
 def decoding_options(
     args: argparse.Namespace, source: ModelSource, rule: RemaskingRule
 ) -> DecodingOptions:
-    """Reads decoding options from arguments, with defaults of the student's. No model is loaded.
+    """Returns the decoding options of the arguments, with defaults of the student. Loads no model.
 
     Args:
-        args: those of `add_model_arguments`.
-        source: the student; it is decoded with the block that its weights were trained for, unless
-            the arguments say another.
-        rule: which positions a denoising step commits.
+        args: the arguments of `add_model_arguments`.
+        source: source of the student. The default block size is the one of its training.
+        rule: the remasking rule.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value is out of its range.
     """
     from megatron_opdlm.rollout.request import DecodingOptions
 
@@ -222,6 +222,6 @@ def open_decoder(args: argparse.Namespace, *, max_rows: int) -> Decoder:
 
 
 def require_folder(path: str, name: str) -> None:
-    """Refuses an output file whose folder is missing, before any work."""
+    """Refuses, before any work, an output file whose folder does not exist."""
     if not Path(path).absolute().parent.is_dir():
         raise ValueError(f"{name}={path}: there is no folder {Path(path).parent}; make it first")

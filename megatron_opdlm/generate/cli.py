@@ -1,4 +1,4 @@
-"""`opdlm generate`: responses of a student to your prompts."""
+"""`opdlm generate`: a student answers prompts."""
 
 from __future__ import annotations
 
@@ -32,15 +32,17 @@ if TYPE_CHECKING:
 
 DEFAULT_RULE = "low_confidence_static"
 STEP_SECONDS = 0.06
-"""Least time that a step of --show-steps stays in a terminal: small models outrun the eye."""
+"""Shortest time that a step of --show-steps is visible in a terminal. Small models would be too
+fast to follow."""
 
 
 def add_generate_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
-    """Adds `generate`; it sets `run(args) -> exit status`."""
+    """Adds the command `generate`. It sets `args.run`, a function from args to the exit status."""
     parser = subparsers.add_parser(
         "generate",
         help="answer prompts with a student",
-        description="Decode block by block. Also under torchrun, with the same arguments.",
+        description="Decode prompts block by block. It also runs under torchrun, with the same "
+        "arguments.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="one user turn")
@@ -50,7 +52,8 @@ def add_generate_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
         "--remasking",
         choices=tuple(RULES),
         default=DEFAULT_RULE,
-        help="what becomes a token at a denoising step, n = block size / denoising steps: "
+        help="positions that become tokens at a denoising step, with n = block size / denoising "
+        "steps: "
         f"{OneOf(RULES).describe()}; default: {DEFAULT_RULE}".replace("%", "%%"),
     )
     add_parameter_arguments(parser, several=False)
@@ -77,19 +80,19 @@ def run_generate(args: argparse.Namespace) -> int:
     check_rendering(prompts, source, enable_thinking=args.enable_thinking)
     decoder = open_decoder(args, max_rows=1 if args.show_steps else args.max_rows or MAX_ROWS)
     _generate(args, decoder, options, prompts)
-    # Only after success: leaving the groups is collective, and would wait for ranks that failed.
+    # Only after success: this is a collective, and would wait for ranks that failed.
     parallel.shutdown()
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuses arguments that are out of range or change nothing, before any work."""
+    """Refuses, before any work, arguments that are out of range or have no effect."""
     check_arguments(args, "seed")
     for name, rules in parameter_users().items():
         is_used, here = args.remasking in rules, f"remasking={args.remasking}"
         about = " or ".join(f"remasking={rule}" for rule in rules)
         require_used(is_used, name, getattr(args, name), about, here)
-    several, here = "many responses at once", "one after the other (--show-steps)"
+    several, here = "decoding many responses at once", "one after the other (--show-steps)"
     require_used(not args.show_steps, "max_rows", args.max_rows, several, here)
     if args.out is not None:
         require_folder(args.out, "--out")
@@ -165,7 +168,7 @@ def _decode(
 
 
 def _report(trajectories: Sequence[Trajectory], texts: Sequence[str], seconds: float) -> None:
-    """Prints every response, and one line for all of them."""
+    """Prints every response, and one line about all of them."""
     from rich.console import Console
 
     from megatron_opdlm.rollout.engine import tokens_per_forward
@@ -191,7 +194,7 @@ def write_responses(
     trajectories: Sequence[Trajectory],
     texts: Sequence[str],
 ) -> None:
-    """Writes responses as JSON lines; the file appears when it is complete."""
+    """Writes responses as JSON lines. The file appears only when it is complete."""
     partial = Path(f"{path}.partial")
     with open(partial, "w", encoding="utf-8") as file:
         for question, trajectory, text in zip(questions, trajectories, texts, strict=True):
@@ -202,8 +205,8 @@ def write_responses(
 def response_record(question: Prompt, trajectory: Trajectory, text: str) -> dict[str, Any]:
     """Returns one line of the output file.
 
-    `commit_step` has one entry per decoded position: the last block is decoded whole, so it may be
-    longer than the response.
+    `commit_step` has one entry per decoded position. The last block is decoded whole, so there may
+    be more entries than response tokens.
     """
     return {
         "prompt_id": trajectory.prompt_id,

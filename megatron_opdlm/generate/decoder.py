@@ -1,5 +1,4 @@
-"""A loaded student that answers prompts: what `opdlm generate`, `opdlm eval` and evaluation during
-training share."""
+"""A loaded student that answers prompts, for `opdlm generate`, `opdlm eval` and training."""
 
 from __future__ import annotations
 
@@ -39,22 +38,22 @@ from megatron_opdlm.rollout.request import DecodingOptions, Request
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """A student with its tokenizer and process groups; every decoding setting runs on it."""
+    """A student with its tokenizer and process groups. It decodes with any decoding options."""
 
     student: Student
-    """Model, tokenizer and description."""
+    """Model, tokenizer and description of the student."""
     decodable: Decodable
-    """The student in the layout that it is decoded in."""
+    """The student in the parallel layout of decoding."""
     max_rows: int
     """Most sequences decoded at once on a data-parallel rank."""
     kv_cache_gb: float | None = None
-    """Most memory for keys and values on a rank; None: see `rollout.cache`."""
+    """Most memory for keys and values on a rank, in GB; None: see `rollout.cache`."""
     cuda_graphs: bool | None = None
-    """Whether to capture passes as CUDA graphs; None: where they can be."""
+    """Whether to capture passes as CUDA graphs; None captures them if possible."""
 
     @property
     def parallel(self) -> ParallelState:
-        """Process groups."""
+        """Process groups of decoding."""
         return self.decodable.parallel
 
     @classmethod
@@ -78,14 +77,15 @@ class Decoder:
             pipeline_model_parallel_size: pipeline-parallel size.
             params_dtype: "float32", "bfloat16", or "auto": bfloat16 on CUDA, else float32.
             max_rows: most sequences decoded at once on a data-parallel rank.
-            kv_cache_gb: most memory for keys and values on a rank.
-            cuda_graphs: whether to capture passes as CUDA graphs; None: where they can be.
-            import_cache: where a Hugging Face directory is converted, to be found again; None = a
-                temporary folder, which is gone when this returns.
+            kv_cache_gb: most memory for keys and values on a rank, in GB.
+            cuda_graphs: whether to capture passes as CUDA graphs; None captures them if possible.
+            import_cache: folder in which a Hugging Face directory is converted and later found
+                again; None uses a temporary folder, which is removed before this returns.
 
         Raises:
-            ValueError: neither a checkpoint nor a model, no mask token or chat template, a model
-                that the parallel sizes do not divide, or CUDA graphs where there can be none.
+            ValueError: the path has neither a checkpoint nor a model, there is no mask token or no
+                chat template, the parallel sizes do not divide the model, or CUDA graphs are
+                impossible.
         """
         source = ModelSource.open(path)
         source.require_chat_template()
@@ -124,10 +124,12 @@ class Decoder:
         response_limit: int,
         enable_thinking: bool = False,
     ) -> TokenizedPrompts:
-        """Tokenises the prompts that leave room for a response in the model's positions.
+        """Tokenises prompts, and drops those that leave no room for a response.
+
+        The model's number of positions limits prompt and response together.
 
         Raises:
-            ValueError: no prompt does, or the response alone is too long.
+            ValueError: no prompt leaves room, or the response alone is too long.
         """
         positions = self.student.model.max_sequence_length
         room = positions - response_limit - (options.block_size - 1)
@@ -158,13 +160,14 @@ class Decoder:
 
         Args:
             prompts: tokenised prompts.
-            options: how blocks are denoised.
+            options: decoding options.
             response_limit: most response tokens.
-            seed: with temperature > 0, a response is a function of this and the prompt's id.
+            seed: seed of the sampling. With temperature > 0, a response is a function of the seed
+                and the prompt's id.
             on_progress: see `collect`.
-            observer: called after each denoising step of each row, in place of `on_progress`.
-                Data-parallel ranks then all decode everything, instead of a share each, so that
-                one of them sees it all.
+            observer: called after each denoising step of each sequence, instead of `on_progress`.
+                Every data-parallel rank then decodes all prompts instead of a share, so that one
+                rank sees all of them.
 
         Returns:
             Trajectories in the order of the prompts; the same on every rank.
@@ -192,7 +195,7 @@ class Decoder:
 
 
 def _build_options(params_dtype: str) -> BuildOptions:
-    """How a student is built that only decodes, on this machine."""
+    """Returns the build options of a student that only decodes, on this machine."""
     if params_dtype == "auto":
         params_dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     return BuildOptions(
@@ -203,13 +206,16 @@ def _build_options(params_dtype: str) -> BuildOptions:
 
 @contextlib.contextmanager
 def _import_folder(given: str | None, parallel: ParallelState) -> Iterator[Path]:
-    """The folder for imports: the given one, or one that goes when every rank has read it."""
+    """Yields the folder for imports: the given one or a temporary one.
+
+    The temporary folder is removed when all ranks have read it.
+    """
     if given is not None:
         yield Path(given)
         return
-    # On the main rank alone: a handler has to wait for a collective that the rank is in, and the
-    # others wait for this one most of the time. They end by the signal itself, and with them
-    # whatever collective holds this rank.
+    # Only the main rank has a signal handler. A handler runs only after the collective that its
+    # rank is in, and the other ranks are in a collective most of the time. The signal itself ends
+    # them, and so ends a collective that holds the main rank, too.
     with stopped_by_signals() if parallel.is_main else contextlib.nullcontext():
         scratch = from_main(lambda: tempfile.mkdtemp(prefix="opdlm_"), is_main=parallel.is_main)
         try:

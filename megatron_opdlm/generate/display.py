@@ -1,4 +1,4 @@
-"""Draws denoising in a terminal: masks fill in, block by block."""
+"""Draws denoising in a terminal: tokens replace masks, block by block."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from rich.text import Text
 from torch import Tensor
 
 MASK_CELL = "\u2591\u2591"
-"""Two light shades: a masked position."""
+"""Two light shades, which stand for a masked position."""
 UNREADABLE = "\ufffd"
-"""What a tokenizer decodes bytes to that are no whole character."""
+"""The character that a tokenizer returns for bytes that are not a whole character."""
 _PROMPT, _MASK, _NEW, _OLD = "dim", "grey50", "bold black on green", ""
 
 
 def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """Returns the text of each token, so that they join to the whole.
+    """Returns the text of each token. Joined, these texts are the whole text.
 
-    A character whose bytes are spread over several tokens goes to the first of them.
+    If the bytes of a character are spread over several tokens, the first token gets the character.
 
     Args:
         tokenizer: transformers tokenizer.
@@ -43,9 +43,10 @@ def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
 
 
 class DenoisingDisplay:
-    """Shows responses while they are decoded, one after the other; an observer of the engine.
+    """An observer of the engine that shows responses while they are decoded, one after the other.
 
-    In a terminal a panel is redrawn in place; elsewhere every step is a line, after the prompt.
+    In a terminal it redraws a panel in place. Otherwise it prints the prompt, and then one line per
+    step.
     """
 
     def __init__(
@@ -56,12 +57,12 @@ class DenoisingDisplay:
         console: Console,
         seconds_per_step: float = 0.0,
     ) -> None:
-        """Prepares the display; nothing is drawn yet.
+        """Prepares the display. Draws nothing yet.
 
         Args:
             tokenizer: transformers tokenizer.
-            prompt_lengths: tokens of each prompt, in the order of the requests.
-            console: where to draw.
+            prompt_lengths: number of tokens of each prompt, in the order of the requests.
+            console: console to draw on.
             seconds_per_step: shortest time that a step stays visible in a terminal.
         """
         self.tokenizer = tokenizer
@@ -136,7 +137,7 @@ class DenoisingDisplay:
         return self.tokenizer.decode(list(token_ids[: self.prompt_lengths[index]]))
 
     def _readable(self, text: str) -> str:
-        """On plain lines, one step is one line."""
+        """Returns the text, on one line if the steps are plain lines."""
         return text if self.console.is_terminal else text.replace("\n", "\u23ce")
 
     def _close(self) -> None:

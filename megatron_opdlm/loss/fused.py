@@ -40,7 +40,7 @@ class Target(Protocol):
     """The target distributions of loss rows."""
 
     def shape(self) -> tuple[int, int | None]:
-        """Returns the number of rows, and of this rank's padded columns; None if any number fits."""
+        """Returns the number of rows, and of this rank's padded columns (None if any will do)."""
 
     def logits(self, rows: slice, shard: VocabShard, out: Tensor) -> None:
         """Writes the target logits of some rows into `out` [C, V_valid]."""

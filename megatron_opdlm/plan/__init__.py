@@ -1,1 +1,1 @@
-"""What every rank of a run would hold, before it starts."""
+"""Computes, before a run, what every rank would hold."""

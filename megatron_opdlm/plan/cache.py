@@ -1,4 +1,4 @@
-"""What rollouts would hold of keys and values, from the configuration alone."""
+"""Computes the key/value cache of rollouts from the configuration alone."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 def plan_cache(config: Config, hf: HFConfig, num_replicas: int, cuda: bool) -> CacheSize:
     """Returns the cache that rollouts allocate for the longest prompts and responses.
 
-    Without a limit of the user's a GPU has what is free, which nobody knows beforehand.
+    If the user sets no limit, the limit on a GPU is its free memory, which is not known beforehand.
 
     Raises:
-        ValueError: kv_cache_gb holds not even one sequence.
+        ValueError: kv_cache_gb is too small for one sequence.
     """
     rollout, (tp_size, pp_size) = config.rollout, config.writer.layout
     length, limit_gb = longest(config), rollout.kv_cache_gb
@@ -53,8 +53,9 @@ def plan_cache(config: Config, hf: HFConfig, num_replicas: int, cuda: bool) -> C
 
 
 def expects_graphs(config: Config, cuda: bool) -> bool:
-    """Whether passes will be captured, as far as a configuration can tell: where nothing is said,
-    a GPU is taken to have a decoding kernel.
+    """Returns whether passes will probably be captured.
+
+    If the configuration does not decide it, a GPU is assumed to have a decoding kernel.
     """
     if config.rollout.cuda_graphs is not None:
         return config.rollout.cuda_graphs
@@ -63,13 +64,13 @@ def expects_graphs(config: Config, cuda: bool) -> bool:
 
 
 def num_replicas(config: Config, world_size: int) -> int:
-    """Copies of the model that decode, each on its share of the ranks."""
+    """Returns the number of replicas that decode, each on its share of the ranks."""
     tp_size, pp_size = config.writer.layout
     return world_size // (tp_size * pp_size)
 
 
 def longest(config: Config) -> int:
-    """Tokens that the longest prompt and response fill; the last block is decoded whole."""
+    """Returns the tokens of the longest prompt and response; the last block is decoded whole."""
     rollout = config.rollout
     tokens = rollout.max_prompt_tokens + rollout.max_response_tokens.end
     return round_up(tokens, rollout.block_size)

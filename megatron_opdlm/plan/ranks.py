@@ -1,6 +1,7 @@
-"""What every rank of a run would hold, from the configuration alone: no GPU, no weights.
+"""Computes what every rank of a run would hold, from the configuration: without GPU and weights.
 
-The layout is Megatron's: tensor-parallel ranks are neighbours, then data-parallel, then pipeline.
+The order of ranks is Megatron's: tensor-parallel ranks are neighbours, then come data-parallel
+ranks, then pipeline ranks.
 """
 
 from __future__ import annotations
@@ -23,35 +24,37 @@ _GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlan:
-    """One rank's share of the models. Bytes are of tensors that live as long as the run."""
+    """One rank's share of the models. Bytes count tensors that exist during the whole run."""
 
     rank: int
     tp_rank: int
     dp_rank: int
     pp_rank: int
     layers: range
-    """Transformer layers, from 0."""
+    """Transformer layers of the rank, counted from 0."""
     vocab_rows: range | None
     """Rows of the padded vocabulary; None on a stage without embedding and head."""
     student_parameters: int
     teacher_parameters: int
     weight_bytes: int
-    """Student, teacher and the student's copy for rollouts if there is one, in params_dtype; what
-    teacher_offload moves away is left out."""
+    """Weights of the student, of the teacher, and of the student's copy for rollouts if there is
+    one, in params_dtype; without the weights that teacher_offload moves to the host."""
     offloaded_bytes: int
-    """The teacher's weights that are here in its own phase only, under teacher_offload."""
+    """Weights of the teacher that are on the device only while it runs, with teacher_offload."""
     gradient_bytes: int
-    """The student's gradient buffer, float32."""
+    """Gradient buffer of the student, in float32."""
     optimizer_bytes: int
-    """Adam's moments, and the float32 weights where params_dtype is bfloat16."""
+    """Adam's moments, and the float32 weights if params_dtype is bfloat16."""
     kv_cache: CacheSize
-    """Of the model that decodes."""
+    """Key/value cache of the model that decodes."""
     keeps_cache: bool
-    """Whether it stays between rollouts for sure (`keep_kv_cache=true`)."""
+    """Whether the cache is certainly kept between rollouts (`keep_kv_cache=true`)."""
 
     @property
     def total_bytes(self) -> int:
-        """At the fullest phase, rollout or teacher; activations and work space come on top."""
+        """Bytes in the larger of two phases, rollout and teacher, without activations and work
+        space.
+        """
         lasting = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
         cache, lent = self.kv_cache.num_bytes, self.offloaded_bytes
         return lasting + (cache + lent if self.keeps_cache else max(cache, lent))
@@ -60,20 +63,20 @@ class RankPlan:
 def rank_table(
     config: Config, *, student: HFConfig, teacher: HFConfig, world_size: int, cuda: bool = True
 ) -> list[RankPlan]:
-    """Lays a run out over ranks.
+    """Returns the share of every rank of a run.
 
     Args:
         config: resolved configuration.
-        student: the student's hyperparameters.
-        teacher: the teacher's.
+        student: hyperparameters of the student.
+        teacher: hyperparameters of the teacher.
         world_size: number of ranks.
-        cuda: whether they are GPUs.
+        cuda: whether the ranks are GPUs.
 
     Returns:
-        One plan per rank, in rank order.
+        One rank plan per rank, in rank order.
 
     Raises:
-        ValueError: the models do not fit the configuration, or the ranks do not.
+        ValueError: the configuration does not fit the models or the number of ranks.
     """
     check_models(config, student=student, teacher=teacher, cuda=cuda)
     tp_size, pp_size = config.parallel.layout
@@ -101,17 +104,18 @@ def rank_table(
 def check_models(
     config: Config, *, student: HFConfig, teacher: HFConfig, cuda: bool = True
 ) -> None:
-    """Refuses models that do not go with the configuration; whether they go with each other is
-    `distill.vocabulary`'s to say.
+    """Refuses models that do not fit the configuration.
+
+    `distill.vocabulary` checks whether the models fit each other.
 
     Args:
         config: resolved configuration.
-        student: the student's hyperparameters.
-        teacher: the teacher's.
+        student: hyperparameters of the student.
+        teacher: hyperparameters of the teacher.
         cuda: whether the run is on GPUs.
 
     Raises:
-        ValueError: naming field, value, rule and fix.
+        ValueError: a model does not fit; the message names field, value, rule and fix.
     """
     top_k, vocab_size = config.distill.top_k_logits, min(student.vocab_size, teacher.vocab_size)
     if top_k >= vocab_size:
@@ -134,7 +138,7 @@ def check_models(
 
 
 def format_table(plans: list[RankPlan]) -> str:
-    """Writes the plans as a text table; sizes in GiB, parameters in millions."""
+    """Returns the rank plans as a text table, with sizes in GiB and parameters in millions."""
     header = (
         "rank tp dp pp", "layers", "vocab rows", "student M", "teacher M",
         "weights", "gradients", "optimizer", "kv cache", "sum GiB",
@@ -147,11 +151,11 @@ def format_table(plans: list[RankPlan]) -> str:
 
 
 def format_totals(config: Config, plans: list[RankPlan], *, cuda: bool = True) -> str:
-    """Writes what the run amounts to: sizes, steps, and the most tokens it can train on.
+    """Returns the totals of a run as text: sizes, steps, and the most tokens that it trains on.
 
     Args:
         config: resolved configuration.
-        plans: one per rank, made with the same `cuda`.
+        plans: one rank plan per rank, made with the same `cuda`.
         cuda: whether the ranks are GPUs.
     """
     curriculum = config.rollout.max_response_tokens
@@ -246,10 +250,11 @@ def _plan_rank(
 def _teacher_parameters(
     config: Config, student: HFConfig, teacher: HFConfig, student_grid: RankGrid, rank: int
 ) -> tuple[int, int]:
-    """The LM head that stays on a rank, and all else of the teacher.
+    """Returns the parameters of the LM head that stays on a rank, and those of the rest.
 
-    A head that is cut in another way than the student's, because of a second layout or of another
-    number of rows, is read once more: as the student's is cut, and where that is.
+    Both belong to the teacher. If its head is sharded in another way than the student's (because of
+    a second layout or another number of rows), a second copy is read, which is sharded like the
+    student's head and lies on the same ranks.
     """
     if not config.distill.has_teacher:
         return 0, 0

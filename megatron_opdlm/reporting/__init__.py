@@ -1,1 +1,1 @@
-"""Metrics, what the work amounts to, progress."""
+"""Metrics, counts of tokens and FLOPs, progress bars."""

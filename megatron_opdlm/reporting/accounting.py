@@ -1,8 +1,8 @@
 """Tokens and FLOPs: as the paper counts them, and as they are executed.
 
-The paper (Eq. 7) charges 2 N_teacher T + 6 N_student T FLOPs for T response tokens. What runs is
-more: the prompt, the doubled stream, the teacher's pass, the rollout with its commits, the LM head
-on the rows that need it, attention. Both are kept side by side; neither is derived from the other.
+The paper (Eq. 7) counts 2 N_teacher T + 6 N_student T FLOPs for T response tokens. More work than
+this is executed: the prompt, the doubled stream, the teacher's pass, the rollout with its commits,
+the LM head on the rows that need it, attention. Both numbers are counted separately.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from megatron_opdlm.model.hf_config import HFConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlops:
-    """FLOPs of a forward pass through one model, split by what they grow with."""
+    """FLOPs of a forward pass through one model, split by the quantity that they grow with."""
 
     body: int
-    """Per stream token: the linear layers of all transformer layers."""
+    """FLOPs per stream token, of the linear layers of all transformer layers."""
     head: int
-    """Per row that meets the LM head."""
+    """FLOPs per row that the LM head is applied to."""
     attention: int
-    """Per (query, key) pair that may attend, over all layers and heads."""
+    """FLOPs per visible (query, key) pair, over all layers and heads."""
     num_parameters: int
-    """N of Eq. 7: every parameter of the model, tied embeddings once."""
+    """N of Eq. 7: all parameters of the model, with tied embeddings counted once."""
 
     def forward(self, *, tokens: int, head_rows: int, attention_pairs: int) -> int:
         """Returns the FLOPs of one forward pass."""
@@ -40,7 +40,7 @@ NO_MODEL = ModelFlops(body=0, head=0, attention=0, num_parameters=0)
 
 
 def model_flops_per_token(hf_config: HFConfig) -> ModelFlops:
-    """Counts the forward FLOPs of a dense decoder; a multiply-add is two. Norms are left out.
+    """Counts the forward FLOPs of a dense decoder. A multiply-add is two; norms are left out.
 
     Args:
         hf_config: hyperparameters of the model.
@@ -62,10 +62,10 @@ def model_flops_per_token(hf_config: HFConfig) -> ModelFlops:
 
 
 def rollout_attention_pairs(trajectory: Trajectory) -> int:
-    """Returns the (query, key) pairs of decoding a response, over all its passes, per layer.
+    """Returns the number of (query, key) pairs of decoding a response, over all passes, per layer.
 
-    Every finished block is passed once as clean tokens (the last one never is); a denoising step of
-    a block sees the finished blocks and the block itself.
+    Every finished block except the last enters one pass as clean tokens. A denoising step of a
+    block sees the finished blocks and the block itself.
     """
     size, first = trajectory.block_size, trajectory.first_block
     num_steps = trajectory.num_steps.tolist()
@@ -76,23 +76,23 @@ def rollout_attention_pairs(trajectory: Trajectory) -> int:
 
 @dataclass(kw_only=True)
 class WorkCounters:
-    """Work done so far by all replicas: the same integers on every rank, saved with the checkpoint.
+    """Work that all replicas have done so far: the same on every rank, and saved in checkpoints.
 
-    Attention pairs are per layer, as the mask allows them, not as tiles execute them.
+    Attention pairs are counted per layer, as the mask allows them, not as tiles execute them.
     """
 
     response_tokens: int = 0
-    """T of Eq. 7: tokens of the responses, through the end of sequence."""
+    """T of Eq. 7: tokens of the responses, including the end of sequence."""
     prompt_tokens: int = 0
-    """Tokens of the prompts, once per response."""
+    """Tokens of the prompts, counted once per response."""
     rollout_passes: int = 0
-    """Forward passes of the decoder on one data-parallel rank, summed over ranks."""
+    """Forward passes of the decoding model, summed over data-parallel ranks."""
     rollout_tokens: int = 0
-    """Stream tokens of those passes: prefill, denoising and commits."""
+    """Stream tokens of these passes: prefill, denoising and commits."""
     rollout_head_rows: int = 0
     rollout_attention_pairs: int = 0
     teacher_tokens: int = 0
-    """Stream tokens of the teacher's passes: on responses, and to decode its own."""
+    """Stream tokens of the teacher's passes: for targets, and to decode its own responses."""
     teacher_head_rows: int = 0
     teacher_attention_pairs: int = 0
     student_tokens: int = 0
@@ -103,7 +103,7 @@ class WorkCounters:
     def add_rollout(
         self, trajectories: Iterable[Trajectory], *, passes: int, tokens: int, head_rows: int
     ) -> None:
-        """Adds the decoding of responses: what was decoded, and what the engine counted."""
+        """Adds the decoding of responses: the trajectories, and the counts of the engine."""
         trajectories = list(trajectories)
         self.add_responses(trajectories)
         self.rollout_attention_pairs += sum(map(rollout_attention_pairs, trajectories))
@@ -112,14 +112,16 @@ class WorkCounters:
         self.rollout_head_rows += head_rows
 
     def add_responses(self, trajectories: Iterable[Trajectory]) -> None:
-        """Adds responses that are trained on, whoever wrote them."""
+        """Adds responses that are trained on, from any source."""
         for trajectory in trajectories:
             self.response_tokens += trajectory.num_response_tokens
             self.prompt_tokens += len(trajectory.prompt_ids)
 
     def add_teacher_decoding(self, prompt_tokens: int, response_tokens: int) -> None:
-        """Adds a response that the teacher decoded: the prompt and every token but the last enter
-        its cache once, and the head is applied to one row per token.
+        """Adds a response that the teacher decoded.
+
+        The prompt and every response token but the last enter the cache once. The LM head is
+        applied to one row per response token.
         """
         num_tokens = prompt_tokens + response_tokens - 1
         self.teacher_tokens += num_tokens
@@ -156,7 +158,7 @@ class WorkCounters:
         self.student_attention_pairs += sum(d.attention_pairs(block_size) for d in documents)
 
     def add(self, other: WorkCounters) -> None:
-        """Adds the work of other steps."""
+        """Adds the work of other counters."""
         for field in fields(self):
             total = getattr(self, field.name) + getattr(other, field.name)
             setattr(self, field.name, total)
@@ -167,10 +169,11 @@ class WorkCounters:
 
     @classmethod
     def from_json(cls, values: Mapping[str, int]) -> WorkCounters:
-        """Inverse of `to_json`.
+        """Returns counters from the result of `to_json`.
 
         Raises:
-            ValueError: a counter is missing or unknown: the checkpoint is of another version.
+            ValueError: a counter is missing or unknown, because another version of this package
+                wrote the checkpoint.
         """
         names = {field.name for field in fields(cls)}
         if names != set(values):
@@ -182,7 +185,7 @@ class WorkCounters:
 
 
 def _stream_tokens(documents: Sequence[Document], packing: Packing, multiple: int) -> int:
-    """Tokens of the streams of all ranks, alignment included."""
+    """Returns the tokens of the streams of all ranks, including padding."""
     lengths = [len(document) for document in documents]
     packed = (sum(lengths[i] for i in run) for of_rank in packing for run in of_rank)
     return sum(aligned(num_tokens, multiple) for num_tokens in packed)
@@ -190,12 +193,12 @@ def _stream_tokens(documents: Sequence[Document], packing: Packing, multiple: in
 
 @dataclass(frozen=True, kw_only=True)
 class FlopsReport:
-    """Turns counters into the numbers that a run logs."""
+    """Computes the FLOPs that a run logs from its work counters."""
 
     student: ModelFlops
     teacher: ModelFlops
     recompute_granularity: str
-    """none, selective (attention runs once more in the backward pass) or full (the body too)."""
+    """none, selective (the backward pass runs attention again) or full (also the body)."""
 
     @classmethod
     def of(
@@ -209,12 +212,12 @@ class FlopsReport:
         )
 
     def paper(self, work: WorkCounters) -> int:
-        """Eq. 7: 2 N_teacher T + 6 N_student T."""
+        """Returns the FLOPs of Eq. 7, 2 N_teacher T + 6 N_student T."""
         per_token = 2 * self.teacher.num_parameters + 6 * self.student.num_parameters
         return per_token * work.response_tokens
 
     def rollout(self, work: WorkCounters) -> int:
-        """FLOPs of decoding: prefill, denoising passes and commits."""
+        """Returns the FLOPs of decoding: prefill, denoising passes and commits."""
         return self.student.forward(
             tokens=work.rollout_tokens,
             head_rows=work.rollout_head_rows,
@@ -222,7 +225,7 @@ class FlopsReport:
         )
 
     def teacher_pass(self, work: WorkCounters) -> int:
-        """FLOPs of the teacher's forward passes."""
+        """Returns the FLOPs of the teacher's forward passes."""
         return self.teacher.forward(
             tokens=work.teacher_tokens,
             head_rows=work.teacher_head_rows,
@@ -230,7 +233,7 @@ class FlopsReport:
         )
 
     def student_pass(self, work: WorkCounters) -> int:
-        """FLOPs of the student's forward and backward passes; backward is twice the forward."""
+        """Returns the FLOPs of the student's passes; a backward pass counts as two forward ones."""
         body_passes = 4 if self.recompute_granularity == "full" else 3
         attention_passes = 3 if self.recompute_granularity == "none" else 4
         return self.student.forward(

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard, Weights & Biases; phase times; loss by masking.
+"""Metrics of a run: metrics.jsonl, TensorBoard, Weights & Biases, times of phases, loss by masking.
 
 Names begin with train/, rollout/, perf/ or eval/.
 
@@ -27,13 +27,13 @@ class MetricsLogger:
     """Appends records of numbers to the files of a run folder.
 
     A record belongs to a rollout, the unit in which runs resume, and to an optimizer step, the axis
-    of the plots. Records of a rollout that a killed run did not finish are removed when the run
-    resumes, so metrics.jsonl never holds a step twice.
+    of the plots. A resumed run removes the records of an unfinished rollout. So metrics.jsonl never
+    has a step twice.
 
     Args:
-        run_dir: run folder; gets metrics.jsonl and tensorboard/.
-        enabled: False makes every call do nothing (all ranks but the one that writes).
-        wandb_project: Weights & Biases project, or None.
+        run_dir: run folder, for metrics.jsonl and tensorboard/.
+        enabled: whether this rank writes; if not, all calls do nothing.
+        wandb_project: Weights & Biases project; None for no project.
         config: configuration by key, for Weights & Biases.
     """
 
@@ -55,17 +55,17 @@ class MetricsLogger:
 
     @property
     def path(self) -> Path:
-        """The metrics file."""
+        """Path of the metrics file."""
         return self.run_dir / "metrics.jsonl"
 
     def open_at(self, rollout_step: int) -> None:
-        """Opens the files to continue with a rollout; records of it and later ones are removed.
+        """Opens the files to continue with a rollout. Removes records of this and later rollouts.
 
         Args:
-            rollout_step: index of the next rollout; 0 starts anew.
+            rollout_step: index of the next rollout; 0 for a new run.
 
         Raises:
-            ValueError: metrics.jsonl holds a line that is no record (the last one may be cut off).
+            ValueError: a line of metrics.jsonl is not a record (the last line may be incomplete).
             ImportError: wandb_project is set and wandb is not installed.
         """
         if not self.enabled:
@@ -88,8 +88,8 @@ class MetricsLogger:
 
         Args:
             metrics: numbers by name.
-            rollout_step: index of the rollout they belong to.
-            optimizer_step: optimizer steps done so far.
+            rollout_step: index of the rollout that the metrics belong to.
+            optimizer_step: number of optimizer steps done so far.
         """
         if self._file is None:
             assert not self.enabled, "open_at() comes first"
@@ -107,7 +107,7 @@ class MetricsLogger:
             self._wandb_run.log(numbers, step=optimizer_step)
 
     def close(self) -> None:
-        """Writes what is buffered and closes the files."""
+        """Writes buffered records and closes the files."""
         if self._file is not None:
             self._file.close()
             self._tensorboard.close()
@@ -147,20 +147,20 @@ class MetricsLogger:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Reads a metrics file. A last line that a killed process left unfinished is left out.
+    """Reads a metrics file. An incomplete last line, which a killed process left, is ignored.
 
     Returns:
-        The records in order; none if there is no file.
+        The records in order; an empty list if there is no file.
 
     Raises:
-        ValueError: a line other than the last is no record; names file and line.
+        ValueError: a line other than the last is not a record; the message names file and line.
     """
     path = Path(path)
     if not path.is_file():
         return []
     records = []
     lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines[:-1], 1):  # after the last newline comes an unfinished line
+    for number, line in enumerate(lines[:-1], 1):  # the text after the last newline is incomplete
         try:
             record = json.loads(line)
             valid = isinstance(record, dict) and {"rollout_step", "optimizer_step"} <= record.keys()
@@ -178,8 +178,8 @@ class PhaseTimer:
     """Adds up the seconds of named phases of a training step.
 
     Args:
-        synchronize: called at both ends of a phase, so that the work of an asynchronous device is
-            counted in the phase that started it; None on a CPU.
+        synchronize: function that waits for the device. It is called at both ends of a phase, so
+            that the device's work counts in the phase that started it. None on a CPU.
     """
 
     def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
@@ -188,13 +188,13 @@ class PhaseTimer:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times the body; repeated phases of one name add up. An error is not timed."""
+        """Times the body of a `with` statement. Equal names add up; a failed phase counts 0."""
         start = self._now()
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - start
 
     def drain(self) -> dict[str, float]:
-        """Returns perf/seconds_<phase>, in seconds since the last call, and starts from zero."""
+        """Returns perf/seconds_<phase>, in seconds since the last call, and resets all to zero."""
         seconds, self._seconds = self._seconds, {}
         return {f"perf/seconds_{name}": value for name, value in seconds.items()}
 
@@ -205,26 +205,28 @@ class PhaseTimer:
 
 
 class MaskedFractionHistogram:
-    """Mean divergence by how much of a row's block was masked: 1/K, 2/K .. 1.
+    """Mean divergence by the masked fraction of a loss row's block: 1/K, 2/K .. 1.
 
-    A student that only fills in the last token of a block shows here, and in no mean.
+    It shows a student that only learns to fill in the last token of a block; a mean over all rows
+    does not.
 
     Args:
-        block_size: K.
-        device: where the sums live; nothing is copied to the host before `drain`.
+        block_size: K, tokens per block.
+        device: device of the sums; nothing is copied to the host before `drain`.
     """
 
     def __init__(self, block_size: int, device: torch.device | str = "cpu") -> None:
         self.block_size = block_size
         self.totals = torch.zeros(2, block_size, dtype=torch.float64, device=device)
-        """[2, K] float64: sum of divergences in nats, and rows. Sum it over data-parallel ranks."""
+        """[2, K] float64: sum of divergences in nats, and number of loss rows. Sum it over
+        data-parallel ranks."""
 
     def add(self, kl_T: Tensor, num_masked_T: Tensor) -> None:
-        """Adds rows.
+        """Adds loss rows.
 
         Args:
             kl_T: [T] float, divergence of each loss row, in nats.
-            num_masked_T: [T] int64, masked positions in the row's block, 1..K.
+            num_masked_T: [T] int64, number of masked positions in the block of each row, 1..K.
         """
         bins_T = num_masked_T.to(self.totals.device) - 1
         kl_T = kl_T.detach().to(self.totals)
@@ -232,7 +234,7 @@ class MaskedFractionHistogram:
         self.totals[1].index_add_(0, bins_T, torch.ones_like(kl_T))
 
     def drain(self) -> dict[str, float]:
-        """Returns train/kl_masked_<fraction>, in nats per row, for bins with rows; empties all."""
+        """Returns train/kl_masked_<fraction>, in nats per row, for bins with rows; resets all."""
         sums, counts = self.totals.tolist()
         self.totals.zero_()
         return {
@@ -243,7 +245,7 @@ class MaskedFractionHistogram:
 
 
 def _plain(value: Any) -> int | float | None:
-    """Returns a Python number, None if it is not finite."""
+    """Returns a Python number; None if the number is not finite."""
     number = value.item() if isinstance(value, Tensor) else value
     assert isinstance(number, int | float), f"a metric is a number, not {type(number).__name__}"
     return number if math.isfinite(number) else None

@@ -1,4 +1,4 @@
-"""Progress bars of a job: drawn by its main rank, and only where someone can watch."""
+"""Progress bars of a job. Only its main rank draws them, and only in a terminal."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def progress_bar(
     """Returns a bar; `bar.update(done - bar.n)` shows how much is done.
 
     Args:
-        total: what there is to do.
-        name: of the things that are counted.
+        total: number of things to do.
+        name: name of these things.
         is_main: whether this rank draws.
-        initial: how many are done already.
-        leave: whether the bar stays when it is full.
+        initial: number of things that are already done.
+        leave: whether the bar stays visible when it is full.
     """
-    hidden = None if is_main else True  # None: tqdm looks whether it writes to a terminal
+    hidden = None if is_main else True  # None: tqdm draws only in a terminal
     return tqdm(total=total, desc=name, initial=initial, leave=leave, disable=hidden)
 
 
 def report_progress(text: str) -> None:
-    """Logs how far a job is where no bar is drawn: in its log file."""
+    """Logs the progress of a job if no bar is drawn, for its log file."""
     if not sys.stderr.isatty():
         logger.info("%s", text)

@@ -89,12 +89,10 @@ class KVCache:
             most_slots: number of sequences to decode at once.
             limit_gb: most memory of this rank in GB (1e9 bytes). None: on a GPU 80 % of the free
                 memory, or less if passes need more than the rest; on a CPU 4 GiB.
-            has_spare: whether to allocate a spare slot; None allocates it if it costs little, see
-                `share_slots`.
+            has_spare: whether to allocate a spare slot; None: see `share_slots`.
 
         Raises:
-            ValueError: not even one sequence fits, or there is less memory than kv_cache_gb says.
-                All ranks raise it.
+            ValueError: on all ranks. No sequence fits, or less memory is free than kv_cache_gb.
         """
         weight = next(model.decoder.parameters())
         config, cuda = model.config, weight.is_cuda

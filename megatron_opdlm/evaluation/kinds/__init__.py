@@ -1,4 +1,4 @@
-"""Kinds of tasks: graders and benchmarks; a new one is one file here, listed below."""
+"""Kinds of tasks: graders and benchmarks. A new kind is one file here and its name below."""
 
 from megatron_opdlm.checks import require
 from megatron_opdlm.evaluation.kinds.kind import TaskKind
@@ -10,12 +10,13 @@ DEFAULT_KIND = NUMBER
 
 
 def find_kind(task: str, chosen: str | None = None) -> TaskKind:
-    """Returns the kind of a task: the chosen one, else the one that the task is named after, else
-    the default.
+    """Returns the kind of a task.
+
+    It is the chosen kind, or the kind whose name is the name of the task, or the default kind.
 
     Args:
         task: name of the task.
-        chosen: name of a kind; None where the user chose none.
+        chosen: name of a kind; None if the user chose none.
 
     Raises:
         ValueError: there is no kind of the chosen name.

@@ -1,4 +1,4 @@
-"""What a kind of task is: how its file is read, how its questions are asked and graded."""
+"""A kind of task: how its file is read, and how its questions are asked and graded."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from megatron_opdlm.responses.entries import Entry, Messages
 class TaskKind:
     """A grader or a benchmark.
 
-    `--help`, error texts, docs/evaluation.md and the JSON file take names and words from here.
+    `--help`, error texts, docs/evaluation.md and the JSON file use the names and texts of kinds.
     """
 
     name: str
-    """What a user calls it: `--task NAME:KIND=FILE`."""
+    """Name that users give: `--task NAME:KIND=FILE`."""
     reads: str
-    """What an entry must have, in words; help and docs begin the sentence "an entry has"."""
+    """The keys that an entry must have: the end of a sentence that begins with "an entry has"."""
     accepts: str
-    """Which responses are correct, in words, after "a response is correct if"."""
+    """The rule for correct responses: the end of a sentence that begins with "a response is correct
+    if"."""
     read: Callable[[Entry], Any]
-    """Returns the reference of an entry; where the entry has none, raises `Entry.refusal`. Reports
-    show `str(reference)`, and ranks send it to each other by pickle."""
+    """Function that returns the reference of an entry, or raises `Entry.refusal` if it has none.
+    Reports show `str(reference)`, and ranks send the reference to each other by pickle."""
     grade: Callable[[str, Any], bool]
-    """Takes the text of a response and the reference; says whether the response is correct."""
+    """Function from the text of a response and the reference to whether the response is correct."""
     messages: Callable[[Entry], Messages] = Entry.messages
-    """Returns the conversation that asks the question; the entry's own unless the kind makes it."""
+    """Function that returns the conversation with the question. The default is the conversation of
+    the entry."""

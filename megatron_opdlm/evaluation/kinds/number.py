@@ -1,8 +1,8 @@
 r"""Grades a response by its final number.
 
-A response gives its answer as "The answer is 14.", "#### 14" or "\boxed{14}", whichever comes last;
-without any of them, its last number counts. Numbers are compared as exact fractions: 1,200 equals
-1200.0 and 1.2e3, and nothing is rounded.
+A response gives its answer as "The answer is 14.", "#### 14" or "\boxed{14}"; the last of these
+counts. If there is none of them, the last number of the response counts. Numbers are compared as
+exact fractions: 1,200 equals 1200.0 and 1.2e3, and nothing is rounded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fractions import Fraction
 from megatron_opdlm.evaluation.kinds.kind import TaskKind
 from megatron_opdlm.responses.entries import Entry
 
-# A minus sign after a digit, a letter or a bracket is a subtraction: "17-3" holds 17 and 3.
+# A minus sign after a digit, a letter or a bracket is a subtraction: "17-3" contains 17 and 3.
 _SIGN = r"(?:(?<![\w)\]}.])[-\u2212])?"
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d+)?|(?<!\d)\.\d+)"
@@ -27,8 +27,8 @@ _SCIENTIFIC = re.compile(
     rf"(?:\{{\s*(?P<braced>{_EXPONENT})\s*\}}|(?P<bare>{_EXPONENT})(?!\w|\.\d))"
 )
 _MOST_DIGITS = 1000
-"""Of a number and of its power of ten as a number. Longer ones are no answer, and Python refuses
-to read them or takes hours."""
+"""Most digits of a number, and largest power of ten. Longer numbers are not accepted as answers:
+Python refuses to read them, or takes hours."""
 _FRACTION = re.compile(r"\\[dt]?frac\{\s*(-?\d+)\s*\}\{\s*(\d+)\s*\}")
 _MARKER = re.compile(r"answer\s*(?:is|:)|####|\\boxed\s*(?=\{)", re.IGNORECASE)
 _LATEX_SPACES = re.compile(r"\\[,;!:]|\\(?:text|mathrm|mathbf)\b|[{}]|\*\*")
@@ -47,7 +47,7 @@ def final_number(text: str) -> Fraction | None:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """Returns the number that a whole text stands for; None if it is anything else than a number.
+    """Returns the number that the whole text stands for; None if the text is not a number.
 
     >>> parse_number(" 1,200.50 "), parse_number("12 apples")
     (Fraction(2401, 2), None)
@@ -57,11 +57,11 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def is_correct(response: str, answer: str) -> bool:
-    """Says whether a response ends in the reference answer.
+    """Returns whether the final number of a response equals the reference answer.
 
     Args:
         response: text of the response.
-        answer: reference; text that stands for a number.
+        answer: reference answer; a text that stands for a number.
     """
     reference = parse_number(answer)
     return reference is not None and final_number(response) == reference
@@ -74,7 +74,9 @@ def _pick(text: str, *, last: bool) -> Fraction | None:
 
 
 def _plain(text: str) -> str:
-    r"""Writes \frac{a}{b} as a/b and 2 \times 10^{3} as 2e3; drops LaTeX's braces and spacing."""
+    r"""Returns the text with \frac{a}{b} as a/b and 2 \times 10^{3} as 2e3, without LaTeX's braces
+    and spacing.
+    """
     return _LATEX_SPACES.sub(" ", _FRACTION.sub(r" \1/\2 ", _SCIENTIFIC.sub(_short_power, text)))
 
 

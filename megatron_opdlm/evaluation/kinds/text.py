@@ -9,7 +9,7 @@ from megatron_opdlm.responses.entries import Entry
 
 
 def is_same_text(response: str, answer: str) -> bool:
-    r"""Says whether two texts are equal but for white space and the way characters are composed.
+    r"""Returns whether two texts are equal apart from white space and composition of characters.
 
     >>> is_same_text(" Caf\u00e9\n au  lait", "Cafe\u0301 au lait"), is_same_text("Yes", "yes")
     (True, False)

@@ -133,17 +133,17 @@ def test_its_settings_are_checked_as_all_are():
     assert load_config(None, [*NEEDED, "method=own_path"]).distill.state_selection == "per_block"
     paper = load_config(None, [*NEEDED, "method=own_path", "preset=paper"]).distill
     assert paper.state_selection == "trajectory" and not paper.is_nelbo
-    assert "divergence=jsd is not for method=own_path" in error_of(
+    assert "divergence=jsd does not apply to method=own_path" in error_of(
         "method=own_path", "divergence=jsd"
     )
     for key in ("teacher=a", "teacher_fp8=hybrid"):
-        assert "is about the teacher, and method=own_path has none" in error_of(
+        assert "applies only to the teacher, and method=own_path has none" in error_of(
             "method=own_path", key
         )
     wrong = error_of("method=own_path", "state_selection=random")
-    assert wrong.startswith("state_selection=random is for the methods opdlm_off, off_policy, sft,")
-    assert "teacher_responses=a is about" in error_of("method=self_training", "teacher_responses=a")
-    assert "sft_responses=data is about method=sft" in error_of(
+    assert wrong.startswith("state_selection=random applies only to the methods opdlm_off, off_policy, sft,")
+    assert "teacher_responses=a applies only to" in error_of("method=self_training", "teacher_responses=a")
+    assert "sft_responses=data applies only to method=sft" in error_of(
         "method=given", "sft_responses=data"
     )
 
@@ -157,7 +157,7 @@ def test_its_settings_are_checked_as_all_are():
         ({"target": "applause"}, "target=applause must be among teacher, tokens"),
         (
             {"states": "trajectory", "writers": ("teacher",)},
-            "states=trajectory are those of a denoising trajectory, which only responses of the st",
+            "states=trajectory needs a denoising trajectory, which only the student's responses have",
         ),
     ],
 )

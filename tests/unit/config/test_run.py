@@ -97,14 +97,14 @@ def test_an_unknown_key_that_resembles_nothing_points_to_the_list():
         ("temperature=1e-7", r"must be 0 \(argmax\) or from 1e-06 to 1000000; use e.g. 1.0"),
         ("temperature=1e7", r"must be 0 \(argmax\) or from"),
         ("temperature=-1", r"must be 0 \(argmax\) or from"),
-        ("temperature=0 top_p=0.9", r"top_p=0.9 is about sampling, not greedy .*\(temperature=0\)"),
-        ("temperature=0 top_k=5", "top_k=5 is about .*; use top_k=0, or a temp"),
+        ("temperature=0 top_p=0.9", r"top_p=0.9 applies only to sampling, not to greedy .*\(temperature=0\)"),
+        ("temperature=0 top_k=5", "top_k=5 applies only to .*; use top_k=0, or a temp"),
         (
             "temperature=0 samples_per_prompt=2",
-            "samples_per_prompt=2 is about .* use samples_.*=1,",
+            "samples_per_prompt=2 applies only to .* use samples_.*=1,",
         ),
-        ("temperature=0 top_p=0.9 method=off_policy", "top_p=0.9 is about sampling, not greedy"),
-        ("temperature=0 samples_per_prompt=2 method=sft", "samples_per_prompt=2 is about sampli"),
+        ("temperature=0 top_p=0.9 method=off_policy", "top_p=0.9 applies only to sampling, not to greedy"),
+        ("temperature=0 samples_per_prompt=2 method=sft", "samples_per_prompt=2 applies only to sampli"),
         ("min_lr=1", "min_lr=1.0 must be at most lr=1e-05"),
         ("sequence_parallel=maybe", "must have type bool"),
         ("sequence_parallel=true", "needs tensor_model_parallel_size > 1, got 1"),
@@ -127,35 +127,35 @@ def test_an_unknown_key_that_resembles_nothing_points_to_the_list():
         ("jsd_alpha=0", r"must lie in \(0, 1\)"),
         ("top_k_logits=-1", "must be at least 0"),
         ("top_k_mode=tails", r"must be one of \{tail, raw, renormalized\}"),
-        ("reverse_kl_weight=0.3", "is about divergence=mixed; leave it out, or set"),
-        ("reverse_kl_weight=0.3 divergence=jsd", "is about divergence=mixed"),
-        ("jsd_alpha=0.3 divergence=mixed", "is about divergence=jsd"),
-        ("top_k_mode=raw", "is about top_k_logits above 0"),
+        ("reverse_kl_weight=0.3", "applies only to divergence=mixed; leave it out, or set"),
+        ("reverse_kl_weight=0.3 divergence=jsd", "applies only to divergence=mixed"),
+        ("jsd_alpha=0.3 divergence=mixed", "applies only to divergence=jsd"),
+        ("top_k_mode=raw", "applies only to top_k_logits above 0"),
         ("top_k_mode=renormalized top_k_logits=1", "must be at least 2 with top_k_mode=renorm"),
         ("states_per_response=0", "must be at least 1"),
         (
             "state_selection=random",
-            "is for the methods opdlm_off, off_policy and sft; leave it out",
+            "applies only to the methods opdlm_off, off_policy and sft; leave it out",
         ),
         ("method=sft state_selection=all", "state_selection=all must be random with method=sft"),
-        ("method=sft divergence=jsd", "divergence=jsd is not for method=sft"),
-        ("method=sft top_k_logits=4", "top_k_logits=4 is not for method=sft"),
-        ("method=sft reverse_kl_weight=0.3", "weight=0.3 is not for method=sft.*; leave it out$"),
-        ("method=sft sft_responses=data teacher=a", "teacher=a is about the teacher, and sft_resp"),
-        ("method=sft sft_responses=data teacher_fp8=hybrid", "is about the teacher"),
+        ("method=sft divergence=jsd", "divergence=jsd does not apply to method=sft"),
+        ("method=sft top_k_logits=4", "top_k_logits=4 does not apply to method=sft"),
+        ("method=sft reverse_kl_weight=0.3", "weight=0.3 does not apply to method=sft.*; leave it out$"),
+        ("method=sft sft_responses=data teacher=a", "teacher=a applies only to the teacher, and sft_resp"),
+        ("method=sft sft_responses=data teacher_fp8=hybrid", "applies only to the teacher"),
         (
             "method=sft sft_responses=data teacher_tensor_model_parallel_size=2",
-            "is about the teacher",
+            "applies only to the teacher",
         ),
-        ("eval_questions=64", "eval_questions=64 is about eval_data; leave it out"),
+        ("eval_questions=64", "eval_questions=64 applies only to eval_data; leave it out"),
         ("method=opdlm_of", "did you mean opdlm_off"),
-        ("sft_responses=data", "sft_responses=data is about method=sft; leave it out with"),
-        ("method=off_policy sft_responses=data", "sft_responses=data is about method=sft"),
-        ("teacher_responses=a", "is about responses of the teacher; here they come from the stude"),
-        ("method=sft sft_responses=data teacher_responses=a", "here they come from the data"),
+        ("sft_responses=data", "sft_responses=data applies only to method=sft; leave it out with"),
+        ("method=off_policy sft_responses=data", "sft_responses=data applies only to method=sft"),
+        ("teacher_responses=a", "applies only to the teacher's responses; here the student g"),
+        ("method=sft sft_responses=data teacher_responses=a", "here the data gives them"),
         ("state_selection=all states_per_response=2", "must be 1 with state_selection=all"),
-        ("eval_interval=5", "goes with eval_interval > 0"),
-        ("eval_data=a", "goes with eval_interval > 0"),
+        ("eval_interval=5", "must be given together with eval_interval > 0"),
+        ("eval_data=a", "must be given together with eval_interval > 0"),
         ("adam_beta1=1", r"must lie in \[0, 1\)"),
         ("seed=-1", "must be at least 0"),
         ("student=", "student= must be a path"),
@@ -193,7 +193,7 @@ def test_the_teacher_has_keys_of_its_own():
     assert (model.fp8, model.teacher_fp8) == ("hybrid", "none")
 
     assert load("teacher_offload=true").resolved(cuda=True).model.teacher_offload
-    with pytest.raises(ValueError, match="teacher_offload=true is about weights on a GPU"):
+    with pytest.raises(ValueError, match="teacher_offload=true applies only to weights on a GPU"):
         load("teacher_offload=true").resolved(cuda=False)
     assert "must be positive" in error_of("max_teacher_nll=0")
 
@@ -379,7 +379,7 @@ def test_choices_are_those_of_the_code_that_reads_them():
 )
 def test_graphs_that_no_machine_can_capture(overrides, rule):
     needed = ["tensor_model_parallel_size=2", *overrides]
-    with pytest.raises(ValueError, match=f"cuda_graphs=true does not go with {rule}"):
+    with pytest.raises(ValueError, match=f"cuda_graphs=true cannot be used with {rule}"):
         load("cuda_graphs=true", *needed)
     for allowed in ("cuda_graphs=null", "cuda_graphs=false"):
         load(allowed, *needed)
@@ -390,7 +390,7 @@ def test_graphs_that_no_machine_can_capture(overrides, rule):
 
 def test_graphs_in_float32_are_refused_where_there_is_a_gpu():
     config = load("cuda_graphs=true", "params_dtype=float32")
-    with pytest.raises(ValueError, match="cuda_graphs=true does not go with params_dtype=float32"):
+    with pytest.raises(ValueError, match="cuda_graphs=true cannot be used with params_dtype=float32"):
         config.resolved(cuda=True)
     assert load("cuda_graphs=true").resolved(cuda=True).model.params_dtype == "bfloat16"
 

@@ -182,7 +182,7 @@ def test_an_option_without_effect_is_refused_also_with_its_default(command, opti
     static = ["--static"] if command == "eval" else []
     name = option[0].removeprefix("--").replace("-", "_")
     line = refusal(command, *option, *static)
-    assert line.startswith(f"{name}={' '.join(option[1:])} is about ")
+    assert line.startswith(f"{name}={' '.join(option[1:])} applies only to ")
     assert line.endswith("; leave it out") and "\n" not in line
     # control: where it has one, the model is asked for
     with pytest.raises((ValueError, FileNotFoundError), match="nowhere|prompt file f does not"):
@@ -191,7 +191,7 @@ def test_an_option_without_effect_is_refused_also_with_its_default(command, opti
 
 def test_one_response_at_a_time_leaves_no_choice_of_rows():
     assert refusal("generate", "--max-rows", "4", "--show-steps") == (
-        "max_rows=4 is about many responses at once, not one after the other (--show-steps); "
+        "max_rows=4 applies only to decoding many responses at once, not to one after the other (--show-steps); "
         "leave it out"
     )
 
