@@ -1,23 +1,23 @@
-"""Refusals of a user's input in one style: "name=value rule; fix".
+"""Errors of a user's input, in one style: "name=value rule; fix".
 
-The standard library only.
+This file needs only the standard library.
 """
 
 from __future__ import annotations
 
 
 def require(condition: bool, key: str, value: object, rule: str, fix: str) -> None:
-    """Raises the ValueError of this package's house style unless `condition` holds.
+    """Raises a ValueError in the style of this package unless `condition` is true.
 
     Raises:
-        ValueError: "key=value rule; fix".
+        ValueError: the message is "key=value rule; fix".
     """
     if not condition:
         raise ValueError(f"{key}={format_value(value)} {rule}; {fix}")
 
 
 def require_at_least(minimum: float, key: str, value: float) -> None:
-    """Raises the error of a number below its range; NaN is in no range.
+    """Refuses a number below its minimum. NaN is always refused.
 
     Raises:
         ValueError: see `require`.
@@ -26,7 +26,7 @@ def require_at_least(minimum: float, key: str, value: float) -> None:
 
 
 def format_value(value: object) -> str:
-    """Writes a value the way it is written in YAML (`null`, `true`, plain text)."""
+    """Returns a value as YAML writes it (`null`, `true`, plain text)."""
     if value is None:
         return "null"
     if isinstance(value, bool):

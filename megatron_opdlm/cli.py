@@ -1,4 +1,7 @@
-"""The `opdlm` command. Nothing heavy is imported before a subcommand runs: `--help` is instant."""
+"""The `opdlm` command. Large modules are imported only when a subcommand runs.
+
+So `--help` is instant.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +27,17 @@ _SUBCOMMANDS: tuple[tuple[str, str], ...] = (
     ("megatron_opdlm.generate.cli", "add_generate_parser"),
     ("megatron_opdlm.evaluation.cli", "add_eval_parser"),
 )
-"""Modules that add their own subcommand; they import torch and the like only when it runs."""
+"""Modules that add their own subcommand. They import torch and others only when it runs."""
 
 _MODEL_CONFIGS = "qwen3"
-"""Folder beside a YAML file with `<model name>.config.json`, for dry runs without the model."""
+"""Folder next to a YAML file. It has `<model name>.config.json`, for dry runs without the model."""
 
 
 def run() -> NoReturn:
-    """Entry point of the console script."""
+    """Runs the console script."""
     try:
         sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:  # before `main` knows what to run
+    except KeyboardInterrupt:  # before `main` has parsed the arguments
         sys.stderr.write("interrupted\n")
         sys.exit(130)
 
@@ -72,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes no abbreviated options, in subcommands too: those change when an option is added."""
+    """A parser without abbreviated options, whose meaning would change with new options."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings, allow_abbrev=False)
@@ -81,7 +84,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """Builds the parser of all subcommands.
 
-    A subcommand sets `run`: a function of the parsed arguments that returns an exit status or None.
+    A subcommand sets `run`, a function from the parsed arguments to an exit status or None.
     """
     parser: argparse.ArgumentParser = _Parser(
         prog="opdlm",
@@ -102,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses arguments; `key=value` may stand between options, which argparse alone refuses."""
+    """Parses arguments. Unlike argparse it accepts `key=value` between options."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     takes_overrides = "overrides" in vars(args)
@@ -118,7 +121,7 @@ def _add_train_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     parser = subparsers.add_parser(
         "train",
         help="distil a student from its own rollouts",
-        description="Train. Also under torchrun, with the same arguments.",
+        description="Train a student. It also runs under torchrun, with the same arguments.",
         epilog=_describe_keys(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -131,7 +134,7 @@ def _add_train_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="start N processes on this machine with torchrun"
     )
-    parser.add_argument("--gpus", type=int, metavar="N", help="with --dry-run: ranks to plan for")
+    parser.add_argument("--gpus", type=int, metavar="N", help="ranks of a --dry-run")
     parser.set_defaults(run=_train)
 
 
@@ -139,13 +142,13 @@ def _add_plan_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     parser = subparsers.add_parser(
         "plan",
         help="memory per GPU, steps and tokens of a run, before you queue it",
-        description="Print what every rank would hold and what the run amounts to. No GPU needed.",
+        description="Print what every rank would hold, and the totals of the run. Needs no GPU.",
     )
     _add_config_arguments(parser)
     ranks = parser.add_mutually_exclusive_group(required=True)
-    ranks.add_argument("--gpus", type=int, metavar="N", help="plan for N GPUs, wherever they are")
+    ranks.add_argument("--gpus", type=int, metavar="N", help="plan for N GPUs of any machine")
     ranks.add_argument(
-        "--nproc", type=int, metavar="N", help="plan for N processes on this machine as it is"
+        "--nproc", type=int, metavar="N", help="plan for N processes on this machine"
     )
     parser.set_defaults(run=_plan)
 
@@ -153,7 +156,7 @@ def _add_plan_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="configuration file")
     parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="keys that replace those of the file"
+        "overrides", metavar="key=value", nargs="*", help="values that replace those of the file"
     )
 
 
@@ -174,7 +177,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _relaunch(args: argparse.Namespace, config: Config) -> NoReturn:
-    """Replaces this process by torchrun with `--nproc` processes of the same command."""
+    """Replaces this process by torchrun, which starts `--nproc` processes of the same command."""
     if read_launch().has_launcher:
         raise ValueError("--nproc is set and torchrun has started this process; drop one of them")
     if args.nproc < 1:
@@ -188,8 +191,8 @@ def _relaunch(args: argparse.Namespace, config: Config) -> NoReturn:
         )
     from megatron_opdlm.train import start
 
-    start.check(config)  # here, where its one line is not followed by torchrun's report
-    # torchrun would set 1 and say so on every start; processes share the cores instead
+    start.check(config)  # now, because torchrun would add its own report to the error
+    # torchrun would set 1 and print a message at every start; here the processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.nproc)))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.nproc)]
     command = ["-m", "megatron_opdlm", "train", args.config, *args.overrides]
@@ -225,10 +228,10 @@ def _report(
     """Returns the resolved configuration and the text of the rank table.
 
     Args:
-        config_path: the YAML file; bundled model descriptions lie beside it.
+        config_path: path of the YAML file; bundled model descriptions are next to it.
         config: the configuration as loaded.
-        world_size: number of ranks; 0 = the fewest, one copy of the model.
-        on_gpus: whether the run is meant for GPUs, whatever this machine has.
+        world_size: number of ranks; 0 for the fewest, one copy of the model.
+        on_gpus: whether the run is for GPUs; this machine need not have any.
     """
     import torch
 
@@ -270,16 +273,16 @@ def _describe_keys() -> str:
 
 
 def _set_up_logging(launch: Launch) -> None:
-    """Logs progress on the first rank, warnings on all."""
+    """Makes the first rank log progress, and all ranks log warnings."""
     logging.basicConfig(
-        level=logging.WARNING,  # what libraries say of themselves, at imports or at the end
+        level=logging.WARNING,  # this hides messages of libraries about themselves
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
     logging.getLogger("megatron_opdlm").setLevel(logging.WARNING if launch.rank else logging.INFO)
-    # megatron-core says this at import, six times over, on every machine without Apex.
+    # megatron-core warns of this six times at import, on every machine without Apex.
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
-    # What the libraries below say about each other's interfaces is nothing a user can act on.
+    # These libraries warn about each other's interfaces, and a user can do nothing about it.
     for module in (r"megatron\.core\.", r"torch\.distributed\.", r"torch\.optim\."):
         for category in (FutureWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=module)

@@ -1,4 +1,4 @@
-"""Whether Triton's kernels can run, and how to say once which implementation does."""
+"""Finds out whether Triton's kernels can run, and logs choices of implementation once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 @functools.cache
 def why_no_triton() -> str | None:
-    """Says what is wrong with Triton here, with the remedy; None: it can be imported.
+    """Returns why Triton cannot be used here, and the fix; None if it can be used.
 
-    A broken installation, or one for another machine, fails in several ways, and none of them may
-    end a run that the reference can do.
+    A broken installation, or one for another machine, fails in several ways. None of them may stop
+    a run that the reference implementation can do.
     """
     try:
         triton = importlib.import_module("triton")
@@ -30,11 +30,11 @@ def why_no_triton() -> str | None:
 
 
 def _interprets(triton: Any) -> bool:
-    """Whether the environment has Triton interpret kernels; older ones do not say."""
+    """Returns whether Triton interprets kernels; False if its version does not say."""
     return hasattr(triton, "knobs") and bool(triton.knobs.runtime.interpret)
 
 
 @functools.cache
 def log_once(logger: logging.Logger, level: int, line: str) -> None:
-    """Logs a line, the first time that a process has it to say."""
+    """Logs a line only the first time in a process."""
     logger.log(level, "%s", line)

@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints in, Megatron torch_dist checkpoints out, and back for engines."""
+"""Converts Hugging Face checkpoints to Megatron's torch_dist format, and back for engines."""

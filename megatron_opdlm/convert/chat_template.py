@@ -1,4 +1,4 @@
-"""The chat template of a tokenizer directory: what it is, how it is rendered, giving it another."""
+"""The chat template of a tokenizer directory: reading, rendering and replacing it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,24 +20,24 @@ TEMPLATE_ERRORS = (
     *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError),
     *(SyntaxError, TypeError, ValueError),
 )
-"""What rendering may raise: a template applies operators and filters to what it likes."""
+"""Errors that rendering may raise: a template may apply operators and filters to any value."""
 _PROBE = "probe"
-"""What the user says in a trial of a template."""
+"""The user's message when a template is tested."""
 _ANSWER = "rejoinder"
-"""What the assistant says in it."""
+"""The assistant's message when a template is tested."""
 
 
 def read_chat_template(files: TokenizerFiles) -> str | None:
-    """The template that prompts are rendered with; None if there is none.
+    """Returns the template that renders prompts; None if there is none.
 
-    Of several named templates the one called `default` counts, as for transformers; those in
-    `additional_chat_templates` stand beside a default one, and an import leaves them behind.
+    Of several named templates it is the one with the name `default`, as in transformers. Templates
+    in `additional_chat_templates` are additions to a default one; an import does not copy them.
 
     Args:
-        files: of a Hugging Face directory or a tokenizer folder.
+        files: tokenizer files of a Hugging Face directory or a tokenizer folder.
 
     Raises:
-        ConversionError: a malformed tokenizer_config.json, or a template that is no text.
+        ConversionError: tokenizer_config.json is malformed, or the template is not a text.
     """
     if (files.folder / TEMPLATE_FILE).is_file():
         return _read_text(files.folder / TEMPLATE_FILE)
@@ -51,12 +51,14 @@ def read_chat_template(files: TokenizerFiles) -> str | None:
 
 
 def template_renderer(template: str, files: TokenizerFiles) -> Any:
-    """A transformers tokenizer without a vocabulary, whose `apply_chat_template` renders as that of
-    the real one does: with transformers' sandbox, functions and tags. It takes no time to make.
+    """Returns a transformers tokenizer without a vocabulary, for rendering only.
+
+    Its `apply_chat_template` renders like that of the real tokenizer, with transformers' sandbox,
+    functions and tags. It takes almost no time to make.
 
     Args:
         template: the chat template.
-        files: whose named tokens the template may write.
+        files: tokenizer files, with the named tokens that the template may write.
     """
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -67,14 +69,14 @@ def template_renderer(template: str, files: TokenizerFiles) -> Any:
 
 
 def end_of_turn(files: TokenizerFiles) -> str | None:
-    """The special token that closes the assistant's turn in the rendered chat template.
+    """Returns the special token that closes the assistant's turn in the rendered chat template.
 
-    It is the one that directly follows the assistant's words, spaces apart. So what is found ends
-    a response whatever it is called: nothing behind it is the assistant's.
+    It is the special token directly after the assistant's message, apart from spaces. Such a token
+    ends a response, whatever its name: nothing after it belongs to the assistant.
 
     Returns:
-        Its text; None without a template, for one that takes no such conversation, and for one
-        that closes the turn with ordinary text.
+        Text of the token. It is None if there is no template, if the template refuses such a
+        conversation, or if it closes the turn with ordinary text.
     """
     template = read_chat_template(files)
     if template is None:
@@ -82,7 +84,7 @@ def end_of_turn(files: TokenizerFiles) -> str | None:
     turns = [("user", _PROBE), ("assistant", _ANSWER)]
     try:
         rendered = _render(template, files, turns, add_generation_prompt=False)
-    except TEMPLATE_ERRORS:  # said where prompts are rendered
+    except TEMPLATE_ERRORS:  # the error is reported when prompts are rendered
         return None
     _, words, rest = rendered.rpartition(_ANSWER)
     rest = rest.lstrip()
@@ -94,12 +96,12 @@ def set_chat_template(directory: Path, template_file: Path) -> None:
     """Makes a Jinja file the chat template of a copied tokenizer.
 
     Args:
-        directory: tokenizer files, changed in place.
-        template_file: the template.
+        directory: folder of tokenizer files, which are changed in place.
+        template_file: file of the template.
 
     Raises:
-        ConversionError: no tokenizer, no such file, not text, not a Jinja template, or one that
-            fails for a user's message or leaves it out.
+        ConversionError: there is no tokenizer or no such file, the file is not text or not a Jinja
+            template, or the template fails for a user's message or leaves it out.
     """
     if not has_tokenizer(directory):
         raise ConversionError(f"{directory}: there is no tokenizer to give a chat template")

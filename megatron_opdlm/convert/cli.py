@@ -22,7 +22,7 @@ MASK_INITS = ("keep", "mean")
 
 
 def add_convert_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds `convert` and its four subcommands; each sets `run(args) -> exit code`."""
+    """Adds `convert` and its four subcommands. Each sets `args.run`, which returns an exit status."""
     convert = subparsers.add_parser("convert", help="Hugging Face checkpoints in and out")
     actions = convert.add_subparsers(metavar="ACTION", required=True)
     _add_import(actions)
@@ -115,12 +115,12 @@ def _add_inspect(actions: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def _reporting_os_errors(
     action: Callable[[argparse.Namespace], int],
 ) -> Callable[[argparse.Namespace], int]:
-    """A full disk or a missing permission is the user's to fix, like any other bad input."""
+    """Reports an OSError (a full disk, a missing permission) like bad input: a user can fix it."""
 
     def run(args: argparse.Namespace) -> int:
         _require_text(args)
         with ended_by_interrupt():
-            for name in ("numpy", "torch"):  # their C code loses what a signal's handler raises
+            for name in ("numpy", "torch"):  # their C code loses exceptions of signal handlers
                 importlib.import_module(name)
         try:
             with stopped_by_signals(writes=hasattr(args, "out")):
@@ -136,7 +136,7 @@ def _reporting_os_errors(
 
 
 def _require_text(args: argparse.Namespace) -> None:
-    """Names go into JSON, into a model card and to libraries that know UTF-8 alone."""
+    """Refuses names that are not UTF-8: JSON, model cards and libraries need UTF-8."""
     for name, value in vars(args).items():
         if value == "" and name != "mask_token":  # an empty path would be the current folder
             raise ConversionError(f"{name}: empty path")
@@ -197,7 +197,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _summary(out: str, mask_token_id: int | None, *, checkpoint: str, hf: str) -> str:
-    """What was written, and the command that compares it with what it was made of."""
+    """Returns a line about the output, with the command that compares it with its source."""
     size = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())
     mask = "no mask token" if mask_token_id is None else f"mask token {mask_token_id}"
     command = shlex.join(("opdlm", "convert", "verify", "--checkpoint", checkpoint, "--hf", hf))

@@ -1,6 +1,6 @@
-"""A torch_dist checkpoint -> a Hugging Face directory, without Megatron, process group or GPU.
+"""Exports a torch_dist checkpoint as a Hugging Face directory, without Megatron and without GPU.
 
-Streaming: one Megatron tensor (or one chunk of the vocabulary) is in memory at a time.
+It streams: only one Megatron tensor (or one chunk of the vocabulary) is in memory at a time.
 """
 
 import logging
@@ -42,31 +42,31 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> None:
-    """Exports a checkpoint, of an import or of a training run, as a Hugging Face directory.
+    """Exports the checkpoint of an import or of a training run as a Hugging Face directory.
 
     Args:
         checkpoint_dir: checkpoint root or iteration folder.
-        out_dir: folder to create; must not exist or be empty.
+        out_dir: folder to create; it must not exist, or be empty.
         format: 'sdar' (transformers, LMDeploy, SGLang, JetEngine; Qwen3 only), 'a2d' (the dLLM
             toolkit, the released OPDLM evaluation), or 'base' or the family's name (plain weights
             under the model_type they were imported with; no mask token or block size needed).
-        iteration: which iteration; None for the latest.
+        iteration: number of the iteration; None for the latest.
         block_size: needed only if the checkpoint was not trained; must equal the trained one. Not
             for 'base' and the family's name.
         dtype: 'float32', 'bfloat16' or 'float16'; None as stored.
-        untie: write the output layer of a tied model as a tensor of its own; None: as the format's
-            readers need it ('sdar': yes).
-        relocate_mask: move the mask token to the id that the format's serving engines hard-code;
-            the export is then untied.
-        shard_bytes: largest safetensors file.
-        progress: show a progress bar on stderr.
+        untie: whether a model with tied weights gets a separate tensor for its output layer; None
+            decides by the format's readers ('sdar': yes).
+        relocate_mask: whether the mask token moves to the id that the format's serving engines
+            hard-code; the export is then untied.
+        shard_bytes: largest size of a safetensors file, in bytes.
+        progress: whether to show a progress bar on stderr.
 
     Raises:
-        ConversionError: a format that does not hold this model, not a checkpoint of a student where
-            one is needed, shifted logits, a mask token that engines would mistake, missing, extra
-            or mis-shaped tensors, NaN or infinite weights, an output that exists. Nothing
-            half-written stays behind.
-        OSError: the disk is full or not writable; nothing half-written stays behind.
+        ConversionError: the format does not support this model, the checkpoint is not a student's
+            although the format needs one, logits are shifted, engines would misread the mask token,
+            tensors are missing, extra or of wrong shape, weights are NaN or infinite, or the output
+            exists. No incomplete output stays behind.
+        OSError: the disk is full or not writable. No incomplete output stays behind.
     """
     out = Path(out_dir)
     require_writable_output(out, Path(checkpoint_dir))
@@ -85,7 +85,7 @@ def export(
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """An iteration folder and what it says of itself."""
+    """An iteration folder with its description and its training state."""
 
     folder: Path
     description: ModelDescription
@@ -98,7 +98,7 @@ class _Checkpoint:
 
 
 def _refuse_others(checkpoint: _Checkpoint, export_format: ExportFormat) -> None:
-    """Refuses what is no student where one is needed, and what predicts the next token."""
+    """Refuses models that predict the next token, and models that lack what a student needs."""
     for record in (checkpoint.description.lineage, checkpoint.state):
         for key in SHIFT_KEYS:
             if record.get(key):
@@ -142,7 +142,7 @@ def _block_size(
 def _new_mask_id(
     description: ModelDescription, export_format: ExportFormat, relocate: bool
 ) -> int | None:
-    """Where the mask token moves to; None if it stays."""
+    """Returns the new id of the mask token; None if it does not move."""
     wanted, found = export_format.engine_mask_id, description.mask_token_id
     if wanted is None:
         if relocate:

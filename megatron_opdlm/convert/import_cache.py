@@ -1,10 +1,10 @@
-"""Hugging Face directories made into checkpoints once, in a folder that jobs share.
+"""Imports of Hugging Face directories, made once, in a folder that jobs share.
 
     CACHE/NAME-KEY/          a checkpoint, and import.json: what it was made of, its files' sizes
     CACHE/.NAME-KEY.lock     held by the one process that converts
 
-KEY stands for all that decides what is written, so an entry never changes: one that is there is
-used, one that is not is made, by one process while the others wait.
+KEY is a hash of everything that determines the result, so an entry never changes. An existing entry
+is used. A missing entry is made by one process while the others wait.
 """
 
 from __future__ import annotations
@@ -36,43 +36,44 @@ from megatron_opdlm.files.signals import stopped_by_signals
 logger = logging.getLogger(__name__)
 
 CONVERTER_VERSION = 2
-"""To be raised when `import_hf` writes other values or files for the same input."""
+"""Version of the converter. Increase it if `import_hf` writes other values or files than before."""
 
 RECORD_FILE = "import.json"
 _POLL_SECONDS = 1.0
 _REPORT_SECONDS = 600.0
 _ROOM = 1.05
-"""Free space that an import needs, in sizes of the weights."""
+"""Free space that an import needs, as a multiple of the size of the weights."""
 _LONGEST_IMPORT = datetime.timedelta(days=1)
-"""Ranks wait this long for rank 0: no time-out of a collective fits every model and disk."""
+"""Time that ranks wait for rank 0. A collective's time-out would be too short for some disks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportCache:
-    """A folder of conversions, and how they are made."""
+    """A folder of imported checkpoints, and the options of imports."""
 
     folder: Path
-    """Made if need be; every node of a job must see it."""
+    """Path of the folder, which is made if it does not exist. Every node of a job must see it."""
     mask_token: str
     """Text of the mask token that an import adds."""
     mask_init: str | None = None
-    """Its embedding, see `convert.importer.import_hf`."""
+    """Embedding of the mask token, see `convert.importer.import_hf`."""
 
     def checkpoint(self, path: str | Path, *, is_main: bool) -> Path:
         """Returns a checkpoint for a path that is a checkpoint or a Hugging Face directory.
 
-        Rank 0 looks, and converts if it must; the others take its word, so that all nodes agree.
+        Only rank 0 looks for it, and converts if needed. The other ranks use its answer, so that
+        all nodes agree. Call on all ranks.
 
         Args:
             path: run folder, checkpoint root, iteration folder, or Hugging Face directory.
-            is_main: whether this is rank 0. Call on all ranks.
+            is_main: whether this is rank 0.
 
         Returns:
             The iteration folder.
 
         Raises:
-            ValueError: on all ranks, if there is neither or it cannot be converted; on the ranks of
-                a node that does not see the result.
+            ValueError: the path has no model, or it cannot be converted (on all ranks); or a node
+                does not see the result (on the ranks of this node).
         """
         folder = from_main(lambda: self.find(path), is_main=is_main, timeout=_LONGEST_IMPORT)
         if not folder.is_dir():
@@ -83,10 +84,10 @@ class ImportCache:
         return folder
 
     def find(self, path: str | Path) -> Path:
-        """What rank 0 does in `checkpoint`; safe in any number of processes at once.
+        """Does the work of rank 0 in `checkpoint`. Any number of processes may do so at once.
 
         Raises:
-            ConversionError: nothing there, it cannot be converted, or the conversion is damaged.
+            ConversionError: the path has no model, it cannot be converted, or the import is damaged.
         """
         found = ModelSource.open(path)
         if not found.is_hf:
@@ -110,7 +111,9 @@ class ImportCache:
             raise ConversionError(f"{path}: {error.strerror or error}; {advice}") from error
 
     def entry(self, source: Path) -> Path:
-        """Names the conversion of a Hugging Face directory as it is now, without reading weights.
+        """Returns the folder for the import of a Hugging Face directory, without reading weights.
+
+        It depends on the present state of the directory.
 
         Args:
             source: the directory.
@@ -122,7 +125,7 @@ class ImportCache:
         return self.folder.absolute() / f"{source.resolve().name}-{key}"
 
     def _decides(self, source: Path) -> dict[str, Any]:
-        """All that the result depends on; files by name, size and time."""
+        """Returns everything that determines the result; files count by name, size and time."""
         files = sorted(path for path in source.iterdir() if path.is_file())
         statuses = [(path.name, path.stat()) for path in files]
         return {
@@ -137,7 +140,7 @@ class ImportCache:
     def _make(self, source: Path, entry: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(entry, source):
-            if _is_there(entry):  # made while this process waited
+            if _is_there(entry):  # another process made it while this one waited
                 return
             _clear_left_overs(source, entry)
             _require_room(source, entry)
@@ -158,7 +161,7 @@ class ImportCache:
 
 
 def _is_there(entry: Path) -> bool:
-    # An NFS client may answer a look-up of one name from its cache; listing asks the server.
+    # An NFS client may look up one name in its cache; a listing of the folder asks the server.
     return entry.parent.is_dir() and entry.name in os.listdir(entry.parent)
 
 
@@ -168,7 +171,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _whole(entry: Path) -> Path:
-    """Returns the iteration folder of an entry, after checking that all its files are there."""
+    """Returns the iteration folder of an entry, after checking that all its files are complete."""
     try:
         files = read_json_object(entry / RECORD_FILE).get("files")
         if not isinstance(files, dict):
@@ -189,7 +192,7 @@ def _whole(entry: Path) -> Path:
 
 
 def _clear_left_overs(source: Path, entry: Path) -> None:
-    """Deletes what killed converters of a source of this name left, of this entry or another."""
+    """Deletes unfinished imports of sources with this name, which killed processes left behind."""
     pattern = re.compile(rf"\.+({re.escape(source.resolve().name)}-[0-9a-f]{{12}})\.partial-")
     for left_over in entry.parent.iterdir():
         if not (match := pattern.match(left_over.name)):
@@ -203,7 +206,7 @@ def _clear_left_overs(source: Path, entry: Path) -> None:
 
 
 def _require_room(source: Path, entry: Path) -> None:
-    """Refuses to start what would fill the disk; hidden quotas apart, which show as an error."""
+    """Refuses to start an import that would fill the disk. It cannot see quotas."""
     weights = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     free = shutil.disk_usage(entry.parent).free
     if free < _ROOM * weights:
@@ -215,11 +218,11 @@ def _require_room(source: Path, entry: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(entry: Path, source: Path) -> Iterator[None]:
-    """Holds the lock of an entry; waits for whoever has it, and says so."""
-    # flock, because the kernel or the file server takes it back from a process that was killed,
-    # and because it holds between nodes: on NFS (Linux clients send it to the server) and on Lustre
-    # mounted with `flock`. A lock that is a file's existence would outlive its owner. The file
-    # stays: whoever removed it would leave later processes with a lock on another file.
+    """Holds the lock of an entry. If another process has it, waits for it and logs this."""
+    # flock is used because the kernel or the file server releases it if a process is killed, and
+    # because it works between nodes: on NFS (Linux clients send it to the server) and on Lustre
+    # mounted with `flock`. A lock by the existence of a file would stay after its owner was killed.
+    # The lock file is never removed: later processes would then lock another file.
     path = _lock_path(entry)
     with open(path, "a+", encoding="utf-8") as file:
         began = time.monotonic()
@@ -241,11 +244,11 @@ def _locked(entry: Path, source: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked_at_once(entry: Path) -> Iterator[bool]:
-    """Whether the lock of an entry is to be had without waiting; it is held then."""
+    """Tries to take the lock of an entry without waiting; yields whether this process has it."""
     path = _lock_path(entry)
     try:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  closed below
-    except PermissionError:  # another user's
+    except PermissionError:  # it belongs to another user
         yield False
         return
     with file:

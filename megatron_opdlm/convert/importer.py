@@ -1,6 +1,6 @@
-"""A Hugging Face directory -> a torch_dist checkpoint that any parallel layout loads.
+"""Imports a Hugging Face directory as a torch_dist checkpoint for any parallel layout.
 
-Streaming, on the CPU: one layer's tensor (or 16 MiB of the vocabulary) is in memory at a time.
+It streams on the CPU: only one layer's tensor (or 16 MiB of the vocabulary) is in memory at a time.
 """
 
 import logging
@@ -41,7 +41,7 @@ from megatron_opdlm.model.tensors import Entry, VocabRows
 
 logger = logging.getLogger(__name__)
 
-_COMMON = {"checkpoint_version": 3.0, "iteration": 0}  # what Megatron-LM's loader looks up
+_COMMON = {"checkpoint_version": 3.0, "iteration": 0}  # values that Megatron-LM's loader reads
 
 
 def import_hf(
@@ -56,26 +56,26 @@ def import_hf(
 ) -> None:
     """Converts a Hugging Face directory into a checkpoint at iteration 0.
 
-    The mask token gets the first embedding row that no token uses. Without a free row the
-    embedding, and the head of an untied model, grow by one.
+    The mask token gets the first embedding row that no token uses. If no row is free, the embedding
+    (and the head of an untied model) gets a new row.
 
     Args:
         hf_dir: directory with config.json, safetensors and tokenizer files.
-        out_dir: checkpoint root to create; must not exist or be empty. Or, for one who makes more
-            of the output appear at once, what gives an empty folder, and takes it away after an
-            exception; entered when the source has been checked.
-        add_mask: give the tokenizer a mask token; False only for a teacher that is never trained.
-        mask_token: its text; one that the tokenizer knows is used as it is.
-        mask_init: 'keep' its embedding as the model has it, or the 'mean' of all other rows;
-            None keeps an existing row and fills a new one with the mean.
-        chat_template: Jinja file to use from now on, for a tokenizer that has no template (base
-            models); None leaves the tokenizer's.
-        progress: show a progress bar on stderr.
+        out_dir: checkpoint root to create; it must not exist, or be empty. It may also be a context
+            that yields an empty folder and removes it after an exception; the context is entered
+            after the source was checked. A caller with more output uses this.
+        add_mask: whether the tokenizer gets a mask token; False only for a teacher.
+        mask_token: text of the mask token; a token that the tokenizer has keeps its id.
+        mask_init: embedding of the mask token: 'keep' the row of the model, or the 'mean' of all
+            other rows; None keeps an existing row and fills a new one with the mean.
+        chat_template: Jinja file of the template, for a tokenizer without one (base models); None
+            keeps the tokenizer's template.
+        progress: whether to show a progress bar on stderr.
 
     Raises:
-        ConversionError: anything about the input that cannot be converted, before writing starts
-            except for NaN or infinite weights. Nothing half-written stays behind.
-        OSError: the disk is full or not writable; nothing half-written stays behind.
+        ConversionError: the input cannot be converted. It is raised before anything is written,
+            except for NaN or infinite weights. No incomplete output stays behind.
+        OSError: the disk is full or not writable. No incomplete output stays behind.
     """
     source = Path(hf_dir)
     if isinstance(out_dir, str | Path):
@@ -102,7 +102,7 @@ def import_hf(
 def _add_tokenizer(
     source: Path, iteration_dir: Path, config: HFConfig, mask_token: str | None
 ) -> int | None:
-    """Copies the tokenizer; adds the mask token if there is to be one, and returns its id."""
+    """Copies the tokenizer, adds a mask token if one is given, and returns its id."""
     target = iteration_dir / TOKENIZER_DIR
     if has_tokenizer(source) and not (source / TOKENIZER_CONFIG).is_file():
         logger.warning(
@@ -120,7 +120,7 @@ def _add_tokenizer(
 def _with_response_ends(
     source: Path, tokenizer_dir: Path, config: HFConfig, mask: int | None
 ) -> HFConfig:
-    """Gives the config all ids that end a response; a student needs one, and one of its own."""
+    """Adds all ids that end a response to the config. A student needs one, not its mask token."""
     files = TokenizerFiles(tokenizer_dir) if has_tokenizer(tokenizer_dir) else None
     ends = ResponseEnds.read(config.eos_token_ids, files)
     if mask is not None:
@@ -137,7 +137,7 @@ def _with_response_ends(
 def _describe(
     source: Path, config: HFConfig, row: MaskRow | None, mask_token: str
 ) -> ModelDescription:
-    """Says what the checkpoint holds."""
+    """Returns the description of the checkpoint."""
     lineage = {"source": source.resolve().name}
     return ModelDescription(
         config=config,
@@ -162,7 +162,7 @@ def _write_weights(
 
 
 def _pieces(weights: HFWeights, config: HFConfig, row: MaskRow | None) -> list[Piece]:
-    """Everything to write, in the order in which the HF files hold it."""
+    """Returns all pieces to write, in the order of the HF files."""
     family = FAMILIES[config.family]
     pieces: list[Piece] = []
     dtypes: dict[str, torch.dtype] = {}
@@ -185,7 +185,7 @@ def _pieces(weights: HFWeights, config: HFConfig, row: MaskRow | None) -> list[P
 def _tensor_piece(
     weights: HFWeights, config: HFConfig, entry: Entry, layer: int, dtype: torch.dtype
 ) -> Piece:
-    """One Megatron tensor: a chunk of a layer-stacked one, or a tensor outside layers."""
+    """Returns a Megatron tensor as a piece: a layer's chunk, or a tensor outside of layers."""
     transform = entry.transform
     assert not isinstance(transform, VocabRows)
     shape = transform.megatron_shape(config)
@@ -211,10 +211,10 @@ def _tensor_piece(
 def _vocab_pieces(
     weights: HFWeights, config: HFConfig, entry: Entry, dtype: torch.dtype, row: MaskRow | None
 ) -> list[Piece]:
-    """A vocabulary tensor in slices of rows, the last of them with the padding rows."""
+    """Returns a vocabulary tensor as slices of rows; the last slice has the padding rows."""
     shape = entry.transform.megatron_shape(config)
     (name,) = entry.hf
-    stored = weights.shapes[name][0]  # without a row that is added for the mask token
+    stored = weights.shapes[name][0]  # without the row that may be added for the mask token
 
     def load(rows: slice) -> Tensor:
         values = weights.read(name, slice(rows.start, min(rows.stop, stored)))

@@ -1,4 +1,4 @@
-"""What a path is: a checkpoint of this package or a Hugging Face directory, in one screen."""
+"""Describes a checkpoint of this package or a Hugging Face directory on one screen."""
 
 from dataclasses import dataclass, field
 from math import prod
@@ -14,13 +14,13 @@ from megatron_opdlm.model.hf_config import HFConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What `inspect` found; plain JSON values throughout."""
+    """The result of `inspect`, in JSON values."""
 
     kind: str
     """'torch_dist checkpoint' or 'Hugging Face directory'."""
     path: str
     parameters: int
-    """Of the model, without vocabulary padding; a tied head counts once."""
+    """Number of parameters without vocabulary padding; tied weights count once."""
     bytes_on_disk: int
     dtypes: list[str]
     mask_token_id: int | None
@@ -28,13 +28,13 @@ class Inspection:
     tokenizer_fingerprint: str | None
     config: dict[str, Any]
     tensors: dict[str, list[int]]
-    """Shapes as stored; of a checkpoint without its optimizer."""
+    """Stored shapes, by tensor name; optimizer state is left out."""
     optimizer_tensors: int = 0
     lineage: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
 
     def to_text(self) -> str:
-        """A few aligned lines, layer tensors of a Hugging Face directory summed up by kind."""
+        """Returns a few aligned lines. Layer tensors of a Hugging Face directory share a line."""
         rows: dict[str, Any] = {
             "kind": self.kind,
             "path": self.path,
@@ -58,13 +58,13 @@ class Inspection:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Describes a checkpoint or a Hugging Face directory; reads headers, not weights.
+    """Describes a checkpoint or a Hugging Face directory. Reads headers, but no weights.
 
     Args:
         path: run folder, checkpoint root, iteration folder or Hugging Face directory.
 
     Raises:
-        ConversionError: neither, or damaged.
+        ConversionError: the path has no model, or a file is damaged.
     """
     source = ModelSource.open(path)
     return _inspect_hf(source) if source.is_hf else _inspect_checkpoint(source)
@@ -109,7 +109,7 @@ def _inspect_checkpoint(source: ModelSource) -> Inspection:
 
 
 def _common(source: ModelSource) -> dict[str, Any]:
-    """What both kinds answer alike."""
+    """Returns the values that both kinds of models have."""
     return {
         "kind": source.kind,
         "path": str(source.folder),

@@ -1,9 +1,9 @@
-"""Exports whose output layer is a tensor of its own, and whose mask token may have moved.
+"""Exports with a separate output layer, and with a mask token that may have moved.
 
-LMDeploy and SGLang hard-code the id of the mask token. A model that was trained with another one is
-served right if the input embedding of its mask stands in the row of that id. In a tied model the
-output layer would change with it: the mask would get the logits of the token that it was before. So
-the output layer keeps the rows as trained, as a tensor of its own.
+LMDeploy and SGLang hard-code the id of the mask token. A model that was trained with another id
+works there if the input embedding of its mask token is copied to the row of the hard-coded id. With
+tied weights this would also change the output layer. So the output layer is exported as a separate
+tensor, with the rows as trained.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from megatron_opdlm.model.tensors import EMBEDDING, HEAD
 
 
 class UntiedTensors(ModelTensors):
-    """A model's tensors with an output layer; a tied model's is a copy of the embedding."""
+    """A model's tensors with an output layer. With tied weights it is a copy of the embedding."""
 
     def __init__(
         self, iteration_dir: Path, config: HFConfig, moved_row: tuple[int, int] | None = None
@@ -28,24 +28,24 @@ class UntiedTensors(ModelTensors):
 
         Args:
             iteration_dir: iteration folder of the checkpoint.
-            config: of the checkpoint.
-            moved_row: (from, to): the input embedding's row `to` becomes a copy of row `from`.
+            config: hyperparameters of the checkpoint.
+            moved_row: (from, to): row `to` of the input embedding becomes a copy of row `from`.
 
         Raises:
-            ConversionError: missing, extra or mis-shaped tensors.
+            ConversionError: tensors are missing, extra or of wrong shape.
         """
         super().__init__(iteration_dir, config)
         self.moved_row = moved_row
         self._is_tied = config.tie_word_embeddings
 
     def layout(self, dtype: torch.dtype | None) -> TensorLayout:
-        """As `ModelTensors.layout`, with the output layer last."""
+        """See `ModelTensors.layout`. The output layer comes last."""
         layout = super().layout(dtype)
         layout.setdefault(HEAD, layout[EMBEDDING])
         return layout
 
     def values(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        """As `ModelTensors.values`; a tied model's embedding is read twice."""
+        """See `ModelTensors.values`. With tied weights the embedding is read twice."""
         moved = None if self.moved_row is None else self._read_row(dtype, self.moved_row[0])
         start = 0
         for name, tensor in super().values(dtype):
@@ -61,7 +61,7 @@ class UntiedTensors(ModelTensors):
                 yield HEAD, tensor
 
     def _embedding(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        """The embedding's slices as stored; they come first."""
+        """Yields the slices of the stored embedding, which come first."""
         return takewhile(lambda item: item[0] == EMBEDDING, super().values(dtype))
 
     def _read_row(self, dtype: torch.dtype | None, row: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The embedding row of the mask token: one that no token uses, or a new one."""
+"""The embedding row of the mask token: a row that no token uses, or a new row."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ MASK_INITS = ("keep", "mean")
 
 @dataclass(frozen=True)
 class MaskRow:
-    """What happens to the mask token's row at import."""
+    """The mask token's row, and its values at import."""
 
     token_id: int
-    """The row."""
+    """Id of the mask token, which is the index of the row."""
     is_new: bool
-    """Whether the vocabulary grows by it."""
+    """Whether the row is added to the vocabulary."""
     use_mean: bool
-    """Whether the input embedding is the mean of all other rows; else it is kept."""
+    """Whether the input embedding becomes the mean of all other rows; if not, it is kept."""
 
     @classmethod
     def plan(cls, token_id: int, vocab_size: int, mask_init: str | None) -> MaskRow:
-        """Decides from the model's vocabulary and the user's wish.
+        """Decides about the row, from the model's vocabulary and the user's choice.
 
         Args:
             token_id: id of the mask token, at most vocab_size.
-            vocab_size: rows of the model's embedding.
+            vocab_size: number of rows of the model's embedding.
             mask_init: 'keep', 'mean' or None, see `importer.import_hf`.
 
         Raises:
-            ConversionError: another mask_init, or a new row is to be kept.
+            ConversionError: mask_init has another value, or is 'keep' for a new row.
         """
         if mask_init not in (None, *MASK_INITS):
             raise ConversionError(f"mask_init={mask_init!r} must be one of {list(MASK_INITS)}")
@@ -48,24 +48,24 @@ class MaskRow:
         return cls(token_id=token_id, is_new=is_new, use_mean=is_new or mask_init == "mean")
 
     def replaces(self, name: str) -> bool:
-        """Whether the row of this vocabulary tensor becomes a mean.
+        """Returns whether the row of this vocabulary tensor becomes a mean.
 
-        In an untied head only a new row does: no softmax here holds the mask's column.
+        In an untied head only a new row does, because the mask's column is in no softmax here.
         """
         return self.is_new or (self.use_mean and name == EMBEDDING)
 
     def describe(self) -> str:
-        """For people: what was done."""
+        """Returns a text about the change, for people."""
         return ("new" if self.is_new else "free") + (", mean" if self.use_mean else ", kept")
 
 
 def mean_row(weights: HFWeights, name: str, left_out: int) -> Tensor:
-    """Mean of all rows of a vocabulary tensor but one, [H] float64; read in slices.
+    """Returns the mean [H] float64 of all rows of a vocabulary tensor but one. Reads slices.
 
     Args:
-        weights: the model's.
-        name: the vocabulary tensor, [V, H].
-        left_out: a row that does not count; V if all do.
+        weights: weights of the model.
+        name: name of the vocabulary tensor [V, H].
+        left_out: index of the row that does not count; V if all rows count.
     """
     shape = weights.shapes[name]
     total = torch.zeros(shape[1], dtype=torch.float64)

@@ -1,5 +1,4 @@
-"""What is at a path: the one answer for every command, from a few small files, before a model is
-loaded."""
+"""Finds out which model a path has, for all commands, from a few small files without weights."""
 
 from __future__ import annotations
 
@@ -34,16 +33,16 @@ Kind = Literal["torch_dist checkpoint", "Hugging Face directory", "bundled descr
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A model on disk. Files are read when an answer needs them, and then once.
+    """A model on disk. Each file is read once, when it is needed.
 
-    It holds on to the files of the tokenizer, so it should not outlive the start of a run.
+    The object keeps the files of the tokenizer, so it should not be kept after the start of a run.
     """
 
     path: str
-    """As the user gave it, for messages."""
+    """Path as the user gave it, for messages."""
     kind: Kind
     folder: Path
-    """The iteration folder, or the Hugging Face directory; of a bundled description its file."""
+    """The iteration folder, the Hugging Face directory, or the file of a bundled description."""
     mask_token: str
     """Text of the mask token that an import of a Hugging Face directory adds."""
 
@@ -60,7 +59,7 @@ class ModelSource:
                 machine.
 
         Raises:
-            ConversionError: it is none of them, or a checkpoint without the iteration it names.
+            ConversionError: the path has no model, or the checkpoint lacks its latest iteration.
         """
         place = Path(path)
         if is_hf_directory(place):
@@ -75,22 +74,22 @@ class ModelSource:
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether it is a checkpoint, which can be loaded as it is."""
+        """Whether the model is a checkpoint, which can be loaded directly."""
         return self.kind == "torch_dist checkpoint"
 
     @property
     def is_hf(self) -> bool:
-        """Whether it is a Hugging Face directory, which has to be imported."""
+        """Whether the model is a Hugging Face directory, which must be imported."""
         return self.kind == "Hugging Face directory"
 
     @cached_property
     def description(self) -> ModelDescription | None:
-        """What a checkpoint says of itself; None for other kinds."""
+        """Description in the checkpoint; None for other kinds."""
         return read_description(self.folder) if self.is_checkpoint else None
 
     @cached_property
     def stored_config(self) -> HFConfig:
-        """Hyperparameters as the files have them."""
+        """Hyperparameters in the files."""
         if self.description is not None:
             return self.description.config
         if self.is_hf:
@@ -99,14 +98,17 @@ class ModelSource:
 
     @property
     def config(self) -> HFConfig:
-        """Hyperparameters of the model as training and decoding will have it: with the row that an
-        import adds for the mask token, and with all ids that end a response."""
+        """Hyperparameters of the model in training and decoding.
+
+        They include the row that an import adds for the mask token, and all ids that end a
+        response.
+        """
         grown = replace(self.stored_config, vocab_size=self.vocab_size)
         return replace(grown, eos_token_ids=self.response_ends.ids)
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding, with the one that an import adds for the mask token."""
+        """Number of embedding rows, including a row that an import adds for the mask token."""
         rows, added = self.stored_config.vocab_size, self._imported_mask_id
         return rows if added is None else max(rows, added + 1)
 
@@ -125,13 +127,13 @@ class ModelSource:
 
     @cached_property
     def tokenizer(self) -> TokenizerFiles | None:
-        """The tokenizer's files; None if there are none."""
+        """Files of the tokenizer; None if there are none."""
         folder = self.folder / TOKENIZER_DIR if self.is_checkpoint else self.folder
         return TokenizerFiles(folder) if has_tokenizer(folder) else None
 
     @cached_property
     def fingerprint(self) -> str | None:
-        """What the tokenizer maps to what, see `tokenizer_fingerprint`."""
+        """Fingerprint of the tokenizer, see `tokenizer_fingerprint`."""
         if self.description is not None:
             return self.description.tokenizer_fingerprint
         if self.tokenizer is None:
@@ -140,8 +142,8 @@ class ModelSource:
 
     @property
     def num_ids(self) -> int | None:
-        """One more than the largest id that the tokenizer makes, or will when it has a mask token;
-        None without a tokenizer."""
+        """One more than the largest id of the tokenizer, including a mask token that an import will
+        add; None without a tokenizer."""
         if self.tokenizer is None:
             return None
         return max(*self.tokenizer.ids.values(), self._imported_mask_id or 0) + 1
@@ -153,14 +155,14 @@ class ModelSource:
 
     @property
     def mask_token_id(self) -> int | None:
-        """Id of the mask token that the model has as it is; None if it has none."""
+        """Id of the mask token that the model has already; None if it has none."""
         if self.description is not None:
             return self.description.mask_token_id
         return None if self.tokenizer is None else self.tokenizer.id_of("mask_token")
 
     @property
     def block_size(self) -> int | None:
-        """Block that the weights were trained for; None before training."""
+        """Block size that the weights were trained for; None before training."""
         if self.description is not None:
             return self.description.block_size
         return self.raw_config.get("block_size") if self.is_hf else None  # an export names it
@@ -178,11 +180,11 @@ class ModelSource:
 
     @cached_property
     def chat_template(self) -> str | None:
-        """What prompts are rendered with; None if the tokenizer has no chat template."""
+        """The template that renders prompts; None if the tokenizer has none."""
         return None if self.tokenizer is None else read_chat_template(self.tokenizer)
 
     def require_chat_template(self) -> str | None:
-        """Returns the chat template; None where there is no tokenizer at all, which an import says.
+        """Returns the chat template; None without a tokenizer, which an import reports.
 
         Raises:
             ConversionError: the tokenizer has none.

@@ -1,6 +1,6 @@
-"""The model's tensors in a torch_dist folder, streamed as Hugging Face tensors into safetensors.
+"""Streams the model's tensors of a torch_dist folder as Hugging Face tensors into safetensors.
 
-One Megatron tensor (or 16 MiB of the vocabulary) is in memory at a time.
+Only one Megatron tensor (or 16 MiB of the vocabulary) is in memory at a time.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,8 @@ class ModelTensors:
     """The model's tensors in a torch_dist folder, as Hugging Face tensors.
 
     Attributes:
-        moved_row: (from, to) of an input embedding's row that is not where it was trained.
+        moved_row: (from, to): row of the input embedding in training, and in the export; None if no
+            row has moved.
     """
 
     moved_row: tuple[int, int] | None = None
@@ -57,7 +58,7 @@ class ModelTensors:
         self._check(iteration_dir)
 
     def _find_prefix(self, iteration_dir: Path) -> str:
-        """What precedes the model's keys ('' or e.g. 'model.'), skipping optimizer state."""
+        """Returns the prefix of the model's keys ('' or e.g. 'model.'); ignores optimizer state."""
         found = [
             key.removesuffix(_ANCHOR)
             for key in self._reader.keys
@@ -81,7 +82,7 @@ class ModelTensors:
             more_rows = isinstance(entry.transform, VocabRows) and (
                 len(shape) == 2 and shape[0] >= self._config.vocab_size and shape[1] == want[1]
             )
-            if shape != want and not more_rows:  # other TP sizes pad the vocabulary further
+            if shape != want and not more_rows:  # other TP sizes pad the vocabulary to more rows
                 wrong.add(f"{key} {list(shape)} (expected {list(want)})")
         problems = {
             "missing": set(expected) - found,
@@ -107,7 +108,7 @@ class ModelTensors:
         return self._reader.dtype(self._prefix + _ANCHOR)
 
     def layout(self, dtype: torch.dtype | None) -> TensorLayout:
-        """HF tensor name -> (dtype, shape) in the order in which `values` delivers them."""
+        """Returns (dtype, shape) by HF tensor name, in the order of `values`."""
         layout: TensorLayout = {}
         for entry, layer in self._family.walk(self._config):
             stored = dtype or self._reader.dtype(self._key(entry))
@@ -117,12 +118,12 @@ class ModelTensors:
         return layout
 
     def values(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        """(HF tensor name, its values in their order), vocabulary tensors in slices of rows.
+        """Yields (HF tensor name, values in order); vocabulary tensors come in slices of rows.
 
-        A tensor that is a view of a Megatron tensor keeps the strides, and shape, of that view.
+        A tensor that is a view of a Megatron tensor keeps the strides and the shape of that view.
 
         Raises:
-            ConversionError: NaN or infinite values, also those that appear by the change of dtype.
+            ConversionError: a value is NaN or infinite, or becomes so by the change of dtype.
         """
         for entry, layer in self._family.walk(self._config):
             for name, tensor in self._read(entry, layer):
@@ -182,7 +183,7 @@ def write_weights(
 
 
 def _plan_shards(layout: TensorLayout, shard_bytes: int) -> list[TensorLayout]:
-    """Cuts the tensors, in order, into files of at most `shard_bytes` (or one tensor)."""
+    """Divides the tensors, in order, into files of at most `shard_bytes` (or of one tensor)."""
     shards: list[TensorLayout] = [{}]
     used = 0
     for name, (dtype, shape) in layout.items():

@@ -1,8 +1,8 @@
-"""One record of a .distcp file: a tensor as `torch.save` wrote it, read region by region.
+"""Reads regions of a record of a .distcp file: a tensor that `torch.save` wrote.
 
-A record is a zip archive in the middle of a file. `torch.load` would read all of it into fresh
-memory, from which the region is copied; here the archive says only where the values lie, and they
-go from the file into their place. So a slice of a large tensor costs the memory of the slice.
+A record is a zip archive in the middle of a file. `torch.load` would read the whole record into new
+memory. Here the archive only gives the place of the values, which are read from the file directly
+into the target. So a slice of a large tensor needs only the memory of the slice.
 """
 
 from io import SEEK_CUR, SEEK_END, SEEK_SET, FileIO, RawIOBase
@@ -18,7 +18,7 @@ from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.files.raw import bytes_of, fill
 from megatron_opdlm.model.tensors import Shape
 
-_VALUES = "/data/0"  # the archive's entry with the first, here the only storage
+_VALUES = "/data/0"  # the archive's entry of the first storage, which is the only one here
 _LOCAL_HEADER_BYTES = 30  # of a zip entry; its last four are the lengths of two fields that follow
 
 
@@ -52,14 +52,14 @@ def read_region(path: Path, offset: int, length: int, start: Shape, target: Tens
     """Reads a region of a recorded tensor.
 
     Args:
-        path: the file.
-        offset: first byte of the record.
-        length: its bytes.
+        path: path of the file.
+        offset: position of the record's first byte.
+        length: number of bytes of the record.
         start: first element of the region on each axis of the recorded tensor.
-        target: where the values go; has the region's shape and the record's dtype.
+        target: tensor that gets the values, with the region's shape and the record's data type.
 
     Raises:
-        ConversionError: the record is damaged, or not a tensor that holds this region.
+        ConversionError: the record is damaged, or is not a tensor with this region.
     """
     with FileIO(path) as file:
         try:
@@ -86,7 +86,7 @@ def read_region(path: Path, offset: int, length: int, start: Shape, target: Tens
 
 
 def _open_record(archive: _Window) -> tuple[Tensor, int]:
-    """The recorded tensor without its values, and the archive's byte at which they start."""
+    """Returns the recorded tensor without values, and the archive's byte where they start."""
     tensor = torch.load(cast(IO[bytes], archive), map_location="meta", weights_only=True)
     with ZipFile(archive) as directory:
         entries = [entry for entry in directory.infolist() if entry.filename.endswith(_VALUES)]

@@ -1,10 +1,10 @@
-"""Which tokens end a response: what a model's files say, each in its own way, put together.
+"""The tokens that end a response, from all files of a model.
 
 config.json and generation_config.json name ids, the tokenizer names an eos token, and the chat
-template closes the assistant's turn with a token. Where they disagree a model writes an end that
-nobody stops at, and every response runs to its limit. Each of the three is an end: behind it there
-is nothing of the response. So all of them end one, and a pad token that is also an eos changes
-nothing, because no response goes on behind its padding.
+template closes the assistant's turn with a token. If these differ and only one is used, the model
+may write an end that is not recognised, and every response runs to its limit. After each of these
+tokens there is nothing of the response. So all of them end a response. A pad token that is also an
+eos does no harm, because no response continues after its padding.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ResponseEnds:
-    """The ids that end a response, and who says so."""
+    """The ids that end a response, and their sources."""
 
     declared: tuple[int, ...]
-    """By config.json and generation_config.json, or by a checkpoint's description."""
+    """Ids in config.json and generation_config.json, or in a checkpoint's description."""
     found: dict[int, str]
-    """Others: id -> who names it."""
+    """Sources of other ids, by id."""
 
     @classmethod
     def read(cls, declared: Sequence[int], files: TokenizerFiles | None) -> ResponseEnds:
         """Compares declared ids with a tokenizer.
 
         Args:
-            declared: ids that the model's description gives.
-            files: of the tokenizer; None if there is none.
+            declared: ids in the model's description.
+            files: tokenizer files; None if there is no tokenizer.
         """
         found: dict[int, str] = {}
         if files is not None:
@@ -51,17 +51,17 @@ class ResponseEnds:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """All of them, the declared ones first."""
+        """All ids, the declared ones first."""
         return (*self.declared, *self.found)
 
     def require(self, path: str | Path) -> None:
-        """Refuses a student that nothing ends.
+        """Refuses a student without a token that ends a response.
 
         Args:
-            path: of the model, for the message.
+            path: path of the model, for the message.
 
         Raises:
-            ConversionError: there is no id at all.
+            ConversionError: there is no such id.
         """
         if not self.ids:
             raise ConversionError(
@@ -71,10 +71,10 @@ class ResponseEnds:
             )
 
     def warn(self, path: str | Path) -> None:
-        """Logs what the description lacks.
+        """Logs the ids that the description lacks.
 
         Args:
-            path: of the model.
+            path: path of the model.
         """
         if self.found:
             logger.warning(

@@ -1,8 +1,8 @@
-"""The tokenizer of a checkpoint: copied file by file, with a mask token patched into the JSON.
+"""The tokenizer of a checkpoint: files are copied, and a mask token is added to the JSON.
 
-transformers 5 saves a layout that transformers 4 cannot load; the reverse works. So files are never
-re-saved by a library: the originals are copied and only the entries of the mask token are added, in
-the older layout that every version and serving engine reads.
+transformers 4 cannot load the file layout of transformers 5; the reverse works. So no library saves
+the files again. The original files are copied, and only the entries of the mask token are added, in
+the older layout, which all versions and serving engines read.
 """
 
 import hashlib
@@ -38,12 +38,12 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-# transformers 5 names of classes that transformers 4 knows under another one
+# names of classes in transformers 5, and in transformers 4
 _CLASS_NAMES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether the directory holds a tokenizer this module can read."""
+    """Returns whether a directory has a tokenizer that this module can read."""
     return (directory / TOKENIZER_JSON).is_file()
 
 
@@ -52,7 +52,7 @@ def copy_tokenizer(src_dir: Path, dst_dir: Path) -> None:
 
     Args:
         src_dir: Hugging Face directory.
-        dst_dir: created if need be.
+        dst_dir: folder of the copy; it is made if it does not exist.
     """
     dst_dir.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
@@ -64,23 +64,23 @@ def copy_tokenizer(src_dir: Path, dst_dir: Path) -> None:
 def add_mask_token(
     src_dir: str | Path, dst_dir: str | Path, vocab_size: int, mask_token: str = MASK_TOKEN
 ) -> int:
-    """Copies a tokenizer and gives it a mask token on the first free embedding row.
+    """Copies a tokenizer, and adds a mask token with the id of the first free embedding row.
 
-    A tokenizer that already names a mask token, or already holds `mask_token`, keeps it.
+    If the tokenizer already names a mask token, or already has `mask_token`, it does not change.
 
     Args:
         src_dir: directory with tokenizer.json.
-        dst_dir: where the copy goes; created if need be.
-        vocab_size: rows of the model's embedding.
+        dst_dir: folder of the copy; it is made if it does not exist.
+        vocab_size: number of rows of the model's embedding.
         mask_token: text of the mask token.
 
     Returns:
-        Id of the mask token: 151669 for Qwen3; `vocab_size` where no row is free, so that the
-        embedding must grow by one.
+        Id of the mask token: 151669 for Qwen3. It is `vocab_size` if no row is free; the embedding
+        then needs a new row.
 
     Raises:
-        ConversionError: no tokenizer.json, a tokenizer that names another mask token or has more
-            tokens than the embedding rows, or the id is that of eos, pad, bos or unk.
+        ConversionError: there is no tokenizer.json, the tokenizer names another mask token, it has
+            more tokens than the embedding has rows, or the id is that of eos, pad, bos or unk.
     """
     files, dst = TokenizerFiles(src_dir), Path(dst_dir)
     mask, mask_id = find_mask_token(files, vocab_size, mask_token)
@@ -97,10 +97,10 @@ def add_mask_token(
 
 
 def find_mask_token(files: TokenizerFiles, vocab_size: int, mask_token: str) -> tuple[str, int]:
-    """Text and id that `add_mask_token` gives the mask token; nothing is written.
+    """Returns text and id that `add_mask_token` would give the mask token. Writes nothing.
 
     Raises:
-        ConversionError: as `add_mask_token`.
+        ConversionError: see `add_mask_token`.
     """
     src, ids = files.folder, files.ids
     mask = _mask_text(files, mask_token)
@@ -125,7 +125,7 @@ def find_mask_token(files: TokenizerFiles, vocab_size: int, mask_token: str) -> 
 
 
 def _require_rows(files: TokenizerFiles, mask: str, vocab_size: int) -> None:
-    """Refuses ids without a row of the embedding; the mask token apart, which may get a new one."""
+    """Refuses ids without an embedding row, except the mask token's, which may get a new row."""
     beyond = {i: token for token, i in files.ids.items() if i >= vocab_size and token != mask}
     if not beyond:
         return
@@ -144,20 +144,20 @@ def _require_rows(files: TokenizerFiles, mask: str, vocab_size: int) -> None:
 
 
 def replace_mask_token(src_dir: Path, dst_dir: Path, text: str, token_id: int) -> None:
-    """Copies a tokenizer and gives its mask token another text, another id or both.
+    """Copies a tokenizer, and gives its mask token another text, another id or both.
 
-    The old token goes if the new one takes its text or its id; else it stays an ordinary token.
-    Unused tokens fill ids that would be left free below the mask token's: the tokenizers library
-    numbers added tokens without holes.
+    The old token is removed if the new one has its text or its id; otherwise it stays as an
+    ordinary token. The tokenizers library numbers added tokens without gaps, so unused tokens fill
+    free ids below the mask token's.
 
     Args:
         src_dir: directory with a tokenizer that names a mask token.
-        dst_dir: where the copy goes; created if need be.
+        dst_dir: folder of the copy; it is made if it does not exist.
         text: new text of the mask token.
-        token_id: its new id.
+        token_id: new id of the mask token.
 
     Raises:
-        ConversionError: the text or the id is another token's, or the mask token cannot change.
+        ConversionError: another token has the text or the id, or the mask token cannot change.
     """
     files = TokenizerFiles(src_dir)
     tokenizer, config, ids, old = (
@@ -200,14 +200,14 @@ def tokenizer_fingerprint(files: TokenizerFiles, mask_token: str = MASK_TOKEN) -
     Student and teacher may differ in the mask token, the chat template and file formatting only.
 
     Args:
-        files: of the tokenizer.
-        mask_token: text of the mask token that an import will name, where none is named yet.
+        files: tokenizer files.
+        mask_token: text of the mask token that an import will add, if the tokenizer names none yet.
 
     Returns:
         sha256 in hex.
 
     Raises:
-        ConversionError: no tokenizer.json, or a malformed one.
+        ConversionError: tokenizer.json is missing or malformed.
     """
     mask = files.named.get("mask_token") or mask_token
     model = files.tokenizer["model"]
@@ -223,12 +223,12 @@ def tokenizer_fingerprint(files: TokenizerFiles, mask_token: str = MASK_TOKEN) -
 
 
 def _unused_token(token_id: int) -> str:
-    """What fills a hole below the mask token: the tokenizers library allows none."""
+    """Returns a token that fills a gap below the mask token; the library allows no gaps."""
     return f"<|unused_{token_id}|>"
 
 
 def _mask_text(files: TokenizerFiles, mask_token: str) -> str:
-    """The mask token that the tokenizer names, else the requested one."""
+    """Returns the mask token that the tokenizer names, or else the requested one."""
     src, named = files.folder, files.named.get("mask_token")
     if not (named or mask_token):
         raise ConversionError(f"{src}: the mask token needs a text")
@@ -247,7 +247,7 @@ def _mask_text(files: TokenizerFiles, mask_token: str) -> str:
 
 
 def _load(directory: Path, source: Path) -> Tokenizer:
-    """Loads a copied tokenizer as its users will; errors name its source."""
+    """Loads a copied tokenizer with the tokenizers library. Errors name its source."""
     try:
         return Tokenizer.from_file(str(directory / TOKENIZER_JSON))
     except Exception as error:
@@ -259,11 +259,11 @@ def _load(directory: Path, source: Path) -> Tokenizer:
 
 
 def _patch_tokenizer_json(dst: Path, tokenizer: dict[str, Any], mask: str, mask_id: int) -> None:
-    """Registers the mask as a special token: it never merges, and decoding can skip it."""
+    """Adds the mask as a special token, so that it never merges, and decoding can skip it."""
     others = [token for token in tokenizer["added_tokens"] if token["content"] != mask]
     tokens = [*others, _added_token(mask_id, mask, special=True)]
     tokenizer["added_tokens"] = sorted(tokens, key=lambda token: token["id"])
-    # Compact: Python's encoder takes seconds to indent 11 MB.
+    # No indentation, because Python's encoder would need seconds for 11 MB.
     text = json.dumps(tokenizer, ensure_ascii=False)
     (dst / TOKENIZER_JSON).write_text(text, encoding="utf-8")
 
@@ -285,9 +285,9 @@ def _patch_config(
 ) -> None:
     """Writes tokenizer_config, special_tokens_map and added_tokens in the version 4 layout."""
     config = dict(config)
-    for key in ("backend", "is_local"):  # written by transformers 5, read by nothing
+    for key in ("backend", "is_local"):  # transformers 5 writes them, and nothing reads them
         config.pop(key, None)
-    if isinstance(config.get("extra_special_tokens"), list):  # transformers 5 for the next key
+    if isinstance(config.get("extra_special_tokens"), list):  # the next key's name in version 5
         config.setdefault("additional_special_tokens", config.pop("extra_special_tokens"))
     name = config.get("tokenizer_class", "PreTrainedTokenizerFast")
     config["tokenizer_class"] = _CLASS_NAMES.get(name, name)

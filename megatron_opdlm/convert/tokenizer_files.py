@@ -1,4 +1,4 @@
-"""The JSON files of a tokenizer, read with errors a person can act on."""
+"""Reads the JSON files of a tokenizer, with clear errors."""
 
 import reprlib
 from functools import cached_property
@@ -14,54 +14,54 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token"
 
 
 class TokenizerFiles:
-    """The files of one tokenizer, each read once, when something first asks for it.
+    """The files of one tokenizer. Each file is read once, when it is needed.
 
-    A large tokenizer.json is a third of a second and 100 MB of objects: keep none of these for
-    long.
+    A large tokenizer.json takes a third of a second and 100 MB of memory. So no such object should
+    be kept for long.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Names the folder; nothing is read yet."""
+        """Remembers the folder. Reads nothing yet."""
         self.folder = Path(folder)
 
     @cached_property
     def tokenizer(self) -> dict[str, Any]:
-        """tokenizer.json, see `read_tokenizer`."""
+        """Content of tokenizer.json, see `read_tokenizer`."""
         return read_tokenizer(self.folder)
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """tokenizer_config.json, see `read_tokenizer_config`."""
+        """Content of tokenizer_config.json, see `read_tokenizer_config`."""
         return read_tokenizer_config(self.folder)
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """Every token string -> id, added tokens included."""
+        """Ids of all tokens by their text, including added tokens."""
         return token_ids(self.folder, self.tokenizer)
 
     @property
     def named(self) -> dict[str, str]:
-        """Key -> text of the tokens that tokenizer_config.json names; those it names alone."""
+        """Texts of the tokens that tokenizer_config.json names, by key."""
         texts = {key: content_of(self.config.get(key)) for key in NAMED_TOKENS}
         return {key: text for key, text in texts.items() if text is not None}
 
     @property
     def special(self) -> dict[str, int]:
-        """Text -> id of the added tokens that no text of a user or a model spells."""
+        """Ids of special added tokens, by text. Texts of users and models do not contain them."""
         added = self.tokenizer["added_tokens"]
         return {token["content"]: token["id"] for token in added if token.get("special")}
 
     def id_of(self, key: str) -> int | None:
-        """Id of a token that tokenizer_config.json names, e.g. "eos_token"; None if it does not."""
+        """Returns the id of a named token, e.g. "eos_token"; None if the config names none."""
         text = self.named.get(key)
         return None if text is None else self.ids.get(text)
 
 
 def read_tokenizer_config(directory: Path) -> dict[str, Any]:
-    """tokenizer_config.json, or {} where there is none.
+    """Returns the content of tokenizer_config.json, or {} if there is none.
 
     Raises:
-        ConversionError: malformed, or special tokens that are neither text nor objects.
+        ConversionError: the file is malformed, or a special token is neither text nor an object.
     """
     path = directory / TOKENIZER_CONFIG
     config = read_json_object(path) if path.is_file() else {}
@@ -89,10 +89,10 @@ def _is_token(token: Any) -> bool:
 
 
 def read_tokenizer(directory: Path) -> dict[str, Any]:
-    """tokenizer.json, with `added_tokens` though the file may lack them.
+    """Returns the content of tokenizer.json, with an empty `added_tokens` if the file has none.
 
     Raises:
-        ConversionError: missing or malformed.
+        ConversionError: the file is missing or malformed.
     """
     path = directory / TOKENIZER_JSON
     if not path.is_file():
@@ -117,7 +117,7 @@ def read_tokenizer(directory: Path) -> dict[str, Any]:
 
 
 def token_ids(directory: Path, tokenizer: dict[str, Any]) -> dict[str, int]:
-    """Every token string -> id, added tokens included."""
+    """Returns the ids of all tokens by their text, including added tokens."""
     path, vocab = directory / TOKENIZER_JSON, tokenizer["model"].get("vocab")
     if isinstance(vocab, dict) and all(map(_is_id, vocab.values())):  # BPE, WordPiece, WordLevel
         ids = dict(vocab)
@@ -140,5 +140,5 @@ def _is_id(value: Any) -> bool:
 
 
 def content_of(token: Any) -> str | None:
-    """A special token is a string, or an object with a content key."""
+    """Returns the text of a special token, which is a string or an object with a content key."""
     return token.get("content") if isinstance(token, dict) else token

@@ -1,9 +1,9 @@
-"""Megatron's torch_dist format through `torch.distributed.checkpoint` alone.
+"""Reads and writes Megatron's torch_dist format with `torch.distributed.checkpoint` alone.
 
-No Megatron, no process group, no GPU: a checkpoint is written tensor by tensor from callbacks and
-read region by region, so neither direction holds more than one piece in memory. Layer tensors carry
-a leading [num_layers] axis with one chunk per layer, which is what Megatron's `sharded_state_dict`
-asks for under any tensor and pipeline parallel size.
+It needs no Megatron, no process group and no GPU. A checkpoint is written tensor by tensor from
+callbacks, and read region by region. So only one piece is in memory at a time. Layer tensors have a
+leading [num_layers] axis with one chunk per layer, as Megatron's `sharded_state_dict` expects for
+all tensor and pipeline parallel sizes.
 """
 
 import json
@@ -38,7 +38,7 @@ from megatron_opdlm.model.tensors import Shape
 
 METADATA_FILE = "metadata.json"
 COMMON_FILE = "common.pt"
-_DATA_FILE = "__0_0.distcp"  # of the first file of the first rank, as Megatron names it
+_DATA_FILE = "__0_0.distcp"  # Megatron's name of the first file of the first rank
 # megatron-core < 0.17 reads the common_* keys; later versions ignore them and still load common.pt.
 _FORMAT = {
     "sharded_backend": "torch_dist",
@@ -50,7 +50,7 @@ _FORMAT = {
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangular region of one checkpoint tensor and how to obtain its values."""
+    """A rectangular region of one checkpoint tensor, and a function that returns its values."""
 
     key: str
     dtype: torch.dtype
@@ -58,7 +58,7 @@ class Piece:
     offsets: Shape
     shape: Shape
     load: Callable[[], Tensor]
-    """Returns the values, `shape` and `dtype`; called once, when the piece is written."""
+    """Function that returns the values with `shape` and `dtype`. It is called once, for writing."""
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +68,7 @@ class Piece:
 
 class _MetadataWriter(FileSystemWriter):
     def storage_meta(self) -> None:
-        """No record of the temporary path that the checkpoint is written under."""
+        """Records nothing, because the checkpoint is written under a temporary path."""
 
 
 def write_torch_dist(
@@ -80,21 +80,21 @@ def write_torch_dist(
 ) -> None:
     """Writes an iteration folder that `megatron.core.dist_checkpointing.load` reads.
 
-    Nothing waits for the disk.
+    It does not wait for the disk.
 
     Args:
         directory: existing folder.
         pieces: regions that together cover every tensor exactly once.
         empty_objects: keys of sharded objects to write as None.
-        common: the checkpoint's unsharded values (iteration, checkpoint_version).
-        on_bytes: called with the size of every piece that has been written.
+        common: unsharded values of the checkpoint (iteration, checkpoint_version).
+        on_bytes: function that is called with the size of every written piece.
 
     Raises:
         OSError: the disk is full or not writable.
     """
     tensors: dict[str, TensorStorageMetadata] = {}
     with BlockFile(directory / _DATA_FILE) as file, _without_checksums():
-        nothing = _append(file, [None])  # one record is all of them
+        nothing = _append(file, [None])  # all empty objects share this record
         results = [_result(MetadataIndex(key), nothing) for key in empty_objects]
         for piece in pieces:
             new = TensorStorageMetadata(
@@ -116,7 +116,7 @@ def write_torch_dist(
 
 @contextmanager
 def _without_checksums() -> Iterator[None]:
-    """`torch.save` computes CRC32s that `torch.load` never looks at."""
+    """Makes `torch.save` compute no CRC32s, because `torch.load` never reads them."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:
@@ -126,7 +126,7 @@ def _without_checksums() -> Iterator[None]:
 
 
 def _values(piece: Piece) -> Tensor:
-    """The piece's values, alone in their storage: `torch.save` writes all of a storage."""
+    """Returns the values in a storage of their own, because `torch.save` writes whole storages."""
     tensor = piece.load()
     assert tensor.shape == piece.shape and tensor.dtype == piece.dtype, piece
     return tensor if tensor.untyped_storage().nbytes() == piece.nbytes else tensor.clone()
@@ -142,7 +142,7 @@ def _save(value: object, file: BlockFile) -> None:
     try:
         torch.save(value, file)
     except RuntimeError as error:
-        # After a failed write torch completes the archive, which fails too and hides the reason.
+        # After a failed write torch finishes the archive, which also fails and hides the reason.
         if error.__context__ is not None:
             raise error.__context__ from None
         raise
@@ -153,13 +153,13 @@ def _result(index: MetadataIndex, record: _StorageInfo) -> WriteResult:
 
 
 class TorchDistReader:
-    """Tensors of one iteration folder, by key and region."""
+    """Reads tensors of one iteration folder by key and region."""
 
     def __init__(self, directory: Path) -> None:
         """Reads the folder's metadata.
 
         Raises:
-            ConversionError: not a complete torch_dist folder.
+            ConversionError: the folder is not a complete torch_dist checkpoint.
         """
         self.directory = directory
         for name in (dcp_metadata.METADATA_FILE, METADATA_FILE):
@@ -177,7 +177,7 @@ class TorchDistReader:
         self._check_files()
 
     def _check_files(self) -> None:
-        """Every byte range that the metadata refers to must exist."""
+        """Refuses a folder in which a byte range of the metadata does not exist."""
         ends: dict[str, int] = {}
         for info in self._records.values():
             end = info.offset + info.length
@@ -193,30 +193,30 @@ class TorchDistReader:
 
     @property
     def keys(self) -> list[str]:
-        """Keys of all tensors, optimizer state included."""
+        """Returns the keys of all tensors, including optimizer state."""
         return list(self._tensors)
 
     def shape(self, key: str) -> Shape:
-        """Global shape."""
+        """Returns the global shape of a tensor."""
         return tuple(self._tensors[key].size)
 
     def dtype(self, key: str) -> torch.dtype:
-        """Stored dtype."""
+        """Returns the stored data type of a tensor."""
         return self._tensors[key].properties.dtype
 
     def read(self, key: str, offsets: Shape, shape: Shape) -> Tensor:
         """Reads a region.
 
         Args:
-            key: tensor.
+            key: key of the tensor.
             offsets: first element on each axis of the global tensor.
-            shape: extent on each axis.
+            shape: size of the region on each axis.
 
         Returns:
-            The values, `shape`, in the stored dtype.
+            The values, with this shape and the stored data type.
 
         Raises:
-            ConversionError: the checkpoint does not hold the whole region, or is damaged.
+            ConversionError: the checkpoint lacks a part of the region, or is damaged.
         """
         stored = self._tensors[key]
         destination = torch.empty(shape, dtype=stored.properties.dtype)

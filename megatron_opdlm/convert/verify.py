@@ -1,8 +1,8 @@
-"""Logits of a checkpoint against a Hugging Face directory: did the weights arrive unharmed?
+"""Compares the logits of a checkpoint with those of a Hugging Face directory.
 
-Both networks run in float32 on the same random tokens, under a causal and a block-causal mask. A
-third run with the checkpoint's query, key and value rows out of order must differ: otherwise the
-comparison could not have seen an error.
+Both networks run in float32 on the same random tokens, with a causal and with a block-causal mask.
+A third run has the checkpoint's query, key and value rows in a wrong order. Its logits must differ;
+otherwise the comparison could not find an error.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +27,7 @@ _SHAPE_FIELDS = (
     *("num_attention_heads", "num_query_groups", "kv_channels", "vocab_size"),
 )
 DEFAULT_BLOCK_SIZE = 4
-"""For a checkpoint that has not been trained yet."""
+"""Block size for a checkpoint that has not been trained yet."""
 NUM_TOKENS = 64
 _MASK_KEY = "mask_token_id"
 
@@ -39,11 +39,11 @@ class Verification:
     causal: float
     block_causal: float
     control: float
-    """The same under the causal mask, with the query, key and value rows out of order."""
+    """Difference with the causal mask and with query, key and value rows in a wrong order."""
     block_size: int
 
     def passes(self, tolerance: float) -> bool:
-        """Whether both masks agree within `tolerance` and the control does not."""
+        """Returns whether both masks agree within `tolerance` and the control does not."""
         return max(self.causal, self.block_causal) <= tolerance < self.control
 
 
@@ -53,21 +53,21 @@ def verify(checkpoint: str | Path, hf_dir: str | Path, *, seed: int = 0) -> Veri
     Args:
         checkpoint: checkpoint root or iteration folder.
         hf_dir: directory to compare with; no code from it is run.
-        seed: of the random tokens.
+        seed: seed of the random tokens.
 
     Raises:
-        ConversionError: one of the two is not what it should be, or they are of different shape.
+        ConversionError: a path has another kind of model, or the models have different shapes.
     """
     folder, source = resolve_iteration(checkpoint), Path(hf_dir)
     config = read_config(source)
     description = read_description(folder)
     new_row = description.mask_token_id == config.vocab_size
     _require_same_shape(description.config, config, new_row=new_row)
-    # float32 whatever is stored: a comparison in bfloat16 would hide errors of a few percent
+    # always float32: a comparison in bfloat16 would hide errors of a few percent
     reference = _load_reference(source, config)
     options = BuildOptions(params_dtype=torch.float32)
     model = freeze(load_model(folder, options, parallel.initialize())[0])
-    # Without the mask token: its row may be another than the base model's, and an export may have
+    # The mask token is left out: its row may differ from the base model's, and an export may have
     # moved it.
     masks = (description.mask_token_id, read_json_object(source / "config.json").get(_MASK_KEY))
     compared = torch.tensor([token for token in range(config.vocab_size) if token not in masks])
@@ -87,7 +87,7 @@ def verify(checkpoint: str | Path, hf_dir: str | Path, *, seed: int = 0) -> Veri
 
 
 def _require_same_shape(ours: HFConfig, theirs: HFConfig, *, new_row: bool) -> None:
-    """Same network; the checkpoint may have grown by the mask token's row."""
+    """Refuses models of different shapes. The checkpoint may have one more row, for the mask."""
     expected = replace(theirs, vocab_size=theirs.vocab_size + new_row)
     for name in _SHAPE_FIELDS:
         if getattr(ours, name) != getattr(expected, name):
@@ -98,7 +98,7 @@ def _require_same_shape(ours: HFConfig, theirs: HFConfig, *, new_row: bool) -> N
 
 
 def _load_reference(source: Path, config: HFConfig) -> Any:
-    """transformers' own class for a base model, our modelling code for `sdar` and `a2d`."""
+    """Loads transformers' class for a base model, and our model code for `sdar` and `a2d`."""
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -135,7 +135,10 @@ def _version_4_scaling(config: HFConfig) -> dict[str, Any] | None:
 def _delta(
     model: BlockDiffusionModel, reference: Any, tokens: Tensor, columns: Tensor, block_size: int
 ) -> float:
-    """Largest difference of the two networks' logits; block size 1 is the causal mask."""
+    """Returns the largest difference of the two networks' logits. Block size 1 is causal.
+
+    tokens is [S] int64; columns are the ids that count.
+    """
     device = torch.cuda.current_device()
     positions = torch.arange(len(tokens))
     tags = make_tags(0, positions, noisy=False, block_size=block_size)

@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face directory, checked against a family's table before any is read."""
+"""The tensors of a Hugging Face directory. They are checked against a family's table first."""
 
 import os
 from contextlib import ExitStack
@@ -23,18 +23,18 @@ _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _LISTED = 5
 _INTEGERS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.int64, np.uint64)}
 ROWS_BYTES = 16 * 2**20
-"""Slice size in which vocabulary tensors are streamed; the C library reuses blocks below 32 MiB."""
+"""Bytes of a slice of streamed vocabulary tensors. The C library reuses blocks below 32 MiB."""
 
 
 class HFWeights:
-    """The safetensors of a HF directory, single-file or sharded; a context manager."""
+    """The safetensors of a HF directory, in one file or sharded. It is a context manager."""
 
     def __init__(self, hf_dir: Path):
         """Reads all headers.
 
         Raises:
-            ConversionError: no safetensors, only pickles, an index that points elsewhere or names
-                tensors its shards lack, a truncated or malformed file.
+            ConversionError: there are no safetensors (or only pickles), the index names files in
+                other folders or tensors that its shards lack, or a file is truncated or malformed.
         """
         self.directory = hf_dir
         self._infos: dict[str, TensorInfo] = {}
@@ -42,7 +42,7 @@ class HFWeights:
         self._files: dict[Path, FileIO] = {}
         self._stack = ExitStack()
         single, index = hf_dir / SINGLE_FILE, hf_dir / INDEX_FILE
-        if single.is_file():  # transformers prefers it over an index, too
+        if single.is_file():  # like transformers, prefer it to an index
             self._add(single, read_header(single))
         elif index.is_file():
             self._read_index(index)
@@ -74,7 +74,7 @@ class HFWeights:
             by_file.setdefault(file_name, set()).add(tensor)
         for file_name, promised in sorted(by_file.items()):
             path = index.parent / file_name
-            if not os.path.isfile(path):  # not Path.is_file: a name may be longer than any file's
+            if not os.path.isfile(path):  # not Path.is_file, which raises for very long names
                 raise ConversionError(
                     f"{index}: shard {file_name:.200} is missing from the directory"
                 )
@@ -90,26 +90,27 @@ class HFWeights:
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """Tensor name -> shape."""
+        """Shapes of all tensors, by name."""
         return {name: info.shape for name, info in self._infos.items()}
 
     def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype of a tensor."""
+        """Returns the stored data type of a tensor."""
         return self._infos[name].dtype
 
     def read(self, name: str, rows: slice | None = None, out: Tensor | None = None) -> Tensor:
         """Reads a tensor, or rows of it, and refuses NaN and infinity.
 
         Args:
-            name: of the tensor.
-            rows: contiguous range of the first axis; None for all.
-            out: where the elements go, in their order; any shape and strides. None: fresh memory.
+            name: name of the tensor.
+            rows: contiguous range of the first axis; None for all rows.
+            out: tensor that gets the elements in their order, with any shape and strides; None
+                makes a new tensor.
 
         Returns:
-            The tensor, or `out`, in the stored dtype.
+            The tensor, or `out`, in the stored data type.
 
         Raises:
-            ConversionError: a non-finite value, or the file changed meanwhile.
+            ConversionError: a value is not finite, or the file has changed since it was opened.
         """
         path = self._paths[name]
         if path not in self._files:
@@ -123,7 +124,7 @@ def require_finite(source: Path, name: str, tensor: Tensor) -> None:
     """Refuses a tensor with NaN or infinity.
 
     Raises:
-        ConversionError: names where it comes from and the tensor, and counts the bad values.
+        ConversionError: there are such values; the message names source, tensor and their number.
     """
     if not _is_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
@@ -131,11 +132,12 @@ def require_finite(source: Path, name: str, tensor: Tensor) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite.
+    """Returns whether no element is NaN or infinite.
 
-    These are the bit patterns from infinity's on. Read as signed integers the positive ones are the
-    largest, read as unsigned ones the negative; two maxima need no temporary and run as fast as
-    memory, where a sum or a comparison of bfloat16 takes longer than to read the file.
+    NaN and infinity are the bit patterns from infinity's on. As signed integers the positive ones
+    are the largest numbers; as unsigned integers the negative ones are. Two maxima need no
+    temporary memory and run at the speed of memory. A sum or a comparison of bfloat16 takes longer
+    than reading the file.
     """
     signed, unsigned = _INTEGERS[tensor.itemsize]
     bits = tensor.view(signed).numpy()
@@ -145,12 +147,13 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def check_tensors(weights: HFWeights, family: Family, config: HFConfig) -> None:
-    """Compares the directory's tensors with what `config` implies, all differences in one message.
+    """Compares the directory's tensors with those that `config` implies.
 
-    A tied model that also stores `lm_head.weight` passes when the head equals the embedding.
+    A model with tied weights may also store `lm_head.weight` if it equals the embedding.
 
     Raises:
-        ConversionError: missing, extra or mis-shaped tensors, or a tied head that differs.
+        ConversionError: tensors are missing, extra or of wrong shape, or a tied head differs. One
+            message names all differences.
     """
     expected, found = family.hf_shapes(config), weights.shapes
     redundant_head = config.tie_word_embeddings and HEAD in found
@@ -172,7 +175,7 @@ def check_tensors(weights: HFWeights, family: Family, config: HFConfig) -> None:
 
 
 def row_slices(shape: Shape, dtype: torch.dtype) -> list[slice]:
-    """Cuts the first axis of a tensor into ranges of about `ROWS_BYTES`."""
+    """Divides the first axis of a tensor into ranges of about `ROWS_BYTES` bytes."""
     step = max(1, ROWS_BYTES // (prod(shape[1:]) * dtype.itemsize))
     return [slice(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
 
@@ -192,7 +195,7 @@ def _is_ignorable(name: str) -> bool:
 
 
 def _check_shard_name(index: Path, tensor: str, file_name: object) -> None:
-    """A shard must be a plain file name: an index must not reach outside its directory."""
+    """Refuses a shard that is not a plain file name: it could be outside of the directory."""
     plain = (
         isinstance(file_name, str)
         and "\0" not in file_name
@@ -221,11 +224,11 @@ def _no_weights(hf_dir: Path) -> str:
 
 
 def describe_names(problems: dict[str, set[str]]) -> str:
-    """'2 missing: a, b; 1 extra: c', each list cut after a few names."""
+    """Returns a text such as "2 missing: a, b; 1 extra: c", with a few names in each list."""
     parts = []
     for label, names in problems.items():
         if names:
-            # names come from files of strangers, and go to terminals
+            # names come from foreign files, and go to terminals
             shown = [text if text.isprintable() else repr(text) for text in sorted(names)]
             listed = ", ".join(shown[:_LISTED])
             more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""

@@ -1,1 +1,1 @@
-"""Process groups, Megatron-core without CUDA, and how a vocabulary is spread over ranks."""
+"""Process groups, Megatron-core without CUDA, and vocabularies sharded over ranks."""

@@ -1,13 +1,13 @@
 """Runs Megatron-core, unchanged, on a machine without CUDA (gloo collectives).
 
-Megatron-core asks `torch.cuda` for devices, streams, events and random states even where nothing of
-them is needed. `install()` answers those calls for the CPU, once, and only when CUDA is absent; on
-a CUDA machine it does nothing. No other module of this package knows the difference: everyone asks
-`torch.cuda.current_device()` for the device and gets "cpu" here.
+Megatron-core calls `torch.cuda` for devices, streams, events and random states even if none of them
+is needed. `install()` replaces these calls by ones for the CPU, once, and only if CUDA is absent.
+On a CUDA machine it does nothing. Other modules of this package need no distinction: they ask
+`torch.cuda.current_device()` for the device, which is "cpu" here.
 
-The replaced names are the ones that the tensor- and pipeline-parallel layers, the 1F1B schedule,
-distributed data parallel, the distributed optimizer and `dist_checkpointing` of megatron-core
-0.16.1 and 0.19.2 touch."""
+The replaced names are those that megatron-core 0.16.1 and 0.19.2 use in tensor- and
+pipeline-parallel layers, the 1F1B schedule, distributed data parallel, the distributed optimizer
+and `dist_checkpointing`."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ _installed = False
 
 
 def install() -> bool:
-    """Replaces the CUDA calls of Megatron-core when CUDA is absent. Idempotent.
+    """Replaces the CUDA calls of Megatron-core if CUDA is absent. Further calls do nothing.
 
     Returns:
-        True if the CPU stands in for CUDA in this process, False on a CUDA machine.
+        True if the CPU replaces CUDA in this process, False on a CUDA machine.
     """
     global _installed
     if torch.cuda.is_available():
         return False
     if not _installed:
-        # MKL picks its kernels by the alignment of memory unless it is told not to; then the same
-        # run gives other last bits the next time, and a resumed run is not the run it resumes. Read
-        # at MKL's first call.
+        # Without this, MKL chooses kernels by the alignment of memory. The last bits of results
+        # would then differ between runs, and a resumed run would differ from an uninterrupted one.
+        # MKL reads the variable at its first call.
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-        # First, while torch is still its own: importing Megatron imports torch.compile's tables,
-        # which must find one object per name.
+        # Import Megatron before torch is changed: this also imports torch.compile's tables, which
+        # must find one object per name.
         from megatron.core.tensor_parallel import random as megatron_random
 
         _replace_megatron_random(megatron_random)
@@ -62,7 +62,7 @@ def install() -> bool:
 
 
 class _Stream:
-    """A CUDA stream where there is only program order: every wait is already over."""
+    """A replacement of CUDA streams. All work is done in program order, so no wait is needed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.cuda_stream = 0
@@ -107,9 +107,9 @@ def _no_stream(stream: object = None) -> Iterator[None]:
 
 
 def _nothing() -> Callable[..., None]:
-    """Makes a stand-in for a call whose effect does not exist without CUDA.
+    """Returns a replacement of a call that has no effect without CUDA.
 
-    A new one each time: torch.compile's tables refuse the same function under two names.
+    It is a new function each time: torch.compile's tables refuse one function under two names.
     """
 
     def nothing(*args: Any, **kwargs: Any) -> None:
@@ -119,7 +119,7 @@ def _nothing() -> Callable[..., None]:
 
 
 def _on_cpu(device: Any) -> Any:
-    """Returns "cpu" for any spelling of a CUDA device, and every other value untouched."""
+    """Returns "cpu" for any form of a CUDA device, and every other value unchanged."""
     if isinstance(device, torch.device) and device.type == "cuda":
         return torch.device("cpu")
     if isinstance(device, str) and device.split(":")[0] == "cuda":
@@ -132,7 +132,7 @@ def _replace_runtime() -> None:
     stream = _Stream()
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
-    # As many as there are processes here: each has "its own" device.
+    # One device per process of this machine.
     cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cuda.set_device = _nothing()
     cuda.synchronize = _nothing()
@@ -150,11 +150,11 @@ def _replace_runtime() -> None:
 
 
 def _replace_factories() -> None:
-    """Makes `torch.zeros(..., device="cuda")` and its like allocate on the CPU, unpinned.
+    """Makes `torch.zeros(..., device="cuda")` and similar functions allocate on the CPU, unpinned.
 
-    Wrapped one by one: a TorchFunctionMode would do the same, but it taxes every operation of the
-    process."""
-    # `with torch.device("meta")` knows the factories by identity: have it make its list before they
+    Each function is wrapped. A TorchFunctionMode would do the same, but it slows every operation of
+    the process."""
+    # `with torch.device("meta")` recognises the factories by identity: make its list before they
     # change.
     _device_constructors()
     for name in _FACTORIES:
@@ -166,14 +166,14 @@ def _with_cpu_device(factory: Callable[..., torch.Tensor]) -> Callable[..., torc
     def allocate(*args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("device") is not None:
             kwargs["device"] = _on_cpu(kwargs["device"])
-        kwargs.pop("pin_memory", None)  # for copies to a GPU
+        kwargs.pop("pin_memory", None)  # useful only for copies to a GPU
         return factory(*args, **kwargs)
 
     return allocate
 
 
 def _replace_tensor_methods() -> None:
-    """Makes `.cuda()` the identity, and `.type()` what the distributed optimizer tests for."""
+    """Makes `.cuda()` the identity, and `.type()` return the names that Megatron tests for."""
     tensor: Any = torch.Tensor
     plain_type, plain_to = tensor.type, tensor.to
 
@@ -195,7 +195,7 @@ def _replace_tensor_methods() -> None:
 
 
 def _replace_megatron_random(module: Any) -> None:
-    """Points Megatron's random-state tracker at the CPU generator."""
+    """Makes Megatron's random-state tracker use the CPU generator."""
 
     def get_state(
         device: Any = "cuda", clone: bool = False, graph_safe: bool = False
@@ -206,8 +206,7 @@ def _replace_megatron_random(module: Any) -> None:
     def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
-    # The CPU generator stands in for the GPU's, so "CPU RNG state changed" is always true and no
-    # news.
+    # The CPU generator replaces the GPU's, so the warning "CPU RNG state changed" has no meaning.
     logging.getLogger(module.__name__).setLevel(logging.ERROR)
     module._get_cuda_rng_state = get_state
     module._set_cuda_rng_state = set_state

@@ -1,6 +1,6 @@
-"""Which process of a job this is, as torchrun says in the environment.
+"""Reads from torchrun's environment variables which process of a job this is.
 
-The standard library only: the command line asks, too.
+This file needs only the standard library, because the command line uses it.
 """
 
 from __future__ import annotations
@@ -9,32 +9,32 @@ import os
 from dataclasses import dataclass
 
 _TOGETHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun sets and torch.distributed needs, all of it or nothing."""
+"""Variables that torchrun sets and torch.distributed needs: either all of them or none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """A process's place in its job; without a launcher it is a job of one process."""
+    """The place of a process in its job. Without a launcher the job has one process."""
 
     rank: int = 0
-    """Of this process, from 0."""
+    """Rank of this process, from 0."""
     world_size: int = 1
-    """Processes of the job."""
+    """Number of processes of the job."""
     local_rank: int = 0
-    """Of this process on its machine, from 0."""
+    """Index of this process on its machine, from 0."""
     has_launcher: bool = False
     """Whether a launcher has started this process."""
 
 
 def read_launch() -> Launch:
-    """Reads the environment.
+    """Reads the environment variables.
 
     Raises:
-        ValueError: variables that contradict each other, or some of a launcher's without the
-            others: left over in a shell, most likely.
+        ValueError: the variables contradict each other, or only some of a launcher's variables are
+            set (most likely a shell has kept them).
     """
     given = {name: os.environ[name] for name in _TOGETHER if name in os.environ}
-    if not given.keys() & {"RANK", "WORLD_SIZE"}:  # a cluster may name an address for all jobs
+    if not given.keys() & {"RANK", "WORLD_SIZE"}:  # a cluster may set an address for all jobs
         return Launch()
     missing = [name for name in _TOGETHER if name not in given]
     if missing:

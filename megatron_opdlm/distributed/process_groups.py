@@ -1,6 +1,6 @@
 """Process groups.
 
-The only file that reads Megatron's `parallel_state`. Everything else takes a `ParallelState`.
+Only this file reads Megatron's `parallel_state`. All other files take a `ParallelState`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelState:
-    """This process's place in the job: sizes, ranks and groups of every axis.
+    """The place of this process in a parallel layout: sizes, ranks and groups of every axis.
 
-    Ranks are laid out as in Megatron: tensor-parallel ranks next to each other, then data-parallel,
-    then pipeline-parallel.
+    The order of ranks is Megatron's: tensor-parallel ranks are neighbours, then come data-parallel
+    ranks, then pipeline-parallel ranks.
     """
 
     tp_group: ProcessGroup
@@ -40,15 +40,15 @@ class ParallelState:
     dp_group: ProcessGroup
     """Data-parallel group."""
     mp_group: ProcessGroup
-    """The ranks of one data-parallel replica, over tensor and pipeline axis."""
+    """Group of all ranks of this data-parallel replica, over the tensor and pipeline axes."""
     host_group: ProcessGroup
-    """The same ranks, for messages between hosts."""
+    """Group of the same ranks, for messages between host processes."""
     store: dist.Store
-    """The job's key-value store."""
+    """Key-value store of the job."""
     timeout: datetime.timedelta
-    """How long a collective waits for a lost rank."""
+    """Time that a collective waits for a lost rank."""
     pg_collection: ProcessGroupCollection | None = None
-    """The same groups as Megatron's layers take them; None = Megatron's own, those of
+    """The same groups in the form of Megatron's layers; None for Megatron's own groups in
     `parallel_state`."""
 
     @property
@@ -83,7 +83,7 @@ class ParallelState:
 
     @property
     def grid(self) -> RankGrid:
-        """Where every rank of the job is in this layout."""
+        """The place of every rank of the job in this layout."""
         return RankGrid(
             tp_size=self.tp_size, pp_size=self.pp_size, world_size=dist.get_world_size()
         )
@@ -109,7 +109,7 @@ class ParallelState:
         return self.mp_group.rank() == 0
 
     def from_replica_main(self, value: _T) -> _T:
-        """Gives the value of a replica's first rank to all of its ranks. Call on all of them."""
+        """Returns the value of the replica's first rank. Call on all ranks of the replica."""
         if self.host_group.size() == 1:
             return value
         values = [value]
@@ -127,24 +127,23 @@ def initialize(
 ) -> ParallelState:
     """Joins the job and builds Megatron's process groups.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous of `torchrun`; without them it is a job of
-    one process. A process group that already exists is used as it is.
+    It reads RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous of `torchrun`. Without them the job has
+    one process. A process group that already exists is used.
 
     Args:
         tensor_model_parallel_size: tensor-parallel size.
         pipeline_model_parallel_size: pipeline-parallel size; the rest of the world is data
             parallel.
-        seed: seed of Megatron's per-rank random states; results of this package never depend on
+        seed: seed of Megatron's random states of each rank; results of this package never depend on
             them.
-        timeout_minutes: how long a collective waits for a lost rank before the job ends with an
-            error.
+        timeout_minutes: time that a collective waits for a lost rank before the job fails.
 
     Returns:
         The groups of this process.
 
     Raises:
-        ValueError: if the world size is not a multiple of tensor x pipeline parallel size, or the
-            environment holds half of a launcher's variables.
+        ValueError: the world size is not a multiple of tensor x pipeline parallel size, or the
+            environment has only some of a launcher's variables.
     """
     cpu.install()
     from megatron.core import parallel_state as mpu
@@ -180,8 +179,9 @@ def initialize(
 
 @dataclass(frozen=True, kw_only=True)
 class RankGrid:
-    """Where every rank of a job is in a layout: tensor-parallel neighbours, then data-parallel,
-    then pipeline, as in Megatron. Arithmetic alone.
+    """The place of every rank of a job in a parallel layout, by arithmetic.
+
+    The order is Megatron's: tensor-parallel ranks are neighbours, then data, then pipeline ranks.
 
     >>> RankGrid(tp_size=2, pp_size=2, world_size=8).place(5)
     (1, 0, 1)
@@ -197,20 +197,20 @@ class RankGrid:
         return self.world_size // (self.tp_size * self.pp_size)
 
     def place(self, rank: int) -> tuple[int, int, int]:
-        """(tensor, data, pipeline) rank of a process."""
+        """Returns the (tensor, data, pipeline) ranks of a process."""
         rest, tp_rank = divmod(rank, self.tp_size)
         pp_rank, dp_rank = divmod(rest, self.dp_size)
         return tp_rank, dp_rank, pp_rank
 
     def rank(self, tp_rank: int, dp_rank: int, pp_rank: int) -> int:
-        """The process at a place."""
+        """Returns the rank of the process at a place."""
         return tp_rank + self.tp_size * (dp_rank + self.dp_size * pp_rank)
 
     def check(self, prefix: str = "") -> None:
-        """Refuses a job that cannot be cut this way.
+        """Refuses a job that cannot be divided into these parallel sizes.
 
         Args:
-            prefix: of the keys that give the sizes, e.g. "teacher_".
+            prefix: prefix of the keys of these sizes, e.g. "teacher_".
 
         Raises:
             ValueError: the world size is not a multiple of the sizes.
@@ -238,15 +238,13 @@ def second_layout(
     pipeline_model_parallel_size: int = 1,
     prefix: str,
 ) -> ParallelState:
-    """Cuts the same job into tensor x data x pipeline parallel, next to the layout that it has.
-
-    Call on all ranks.
+    """Makes a second parallel layout of the same job, besides the first. Call on all ranks.
 
     Args:
-        first: the layout that `initialize` made.
-        tensor_model_parallel_size: of the second one.
-        pipeline_model_parallel_size: of the second one.
-        prefix: of the keys that give these sizes, for error texts.
+        first: process groups of the first layout, from `initialize`.
+        tensor_model_parallel_size: tensor-parallel size of the second layout.
+        pipeline_model_parallel_size: pipeline-parallel size of the second layout.
+        prefix: prefix of the keys of these sizes, for error texts.
 
     Raises:
         ValueError: the world size is not a multiple of the sizes.
@@ -266,7 +264,7 @@ def second_layout(
     pipelines = [[grid.rank(t, d, p) for p in pps] for t in tps for d in dps]
     pp_group = _own_group(pipelines, timeout)
     mp_group = _own_group([[grid.rank(t, d, p) for p in pps for t in tps] for d in dps], timeout)
-    # First and last stage, which hold the tied embedding; None on the stages between them.
+    # Groups of first and last stage, which hold the tied embedding; other stages have none.
     ends = [sorted({ranks[0], ranks[-1]}) for ranks in pipelines]
     own_ends = _own_group(ends, timeout) if grid.pp_size > 1 else pp_group
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -289,9 +287,9 @@ def second_layout(
 
 
 def _on_hosts(group: ProcessGroup, timeout: datetime.timedelta) -> ProcessGroup:
-    """The same ranks over gloo, whose messages no device waits for. Call on all ranks."""
+    """Returns a gloo group of the same ranks, for which no device waits. Call on all ranks."""
     if not torch.cuda.is_available():
-        return group  # gloo itself
+        return group  # it is a gloo group
     mine = dist.get_process_group_ranks(group)
     everyone: list[list[int]] = [[]] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
@@ -332,16 +330,17 @@ def _init_process_group(timeout_minutes: float) -> None:
 def from_main(
     action: Callable[[], _T], *, is_main: bool, timeout: datetime.timedelta | None = None
 ) -> _T:
-    """Runs an action on rank 0 and gives its result to all ranks.
+    """Runs an action on rank 0, and returns its result on all ranks. Call on all ranks.
 
-    A ValueError or OSError, too: raised as it is on rank 0 and as a ValueError with its text
-    elsewhere, so that every rank can say what is wrong.
+    All ranks also get a ValueError or OSError: rank 0 raises it as it is, and the other ranks raise
+    a ValueError with its text. So every rank can report the error.
 
     Args:
-        action: what only one process may do, or what all must agree on; its result is pickled.
-        is_main: whether this is rank 0. Call on all ranks.
-        timeout: how long the others wait for it; None = as long as for any collective. If rank 0
-            dies they learn of it at once, from gloo's closed connections.
+        action: function that only one process may run, or whose result must be the same on all
+            ranks. The result is pickled.
+        is_main: whether this is rank 0.
+        timeout: time that the other ranks wait; None waits as long as any collective. If rank 0
+            dies, they notice it at once, because gloo's connections are closed.
     """
     group = None if timeout is None else dist.new_group(backend="gloo", timeout=timeout)
     outcome: list[tuple[_T | None, str | None]] = [(None, None)]
@@ -364,19 +363,19 @@ def from_main(
 
 
 class UsesGroups(Protocol):
-    """Something on the device that keeps communicators busy: captured collectives."""
+    """An object on the device that uses communicators, such as captured collectives."""
 
     def close(self) -> None:
-        """Lets go of them."""
+        """Frees the communicators."""
 
 
 _users: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def close_before_shutdown(user: UsesGroups) -> None:
-    """Has `shutdown` close something if it is still alive then.
+    """Makes `shutdown` close an object if it still exists then.
 
-    NCCL waits for every graph that was captured with a communicator before it destroys it.
+    NCCL destroys a communicator only after all graphs that were captured with it are gone.
     """
     _users.add(user)
 

@@ -1,8 +1,8 @@
-"""Vocabulary sharding: which columns of the logits a tensor-parallel rank holds.
+"""Vocabulary sharding: the columns of the logits that a tensor-parallel rank holds.
 
 Megatron splits the padded vocabulary evenly: rank r holds columns [r * V_local, (r + 1) * V_local).
-Columns at and beyond vocab_size are padding and belong to no softmax. Nothing here needs torch, so
-that a configuration can be checked without it.
+Columns from vocab_size on are padding and in no softmax. Nothing here needs torch, so that a
+configuration can be checked without it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def rollout_divisor(divisor: int, *, training: int, rollout: int) -> int:
-    """Returns what the vocabulary per rollout rank is padded to, for as many rows as in training.
+    """Returns the divisor with which rollouts pad the vocabulary to as many rows as training.
 
     >>> rollout_divisor(128, training=2, rollout=4)
     64
@@ -42,19 +42,18 @@ def rollout_divisor(divisor: int, *, training: int, rollout: int) -> int:
 def local_columns(
     num_local_columns: int, *, vocab_size: int, tp_group: ProcessGroup | None
 ) -> tuple[int, int]:
-    """Returns (first, valid): the global id of this rank's first column, and how many of its
-    columns are not padding.
+    """Returns the global id of this rank's first column, and its number of columns without padding.
 
     >>> local_columns(8, vocab_size=6, tp_group=None)
     (0, 6)
 
     Args:
         num_local_columns: V_local.
-        vocab_size: tokens without padding.
-        tp_group: tensor-parallel group; None means unsharded.
+        vocab_size: number of token ids without padding.
+        tp_group: tensor-parallel group; None if the vocabulary is not sharded.
 
     Raises:
-        ValueError: if the shards together hold fewer columns than vocab_size.
+        ValueError: the shards together have fewer columns than vocab_size.
     """
     rank, size = (0, 1) if tp_group is None else (tp_group.rank(), tp_group.size())
     if not 0 < vocab_size <= size * num_local_columns:

@@ -1,4 +1,4 @@
-"""One rank's share of a vocabulary, and what its ranks tell each other about their logits."""
+"""One rank's shard of a vocabulary, and the collectives between its ranks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class VocabShard:
     """This rank's columns of the vocabulary."""
 
     first: int
-    """Global id of the first."""
+    """Global id of this rank's first column."""
     num_valid: int
-    """Columns that are not padding."""
+    """Number of columns that are not padding."""
     mask_column: int | None
-    """The mask token's, if it is this rank's."""
+    """Column of the mask token; None if this rank does not have it."""
     tp_group: ProcessGroup | None
-    """Tensor-parallel group; None = unsharded."""
+    """Tensor-parallel group; None if the vocabulary is not sharded."""
 
     @classmethod
     def of(
@@ -34,30 +34,30 @@ class VocabShard:
         mask_token_id: int | None,
         tp_group: ProcessGroup | None,
     ) -> VocabShard:
-        """The shard of a rank that holds `num_columns` columns of the padded vocabulary."""
+        """Returns the shard of a rank with `num_columns` columns of the padded vocabulary."""
         first, valid = local_columns(num_columns, vocab_size=vocab_size, tp_group=tp_group)
         column = None if mask_token_id is None else mask_token_id - first
         if column is not None and not 0 <= column < valid:
-            column = None  # another rank's
+            column = None  # another rank has it
         return cls(first, valid, column, tp_group)
 
     @property
     def num_ranks(self) -> int:
-        """Ranks that share the vocabulary."""
+        """Number of ranks that share the vocabulary."""
         return 1 if self.tp_group is None else self.tp_group.size()
 
     def hide_mask(self, logits_CV: Tensor) -> None:
-        """Takes the mask token out of a softmax."""
+        """Sets the mask token's logit to -inf in `logits_CV` [C, V_valid], in place."""
         if self.mask_column is not None:
             logits_CV[:, self.mask_column] = -torch.inf
 
     def reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
-        """All-reduce over the tensor-parallel group, in place."""
+        """Reduces a tensor in place: one all-reduce over the tensor-parallel group."""
         if self.num_ranks > 1:
             dist.all_reduce(tensor, op=op, group=self.tp_group)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """[TP, ...]: the tensor of every rank of the group."""
+        """Returns [TP, ...], the tensors of all ranks: one all-gather over the group."""
         size = self.num_ranks
         if size == 1:
             return tensor.unsqueeze(0)

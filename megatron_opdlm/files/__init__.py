@@ -1,1 +1,1 @@
-"""Files and folders: read with errors that a person can act on, written whole or not at all."""
+"""Files and folders. Reading gives clear errors; writing is complete or has no effect."""

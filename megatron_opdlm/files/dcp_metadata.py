@@ -1,7 +1,7 @@
-"""The `.metadata` file of a torch_dist folder, read without running what a stranger put in it.
+"""Reads the `.metadata` file of a torch_dist folder, without running foreign code.
 
-torch.distributed.checkpoint writes it as a pickle. A pickle names the functions to be called while
-it is read, so only the few that such a file needs are allowed here.
+torch.distributed.checkpoint writes this file as a pickle. A pickle names functions that are called
+while it is read. So only the few functions that such a file needs are allowed here.
 """
 
 import pickle
@@ -19,7 +19,7 @@ METADATA_FILE = ".metadata"
 _DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 _INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "bool")
 _ALLOWED: Mapping[str, tuple[str, ...]] = {
-    "pathlib": ("PosixPath", "PurePosixPath"),  # the folder that it was written in
+    "pathlib": ("PosixPath", "PurePosixPath"),  # the folder in which the file was written
     "pathlib._local": ("PosixPath", "PurePosixPath"),  # Python 3.13
     "torch": ("Size", *_DTYPES, *_INTEGERS),
     "torch.serialization": ("_get_layout",),
@@ -36,7 +36,7 @@ DAMAGES = (
     *(pickle.UnpicklingError, EOFError, UnicodeDecodeError, AttributeError, TypeError, ValueError),
     *(KeyError, IndexError, OverflowError, MemoryError, ImportError),
 )
-"""What reading a pickle raises that is allowed to name some classes, and is damaged."""
+"""Exceptions of reading a damaged pickle."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -47,7 +47,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _ForeignNameError(pickle.UnpicklingError):
-    """The pickle wants to call something else."""
+    """The pickle names a function that is not allowed."""
 
 
 def read_metadata(directory: Path) -> Metadata:
@@ -57,10 +57,10 @@ def read_metadata(directory: Path) -> Metadata:
         directory: the folder.
 
     Returns:
-        The metadata; its records lie in files of the folder itself.
+        The metadata; the files that it names are in the folder itself.
 
     Raises:
-        ConversionError: missing, damaged, or a pickle that names anything but torch's own records.
+        ConversionError: the file is missing or damaged, or names other classes than torch's.
     """
     path = directory / METADATA_FILE
     try:
@@ -79,7 +79,7 @@ def read_metadata(directory: Path) -> Metadata:
 
 
 def _check(metadata: Metadata) -> None:
-    """Types of what is used, and files that do not leave the folder."""
+    """Checks the types of the values that are used, and that all files are in the folder."""
     if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
         raise TypeError("no Metadata")
     for key, entry in metadata.state_dict_metadata.items():

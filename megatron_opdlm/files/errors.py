@@ -2,4 +2,4 @@
 
 
 class ConversionError(ValueError):
-    """Input that cannot be converted; the text is one line: what, where, the rule, the fix."""
+    """Input that cannot be converted. The text is one line: place, value, rule and fix."""

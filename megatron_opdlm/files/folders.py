@@ -1,4 +1,4 @@
-"""Directories written whole or not at all, and JSON read with errors a person can act on."""
+"""Directories that appear only when they are complete, and JSON read with clear errors."""
 
 import contextlib
 import gc
@@ -52,14 +52,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def refuse_lfs_pointer(path: Path, content: bytes) -> None:
-    """Refuses what a clone without git-LFS has in the place of a large file.
+    """Refuses a git-LFS pointer, which a clone without git-LFS has instead of a large file.
 
     Args:
-        path: the file.
-        content: its beginning.
+        path: path of the file.
+        content: first bytes of the file.
 
     Raises:
-        ConversionError: it is such a pointer.
+        ConversionError: the file is such a pointer.
     """
     if content.startswith(_LFS_START):
         raise ConversionError(
@@ -68,16 +68,16 @@ def refuse_lfs_pointer(path: Path, content: bytes) -> None:
 
 
 def parse_json(text: str) -> Any:
-    """json.loads without what other parsers refuse or understand differently.
+    """Parses JSON as json.loads does, but refuses what other parsers refuse or read differently.
 
     Raises:
-        ValueError: not JSON, a key that is there twice, half of a surrogate pair, an integer of
-            thousands of digits.
-        RecursionError: nested too deeply.
+        ValueError: the text is not JSON, has a key twice, half of a surrogate pair, or an integer
+            of thousands of digits.
+        RecursionError: the text is nested too deeply.
     """
     with without_garbage_collection():
         value = json.loads(text, object_pairs_hook=_unique_keys)
-    if _SURROGATE.search(text):  # of a pair, or alone
+    if _SURROGATE.search(text):  # it may be one of a pair, or alone
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -95,10 +95,10 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Pauses the collector while something large and free of cycles is built, such as JSON.
+    """Pauses the garbage collector while a large object without cycles is built, such as JSON.
 
-    A large tokenizer is 300,000 lists, which the collector would walk again and again as they grow:
-    more than half of the time that it takes to read one. Also a decorator.
+    A large tokenizer has 300,000 lists. The collector would visit them again and again while they
+    are built, which takes more than half of the reading time. This is also a decorator.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -115,16 +115,15 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def require_writable_output(out_dir: Path, source: Path | None = None) -> None:
-    """Refuses an output path that holds something, or that lies in what is read.
+    """Refuses an output path that is in use, or inside the input.
 
     Args:
-        out_dir: the output.
-        source: folder that the output is made of, if any.
+        out_dir: output directory.
+        source: input directory, if any.
 
     Raises:
-        ConversionError: `out_dir` is a file or below one, a directory that is not empty, the
-            current directory or a mount point, which no finished directory can replace, or is
-            inside `source`.
+        ConversionError: `out_dir` is a file or below one, is not empty, is inside `source`, or is
+            the current directory or a mount point (a finished directory cannot replace these).
     """
     if source is not None and source.resolve() in (out_dir.resolve(), *out_dir.resolve().parents):
         raise ConversionError(f"output {out_dir} is inside the input {source}; choose another path")
@@ -133,7 +132,7 @@ def require_writable_output(out_dir: Path, source: Path | None = None) -> None:
             raise ConversionError(
                 f"output {out_dir} exists and is not empty; choose another path or remove it"
             )
-        if out_dir.samefile("."):  # whoever stands in it would be left in a deleted folder
+        if out_dir.samefile("."):  # the user's shell would be in a deleted folder
             raise ConversionError(
                 f"output {out_dir} is the folder that this runs in; choose a folder in it"
             )
@@ -152,15 +151,15 @@ def require_writable_output(out_dir: Path, source: Path | None = None) -> None:
 def atomic_directory(out_dir: Path) -> Iterator[Path]:
     """Yields a temporary sibling directory that becomes `out_dir` when the block succeeds.
 
-    A process that is killed leaves a hidden `.NAME.partial-HOST-PID` sibling, never an `out_dir`
-    that looks complete; later conversions to the same place name it in the log. The disk is not
-    waited for: after a power failure files may be short, which readers tell from their sizes, and
-    what a conversion writes can be converted again.
+    A killed process leaves a hidden `.NAME.partial-HOST-PID` sibling, never an `out_dir` that looks
+    complete. Later conversions to the same place report the sibling in the log. This does not wait
+    for the disk: after a power failure files may be short. Readers detect this by their sizes, and
+    the conversion can be repeated.
 
     Raises:
         ConversionError: `out_dir` exists and is not empty.
-        OSError: it cannot be created; also an error of the block, which then names `out_dir` where
-            it named the temporary directory.
+        OSError: the directory cannot be created, or the block raised an OSError; its path then
+            names `out_dir` instead of the temporary directory.
     """
     require_writable_output(out_dir)
     given = out_dir
@@ -173,7 +172,7 @@ def atomic_directory(out_dir: Path) -> Iterator[Path]:
         require_writable_output(out_dir)
         raise_if_stopped()
         os.rename(partial, out_dir)  # replaces an empty directory, fails on any other
-    except BaseException as error:  # also Ctrl-C: nothing half-written stays behind
+    except BaseException as error:  # also for Ctrl-C: no incomplete output stays behind
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and isinstance(error.filename, str):
             error.filename = error.filename.replace(str(partial), str(given))
@@ -183,7 +182,7 @@ def atomic_directory(out_dir: Path) -> Iterator[Path]:
 def _create(partial: Path, prefix: str, out_dir: Path) -> None:
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        if partial.exists():  # of a killed process that had the same pid
+        if partial.exists():  # a killed process with the same pid has left it
             shutil.rmtree(partial)
         _report_left_overs(partial.parent, prefix)
         partial.mkdir()
@@ -205,7 +204,7 @@ def _report_left_overs(folder: Path, prefix: str) -> None:
 
 def sync_tree(root: Path) -> None:
     """Flushes every file and folder below `root` to disk."""
-    for path in sorted(root.rglob("*"), reverse=True):  # files before the folders that hold them
+    for path in sorted(root.rglob("*"), reverse=True):  # files before their folders
         _sync_path(path)
     _sync_path(root)
 

@@ -1,5 +1,4 @@
-"""Which kind of model a path holds, told from file names, and one text for a path with the wrong
-kind or none."""
+"""Finds by file names which kind of model a path has, and describes a path of the wrong kind."""
 
 import re
 import shlex
@@ -10,34 +9,34 @@ from megatron_opdlm.files.dcp_metadata import METADATA_FILE
 CONFIG_FILE = "config.json"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 CHECKPOINTS = "checkpoints"
-"""Checkpoint root in a run's folder."""
+"""Name of the checkpoint root in a run folder."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LISTED = 5
 
 
 def is_hf_directory(path: Path) -> bool:
-    """Whether it is a Hugging Face directory."""
+    """Returns whether a path is a Hugging Face directory."""
     return (path / CONFIG_FILE).is_file()
 
 
 def checkpoint_root(path: Path) -> Path:
-    """Returns where the checkpoints of a run's folder are; any other path as it is."""
+    """Returns the checkpoint root of a run folder, and any other path unchanged."""
     checkpoints = path / CHECKPOINTS
     return checkpoints if (checkpoints / LATEST_FILE).is_file() else path
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether it is a run's folder, a checkpoint's root, or the folder of one iteration."""
+    """Returns whether a path is a run folder, a checkpoint root, or an iteration folder."""
     root = checkpoint_root(path)
     return (root / LATEST_FILE).is_file() or (root / METADATA_FILE).is_file()
 
 
 def describe(path: Path) -> str:
-    """Says in one line what a path is that is not the kind of model that somebody needs.
+    """Returns one line about a path that does not have the needed kind of model.
 
     Args:
-        path: the path that was given; a Hugging Face directory only where a checkpoint is needed,
-            and the other way round.
+        path: path that the user gave. If it is a Hugging Face directory, a checkpoint is needed,
+            and the reverse.
     """
     quoted = shlex.quote(str(path))
     if is_hf_directory(path):

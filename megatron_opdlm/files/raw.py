@@ -1,4 +1,4 @@
-"""The memory of a tensor as bytes, files read straight into it, and files written from it."""
+"""Access to the memory of tensors as bytes, to read files into it and to write files from it."""
 
 from collections.abc import Iterator
 from io import FileIO
@@ -10,19 +10,19 @@ from torch import Tensor
 from megatron_opdlm.files.errors import ConversionError
 
 _BLOCK_BYTES = 2**20
-"""Largest single write. Linux caches what comes in one write in pages as large as that, and large
-pages are dear where memory is fragmented or, in a virtual machine, not yet the guest's: 1.2 GB took
-0.45 s in blocks of up to 1 MiB, and 1 to 5 s in larger ones."""
+"""Largest single write, in bytes. Linux caches one write in pages of up to its size. Large pages
+are slow if memory is fragmented, or not yet given to a virtual machine: 1.2 GB took 0.45 s in
+blocks of up to 1 MiB, and 1 to 5 s in larger ones."""
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor as writable bytes (numpy has no bfloat16)."""
+    """Returns the memory of a contiguous CPU tensor as writable bytes (numpy lacks bfloat16)."""
     flat = tensor.as_strided((tensor.numel(),), (1,))  # a single element may have any stride
     return flat.view(torch.uint8).numpy().data
 
 
 def runs(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor in the order of its elements, one contiguous range after another."""
+    """Yields the bytes of a tensor in the order of its elements, by contiguous ranges."""
     if tensor.is_contiguous():
         yield bytes_of(tensor)
     else:
@@ -34,7 +34,7 @@ def fill(file: FileIO, offset: int, buffer: memoryview) -> None:
     """Reads from `offset` on until `buffer` is full.
 
     Raises:
-        ConversionError: the file ends early (it shrank after its size was checked).
+        ConversionError: the file ends too early (it shrank after its size was checked).
     """
     file.seek(offset)
     filled = 0
@@ -46,18 +46,18 @@ def fill(file: FileIO, offset: int, buffer: memoryview) -> None:
 
 
 class BlockFile(FileIO):
-    """A new file; all that it is given is written, block by block."""
+    """A new file, which writes all given bytes block by block."""
 
     def __init__(self, path: Path) -> None:
         """Creates the file.
 
         Raises:
-            OSError: it exists or cannot be created.
+            OSError: the file exists or cannot be created.
         """
         super().__init__(path, "x")
 
     def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
-        """Appends bytes; returns how many."""
+        """Appends bytes; returns their number."""
         view, done = memoryview(data), 0
         while done < len(view):
             done += super().write(view[done : done + _BLOCK_BYTES])

@@ -1,8 +1,8 @@
-"""safetensors files, one tensor at a time in both directions.
+"""Reads and writes safetensors files, one tensor at a time.
 
-The safetensors library maps whole files (resident memory grows to the file's size) and writes only
-what is held in memory at once. The format is a length, a JSON header and raw bytes, so a converter
-that must stream reads and writes it itself; tests hold both directions against the library.
+The safetensors library maps whole files when it reads (resident memory grows to the size of the
+file), and needs all tensors in memory when it writes. The format is simple: a length, a JSON header
+and raw bytes. So this file reads and writes it directly; tests compare it with the library.
 """
 
 import json
@@ -31,12 +31,12 @@ _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies in its file."""
+    """Data type, shape and place of one tensor in its file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
-    """First byte, from the start of the file."""
+    """Position of the first byte, from the start of the file."""
 
     @property
     def nbytes(self) -> int:
@@ -45,17 +45,17 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Parses and check a safetensors header against the file's size.
+    """Parses a safetensors header, and checks it against the size of the file.
 
     Args:
-        path: the file.
+        path: path of the file.
 
     Returns:
-        Tensor name -> location.
+        The place of every tensor, by name.
 
     Raises:
-        ConversionError: git-LFS pointer, truncated file, malformed header, or not a float of 16 or
-            32 bits.
+        ConversionError: the file is a git-LFS pointer or truncated, the header is malformed, or a
+            tensor does not have floats of 16 or 32 bits.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -90,7 +90,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _parse_entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
-    """One header entry -> TensorInfo."""
+    """Returns the TensorInfo of one entry of the header."""
     malformed = ConversionError(f"{path}: malformed safetensors header entry for tensor {name!r}")
     if not isinstance(entry, dict):
         raise malformed
@@ -112,7 +112,7 @@ def _is_size_list(value: Any) -> TypeGuard[list[int]]:
 
 
 def _check_extents(path: Path, infos: Mapping[str, TensorInfo], start: int, size: int) -> None:
-    """Tensors must follow one another without holes and end where the file ends."""
+    """Refuses tensors that overlap, have holes between them, or do not end where the file ends."""
     end = start
     for name, info in sorted(infos.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != end:
@@ -130,15 +130,16 @@ def read_tensor(
 
     Args:
         file: the open safetensors file, unbuffered.
-        info: the tensor's entry of `read_header`.
-        rows: contiguous range of the first axis; None for all.
-        out: where the elements go, in their order; any shape and strides. None: fresh memory.
+        info: entry of the tensor, from `read_header`.
+        rows: contiguous range of the first axis; None for all rows.
+        out: tensor that gets the elements in their order, with any shape and strides; None makes a
+            new tensor.
 
     Returns:
-        The tensor, or `out`, in the stored dtype.
+        The tensor, or `out`, in the stored data type.
 
     Raises:
-        ConversionError: the file ends early (it shrank after its header was read).
+        ConversionError: the file ends too early (it shrank after its header was read).
     """
     offset, shape = info.offset, info.shape
     if rows is not None:
@@ -154,7 +155,7 @@ def read_tensor(
 
 
 class SafetensorsWriter:
-    """Writes one safetensors file whose tensors arrive one after another, in header order."""
+    """Writes one safetensors file. Its tensors are given one after the other, in header order."""
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
         """Writes the header.
@@ -185,6 +186,6 @@ class SafetensorsWriter:
         self._remaining -= tensor.nbytes
 
     def close(self) -> None:
-        """Closes the file; every byte the header promised must have been written."""
+        """Closes the file. All bytes of the header's tensors must have been written."""
         assert self._remaining == 0, f"{self._remaining} bytes short of the header"
         self._file.close()

@@ -1,7 +1,7 @@
-"""SIGINT, SIGTERM and SIGHUP as exceptions, so that what is half-written is cleared up.
+"""Turns SIGINT, SIGTERM and SIGHUP into exceptions, so that unfinished output is deleted.
 
-Batch systems, torchrun and closed terminals allow 30 seconds or more before they kill; deleting an
-unfinished output takes less.
+Batch systems, torchrun and closed terminals wait 30 seconds or more before they kill a process.
+Deleting an unfinished output takes less time.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from typing import NoReturn
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _received: list[int] = []
-"""The signal that ends the block of `stopped_by_signals`; empty outside."""
+"""The signal that ends the block of `stopped_by_signals`; empty outside of such a block."""
 
 
 @contextlib.contextmanager
 def stopped_by_signals(*, writes: bool = True) -> Iterator[None]:
-    """Ends a block by SystemExit(128 + number) when a signal arrives, and says so on stderr.
+    """Ends a block by SystemExit(128 + number) when a signal arrives, and reports it on stderr.
 
-    Further signals wait until the block has unwound; ignored ones stay ignored (nohup). Nothing
-    changes in a block within a block, nor in a thread, which may set no handler.
+    More signals have no effect until the block has ended. Ignored signals stay ignored (nohup). An
+    inner block of this kind has no effect, and neither has one in a thread, which may not set
+    signal handlers.
 
     Args:
-        writes: whether the block writes something, which it deletes when an exception leaves it.
+        writes: whether the block writes output, which it deletes when it ends by an exception.
     """
     before = {number: signal.getsignal(number) for number in _STOPPING}
     if not _in_main_thread() or _stop in before.values():
@@ -48,14 +49,14 @@ def stopped_by_signals(*, writes: bool = True) -> Iterator[None]:
             received = signal.Signals(_received.pop())
             end = f"; {left}" if writes else ""
             sys.stderr.write(f"\nerror: stopped by {received.name}{end}\n")
-            raise SystemExit(128 + received)  # also if C code lost the first, or made another of it
+            raise SystemExit(128 + received)  # C code may have lost or changed the first one
 
 
 def raise_if_stopped() -> None:
-    """Raises the SystemExit of a signal once more.
+    """Raises the SystemExit of a signal again.
 
-    C code that calls Python may lose an exception that a handler raises. What works for long calls
-    this now and then, and what makes an output appear calls it before.
+    C code that calls Python may lose an exception of a signal handler. So long-running code calls
+    this from time to time, and code that makes an output visible calls it before.
     """
     if _received:
         raise SystemExit(128 + _received[0])
@@ -63,7 +64,7 @@ def raise_if_stopped() -> None:
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     _received.append(number)
-    for each in _STOPPING:  # a second Ctrl-C must not stop the clearing up
+    for each in _STOPPING:  # a second Ctrl-C must not stop the cleanup
         if signal.getsignal(each) is _stop:
             signal.signal(each, signal.SIG_IGN)
     raise SystemExit(128 + number)
@@ -71,7 +72,7 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 @contextlib.contextmanager
 def ended_by_interrupt() -> Iterator[None]:
-    """Ends the process at once on SIGINT: for imports, in which exceptions are lost most often."""
+    """Ends the process at once on SIGINT. It is for imports, which often lose exceptions."""
     before = signal.getsignal(signal.SIGINT)
     if not _in_main_thread() or before in (signal.SIG_IGN, None):
         yield

@@ -1,12 +1,12 @@
 """Core attention over tags: the module that replaces `core_attention` in Megatron's layer specs.
 
-Megatron hands its `attention_mask` argument through untouched, so it carries the tags [S, 4] of the
-stream (stream.py). What else a forward pass needs travels in `packed_seq_params` as an
-`AttentionPlan`: which queries meet which keys, or the KV cache when decoding. The module itself
-keeps nothing between calls, so 1F1B may interleave microbatches and recompute may run late.
+Megatron passes its `attention_mask` argument on unchanged, so it is used for the tags [S, 4] of the
+stream (stream.py). The argument `packed_seq_params` is used for the other input of a forward pass,
+an `AttentionPlan`: the pairs of queries and keys, or the KV cache in decoding. The module keeps
+nothing between calls. So 1F1B may interleave microbatches, and recomputation may run later.
 
-Two implementations of the same predicate: tiles (tiles.py: CPU, and the reference), and compiled
-FlexAttention with a block mask (flex.py: CUDA).
+There are two implementations of the same predicate: tiles (tiles.py, for CPUs and as the
+reference), and compiled FlexAttention with a block mask (flex.py, for CUDA).
 
 Shape letters: S stream tokens, N query heads, M key/value heads, D head size."""
 
@@ -24,39 +24,43 @@ from megatron_opdlm.model.tiles import Tile, make_tiles, tiled_attention
 
 
 class DecodeCache(Protocol):
-    """What attention needs of a KV cache: see rollout/cache.py."""
+    """The part of a KV cache that attention uses: see rollout/cache.py."""
 
     def attend(
         self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
-        """Stores the keys and values of a pass and returns the attention output [S, N, D]."""
+        """Stores the keys and values [S, M, D] of a pass; returns its attention output [S, N, D].
+
+        `query` is [S, N, D].
+        """
 
 
 @dataclass
 class AttentionPlan(PackedSeqParams):
-    """Travels with one forward pass through Megatron's layers as `packed_seq_params`.
+    """The attention plan of one forward pass. Megatron's layers pass it as `packed_seq_params`.
 
-    `qkv_format` stays None, so Megatron treats the stream as one sequence and applies RoPE with the
-    positions that it is given.
+    `qkv_format` stays None. So Megatron treats the stream as one sequence, and applies RoPE with
+    the given positions.
     """
 
     tags: Tensor | None = None
-    """[S, 4] int64, the tags of the stream."""
+    """[S, 4] int64, tags of the stream."""
     cache: DecodeCache | None = None
-    """Decode against this cache instead of within the stream."""
+    """Cache to attend against; None attends within the stream."""
     _tiles: list[Tile] | None = field(default=None, repr=False)
     _block_mask: Any = field(default=None, repr=False)
 
     def tiles(self) -> list[Tile]:
-        """Returns the tiles of the stream, made at the first call and shared by all layers."""
+        """Returns the tiles of the stream. The first call makes them, and all layers share them."""
         if self._tiles is None:
             assert self.tags is not None
             self._tiles = make_tiles(self.tags)
         return self._tiles
 
     def block_mask(self) -> Any:
-        """Returns FlexAttention's block mask of the stream, made at the first call and shared by
-        all layers.
+        """Returns FlexAttention's block mask of the stream.
+
+        The first call makes it, and all layers share it.
         """
         if self._block_mask is None:
             assert self.tags is not None
@@ -67,9 +71,9 @@ class AttentionPlan(PackedSeqParams):
 def stream_attention(
     query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float
 ) -> Tensor:
-    """Attention of a stream with itself: FlexAttention on CUDA, tiles elsewhere.
+    """Returns the attention of a stream with itself: FlexAttention on CUDA, tiles elsewhere.
 
-    The contract of `tiled_attention`, with `plan.tags` in place of the tiles.
+    Shapes and result are those of `tiled_attention`; `plan.tags` replaces the tiles.
     """
     if query.is_cuda:
         return flex_attention(query, key, value, plan.block_mask(), scale)
@@ -77,10 +81,11 @@ def stream_attention(
 
 
 class TagAttention(torch.nn.Module):
-    """Drop-in `core_attention` of Megatron's local and Transformer Engine layer specs.
+    """Replacement of `core_attention` in Megatron's local and Transformer Engine layer specs.
 
-    Heads are sharded over the tensor-parallel group by the projections around it; this module uses
-    no collective."""
+    The projections around it shard heads over the tensor-parallel group. This module uses no
+    collective.
+    """
 
     def __init__(
         self,
@@ -91,9 +96,9 @@ class TagAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         **unused: Any,
     ) -> None:
-        """Takes what Megatron's attention layer gives to its core.
+        """Takes the arguments that Megatron's attention layer gives to its core.
 
-        The arguments that concern other cores are unused.
+        Arguments for other kinds of attention are ignored.
         """
         super().__init__()
         self.layer_number = layer_number
@@ -112,13 +117,13 @@ class TagAttention(torch.nn.Module):
         """Attends over a stream, or against the KV cache of the plan.
 
         Args:
-            query: [S, 1, N_local, D] after QK-norm and RoPE.
-            key: [S, 1, M_local, D] after QK-norm and RoPE.
-            value: [S, 1, M_local, D].
-            attention_mask: [S, 4] int64 tags of the stream.
-            attn_mask_type: unused; the tags say everything.
+            query: [S, 1, N_local, D], queries after QK-norm and RoPE.
+            key: [S, 1, M_local, D], keys after QK-norm and RoPE.
+            value: [S, 1, M_local, D], values.
+            attention_mask: [S, 4] int64, tags of the stream.
+            attn_mask_type: ignored; the tags determine the mask.
             attention_bias: must be None.
-            packed_seq_params: the plan of this forward pass; made from the tags if absent.
+            packed_seq_params: attention plan of this forward pass; None makes it from the tags.
 
         Returns:
             [S, 1, N_local * D].

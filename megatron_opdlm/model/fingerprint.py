@@ -1,9 +1,9 @@
-"""A short number that tells weights apart, whatever the layout that they are spread over.
+"""Fingerprints: short numbers that distinguish weights, independent of their parallel layout.
 
-Every element's bits are multiplied by a factor of its place in the whole tensor, and the products
-summed modulo a prime. Integer sums have no order, so shards of any layout add up to the same. One
-changed element always changes the sum of its tensor; two that change places almost always do, for
-the factors of two places may coincide.
+The bits of every element are multiplied by a factor that depends on its place in the whole tensor,
+and the products are summed modulo a prime. The order of integer sums does not matter, so shards of
+any layout have the same total. One changed element always changes the sum of its tensor. Two
+swapped elements almost always change it; they do not if the factors of the two places are equal.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _CHUNK_CELLS = 2**20
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a model's weights are, on all ranks."""
+    """Fingerprint of a whole model's weights; the same on all ranks."""
 
     digest: int
-    """48 bits, a function of the weights in their number format."""
+    """48-bit number, a function of the weights in their number format."""
     num_parameters: int
-    """Of the whole model, padding of the vocabulary and copies left out."""
+    """Number of parameters of the whole model, without padding of the vocabulary and copies."""
     not_finite: tuple[str, ...]
     """Names of tensors with NaN or infinity."""
 
@@ -49,7 +49,7 @@ class Fingerprint:
         """Refuses weights with NaN or infinity.
 
         Raises:
-            ValueError: naming model and tensor.
+            ValueError: there are some; the message names model and tensor.
         """
         if self.not_finite:
             more = f" and {len(self.not_finite) - 1} more" if len(self.not_finite) > 1 else ""
@@ -61,16 +61,16 @@ class Fingerprint:
 
 @torch.no_grad()
 def fingerprint(model: BlockDiffusionModel, hf: HFConfig) -> Fingerprint:
-    """Reads all weights of a model. Call on all ranks.
+    """Computes the fingerprint of a model from all its weights. Call on all ranks.
 
     Collectives: one gather of a few numbers per tensor over the whole job.
 
     Args:
         model: this rank's shard, bfloat16 or float32.
-        hf: hyperparameters of the whole.
+        hf: hyperparameters of the whole model.
 
     Raises:
-        ValueError: ranks that hold the same part of a tensor hold different values.
+        ValueError: two ranks hold different values of the same part of a tensor.
     """
     state: Any = {
         name: part for name, part in model.sharded_state_dict().items() if _is_weight(name)
@@ -118,7 +118,7 @@ def _combine(parts: list[dict[Any, tuple[int, bool, int]]]) -> Fingerprint:
 
 
 def _sum(data: Tensor, offset: tuple[int, ...]) -> tuple[int, bool]:
-    """The weighted sum of a part of a tensor, and whether all of it is finite."""
+    """Returns the weighted sum of a part of a tensor, and whether all elements are finite."""
     first = dict(zip(range(-1, -len(offset) - 1, -1), reversed(offset), strict=True))
     layer = first.get(-3, 0) if data.dim() == 2 else first.get(-2, 0)
     matrix = data.view(1, -1) if data.dim() == 1 else data

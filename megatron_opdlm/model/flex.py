@@ -1,4 +1,4 @@
-"""FlexAttention over tags: what a GPU runs instead of tiles (tiles.py).
+"""FlexAttention over tags, which GPUs run instead of tiles (tiles.py).
 
 Shape letters: S stream tokens, n squares along one side of the mask, N query heads, M key/value
 heads, D head size."""
@@ -19,11 +19,12 @@ FLEX_BLOCK = 128
 def make_block_mask(tags: Tensor) -> Any:
     """Builds FlexAttention's sparse block mask from the tags, without a mask over pairs of tokens.
 
-    A FLEX_BLOCK x FLEX_BLOCK square is skipped if the ranges of its tags rule out every pair,
-    computed without the mask if they rule in every pair, and masked pair by pair otherwise.
+    The mask is divided into squares of FLEX_BLOCK x FLEX_BLOCK pairs. If the ranges of its tags
+    show that no pair is visible, a square is skipped. If they show that all pairs are visible, it
+    is computed without a mask. Otherwise it is masked pair by pair.
 
     Args:
-        tags: [S, 4] int64.
+        tags: [S, 4] int64, tags of the stream.
 
     Returns:
         A `BlockMask` over [1, 1, S, S].
@@ -33,8 +34,8 @@ def make_block_mask(tags: Tensor) -> Any:
     documents, states, blocks = tags[:, DOCUMENT], tags[:, NOISY], tags[:, BLOCK]
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        # `visible` for scalars: FlexAttention traces one query and one key. A test holds the two
-        # equal.
+        # This is `visible` for scalars: FlexAttention traces one query and one key. A test checks
+        # that both are equal.
         same_block = blocks[key] == blocks[query]
         earlier = (blocks[key] < blocks[query]) | (same_block & (states[query] == 0))
         clean_key = (states[key] == 0) & earlier
@@ -50,7 +51,7 @@ def make_block_mask(tags: Tensor) -> Any:
 
 
 def _square_visibility(tags: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns [n, n] bool twice: squares that may hold a visible pair, and squares full of them."""
+    """Returns two [n, n] bool: squares that may have a visible pair, and squares that are full."""
     num_squares = -(-len(tags) // FLEX_BLOCK)
     missing = num_squares * FLEX_BLOCK - len(tags)
     whole = torch.cat([tags, tags[-1:].expand(missing, -1)]).view(num_squares, FLEX_BLOCK, 4)
@@ -60,9 +61,9 @@ def _square_visibility(tags: Tensor) -> tuple[Tensor, Tensor]:
     same_document_possible = (query_low[..., DOCUMENT] <= key_high[..., DOCUMENT]) & (
         key_low[..., DOCUMENT] <= query_high[..., DOCUMENT]
     )
-    # A visible key is never of a later block than its query.
+    # A visible key is never in a later block than its query.
     some = same_document_possible & (key_low[..., BLOCK] <= query_high[..., BLOCK])
-    # Noisy keys are for noisy queries of their own state and block.
+    # A noisy key is visible only to noisy queries of the same state and block.
     all_noisy_keys = key_low[..., NOISY] >= 1
     unused = (query_high[..., NOISY] < key_low[..., NOISY]) | (
         query_low[..., NOISY] > key_high[..., NOISY]
@@ -76,22 +77,22 @@ def _square_visibility(tags: Tensor) -> tuple[Tensor, Tensor]:
     )
     all_clean_keys = key_high[..., NOISY] == 0
     every = one_document & all_clean_keys & (key_high[..., BLOCK] < query_low[..., BLOCK])
-    if missing:  # the last square is not whole: masked pair by pair
+    if missing:  # the last square is incomplete, and so must be masked pair by pair
         every[-1, :] = False
         every[:, -1] = False
     return some, every
 
 
 def _listed(squares: Tensor) -> tuple[Tensor, Tensor]:
-    """Turns [n, n] bool into FlexAttention's lists: counts [1, 1, n] and indices [1, 1, n, n]."""
+    """Returns FlexAttention's lists for [n, n] bool: counts [1, 1, n], indices [1, 1, n, n]."""
     counts = squares.sum(-1, dtype=torch.int32)
     indices = torch.argsort(squares.int(), dim=-1, descending=True, stable=True).int()
     return counts[None, None], indices[None, None]
 
 
 GRAPHS = 64
-"""So many kinds of inputs are compiled in one process. Student and teacher make up to three each,
-and torch stops at 8."""
+"""Most kinds of inputs that are compiled in one process. Student and teacher have up to three each;
+torch's own limit is 8."""
 
 
 @functools.cache
@@ -100,20 +101,20 @@ def _compiled_flex_attention() -> Any:
     import torch.fx.experimental._config as symbols
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Else torch takes sizes that are equal in the first stream, as its squares and the heads, for
-    # one size, and compiles again when they part.
+    # Without this, torch treats sizes that are equal in the first stream (such as the number of
+    # squares and of heads) as one size, and compiles again when they differ.
     symbols.use_duck_shape = False
     compiler.recompile_limit = max(GRAPHS, compiler.recompile_limit)
-    # An error beyond that, not FlexAttention uncompiled, whose scores are as large as the mask.
+    # fullgraph: beyond the limit raise an error. Uncompiled FlexAttention would keep all scores.
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def flex_attention(
     query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scale: float
 ) -> Tensor:
-    """Attention of a stream with itself through compiled FlexAttention.
+    """Returns the attention of a stream with itself, by compiled FlexAttention.
 
-    The same contract as `tiled_attention`.
+    Shapes and result are those of `tiled_attention`; `block_mask` replaces the tiles.
     """
     output = _compiled_flex_attention()(
         query.transpose(0, 1).unsqueeze(0),

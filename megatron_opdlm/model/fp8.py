@@ -1,5 +1,6 @@
-"""What FP8 matrix products ask of shapes and GPUs: Transformer Engine quantises whole groups of
-numbers, and the tensor cores must know the format.
+"""Requirements of FP8 matrix products on shapes and GPUs.
+
+Transformer Engine quantises whole groups of numbers, and the tensor cores must support the format.
 """
 
 from __future__ import annotations
@@ -9,23 +10,24 @@ import torch
 from megatron_opdlm.model.hf_config import HFConfig
 
 ALIGNMENT = {"tensorwise": 16, "delayed": 16, "blockwise": 128}
-"""Every dimension of a matrix product is a multiple of this, by recipe. 16: cuBLAS' FP8 kernels;
-128: the blocks that share a scale (Transformer Engine, FP8 blockwise scaling)."""
+"""For each recipe, every dimension of a matrix product must be a multiple of this number. cuBLAS'
+FP8 kernels need 16; blocks that share a scale have 128 (Transformer Engine's blockwise scaling)."""
 ADA, HOPPER = (8, 9), (9, 0)
-"""Compute capabilities of the first GPUs with FP8, and of the first with blocks of scales."""
+"""Compute capability of the first GPUs with FP8, and of the first with blockwise scaling."""
 BLOCKWISE_CUDA = (12, 9)
-"""The first CUDA whose cuBLAS has products for `blockwise`."""
+"""First CUDA version whose cuBLAS has matrix products for `blockwise`."""
 
 
 def check_fp8_device(recipe: str) -> None:
-    """Refuses FP8 on a GPU that has no kernels for it, as Transformer Engine would in its first
-    matrix product. Needs a CUDA device.
+    """Refuses FP8 on a GPU that has no kernels for it. Needs a CUDA device.
+
+    Otherwise Transformer Engine would refuse it in the first matrix product.
 
     Args:
-        recipe: one of ALIGNMENT.
+        recipe: a name of ALIGNMENT.
 
     Raises:
-        ValueError: naming field, value, rule and fix.
+        ValueError: there are no kernels; the message names field, value, rule and fix.
     """
     is_blockwise = recipe == "blockwise"
     needed = HOPPER if is_blockwise else ADA
@@ -52,15 +54,15 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def check_fp8_fit(hf: HFConfig, *, recipe: str, tp_size: int) -> None:
-    """Checks that every rank's matrices have dimensions that FP8 can have.
+    """Checks that every rank's matrices have dimensions that are possible in FP8.
 
     Args:
-        hf: hyperparameters.
-        recipe: one of ALIGNMENT.
+        hf: hyperparameters of the model.
+        recipe: a name of ALIGNMENT.
         tp_size: tensor-parallel size.
 
     Raises:
-        ValueError: naming field, value, rule and fix.
+        ValueError: a dimension is not; the message names field, value, rule and fix.
     """
     alignment = ALIGNMENT[recipe]
     heads, groups = hf.num_attention_heads // tp_size, hf.num_query_groups // tp_size

@@ -1,9 +1,9 @@
 """Dense Qwen and Llama models on Megatron's `GPTModel`, with our core attention over tags.
 
-Construction, parameter names and the forward pass of the network stay behind this file and
-`convert/`.
+Only this file and `convert/` know the construction, the parameter names and the forward pass of the
+network.
 
-Shape letters: S stream tokens, T rows, D hidden, V vocab; V_local = padded V / tensor-parallel
+Shape letters: S stream tokens, T loss rows, D hidden, V vocab; V_local = padded V / tensor-parallel
 size."""
 
 from __future__ import annotations
@@ -45,41 +45,42 @@ from megatron_opdlm.model.rope import inverse_frequencies
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """How a model is built, apart from its hyperparameters. Names are Megatron's."""
+    """Options of building a model, besides its hyperparameters. The names are Megatron's."""
 
     layer_spec: str = "local"
     """"local" or "transformer_engine"."""
     params_dtype: torch.dtype = torch.float32
-    """Dtype of weights and activations."""
+    """Data type of weights and activations."""
     sequence_parallel: bool = False
-    """Shard activations between layers over the tensor-parallel group."""
+    """Whether activations between layers are sharded over the tensor-parallel group."""
     fp8: str | None = None
-    """None, "hybrid" or "e4m3"; needs Transformer Engine."""
+    """FP8 format of matrix products: None, "hybrid" or "e4m3". FP8 needs Transformer Engine."""
     fp8_recipe: str = "tensorwise"
     """Transformer Engine's scaling recipe."""
     recompute_granularity: str | None = None
-    """None, "selective" or "full"."""
+    """Activations to recompute in the backward pass: None, "selective" or "full"."""
     apply_rope_fusion: bool = False
-    """Rotate queries and keys in one kernel; needs Transformer Engine."""
+    """Whether queries and keys are rotated in one kernel, which needs Transformer Engine."""
     bias_swiglu_fusion: bool = False
-    """Compile SwiGLU into one kernel."""
+    """Whether SwiGLU is compiled into one kernel."""
     gradient_accumulation_fusion: bool = False
-    """Add weight gradients to `main_grad` in the matrix product; needs Transformer Engine's
-    layers."""
+    """Whether weight gradients are added to `main_grad` inside the matrix product, which needs
+    Transformer Engine's layers."""
     make_vocab_size_divisible_by: int = 128
-    """The embedding is padded to a multiple of this x TP."""
+    """The embedding is padded to a multiple of this times the tensor-parallel size."""
 
 
 class RMSNorm(torch.nn.Module):
-    """RMSNorm for the local layer spec that also works under sequence parallel.
+    """RMSNorm for the local layer spec that also works with sequence parallelism.
 
-    Megatron's wrapped torch norm refuses sequence parallel. This one marks its weight, so that
-    Megatron sums its gradient over the tensor-parallel group. The mean square is taken in fp32."""
+    Megatron's wrapper of torch's norm refuses sequence parallelism. This class marks its weight, so
+    that Megatron sums the weight's gradient over the tensor-parallel group. The mean square is
+    computed in float32."""
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any
     ) -> None:
-        """Makes the weight [hidden_size]; arguments that concern other norms are unused."""
+        """Makes the weight [hidden_size]. Arguments for other norms are ignored."""
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(
@@ -88,7 +89,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Normalises the last dimension; [..., D] in, [..., D] out, same dtype."""
+        """Normalises the last dimension of [..., D]; the result has the same shape and dtype."""
         normed = F.rms_norm(hidden.float(), (hidden.shape[-1],), eps=self.eps)
         return normed.to(hidden.dtype) * self.weight
 
@@ -96,8 +97,8 @@ class RMSNorm(torch.nn.Module):
 class BlockDiffusionModel(GPTModel):
     """`GPTModel` whose forward pass takes a tagged stream and returns hidden states.
 
-    The LM head is applied apart, by `logits`, to the rows that need it. Student and teacher are
-    both of this class: block size 1 tags make it causal."""
+    The method `logits` applies the LM head separately, to the rows that need it. Both student and
+    teacher are of this class: tags of block size 1 make the model causal."""
 
     vocab_size_unpadded: int
     tp_group: torch.distributed.ProcessGroup
@@ -109,11 +110,11 @@ class BlockDiffusionModel(GPTModel):
         Args:
             token_ids: [S] int64; only the first stage reads them.
             tags: [S, 4] int64, see stream.py.
-            plan: attention plan; made from the tags if absent, and shared by all layers.
+            plan: attention plan, which all layers share; None makes it from the tags.
 
         Returns:
-            [S, 1, D] hidden states, after the final norm on the last stage; [S / TP, 1, D] under
-            sequence parallel. Collectives: those of the tensor-parallel layers.
+            [S, 1, D] hidden states, after the final norm on the last stage; [S / TP, 1, D] with
+            sequence parallelism. Collectives: those of the tensor-parallel layers.
         """
         plan = plan or AttentionPlan(tags=tags)
         embedded = None
@@ -127,27 +128,27 @@ class BlockDiffusionModel(GPTModel):
         )
 
     def _rotary_angles(self, positions: Tensor) -> Tensor:
-        """RoPE angles at explicit positions: [S] int64 in, [S, 1, 1, kv_channels] float32 out."""
+        """Returns RoPE angles [S, 1, 1, kv_channels] float32 at positions [S] int64."""
         angles = torch.outer(positions.float(), self.inverse_frequency)
         return torch.cat([angles, angles], dim=-1)[:, None, None, :]
 
     def select_rows(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Gathers the rows of a stream that meet the LM head. Last stage only.
+        """Gathers the rows of a stream that the LM head is applied to. Last stage only.
 
         Args:
-            hidden: what `forward` returned.
+            hidden: hidden states from `forward`.
             rows: [T] int64, stream indices.
 
         Returns:
-            [T, D], replicated over the tensor-parallel group. Backward sums the ranks' partial
-            gradients: reduce-scatter under sequence parallel, else all-reduce.
+            [T, D], replicated over the tensor-parallel group. The backward pass sums the ranks'
+            partial gradients: by reduce-scatter with sequence parallelism, else by all-reduce.
         """
         if self.config.sequence_parallel:
             whole = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=self.tp_group
             )
             return whole[:, 0][rows]
-        # Selected first: the backward all-reduce then moves T rows, not S.
+        # Select first, so that the all-reduce of the backward pass moves T rows instead of S.
         return copy_to_tensor_model_parallel_region(hidden[:, 0][rows], group=self.tp_group)
 
     def logits(self, rows: Tensor) -> Tensor:
@@ -158,14 +159,14 @@ class BlockDiffusionModel(GPTModel):
 
         Returns:
             [T, V_local] in params_dtype: columns [tp_rank * V_local, (tp_rank + 1) * V_local) of
-            the padded vocabulary. No collectives.
+            the padded vocabulary. It uses no collectives.
         """
         return F.linear(rows, self.head_weight())
 
     def head_weight(self) -> Tensor:
         """Returns this rank's shard of the LM head, [V_local, D].
 
-        The embedding's where they are tied.
+        With tied weights it is the weight of the embedding.
         """
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
@@ -173,12 +174,12 @@ class BlockDiffusionModel(GPTModel):
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine's layers can run here."""
+    """Returns whether Transformer Engine's layers can run here."""
     return torch.cuda.is_available() and find_spec("transformer_engine") is not None
 
 
 def require_transformer_engine(layer_spec: str) -> None:
-    """Refuses the Transformer Engine layers where they cannot run."""
+    """Refuses Transformer Engine's layers if they cannot run here."""
     if layer_spec == "transformer_engine" and not has_transformer_engine():
         raise ValueError(
             "layer_spec=transformer_engine needs a CUDA device and the package "
@@ -188,39 +189,39 @@ def require_transformer_engine(layer_spec: str) -> None:
 
 
 def stream_multiple(options: BuildOptions, tp_size: int) -> int:
-    """Returns what the length of any stream must be a multiple of for these layers."""
+    """Returns the number of which the length of every stream must be a multiple."""
     multiple = ALIGNMENT[options.fp8_recipe] if options.fp8 else 1
     return multiple * (tp_size if options.sequence_parallel else 1)
 
 
 def training_stream_multiple(options: BuildOptions, tp_size: int) -> int:
-    """Returns what the length of a training stream must be a multiple of.
+    """Returns the number of which the length of a training stream must be a multiple.
 
-    On CUDA those go through FlexAttention, whose compiled kernel shall see whole squares only.
+    On CUDA the compiled kernel of FlexAttention must see only whole squares.
     """
     squares = FLEX_BLOCK if torch.cuda.is_available() else 1
     return math.lcm(stream_multiple(options, tp_size), squares)
 
 
 def padded_vocab_size(vocab_size: int, *, divisor: int, tp_size: int) -> int:
-    """Returns the rows of the embedding over all tensor-parallel ranks.
+    """Returns the number of embedding rows over all tensor-parallel ranks.
 
-    151936 gives 152576 at TP 8.
+    For example, 151936 becomes 152576 with 8 ranks and divisor 128.
     """
     return round_up(vocab_size, divisor * tp_size)
 
 
 def check_parallel_fit(hf: HFConfig, *, tp_size: int, pp_size: int, prefix: str = "") -> None:
-    """Checks that a model can be cut this way.
+    """Checks that a model can be divided into these parallel sizes.
 
     Args:
-        hf: its hyperparameters.
+        hf: hyperparameters of the model.
         tp_size: tensor-parallel size.
         pp_size: pipeline-parallel size.
-        prefix: of the keys that give these sizes, e.g. "teacher_".
+        prefix: prefix of the keys of these sizes, e.g. "teacher_".
 
     Raises:
-        ValueError: naming field, value, rule and fix.
+        ValueError: it cannot be divided; the message names field, value, rule and fix.
     """
     for name, value in (
         ("num_key_value_heads", hf.num_query_groups),
@@ -271,10 +272,10 @@ def transformer_config(
         params_dtype=options.params_dtype,
         pipeline_dtype=options.params_dtype,
         bf16=bf16,
-        # Microbatches are packed streams of their own lengths.
+        # Microbatches are packed streams of different lengths.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # unused; the default one refuses variable lengths
-        # The loss carries its own global denominator; Megatron must not divide it again.
+        # The loss weights already contain the denominator; Megatron must not divide again.
         calculate_per_token_loss=True,
         apply_rope_fusion=options.apply_rope_fusion,
         bias_activation_fusion=options.bias_swiglu_fusion,
@@ -292,7 +293,7 @@ def transformer_config(
 def _block_spec(
     config: TransformerConfig, layer_spec: str, pp_rank: int
 ) -> TransformerBlockSubmodules:
-    """Returns the spec of this stage's layers, with our attention and, locally, our norm."""
+    """Returns the spec of this stage's layers, with our attention (and our norm if local)."""
     num_layers = get_num_layers_to_build(config, pp_rank=pp_rank)
     require_transformer_engine(layer_spec)
     if layer_spec == "transformer_engine":
@@ -314,10 +315,10 @@ def _block_spec(
 
 
 def _fuse_gradient_accumulation(model: BlockDiffusionModel) -> None:
-    """Has Transformer Engine's layers add weight gradients to `main_grad` themselves.
+    """Makes Transformer Engine's layers add weight gradients to `main_grad` themselves.
 
-    Megatron's own flag would ask it of the LM head as well, which needs Apex for it though it is
-    never applied as a layer here. Norms and embedding go the usual way.
+    Megatron's own flag would also apply to the LM head. The head would then need Apex, although it
+    is never called as a layer here. Norms and embedding stay as they are.
     """
     fused = [module for module in model.modules() if hasattr(module, "fuse_wgrad_accumulation")]
     assert fused, "checked with the configuration: the layers are Transformer Engine's"
@@ -328,18 +329,18 @@ def _fuse_gradient_accumulation(model: BlockDiffusionModel) -> None:
 def build_model(
     hf: HFConfig, options: BuildOptions, parallel: ParallelState
 ) -> BlockDiffusionModel:
-    """Builds this process's shard of the network, with weights yet to be loaded.
+    """Builds this process's shard of the network. Its weights must still be loaded.
 
     Args:
-        hf: hyperparameters.
-        options: how to build it.
+        hf: hyperparameters of the model.
+        options: build options.
         parallel: process groups.
 
     Returns:
         The model on the current device.
 
     Raises:
-        ValueError: if the model cannot be cut this way.
+        ValueError: the model cannot be divided into these parallel sizes.
     """
     check_parallel_fit(hf, tp_size=parallel.tp_size, pp_size=parallel.pp_size)
     config = transformer_config(hf, options, parallel)
@@ -363,7 +364,7 @@ def build_model(
     model = model.cuda()
     if options.gradient_accumulation_fusion:
         _fuse_gradient_accumulation(model)
-    # Ours in place of Megatron's, whose scaling fixes three of Llama 3.1's four numbers.
+    # Our frequencies replace Megatron's, whose scaling has three of Llama 3.1's four numbers fixed.
     model.inverse_frequency = inverse_frequencies(
         width=hf.kv_channels, theta=hf.rope_theta, scaling=hf.rope_scaling
     ).to(torch.cuda.current_device())

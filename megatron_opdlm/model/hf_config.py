@@ -1,9 +1,9 @@
-"""A Hugging Face `config.json`, read strictly: whatever is not implemented is refused by name.
+"""Reads a Hugging Face `config.json` strictly: features that are not implemented are refused.
 
 transformers 4 and 5 spell the same model differently (`rope_theta` / `rope_parameters`,
-`torch_dtype` / `dtype`) and fill in silent defaults for what they do not find. A wrong RoPE theta
-loads without a warning and produces noise, so nothing that shapes the model is defaulted here
-unless transformers' class for the family defines the default.
+`torch_dtype` / `dtype`), and silently use defaults for missing keys. A model with a wrong RoPE
+theta loads without a warning and produces noise. So a key that shapes the model has a default here
+only if transformers' class for the family defines this default.
 """
 
 import logging
@@ -32,12 +32,12 @@ DTYPES: dict[str, torch.dtype] = {
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _SCALING_KEYS = tuple(field.name for field in fields(RopeScaling))
 SHIFT_KEYS = ("right_shift_logits", "shift_logits", "arm_shift", "student_arm_shift")
-"""Keys by which block-diffusion code says that its logits are shifted; never so here."""
+"""Keys with which block-diffusion code says that its logits are shifted. Here they never are."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HFConfig:
-    """Hyperparameters of one dense decoder, under Megatron's names where Megatron has one."""
+    """Hyperparameters of a dense decoder. The names are Megatron's if Megatron has one."""
 
     family: str
     """Name of the tensor table in `model/families`; equals the HF `model_type`."""
@@ -48,7 +48,7 @@ class HFConfig:
     num_query_groups: int
     """Key/value heads (HF `num_key_value_heads`)."""
     kv_channels: int
-    """Width of one head (HF `head_dim`); need not be hidden_size / num_attention_heads."""
+    """Width of one head (HF `head_dim`); it may differ from hidden_size / num_attention_heads."""
     vocab_size: int
     """Rows of the embedding in the HF checkpoint, without Megatron's padding."""
     rope_theta: float
@@ -57,9 +57,9 @@ class HFConfig:
     max_position_embeddings: int
     initializer_range: float
     dtype: str
-    """'float32', 'bfloat16' or 'float16': what config.json declares."""
+    """Data type that config.json declares: 'float32', 'bfloat16' or 'float16'."""
     eos_token_ids: tuple[int, ...]
-    """Ids that end a response: config.json's first, then others of generation_config.json."""
+    """Ids that end a response: those of config.json, then others of generation_config.json."""
     pad_token_id: int | None
     bos_token_id: int | None
     rope_scaling: RopeScaling | None = None
@@ -107,24 +107,24 @@ class HFConfig:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """`dtype` as torch spells it."""
+        """The data type as a torch.dtype."""
         return DTYPES[self.dtype]
 
     def to_json_dict(self) -> dict[str, Any]:
-        """The dataclass as JSON values; `from_json_dict` is its inverse."""
+        """Returns the hyperparameters as JSON values; `from_json_dict` is the inverse."""
         return asdict(self) | {"eos_token_ids": list(self.eos_token_ids)}
 
     @classmethod
     def from_json_dict(cls, values: dict[str, Any]) -> "HFConfig":
-        """Rebuilds from `to_json_dict`'s output.
+        """Returns the hyperparameters from the result of `to_json_dict`.
 
         Raises:
-            ConversionError: unknown, missing or invalid field.
+            ConversionError: a field is unknown, missing or invalid.
         """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConversionError(f"model description has unknown fields {unknown}")
-        if missing := sorted(known - set(values) - {"rope_scaling"}):  # younger than the others
+        if missing := sorted(known - set(values) - {"rope_scaling"}):  # absent in old checkpoints
             raise ConversionError(f"model description lacks fields {missing}")
         eos, scaling = values["eos_token_ids"], values.get("rope_scaling")
         if not isinstance(eos, list):
@@ -148,7 +148,7 @@ _POSITIVE_INTS = {
     "max_position_embeddings": "max_position_embeddings",
 }
 _HF_KEYS = {field: key for key, field in _POSITIVE_INTS.items()}
-_MOST_LAYERS = 4096  # beyond any model; tables with a row per layer must stay small
+_MOST_LAYERS = 4096  # more than any model has; tables with a row per layer must stay small
 _LARGEST_SIZE = 2**31 - 1
 
 
@@ -159,11 +159,11 @@ def read_config(hf_dir: str | Path) -> HFConfig:
         hf_dir: directory with config.json.
 
     Returns:
-        The hyperparameters that `model/gpt.py` builds a GPTModel from.
+        The hyperparameters from which `model/gpt.py` builds a model.
 
     Raises:
-        ConversionError: no Hugging Face directory, malformed file, unknown family, a feature that
-            is not there.
+        ConversionError: the path is not a Hugging Face directory, a file is malformed, the family
+            is unknown, or a feature is not implemented.
     """
     path = Path(hf_dir) / CONFIG_FILE
     if not path.exists():
@@ -178,10 +178,10 @@ def read_config(hf_dir: str | Path) -> HFConfig:
 
 
 def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> HFConfig:
-    """`read_config` on parsed JSON: config.json, and generation_config.json or {}.
+    """Does the work of `read_config` on parsed JSON: config.json, and generation_config.json or {}.
 
     Raises:
-        ConversionError: as `read_config`, without the path.
+        ConversionError: see `read_config`; the message has no path.
     """
     family = family_of(raw)
     _refuse_unsupported(raw)
@@ -209,7 +209,7 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> HFConfig:
 
 
 def _refuse_unsupported(raw: dict[str, Any]) -> None:
-    """Features of the config that would change the forward pass and are not implemented."""
+    """Refuses features that would change the forward pass and are not implemented."""
     for key in SHIFT_KEYS:
         if raw.get(key):
             raise ConversionError(
@@ -243,7 +243,10 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
 
 
 def _rope(raw: dict[str, Any], family: Family) -> tuple[float, RopeScaling | None]:
-    """RoPE base and scaling: rope_parameters (transformers 5), then rope_theta and rope_scaling."""
+    """Returns RoPE base and scaling.
+
+    They come from rope_parameters (transformers 5), or else from rope_theta and rope_scaling.
+    """
     theta, kinds = raw.get("rope_theta"), {}
     for key in ("rope_scaling", "rope_parameters"):  # rope_parameters last: its theta wins
         section = raw.get(key)
@@ -292,7 +295,7 @@ def _check_rope_section(key: str, section: dict[str, Any], family: Family) -> Ro
 
 
 def _rope_scaling(key: str, values: dict[str, Any]) -> RopeScaling:
-    """Checks Llama 3.1's four numbers."""
+    """Checks and returns the four numbers of Llama 3.1's scaling."""
     for name, value in values.items():
         if not (_is_finite(value) and value > 0):
             raise ConversionError(f"{key}.{name}={reprlib.repr(value)} must be a positive number")
@@ -312,7 +315,7 @@ def _rope_scaling(key: str, values: dict[str, Any]) -> RopeScaling:
 
 
 def _dtype_name(raw: dict[str, Any]) -> str:
-    """`dtype` (transformers >= 4.56), then `torch_dtype`, then bfloat16."""
+    """Returns `dtype` (transformers >= 4.56), or else `torch_dtype`, or else bfloat16."""
     for key in ("dtype", "torch_dtype"):
         value = raw.get(key)
         if value is not None:
@@ -371,7 +374,7 @@ def _is_int(value: object) -> TypeGuard[int]:
 
 
 def _is_finite(value: object) -> TypeGuard[int | float]:
-    """Whether it is a number that a float can hold; JSON has NaN, infinity and 10**400."""
+    """Returns whether a value is a finite float; JSON may have NaN, infinity and 10**400."""
     try:
         return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
     except OverflowError:

@@ -1,4 +1,4 @@
-"""How many parameters a rank holds, from hyperparameters and layout alone."""
+"""Counts the parameters of a rank, from hyperparameters and parallel layout alone."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from megatron_opdlm.model.tensors import EMBEDDING, Plain, VocabRows
 def count_parameters(
     hf: HFConfig, *, divisor: int, tp_size: int, pp_size: int, pp_rank: int, with_head: bool = True
 ) -> int:
-    """Parameters of one rank. Norms are whole on every tensor-parallel rank, all else is split.
+    """Returns the number of parameters of one rank.
+
+    Every tensor-parallel rank holds the norms completely; everything else is sharded.
 
     Args:
-        hf: hyperparameters.
+        hf: hyperparameters of the model.
         divisor: make_vocab_size_divisible_by.
         tp_size: tensor-parallel size.
         pp_size: pipeline-parallel size.
         pp_rank: pipeline stage.
-        with_head: False for a model whose LM head is applied elsewhere.
+        with_head: whether the LM head counts; False if the head is applied elsewhere.
     """
     is_first, is_last = pp_rank == 0, pp_rank == pp_size - 1
     total = 0
@@ -36,7 +38,7 @@ def count_parameters(
         if entry.per_layer:
             total += share * (hf.num_layers // pp_size)
         elif entry.hf == (EMBEDDING,):
-            # Tied embeddings have a second copy on the last stage, whose head they are.
+            # With tied weights the last stage has a second copy of the embedding, as its head.
             total += share * (is_first or (is_last and with_head and hf.tie_word_embeddings))
         elif with_head or not is_vocab:
             total += share * is_last
@@ -46,7 +48,7 @@ def count_parameters(
 def vocab_rows(
     hf: HFConfig, *, divisor: int, tp_size: int, pp_size: int, tp_rank: int, pp_rank: int
 ) -> range | None:
-    """Rows of the padded vocabulary on a rank; None on a stage without embedding and head."""
+    """Returns the rows of the padded vocabulary on a rank; None on a stage without any."""
     if pp_rank not in (0, pp_size - 1):
         return None
     share = padded_vocab_size(hf.vocab_size, divisor=divisor, tp_size=tp_size) // tp_size

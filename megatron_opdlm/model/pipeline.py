@@ -1,4 +1,4 @@
-"""Forward passes through the pipeline stages without gradients: the teacher's and the rollout's."""
+"""Forward passes through the pipeline stages without gradients, for teacher and rollouts."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from megatron_opdlm.model.gpt import BlockDiffusionModel
 
 
 class Stream(Protocol):
-    """What the stages need of a pass."""
+    """The input of a pass for the pipeline stages."""
 
     @property
     def token_ids(self) -> Tensor:
-        """[S] int64."""
+        """[S] int64, token ids."""
 
     @property
     def plan(self) -> AttentionPlan:
-        """How the tokens attend."""
+        """Attention plan of the pass."""
 
     @property
     def tags(self) -> Tensor:
-        """[S, 4] int64."""
+        """[S, 4] int64, tags."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,10 @@ class _Pass:
 
 
 def run_stage(model: BlockDiffusionModel, stream: Stream, received: Tensor | None) -> Tensor:
-    """One stage's part of a pass, given the previous stage's output (None on the first stage)."""
+    """Runs one stage of a pass; returns its output, [S, 1, D].
+
+    `received` is the output of the previous stage; None on the first stage.
+    """
     if received is not None:
         model.set_input_tensor(received)
     return model(stream.token_ids, stream.tags, stream.plan)
@@ -54,11 +57,11 @@ P = TypeVar("P", bound=Stream)
 
 
 class DecodePipeline(Generic[P]):
-    """Keeps as many passes in flight as there are stages, so that no stage waits for another.
+    """A pipeline with as many passes in it as there are stages, so that no stage is idle.
 
-    Time goes in ticks. At every tick a new pass enters the first stage, each stage runs the pass
-    that entered as many ticks ago as the stage's rank, and one pass leaves the last stage. All
-    ranks of the pipeline push equal passes in the same order.
+    Time is divided into ticks. At every tick a new pass enters the first stage, stage r runs the
+    pass that entered r ticks ago, and one pass leaves the last stage. All ranks of the pipeline
+    push equal passes in the same order.
     """
 
     def __init__(
@@ -67,12 +70,13 @@ class DecodePipeline(Generic[P]):
         parallel: ParallelState,
         forward: Callable[[P, Tensor | None], Tensor] | None = None,
     ) -> None:
-        """Starts with no pass in flight.
+        """Starts an empty pipeline.
 
         Args:
-            model: this rank's stage.
+            model: this rank's pipeline stage.
             parallel: process groups.
-            forward: (pass, the previous stage's output) -> hidden states; None: the model's.
+            forward: function from (pass, output of the previous stage) to hidden states; None calls
+                the model.
         """
         self._model, self._parallel = model, parallel
         self._forward = functools.partial(run_stage, model) if forward is None else forward
@@ -87,9 +91,9 @@ class DecodePipeline(Generic[P]):
             new: the pass that enters the first stage; None leaves a gap.
 
         Returns:
-            The pass that leaves the last stage, if there is one, and on the last stage its hidden
-            states (see `BlockDiffusionModel.forward`); elsewhere the second is of no use.
-            Collectives: point-to-point over the pipeline group.
+            The pass that leaves the last stage, if any, and on the last stage its hidden states
+            (see `BlockDiffusionModel.forward`). On other stages the hidden states have no meaning.
+            Collectives: point-to-point messages over the pipeline group.
         """
         self._in_flight.appendleft(new)
         stage = self._parallel.pp_rank
@@ -102,7 +106,7 @@ class DecodePipeline(Generic[P]):
         return None if leaving is None else (leaving, output)
 
     def _exchange(self, output: Tensor | None) -> Tensor | None:
-        """Hands this stage's output to the next one and takes the previous one's."""
+        """Sends this stage's output to the next stage, and receives the previous stage's output."""
         parallel, received = self._parallel, None
         stage, ranks = parallel.pp_rank, dist.get_process_group_ranks(parallel.pp_group)
         transfers = []
@@ -132,23 +136,23 @@ class DecodePipeline(Generic[P]):
 def forward_only(
     model: BlockDiffusionModel, streams: Sequence[PackedStream], parallel: ParallelState
 ) -> list[Tensor]:
-    """Runs streams through all pipeline stages, several in flight.
+    """Runs streams through all pipeline stages, several at the same time.
 
     Args:
-        model: this rank's stage; its training mode is left as it is found.
-        streams: on the model's device, the same number on all stages.
+        model: this rank's pipeline stage; its training mode does not change.
+        streams: streams on the model's device; all stages have the same number.
         parallel: process groups of the model's layout.
 
     Returns:
-        On the last stage, for every stream the hidden states [T, D] of its loss rows, replicated
-        over the tensor-parallel group; elsewhere an empty list. Collectives: point-to-point over
-        the pipeline group, and what `BlockDiffusionModel.select_rows` needs.
+        On the last stage, the hidden states [T, D] of every stream's loss rows, replicated over the
+        tensor-parallel group; on other stages an empty list. Collectives: point-to-point messages
+        over the pipeline group, and those of `BlockDiffusionModel.select_rows`.
     """
     was_training = model.training
     model.eval()
     pipeline: DecodePipeline[_Pass] = DecodePipeline(model, parallel)
     passes = (_Pass(s.token_ids, s.tags, AttentionPlan(tags=s.tags), s.loss_rows) for s in streams)
-    gaps = [None] * (parallel.pp_size - 1)  # until the last one has left
+    gaps = [None] * (parallel.pp_size - 1)  # ticks until the last stream has left
     selected = []
     try:
         for new in itertools.chain(passes, gaps):

@@ -1,4 +1,4 @@
-"""Rotary position embedding: the inverse frequencies of a model, with Llama 3.1's scaling."""
+"""Rotary position embedding: the inverse frequencies of a model, also with Llama 3.1's scaling."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Llama 3.1's stretching of long wavelengths (transformers' rope_type 'llama3')."""
+    """Llama 3.1's scaling of long wavelengths (transformers' rope_type 'llama3')."""
 
     factor: float
-    """Wavelengths above the long border grow by this."""
+    """Long wavelengths are multiplied by this."""
     low_freq_factor: float
-    """The long border is original_max_position_embeddings / low_freq_factor."""
+    """A wavelength is long above original_max_position_embeddings / low_freq_factor."""
     high_freq_factor: float
-    """Wavelengths below original_max_position_embeddings / this stay."""
+    """A wavelength is short below original_max_position_embeddings / high_freq_factor; short
+    wavelengths do not change."""
     original_max_position_embeddings: int
-    """Positions of the model before it was stretched."""
+    """Number of positions of the model before the scaling."""
 
 
 def inverse_frequencies(*, width: int, theta: float, scaling: RopeScaling | None) -> Tensor:
     """Returns the angle per position of every pair of channels.
 
-    theta^(-2i / width) for pair i; with scaling, divided by `factor` where the wavelength is long,
-    unchanged where it is short, and interpolated linearly in 1 / wavelength between.
+    The angle of pair i is theta^(-2i / width). With scaling it is divided by `factor` if the
+    wavelength is long, unchanged if it is short, and between them interpolated linearly in
+    1 / wavelength.
 
     Args:
         width: channels of a head.
         theta: RoPE base.
-        scaling: None for plain RoPE.
+        scaling: Llama 3.1's scaling; None for plain RoPE.
 
     Returns:
         [width / 2] float32 on the CPU, radians per position.

@@ -1,8 +1,8 @@
-"""One row per Megatron tensor: its torch_dist key, the Hugging Face tensors it is made of, and how.
+"""Name tables: a row has a Megatron tensor's torch_dist key, its Hugging Face tensors, and the map.
 
-The same row drives import and export, so the two directions cannot drift apart. A family
-(`convert/families`) is a tuple of rows. Keys are those of the Transformer Engine layer spec; the
-local spec's `sharded_state_dict` writes the same keys, so a checkpoint serves both.
+Import and export use the same row, so the two directions always agree. A family (`model/families`)
+is a tuple of rows. Keys are those of the Transformer Engine layer spec. The local spec's
+`sharded_state_dict` writes the same keys, so a checkpoint works with both.
 
 Shape letters: V vocabulary, H hidden, F ffn hidden, D head, Q = query heads * D, K = KV heads * D.
 """
@@ -22,14 +22,15 @@ Shape = tuple[int, ...]
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-"""HF names that every family shares; in tied models the head repeats the embedding."""
+"""HF names that all families share. In models with tied weights the head repeats the embedding."""
 
 VOCAB_DIVISOR = 128
-"""Megatron's default make_vocab_size_divisible_by; what a TP1 run pads the vocabulary to."""
+"""Megatron's default make_vocab_size_divisible_by. A run at TP1 pads the vocabulary to a multiple
+of this."""
 
 
 def shape_of(dims: str, config: "HFConfig") -> Shape:
-    """Sizes of the shape letters in `dims`, e.g. 'HQ' -> (hidden, query heads * head)."""
+    """Returns the sizes of the shape letters in `dims`: 'HQ' -> (hidden, query heads * head)."""
     sizes = {
         "V": config.vocab_size,
         "H": config.hidden_size,
@@ -42,77 +43,78 @@ def shape_of(dims: str, config: "HFConfig") -> Shape:
 
 
 class Transform(Protocol):
-    """How the HF tensors of one row become one Megatron tensor, and back."""
+    """The map between the HF tensors of one row and its Megatron tensor."""
 
     def hf_shapes(self, config: "HFConfig") -> tuple[Shape, ...]:
-        """Shapes of the HF tensors, in the row's order."""
+        """Returns the shapes of the HF tensors, in the order of the row."""
 
     def megatron_shape(self, config: "HFConfig") -> Shape:
-        """Shape of the Megatron tensor at TP1, without the leading layer axis."""
+        """Returns the shape of the Megatron tensor at TP1, without the leading layer axis."""
 
     def parts(self, tensor: Tensor, config: "HFConfig") -> Sequence[Tensor]:
-        """Views of a Megatron tensor: for each HF tensor its elements in their order, in any shape.
+        """Returns views of a Megatron tensor, one for each HF tensor.
 
-        Import fills them and export writes them, so neither direction copies a tensor.
+        A view has the elements of its HF tensor in their order, in any shape. Import fills the
+        views and export writes them, so neither direction copies a tensor.
         """
 
 
 @dataclass(frozen=True)
 class Plain:
-    """Same tensor on both sides."""
+    """The same tensor on both sides."""
 
     dims: str
 
     def hf_shapes(self, config: "HFConfig") -> tuple[Shape, ...]:
-        """One tensor of `dims`."""
+        """Returns the shape of `dims`."""
         return (shape_of(self.dims, config),)
 
     def megatron_shape(self, config: "HFConfig") -> Shape:
-        """The same shape."""
+        """Returns the shape of `dims`."""
         return shape_of(self.dims, config)
 
     def parts(self, tensor: Tensor, config: "HFConfig") -> Sequence[Tensor]:
-        """The tensor."""
+        """Returns the tensor itself."""
         return (tensor,)
 
 
 @dataclass(frozen=True)
 class VocabRows:
-    """[V, H] in HF, [padded V, H] in Megatron; padding rows are zero and never exported.
+    """[V, H] in HF, [padded V, H] in Megatron. Padding rows are zero and are never exported.
 
-    Large and the same row by row, so importer and exporter stream slices of rows; there is no
-    transform of the whole tensor.
+    The tensor is large, and its rows are equal on both sides. So importer and exporter stream
+    slices of rows, and there is no method `parts` for the whole tensor.
     """
 
     def hf_shapes(self, config: "HFConfig") -> tuple[Shape, ...]:
-        """[V, H]."""
+        """Returns ([V, H],)."""
         return (shape_of("VH", config),)
 
     def megatron_shape(self, config: "HFConfig") -> Shape:
-        """[padded V, H] as a TP1 run allocates it."""
+        """Returns [padded V, H], as a run at TP1 allocates it."""
         return (round_up(config.vocab_size, VOCAB_DIVISOR), config.hidden_size)
 
 
 @dataclass(frozen=True)
 class InterleavedQKV:
-    """q, k, v -> linear_qkv: for each key/value group its query heads, its key, its value.
+    """q, k, v -> linear_qkv: for each key/value group first its query heads, then key and value.
 
-    `trailing` holds the dims after the head axis: 'H' for weights, '' for biases.
+    `trailing` has the dims after the head axis: 'H' for weights, '' for biases.
     """
 
     trailing: str = "H"
 
     def hf_shapes(self, config: "HFConfig") -> tuple[Shape, ...]:
-        """[Q, ...], [K, ...], [K, ...]."""
+        """Returns ([Q, ...], [K, ...], [K, ...])."""
         return tuple(shape_of(letter + self.trailing, config) for letter in "QKK")
 
     def megatron_shape(self, config: "HFConfig") -> Shape:
-        """[Q + 2 K, ...]."""
+        """Returns [Q + 2 K, ...]."""
         rows = sum(shape[0] for shape in self.hf_shapes(config))
         return (rows, *shape_of(self.trailing, config))
 
     def parts(self, tensor: Tensor, config: "HFConfig") -> Sequence[Tensor]:
-        """[G, R, D, ...], [G, 1, D, ...] twice, with R query heads for each of G groups."""
+        """Returns [G, R, D, ...] and twice [G, 1, D, ...], for G groups of R query heads."""
         groups, rest = config.num_query_groups, shape_of(self.trailing, config)
         heads = config.num_attention_heads // groups
         return tensor.view(groups, heads + 2, config.kv_channels, *rest).split([heads, 1, 1], dim=1)
@@ -120,18 +122,18 @@ class InterleavedQKV:
 
 @dataclass(frozen=True)
 class GatedConcat:
-    """gate_proj, up_proj -> linear_fc1 = [gate; up]; a TP rank holds a slice of each half."""
+    """gate_proj, up_proj -> linear_fc1 = [gate; up]. A TP rank has a slice of each half."""
 
     def hf_shapes(self, config: "HFConfig") -> tuple[Shape, ...]:
-        """[F, H] twice."""
+        """Returns ([F, H], [F, H])."""
         return (shape_of("FH", config), shape_of("FH", config))
 
     def megatron_shape(self, config: "HFConfig") -> Shape:
-        """[2 F, H]."""
+        """Returns [2 F, H]."""
         return (2 * config.ffn_hidden_size, config.hidden_size)
 
     def parts(self, tensor: Tensor, config: "HFConfig") -> Sequence[Tensor]:
-        """The two halves."""
+        """Returns the two halves, [F, H] each."""
         return tensor.split(config.ffn_hidden_size)
 
 
@@ -140,12 +142,12 @@ class Entry:
     """One row of a name table."""
 
     key: str
-    """torch_dist key; `{layer}` is the layer number, which torch_dist keeps as a leading axis."""
+    """torch_dist key. `{layer}` is the layer number, which torch_dist stores as a leading axis."""
     hf: tuple[str, ...]
-    """HF tensor names, with `{layer}` where `key` has it."""
+    """HF tensor names, with `{layer}` if `key` has it."""
     transform: Transform | VocabRows
     untied_only: bool = False
-    """Absent when the output layer shares the embedding."""
+    """Whether the tensor is absent in models with tied weights."""
 
     @property
     def per_layer(self) -> bool:
@@ -154,17 +156,17 @@ class Entry:
 
     @property
     def stacked_key(self) -> str:
-        """torch_dist key of all layers together, [num_layers, ...] (Megatron's default layout)."""
+        """torch_dist key of all layers together, [num_layers, ...] (as Megatron stores them)."""
         return self.key.replace("{layer}.", "")
 
     def hf_names(self, layer: int) -> tuple[str, ...]:
-        """HF tensor names of one layer (`layer` is unused outside layers)."""
+        """Returns the HF tensor names of one layer; `layer` is ignored for other tensors."""
         return tuple(name.format(layer=layer) for name in self.hf)
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: its name table and what its config may say."""
+    """A model family: its name table, and the rules for its config.json."""
 
     name: str
     """HF model_type, and the value of `HFConfig.family`."""
@@ -172,17 +174,17 @@ class Family:
     """Other HF model types with the same tensors (block-diffusion exports of this family)."""
     entries: tuple[Entry, ...]
     check_config: Callable[[dict[str, Any]], None]
-    """Raises ConversionError for config.json features this family's table does not cover."""
+    """Function that raises ConversionError for features of config.json that the table lacks."""
     default_head_dim: int | None
-    """transformers' default for an absent head_dim; None: hidden_size / num_attention_heads."""
+    """transformers' default for a missing head_dim; None: hidden_size / num_attention_heads."""
     default_rms_norm_eps: float
-    """transformers' default for an absent rms_norm_eps."""
+    """transformers' default for a missing rms_norm_eps."""
     default_rope_theta: float | None = None
-    """Of configs older than the key; None: the key must be there."""
+    """Value for configs that are older than the key rope_theta; None: the key is required."""
     default_key_value_heads: bool = False
-    """Whether an absent num_key_value_heads means as many as query heads."""
+    """Whether a missing num_key_value_heads means the number of query heads."""
     rope_types: tuple[str, ...] = ("default",)
-    """RoPE variants that models of this family come with."""
+    """RoPE types that models of this family use."""
 
     @property
     def qk_layernorm(self) -> bool:
@@ -195,20 +197,20 @@ class Family:
         return any(entry.key.endswith(".linear_qkv.bias") for entry in self.entries)
 
     def entries_for(self, config: "HFConfig") -> tuple[Entry, ...]:
-        """Rows that a model with `config` has."""
+        """Returns the rows that a model with `config` has."""
         return tuple(e for e in self.entries if not (e.untied_only and config.tie_word_embeddings))
 
     def hf_shapes(self, config: "HFConfig") -> dict[str, Shape]:
-        """Every HF tensor of the model in file order: embedding, layers, final norm, head."""
+        """Returns all HF tensors in file order: embedding, layers, final norm, head."""
         shapes: dict[str, Shape] = {}
         for entry, layer in self.walk(config):
             shapes |= zip(entry.hf_names(layer), entry.transform.hf_shapes(config), strict=True)
         return shapes
 
     def extra_state_keys(self, num_layers: int) -> list[str]:
-        """Keys of the FP8 states that Megatron's loader insists on; empty in an import.
+        """Returns the keys of the FP8 states that Megatron's loader requires; empty in an import.
 
-        One for every module that may be a Transformer Engine layer, in every layer.
+        There is one for every module that may be a Transformer Engine layer, in every layer.
         """
         modules = {entry.stacked_key.rsplit(".", 1)[0] for entry in self.entries if entry.per_layer}
         modules.add("decoder.layers.self_attention.core_attention")
@@ -219,7 +221,7 @@ class Family:
         return [*keys, "decoder.final_layernorm._extra_state/shard_0_1"]
 
     def walk(self, config: "HFConfig") -> list[tuple[Entry, int]]:
-        """(row, layer) pairs in file order: all rows of layer 0, then of layer 1, ..."""
+        """Returns (row, layer) pairs in file order: all rows of layer 0, then of layer 1, ..."""
         entries = self.entries_for(config)
         first_layer_row = next(i for i, entry in enumerate(entries) if entry.per_layer)
         before = [(entry, 0) for entry in entries[:first_layer_row]]

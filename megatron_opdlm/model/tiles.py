@@ -1,11 +1,11 @@
-"""Attention of a stream with itself on a CPU, in tiles: runs of queries against the keys they see.
+"""Attention of a stream with itself on a CPU, in tiles: runs of queries and the keys they see.
 
-Memory grows with the length of the stream, not with its square. A tile keeps no mask over the keys
-that all its queries see, which is nearly all of them in a long document, and the backward pass
-gathers a tile's keys again instead of keeping them.
+Memory grows with the length of the stream, not with its square. A tile needs no mask for keys that
+all its queries see, and in a long document these are nearly all keys. The backward pass gathers a
+tile's keys again, so they are not kept.
 
-Shape letters: S stream tokens, G pieces of a tile, Q queries of a piece, K keys of a piece, P those
-of them that have a mask, N query heads, M key/value heads, D head size."""
+Shape letters: S stream tokens, G pieces of a tile, Q queries of a piece, K keys of a piece, P keys
+with a mask among these, N query heads, M key/value heads, D head size."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from torch.autograd.function import once_differentiable
 from megatron_opdlm.diffusion.stream import BLOCK, DOCUMENT, NOISY, visible
 
 QUERY_TILE = 64
-"""Larger tiles compute more pairs that the mask then hides: half a tile of earlier keys per query,
-and nearly a whole one of noisy keys."""
+"""Most queries of a piece. Larger pieces compute more pairs that the mask then hides: per query
+about half a piece of earlier keys, and nearly a whole piece of noisy keys."""
 TILE_KEYS = 2048
-"""Most keys, over its pieces, that are gathered for one tile, so that they stay in the caches; a
-single piece may exceed it."""
+"""Most keys that are gathered for all pieces of a tile, so that they stay in the CPU's caches. A
+single piece may have more."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class _Piece:
     first: int
     """Stream index of the document's first token."""
     num_common: int
-    """So many tokens from `first` on are keys that every query sees."""
+    """Number of tokens from `first` on that are keys which every query sees."""
     others: Tensor
-    """[P] int64, stream indices of the further keys that any query sees."""
+    """[P] int64, stream indices of the other keys that at least one query sees."""
     mask: Tensor
     """[Q, P] bool, True where the query sees the key."""
 
@@ -51,24 +51,24 @@ class Tile:
     """Pieces of a stream that are computed together, padded to one shape."""
 
     queries: Tensor
-    """[G, Q] int64, stream indices; entries that repeat a piece's first query stand in for missing
-    ones and are dropped."""
+    """[G, Q] int64, stream indices. A shorter piece repeats its first query as padding, which is
+    dropped from the result."""
     first: Tensor
     """[G] int64, stream index of the first common key."""
     num_common: int
-    """So many keys from `first` on are seen by every query of the piece."""
+    """Number of keys from `first` on that every query of the piece sees."""
     others: Tensor
-    """[G, P] int64, stream indices of the further keys."""
+    """[G, P] int64, stream indices of the other keys."""
     mask: Tensor
-    """[G, Q, P] bool, True where the query sees the further key."""
+    """[G, Q, P] bool, True where the query sees the other key."""
     kept: Tensor
-    """[T] int64, indices into the flattened [G * Q] of the entries to keep."""
+    """[T] int64, indices in the flattened [G * Q] of the queries that are not padding."""
     kept_queries: Tensor
-    """[T] int64, their stream indices."""
+    """[T] int64, stream indices of these queries."""
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of query and key that are computed, hidden ones among them."""
+        """Number of computed (query, key) pairs, including pairs that the mask hides."""
         return self.queries.numel() * (self.num_common + self.others.shape[1])
 
     def keys(self) -> Tensor:
@@ -77,9 +77,10 @@ class Tile:
         return torch.cat([self.first.unsqueeze(1) + common, self.others], 1)
 
     def bias(self, shared: int, dtype: torch.dtype) -> Tensor:
-        """Returns [G, 1, shared * Q, K] of `dtype`, added to the scores: 0 or -inf.
+        """Returns [G, 1, shared * Q, K] of `dtype` to add to the scores: 0 or -inf.
 
-        Made for every call, as no kernel takes bools: kept, it would be all of the memory.
+        It is made for every call, because no kernel accepts bools, and keeping it would take most
+        of the memory.
         """
         num_pieces, num_queries, num_masked = self.mask.shape
         bias = torch.zeros(
@@ -91,18 +92,18 @@ class Tile:
 
 
 def make_tiles(tags: Tensor, *, query_tile: int = QUERY_TILE) -> list[Tile]:
-    """Cuts a stream into tiles so that no mask larger than a tile is ever built.
+    """Cuts a stream into tiles, so that no mask is larger than a tile.
 
-    Documents of at most `query_tile` tokens become one piece each; pieces of like size are computed
-    in one tile. Longer documents are cut into runs of queries, each against the keys that at least
-    one of its queries sees.
+    A document of at most `query_tile` tokens becomes one piece. A longer document is cut into runs
+    of queries; each becomes a piece with the keys that at least one of its queries sees. Pieces of
+    similar size are computed in one tile.
 
     Args:
-        tags: [S, 4] int64; the tokens of a document are contiguous.
+        tags: [S, 4] int64, tags; the tokens of a document are contiguous.
         query_tile: most queries per piece.
 
     Returns:
-        The tiles; together they hold every query of the stream once.
+        The tiles; together they have every query of the stream once.
     """
     cpu_tags = tags.cpu()
     documents = cpu_tags[:, DOCUMENT]
@@ -116,14 +117,14 @@ def make_tiles(tags: Tensor, *, query_tile: int = QUERY_TILE) -> list[Tile]:
         runs = torch.arange(end - start).split(query_tile)
         pieces += [_make_piece(document, queries, start) for queries in runs]
     pieces.sort(key=lambda piece: piece.num_keys)
-    # Largest first: what it allocates on its way serves the smaller ones after it.
+    # Largest first: smaller tiles can then use the memory that it has freed.
     return [_join(group, tags.device) for group in reversed(_like_sized(pieces))]
 
 
 def _make_piece(tags: Tensor, queries: Tensor, first: int) -> _Piece:
-    """Makes a piece of a document's tags [L, 4] and of queries [Q], indices into the document.
+    """Makes a piece from a document's tags [L, 4] and queries [Q], indices in the document.
 
-    The predicate is asked only about keys whose blocks leave a doubt.
+    The predicate is evaluated only for keys whose blocks do not decide whether they are visible.
     """
     noisy, blocks = tags[:, NOISY], tags[:, BLOCK]
     of_queries = blocks[queries]
@@ -148,10 +149,10 @@ def _make_piece(tags: Tensor, queries: Tensor, first: int) -> _Piece:
 
 
 def _like_sized(pieces: list[_Piece]) -> list[list[_Piece]]:
-    """Groups pieces, sorted by number of keys, into tiles of at most TILE_KEYS.
+    """Groups pieces, sorted by number of keys, into tiles of at most TILE_KEYS keys.
 
-    Padding stays below about a tenth of a tile's work. A long piece has no more of it than a short
-    one, as keys that not all pieces of a tile have in common need a mask.
+    Padding is less than about a tenth of a tile's work. A long piece may have no more padding than
+    a short one, because keys that not all pieces of a tile have in common need a mask.
     """
     groups: list[list[_Piece]] = []
     for piece in pieces:
@@ -168,8 +169,8 @@ def _like_sized(pieces: list[_Piece]) -> list[list[_Piece]]:
 def _join(pieces: list[_Piece], device: torch.device) -> Tile:
     """Pads pieces to one shape.
 
-    A padded query is the piece's first one again, mask and all: what the backward pass gathers for
-    it, its logsumexp above all, is then its own.
+    A padding query is a copy of the piece's first query, including its mask. So the values that the
+    backward pass gathers for it (above all its logsumexp) are correct.
     """
     num_queries = max(len(piece.queries) for piece in pieces)
     num_common = min(piece.num_common for piece in pieces)
@@ -204,28 +205,29 @@ def _join(pieces: list[_Piece], device: torch.device) -> Tile:
 def tiled_attention(
     query: Tensor, key: Tensor, value: Tensor, tiles: list[Tile], scale: float
 ) -> Tensor:
-    """Attention of a stream with itself, tile by tile, on a CPU.
+    """Returns the attention of a stream with itself, computed tile by tile on a CPU.
 
-    Keeps query, key, value, output and one number per query and head for the backward pass, which
-    cannot be differentiated again.
+    It keeps query, key, value, output and one number per query and head for the backward pass. The
+    backward pass itself is not differentiable.
 
     Args:
-        query: [S, N, D]; heads are this tensor-parallel rank's.
-        key: [S, M, D], M divides N; query head i reads key head i // (N / M).
-        value: [S, M, D].
+        query: [S, N, D], with the heads of this tensor-parallel rank.
+        key: [S, M, D]; M divides N, and query head i reads key head i // (N / M).
+        value: [S, M, D], values.
         tiles: from `make_tiles`.
         scale: factor of the scores.
 
     Returns:
-        [S, N, D], differentiable. No collectives.
+        [S, N, D], differentiable. It uses no collectives.
     """
     output: Tensor = _TiledAttention.apply(query, key, value, tiles, scale)
     return output
 
 
 class _TiledAttention(torch.autograd.Function):
-    """The kernels that `scaled_dot_product_attention` runs on a CPU, forward and backward, tile by
-    tile. PyTorch offers the second one only under its internal name.
+    """Runs the CPU kernels of `scaled_dot_product_attention`, forward and backward, tile by tile.
+
+    PyTorch offers the backward kernel only under its internal name.
     """
 
     @staticmethod
@@ -258,7 +260,7 @@ class _TiledAttention(torch.autograd.Function):
         num_groups = key.shape[1]
         shared = query.shape[1] // num_groups
         grad_query = query.new_empty(query.shape)
-        # A key is in many tiles: 16 bits are too few for their sum.
+        # A key is in many tiles: 16 bits are too few for the sum of its gradients.
         grad_key = key.new_zeros(key.shape, dtype=_sum_dtype(key))
         grad_value = torch.zeros_like(grad_key)
         for tile in ctx.tiles:
@@ -287,23 +289,23 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    """Sums over 16-bit numbers are float32, as inside the kernels."""
+    """Returns the data type of sums: float32 for 16-bit numbers, as inside the kernels."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _kept(tile: Tile, heads: Tensor) -> Tensor:
-    """[G, M, N / M * Q, D] of a tile -> [T, N, D] of its kept queries."""
+    """Returns [T, N, D] of a tile's kept queries, from [G, M, N / M * Q, D]."""
     return by_query(heads, tile.queries.shape[1]).flatten(0, 1)[tile.kept]
 
 
 def by_key_head(query: Tensor, num_groups: int) -> Tensor:
-    """Lays the query heads that share a key head out as further queries of that head.
+    """Lays out the query heads that share a key head as more queries of that head.
 
-    So no key is copied, and every kernel that takes a mask can be chosen.
+    So no key is copied, and every kernel that accepts a mask can be used.
 
     Args:
         query: [G, Q, N, D]; head i reads key head i // (N / M).
-        num_groups: M.
+        num_groups: M, number of key heads.
 
     Returns:
         [G, M, N / M * Q, D].
@@ -314,7 +316,7 @@ def by_key_head(query: Tensor, num_groups: int) -> Tensor:
 
 
 def by_query(heads: Tensor, num_queries: int) -> Tensor:
-    """Takes [G, M, N / M * Q, D] back to [G, Q, N, D]: the inverse of `by_key_head`."""
+    """Returns [G, Q, N, D] from [G, M, N / M * Q, D]: the inverse of `by_key_head`."""
     num_rows, num_groups, _, size = heads.shape
     grouped = heads.view(num_rows, num_groups, -1, num_queries, size)
     return grouped.permute(0, 3, 1, 2, 4).flatten(2, 3)

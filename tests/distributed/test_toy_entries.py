@@ -244,7 +244,9 @@ def test_it_is_evaluated_under_its_label(model: TinyModel, questions: Path, tmp_
     assert [r["options"]["toy_bound"] for r in results] == [1.0, 0.15, 1.0]
     assert [r["options"]["remasking"] for r in results] == ["low_confidence_static", "toy", "toy"]
     assert "toy(0.15)" in printed
-    with pytest.raises(ValueError, match="toy_bound=0.5 applies only to --toy, not to the decoding"):
+    with pytest.raises(
+        ValueError, match="toy_bound=0.5 applies only to --toy, not to the decoding"
+    ):
         cli.main(["--traceback", "eval", "--model", "m", "--task", "t=f", "--toy-bound", "0.5"])
 
 

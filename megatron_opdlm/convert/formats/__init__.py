@@ -1,4 +1,4 @@
-"""Formats of `opdlm convert export`; a new one is one file here, listed below."""
+"""Formats of `opdlm convert export`. A new format is one file here, listed below."""
 
 from megatron_opdlm.convert.formats.a2d import A2D
 from megatron_opdlm.convert.formats.base import BASE
@@ -11,10 +11,10 @@ FORMATS: dict[str, ExportFormat] = {item.name: item for item in (SDAR, A2D, BASE
 
 
 def find_format(name: str, family: str) -> ExportFormat:
-    """The format that `name` means for a model of `family`; a family's own name means `base`.
+    """Returns the format of a name for a model of a family. The family's name means `base`.
 
     Raises:
-        ConversionError: no such format, or one that does not hold models of this family.
+        ConversionError: there is no such format, or it does not support models of this family.
     """
     if name in FAMILIES and name != family:
         raise ConversionError(

@@ -1,10 +1,10 @@
-"""`a2d`: the format of the dLLM toolkit, which the released OPDLM evaluation reads too.
+"""`a2d`: the format of the dLLM toolkit, which the released OPDLM evaluation also reads.
 
-What its readers do: the toolkit (dLLM `dllm/utils/models.py`) loads with AutoModelForMaskedLM and
-its own classes, without the export's code, so config.json must be complete. Its `get_tokenizer`
-sets the mask token to `<|mask|>` whatever the tokenizer says: under another text the token would
-get a new id that the model has never seen. OPDLM's engine (`sample/jetengine_ext/engine/
-llm_engine.py`) takes the tokenizer's mask token, and without a word the pad token if there is none.
+The toolkit (dLLM `dllm/utils/models.py`) loads with AutoModelForMaskedLM and its own classes,
+without the export's code, so config.json must be complete. Its `get_tokenizer` always sets the mask
+token to `<|mask|>`. If the tokenizer had another text, the mask token would get a new id that the
+model has never seen. OPDLM's engine (`sample/jetengine_ext/engine/llm_engine.py`) uses the
+tokenizer's mask token, and silently the pad token if there is none.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ def _config(model: ExportedModel) -> dict[str, Any]:
             "architectures": [f"{name}LMHeadModel"],
             "auto_map": {
                 "AutoConfig": f"configuration_block_diffusion.{name}Config",
-                "AutoModel": language_model,  # the toolkit falls back to it and wants logits
+                "AutoModel": language_model,  # the toolkit may use this one, and needs logits
                 "AutoModelForMaskedLM": language_model,
             },
             "block_size": model.block_size,

@@ -1,4 +1,4 @@
-"""`base`: plain weights under the model_type they were imported with, and no code of ours."""
+"""`base`: plain weights with the model_type of the imported model, and without our code."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def _config(model: ExportedModel) -> dict[str, Any]:
         "architectures": [f"{_CLASS_NAMES[config.family]}ForCausalLM"],
     }
     keys |= decoder_keys(model) | layer_types(config)
-    if len(config.eos_token_ids) > 1:  # autoregressive engines stop at all that they find here
+    if len(config.eos_token_ids) > 1:  # autoregressive engines stop at all ids in this key
         keys["eos_token_id"] = list(config.eos_token_ids)
     return keys
 

@@ -27,12 +27,13 @@ _PATHS = ("teacher", "data")
 def model_card(
     model: ExportedModel, export_format: ExportFormat, *, has_chat_template: bool
 ) -> str:
-    """Renders the card; its blocks of code run as they are, beside the exported folder.
+    """Returns the text of the card. Its code blocks run unchanged next to the exported folder.
 
     Args:
-        model: what was exported; plain numbers and strings of its lineage and state are listed.
-        export_format: names the sections.
-        has_chat_template: of the tokenizer; without one the code begins with plain text.
+        model: the exported model; numbers and strings of its lineage and state are listed.
+        export_format: format of the export, which names the sections.
+        has_chat_template: whether the tokenizer has a chat template; without one the code begins
+            with plain text.
     """
     sections = (_read(name).strip() for name in export_format.card_sections(model))
     tags = ["megatron-opdlm"]
@@ -56,7 +57,7 @@ def model_card(
         "@NAME@": model.name,
         "@PYTHON_NAME@": repr(model.name),
         "@SHELL_NAME@": shlex.quote(model.name),
-    }  # last and at once: a name is text of the user's
+    }  # last and in one pass, because the user's names may contain such keys
     return re.sub("|".join(names), lambda found: names[found[0]], text)
 
 
@@ -116,13 +117,13 @@ def _rows(model: ExportedModel) -> dict[str, Any]:
 
 
 def _without_folders(value: Any) -> Any:
-    """Of an absolute path its last part: what is above it is nobody else's business."""
+    """Returns the last part of an absolute path, because its folders are private."""
     is_absolute = isinstance(value, str) and PurePath(value).is_absolute()
     return PurePath(value).name if is_absolute else value
 
 
 def _rule(name: str) -> str:
-    """A remasking rule as `generate` takes it, with its parameters."""
+    """Returns a remasking rule with its parameters, as `generate` accepts them."""
     parameters = [f"`{field.name}={field.default}`" for field in dataclasses.fields(RULES[name])]
     return f"`{name}` with {', '.join(parameters)}" if parameters else f"`{name}`"
 

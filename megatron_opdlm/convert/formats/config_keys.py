@@ -1,7 +1,7 @@
-"""Keys of config.json that describe the decoder, for readers of every age.
+"""Keys of config.json that describe the decoder, for old and new readers.
 
-Every reader wants other keys (LMDeploy, SGLang, JetEngine, dLLM, vLLM, transformers 4 and 5), so
-all of them are written, in both spellings where there are two.
+Each reader (LMDeploy, SGLang, JetEngine, dLLM, vLLM, transformers 4 and 5) needs other keys. So all
+of them are written; if a key has two spellings, both are written.
 """
 
 from dataclasses import asdict
@@ -10,11 +10,11 @@ from typing import Any
 from megatron_opdlm.convert.formats.format import ExportedModel
 from megatron_opdlm.model.hf_config import HFConfig
 
-_TRANSFORMERS_VERSION = "4.52.4"  # of the layout: it is what the oldest readers expect
+_TRANSFORMERS_VERSION = "4.52.4"  # version of the file layout, which the oldest readers expect
 
 
 def decoder_keys(model: ExportedModel) -> dict[str, Any]:
-    """Everything but what names the format: `model_type`, `architectures`, `auto_map`."""
+    """Returns all keys except those of the format: `model_type`, `architectures`, `auto_map`."""
     config = model.config
     eos = config.eos_token_ids
     theta = int(config.rope_theta) if config.rope_theta.is_integer() else config.rope_theta
@@ -62,7 +62,7 @@ def _family_keys(config: HFConfig) -> dict[str, Any]:
 
 
 def layer_types(config: HFConfig) -> dict[str, list[str]]:
-    """`layer_types`, which transformers' Qwen classes know from 4.53 on and Llama's does not."""
+    """Returns the key `layer_types` for Qwen classes (transformers 4.53 on); Llama has no such key."""
     if config.family == "llama":
         return {}
     return {"layer_types": ["full_attention"] * config.num_layers}

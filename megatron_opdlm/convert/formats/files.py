@@ -26,17 +26,18 @@ _GENERATION_FILE = "generation_config.json"
 def write_files(
     out_dir: Path, tokenizer_dir: Path, model: ExportedModel, export_format: ExportFormat
 ) -> None:
-    """Writes everything but the weights.
+    """Writes all files except the weights.
 
     Args:
         out_dir: export folder.
-        tokenizer_dir: the checkpoint's tokenizer; may be absent where the format allows it.
-        model: what is exported.
-        export_format: how.
+        tokenizer_dir: folder of the checkpoint's tokenizer; it may be missing if the format allows
+            it.
+        model: the exported model.
+        export_format: format of the export.
 
     Raises:
-        ConversionError: a student without mask token or tokenizer, a mask token that is also eos
-            or pad, or a tokenizer in which it cannot get the id or text that readers need.
+        ConversionError: a student has no mask token or no tokenizer, the mask token is also eos or
+            pad, or it cannot get the id or text that readers need.
     """
     if export_format.code_files and "." in model.name:
         logger.warning(
@@ -82,7 +83,7 @@ def _write_tokenizer(
 def _generation_config(
     base: dict[str, Any], config: dict[str, Any], model: ExportedModel
 ) -> dict[str, Any]:
-    """The base model's sampling defaults with all of its eos ids."""
+    """Returns the base model's sampling defaults, with all of its eos ids."""
     return base | {
         "bos_token_id": config["bos_token_id"],
         "eos_token_id": list(model.config.eos_token_ids),

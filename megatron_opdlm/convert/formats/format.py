@@ -1,4 +1,4 @@
-"""What a format is, and what every format is told about the model."""
+"""The record of an export format, and the facts about a model that formats get."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,14 +9,14 @@ from megatron_opdlm.model.hf_config import HFConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedModel:
-    """An export apart from its numbers."""
+    """Facts about an exported model, without its weights."""
 
     name: str
-    """What the model card calls it."""
+    """Name of the model in the model card."""
     config: HFConfig
-    """As exported: untied, if the export is."""
+    """Hyperparameters of the export: untied if the export is."""
     mask_token_id: int | None
-    """As exported; None for a model that is only ever a teacher."""
+    """Id of the mask token in the export; None for a model that can only be a teacher."""
     moved_mask_from: int | None = None
     """Id of the mask token in the checkpoint, if the export moved it."""
     block_size: int | None
@@ -24,13 +24,13 @@ class ExportedModel:
     is_trained: bool
     """Whether these are a student's weights, rather than those of the imported base model."""
     dtype: str
-    """Of the exported weights: 'float32', 'bfloat16' or 'float16'."""
+    """Data type of the exported weights: 'float32', 'bfloat16' or 'float16'."""
     pad_token_id: int | None
-    """The config's, else the tokenizer's."""
+    """Id of the pad token, from the config or else from the tokenizer."""
     lineage: Mapping[str, Any] = field(default_factory=dict)
-    """Of the checkpoint's `opdlm_model.json`."""
+    """Lineage in the checkpoint's `opdlm_model.json`."""
     state: Mapping[str, Any] = field(default_factory=dict)
-    """The checkpoint's `opdlm_state.json`."""
+    """Values of the checkpoint's `opdlm_state.json`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,20 +39,21 @@ class ExportFormat:
 
     name: str
     model_types: Mapping[str, str]
-    """Family -> config.json's model_type; only these families can be written."""
+    """The model_type in config.json, by family. The format supports only these families."""
     config: Callable[[ExportedModel], dict[str, Any]]
-    """All keys of config.json."""
+    """Function that returns all keys of config.json."""
     card_sections: Callable[[ExportedModel], tuple[str, ...]]
-    """Files of `formats/cards` that tell how to load and serve the model."""
+    """Function that returns the files of `formats/cards` about loading and serving the model."""
     for_students: bool = True
     """Whether the model must have a mask token, a tokenizer and a block size."""
     untied: bool = False
-    """Whether some reader of the format needs an output layer of its own in tied models, too."""
+    """Whether a reader of the format needs a separate output layer also in models with tied
+    weights."""
     code_files: tuple[str, ...] = ()
-    """Files of `formats/code` that every export carries."""
+    """Files of `formats/code` that every export contains."""
     other_files: Callable[[ExportedModel], dict[str, str]] = lambda model: {}
-    """Name -> content of what else the format's readers take."""
+    """Function that returns the contents of other files for the format's readers, by name."""
     mask_text: str | None = None
-    """The mask token's text that the format's readers insist on; None: any."""
+    """Text of the mask token that the format's readers require; None allows any text."""
     engine_mask_id: int | None = None
-    """The mask token's id that serving engines hard-code; None: they read it."""
+    """Id of the mask token that serving engines hard-code; None if they read it from the export."""

@@ -28,7 +28,7 @@ def _config(model: ExportedModel) -> dict[str, Any]:
 def _card_sections(model: ExportedModel) -> tuple[str, ...]:
     if model.mask_token_id != ENGINE_MASK_ID:
         return ("transformers_sdar.md", "jetengine.md", "no_engines_sdar.md")
-    # SGLang's loader of one GPU looks up lm_head.weight, which a tied model does not have there.
+    # SGLang's loader for one GPU needs lm_head.weight, which a model with tied weights lacks there.
     sglang = "sglang_tied.md" if model.config.tie_word_embeddings else "sglang.md"
     return ("transformers_sdar.md", "lmdeploy.md", sglang, "jetengine.md")
 

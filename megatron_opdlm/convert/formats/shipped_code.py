@@ -1,4 +1,4 @@
-"""The code that exports carry: files of `formats/code`, and the package's own remasking rules."""
+"""The code in exports: files of `formats/code`, and the remasking rules of this package."""
 
 import builtins
 import inspect
@@ -11,7 +11,7 @@ from megatron_opdlm.diffusion import remasking
 from megatron_opdlm.files.errors import ConversionError
 
 REMASKING_FILE = "remasking_block_diffusion.py"
-"""Holds the source of diffusion/remasking.py, and of rules that the table has from elsewhere."""
+"""File with the source of diffusion/remasking.py, and of rules that other modules add."""
 
 
 def shipped_code(name: str) -> str:
@@ -21,7 +21,7 @@ def shipped_code(name: str) -> str:
         name: one of a format's `code_files`.
 
     Raises:
-        ConversionError: a remasking rule whose source would not run outside its own module.
+        ConversionError: the source of a remasking rule would not run outside its module.
     """
     if name == REMASKING_FILE:
         return _remasking_code()
@@ -47,7 +47,7 @@ def _remasking_code() -> str:
 
 
 def _globals_of(source: str) -> Iterator[str]:
-    """The names that a class reads and does not define; those of annotations are not read."""
+    """Yields the names that a class uses but does not define, without names in annotations."""
     text = f"from __future__ import annotations\n{source}"
     tables = [symtable.symtable(text, "rule", "exec")]
     own = {symbol.get_name() for symbol in tables[0].get_symbols() if symbol.is_assigned()}

@@ -1,4 +1,4 @@
-"""Model families that can be converted; a new dense family is one table, listed here."""
+"""Model families that can be converted. A new dense family is one table, listed here."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (QWEN3, QWEN2, 
 
 
 def family_of(raw: dict[str, Any]) -> Family:
-    """The family that config.json's `model_type` belongs to.
+    """Returns the family of the `model_type` in config.json.
 
     Raises:
-        ConversionError: no family covers it.
+        ConversionError: no family has this model type.
     """
     model_type = raw.get("model_type")
     for family in FAMILIES.values():

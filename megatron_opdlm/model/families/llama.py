@@ -1,4 +1,4 @@
-"""Llama 2 and 3: no biases, no QK-norm; from 3.1 on RoPE may be scaled."""
+"""Llama 2 and 3: no biases, no QK-norm. From 3.1 on RoPE may be scaled."""
 
 from typing import Any
 

@@ -8,7 +8,7 @@ from megatron_opdlm.model.tensors import Family
 
 
 def _check_config(raw: dict[str, Any]) -> None:
-    for key in ("attention_bias", "qkv_bias"):  # transformers has no such switch: always there
+    for key in ("attention_bias", "qkv_bias"):  # in transformers the biases cannot be switched off
         if raw.get(key, True) is not True:
             raise ConversionError(f"{key}={raw[key]!r} is not implemented for qwen2; must be true")
 

@@ -1,4 +1,4 @@
-"""Rows that the name tables of the families are made of."""
+"""The rows that make up the name tables of the families."""
 
 from megatron_opdlm.model import tensors as names
 from megatron_opdlm.model.tensors import Entry, GatedConcat, InterleavedQKV, Plain, VocabRows

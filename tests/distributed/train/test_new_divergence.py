@@ -145,8 +145,12 @@ def test_its_settings_are_checked_as_all_are(tmp_path):
         return str(caught.value)
 
     assert error_of("power=2") == "power=2.0 must lie in (0, 1); use e.g. 0.5"
-    assert error_of("power=0.3").startswith("power=0.3 applies only to divergence=power; leave it out")
-    assert "jsd_alpha=0.3 applies only to divergence=jsd" in error_of("divergence=power", "jsd_alpha=0.3")
+    assert error_of("power=0.3").startswith(
+        "power=0.3 applies only to divergence=power; leave it out"
+    )
+    assert "jsd_alpha=0.3 applies only to divergence=jsd" in error_of(
+        "divergence=power", "jsd_alpha=0.3"
+    )
     assert "did you mean power?" in error_of("divergence=powr")
 
 

@@ -141,8 +141,12 @@ def test_its_settings_are_checked_as_all_are():
             "method=own_path", key
         )
     wrong = error_of("method=own_path", "state_selection=random")
-    assert wrong.startswith("state_selection=random applies only to the methods opdlm_off, off_policy, sft,")
-    assert "teacher_responses=a applies only to" in error_of("method=self_training", "teacher_responses=a")
+    assert wrong.startswith(
+        "state_selection=random applies only to the methods opdlm_off, off_policy, sft,"
+    )
+    assert "teacher_responses=a applies only to" in error_of(
+        "method=self_training", "teacher_responses=a"
+    )
     assert "sft_responses=data applies only to method=sft" in error_of(
         "method=given", "sft_responses=data"
     )

@@ -97,14 +97,23 @@ def test_an_unknown_key_that_resembles_nothing_points_to_the_list():
         ("temperature=1e-7", r"must be 0 \(argmax\) or from 1e-06 to 1000000; use e.g. 1.0"),
         ("temperature=1e7", r"must be 0 \(argmax\) or from"),
         ("temperature=-1", r"must be 0 \(argmax\) or from"),
-        ("temperature=0 top_p=0.9", r"top_p=0.9 applies only to sampling, not to greedy .*\(temperature=0\)"),
+        (
+            "temperature=0 top_p=0.9",
+            r"top_p=0.9 applies only to sampling, not to greedy .*\(temperature=0\)",
+        ),
         ("temperature=0 top_k=5", "top_k=5 applies only to .*; use top_k=0, or a temp"),
         (
             "temperature=0 samples_per_prompt=2",
             "samples_per_prompt=2 applies only to .* use samples_.*=1,",
         ),
-        ("temperature=0 top_p=0.9 method=off_policy", "top_p=0.9 applies only to sampling, not to greedy"),
-        ("temperature=0 samples_per_prompt=2 method=sft", "samples_per_prompt=2 applies only to sampli"),
+        (
+            "temperature=0 top_p=0.9 method=off_policy",
+            "top_p=0.9 applies only to sampling, not to greedy",
+        ),
+        (
+            "temperature=0 samples_per_prompt=2 method=sft",
+            "samples_per_prompt=2 applies only to sampli",
+        ),
         ("min_lr=1", "min_lr=1.0 must be at most lr=1e-05"),
         ("sequence_parallel=maybe", "must have type bool"),
         ("sequence_parallel=true", "needs tensor_model_parallel_size > 1, got 1"),
@@ -140,8 +149,14 @@ def test_an_unknown_key_that_resembles_nothing_points_to_the_list():
         ("method=sft state_selection=all", "state_selection=all must be random with method=sft"),
         ("method=sft divergence=jsd", "divergence=jsd does not apply to method=sft"),
         ("method=sft top_k_logits=4", "top_k_logits=4 does not apply to method=sft"),
-        ("method=sft reverse_kl_weight=0.3", "weight=0.3 does not apply to method=sft.*; leave it out$"),
-        ("method=sft sft_responses=data teacher=a", "teacher=a applies only to the teacher, and sft_resp"),
+        (
+            "method=sft reverse_kl_weight=0.3",
+            "weight=0.3 does not apply to method=sft.*; leave it out$",
+        ),
+        (
+            "method=sft sft_responses=data teacher=a",
+            "teacher=a applies only to the teacher, and sft_resp",
+        ),
         ("method=sft sft_responses=data teacher_fp8=hybrid", "applies only to the teacher"),
         (
             "method=sft sft_responses=data teacher_tensor_model_parallel_size=2",
@@ -390,7 +405,9 @@ def test_graphs_that_no_machine_can_capture(overrides, rule):
 
 def test_graphs_in_float32_are_refused_where_there_is_a_gpu():
     config = load("cuda_graphs=true", "params_dtype=float32")
-    with pytest.raises(ValueError, match="cuda_graphs=true cannot be used with params_dtype=float32"):
+    with pytest.raises(
+        ValueError, match="cuda_graphs=true cannot be used with params_dtype=float32"
+    ):
         config.resolved(cuda=True)
     assert load("cuda_graphs=true").resolved(cuda=True).model.params_dtype == "bfloat16"
 
