@@ -294,7 +294,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def keys_as_markdown(root: type) -> str:
-    """Returns one table per section: key, type, default, whether it may change on resume, meaning."""
+    """Returns one table per section: key, type, default, may change on resume, meaning."""
     lines: list[str] = []
     section = ""
     for key in collect_keys(root).values():

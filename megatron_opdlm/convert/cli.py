@@ -22,7 +22,7 @@ MASK_INITS = ("keep", "mean")
 
 
 def add_convert_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds `convert` and its four subcommands. Each sets `args.run`, which returns an exit status."""
+    """Adds `convert` and its four subcommands. Each sets `args.run`, which returns a status."""
     convert = subparsers.add_parser("convert", help="Hugging Face checkpoints in and out")
     actions = convert.add_subparsers(metavar="ACTION", required=True)
     _add_import(actions)

@@ -87,7 +87,7 @@ class ImportCache:
         """Does the work of rank 0 in `checkpoint`. Any number of processes may do so at once.
 
         Raises:
-            ConversionError: the path has no model, it cannot be converted, or the import is damaged.
+            ConversionError: the path has no model, it cannot be converted, or is a damaged import.
         """
         found = ModelSource.open(path)
         if not found.is_hf:
@@ -113,7 +113,7 @@ class ImportCache:
     def entry(self, source: Path) -> Path:
         """Returns the folder for the import of a Hugging Face directory, without reading weights.
 
-        It depends on the present state of the directory.
+        It depends on the current state of the directory.
 
         Args:
             source: the directory.

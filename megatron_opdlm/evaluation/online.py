@@ -1,4 +1,4 @@
-"""Accuracy during training: the present weights answer a fixed set of questions."""
+"""Accuracy during training: the current weights answer a fixed set of questions."""
 
 from __future__ import annotations
 

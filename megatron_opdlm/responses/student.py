@@ -1,4 +1,4 @@
-"""Responses that the student decodes with its present weights."""
+"""Responses that the student decodes with its current weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_opdlm.rollout.request import DecodingOptions, Request
 
 
 class StudentResponses:
-    """A source of responses that the student decodes with its present weights."""
+    """A source of responses that the student decodes with its current weights."""
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ class Graph(Protocol):
     """A captured pass."""
 
     def replay(self) -> None:
-        """Runs the pass again on the present contents of its buffers."""
+        """Runs the pass again on the current contents of its buffers."""
 
     def reset(self) -> None:
         """Frees the memory and the communicators of the graph."""

@@ -92,7 +92,7 @@ class HostCopy:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Copies the present weights. Call on all ranks. Collectives: two barriers."""
+        """Copies the current weights. Call on all ranks. Collectives: two barriers."""
         for transfer in self._outgoing:
             transfer.place(self._buffers).copy_(transfer.tensor)
         for target, source in self._local:

@@ -60,7 +60,7 @@ class RunIdentity:
         Args:
             before: identity of the run so far.
             save: folder of the run.
-            paths: paths of `data`, `student` and `teacher` in the present configuration.
+            paths: paths of `data`, `student` and `teacher` in the current configuration.
 
         Raises:
             ValueError: the identities differ; the message names the difference.

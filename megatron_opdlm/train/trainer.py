@@ -293,7 +293,7 @@ class Trainer:
             self.folder.write_samples(self.rollout_step, samples, self.student.tokenizer)
 
     def evaluate_if_due(self) -> None:
-        """Evaluates the present weights every `eval_interval` rollouts."""
+        """Evaluates the current weights every `eval_interval` rollouts."""
         if self.evaluation.is_due(self.rollout_step):
             self.layout.refresh(self.optimizer.weights_version())
             self._log(self.evaluation.run())

@@ -62,7 +62,7 @@ def _family_keys(config: HFConfig) -> dict[str, Any]:
 
 
 def layer_types(config: HFConfig) -> dict[str, list[str]]:
-    """Returns the key `layer_types` for Qwen classes (transformers 4.53 on); Llama has no such key."""
+    """Returns the key `layer_types`, which Qwen classes have (transformers 4.53 on), not Llama."""
     if config.family == "llama":
         return {}
     return {"layer_types": ["full_attention"] * config.num_layers}

@@ -161,7 +161,7 @@ def test_its_settings_are_checked_as_all_are():
         ({"target": "applause"}, "target=applause must be among teacher, tokens"),
         (
             {"states": "trajectory", "writers": ("teacher",)},
-            "states=trajectory needs a denoising trajectory, which only the student's responses have",
+            "states=trajectory needs a denoising trajectory, which only the student's responses",
         ),
     ],
 )

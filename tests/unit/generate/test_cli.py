@@ -191,8 +191,8 @@ def test_an_option_without_effect_is_refused_also_with_its_default(command, opti
 
 def test_one_response_at_a_time_leaves_no_choice_of_rows():
     assert refusal("generate", "--max-rows", "4", "--show-steps") == (
-        "max_rows=4 applies only to decoding many responses at once, not to one after the other (--show-steps); "
-        "leave it out"
+        "max_rows=4 applies only to decoding many responses at once, not to one after the other "
+        "(--show-steps); leave it out"
     )
 
 
