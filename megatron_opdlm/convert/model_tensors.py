@@ -25,13 +25,12 @@ from megatron_opdlm.files.safetensors_file import SafetensorsWriter
 from megatron_opdlm.files.signals import raise_if_stopped
 from megatron_opdlm.model.families import FAMILIES
 from megatron_opdlm.model.hf_config import HFConfig
-from megatron_opdlm.model.tensors import Entry, Shape, VocabRows
+from megatron_opdlm.model.tensors import EMBEDDING_KEY, Entry, Shape, VocabRows
 
 SHARD_BYTES = 5 * 10**9
 TensorLayout = dict[str, tuple[torch.dtype, Shape]]
 """HF tensor name -> (dtype, shape), in file order."""
 
-_ANCHOR = "embedding.word_embeddings.weight"
 _MODEL_PARTS = ("embedding.", "decoder.", "output_layer.")
 
 
@@ -59,13 +58,13 @@ class ModelTensors:
     def _find_prefix(self, iteration_dir: Path) -> str:
         """What precedes the model's keys ('' or e.g. 'model.'), skipping optimizer state."""
         found = [
-            key.removesuffix(_ANCHOR)
+            key.removesuffix(EMBEDDING_KEY)
             for key in self._reader.keys
-            if key.endswith(_ANCHOR) and "optimizer" not in key
+            if key.endswith(EMBEDDING_KEY) and "optimizer" not in key
         ]
         if len(found) != 1:
             raise ConversionError(
-                f"{iteration_dir}: needs one tensor {_ANCHOR}, found {len(found)}"
+                f"{iteration_dir}: needs one tensor {EMBEDDING_KEY}, found {len(found)}"
             )
         return found[0]
 
@@ -104,7 +103,7 @@ class ModelTensors:
     @property
     def dtype(self) -> torch.dtype:
         """Stored dtype of the embedding."""
-        return self._reader.dtype(self._prefix + _ANCHOR)
+        return self._reader.dtype(self._prefix + EMBEDDING_KEY)
 
     def layout(self, dtype: torch.dtype | None) -> TensorLayout:
         """HF tensor name -> (dtype, shape) in the order in which `values` delivers them."""

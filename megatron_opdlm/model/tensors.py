@@ -1,7 +1,7 @@
 """One row per Megatron tensor: its torch_dist key, the Hugging Face tensors it is made of, and how.
 
 The same row drives import and export, so the two directions cannot drift apart. A family
-(`convert/families`) is a tuple of rows. Keys are those of the Transformer Engine layer spec; the
+(`model/families`) is a tuple of rows. Keys are those of the Transformer Engine layer spec; the
 local spec's `sharded_state_dict` writes the same keys, so a checkpoint serves both.
 
 Shape letters: V vocabulary, H hidden, F ffn hidden, D head, Q = query heads * D, K = KV heads * D.
@@ -11,18 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
-
 from megatron_opdlm.diffusion.blocks import round_up
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megatron_opdlm.model.hf_config import HFConfig
 
 Shape = tuple[int, ...]
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-"""HF names that every family shares; in tied models the head repeats the embedding."""
+EMBEDDING_KEY = "embedding.word_embeddings.weight"
+HEAD_KEY = "output_layer.weight"
+"""Keys of the two vocabulary rows that every family has; in tied models the head repeats the
+embedding."""
 
 VOCAB_DIVISOR = 128
 """Megatron's default make_vocab_size_divisible_by; what a TP1 run pads the vocabulary to."""
@@ -50,7 +51,7 @@ class Transform(Protocol):
     def megatron_shape(self, config: "HFConfig") -> Shape:
         """Shape of the Megatron tensor at TP1, without the leading layer axis."""
 
-    def parts(self, tensor: Tensor, config: "HFConfig") -> Sequence[Tensor]:
+    def parts(self, tensor: "Tensor", config: "HFConfig") -> "Sequence[Tensor]":
         """Views of a Megatron tensor: for each HF tensor its elements in their order, in any shape.
 
         Import fills them and export writes them, so neither direction copies a tensor.
@@ -71,7 +72,7 @@ class Plain:
         """The same shape."""
         return shape_of(self.dims, config)
 
-    def parts(self, tensor: Tensor, config: "HFConfig") -> Sequence[Tensor]:
+    def parts(self, tensor: "Tensor", config: "HFConfig") -> "Sequence[Tensor]":
         """The tensor."""
         return (tensor,)
 
@@ -111,7 +112,7 @@ class InterleavedQKV:
         rows = sum(shape[0] for shape in self.hf_shapes(config))
         return (rows, *shape_of(self.trailing, config))
 
-    def parts(self, tensor: Tensor, config: "HFConfig") -> Sequence[Tensor]:
+    def parts(self, tensor: "Tensor", config: "HFConfig") -> "Sequence[Tensor]":
         """[G, R, D, ...], [G, 1, D, ...] twice, with R query heads for each of G groups."""
         groups, rest = config.num_query_groups, shape_of(self.trailing, config)
         heads = config.num_attention_heads // groups
@@ -130,7 +131,7 @@ class GatedConcat:
         """[2 F, H]."""
         return (2 * config.ffn_hidden_size, config.hidden_size)
 
-    def parts(self, tensor: Tensor, config: "HFConfig") -> Sequence[Tensor]:
+    def parts(self, tensor: "Tensor", config: "HFConfig") -> "Sequence[Tensor]":
         """The two halves."""
         return tensor.split(config.ffn_hidden_size)
 
@@ -171,6 +172,12 @@ class Family:
     aliases: tuple[str, ...]
     """Other HF model types with the same tensors (block-diffusion exports of this family)."""
     entries: tuple[Entry, ...]
+    class_name: str
+    """What transformers calls its classes: `Qwen3` of Qwen3Config and Qwen3ForCausalLM."""
+    config_keys: Callable[["HFConfig"], dict[str, Any]]
+    """Keys of config.json that transformers' class has and those of other families lack."""
+    knows_layer_types: bool
+    """Whether transformers' class has config.json's `layer_types`, from 4.53 on."""
     check_config: Callable[[dict[str, Any]], None]
     """Raises ConversionError for config.json features this family's table does not cover."""
     default_head_dim: int | None
@@ -183,6 +190,25 @@ class Family:
     """Whether an absent num_key_value_heads means as many as query heads."""
     rope_types: tuple[str, ...] = ("default",)
     """RoPE variants that models of this family come with."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if a row is missing that the package asks for by its key."""
+        for key in (EMBEDDING_KEY, HEAD_KEY):
+            if [entry.key for entry in self.entries].count(key) != 1:
+                raise ValueError(f"family {self.name}: entries must have one row with key {key}")
+
+    @property
+    def embedding(self) -> str:
+        """HF name of the input embedding."""
+        return self._hf_name(EMBEDDING_KEY)
+
+    @property
+    def head(self) -> str:
+        """HF name of the output layer."""
+        return self._hf_name(HEAD_KEY)
+
+    def _hf_name(self, key: str) -> str:
+        return next(entry.hf[0] for entry in self.entries if entry.key == key)
 
     @property
     def qk_layernorm(self) -> bool:

@@ -2,9 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_opdlm.model.hf_config import HFConfig
+from megatron_opdlm.model.families import FAMILIES
+from megatron_opdlm.model.tensors import Family
+
+if TYPE_CHECKING:
+    from megatron_opdlm.model.hf_config import HFConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +17,7 @@ class ExportedModel:
 
     name: str
     """What the model card calls it."""
-    config: HFConfig
+    config: "HFConfig"
     """As exported: untied, if the export is."""
     mask_token_id: int | None
     """As exported; None for a model that is only ever a teacher."""
@@ -32,14 +36,23 @@ class ExportedModel:
     state: Mapping[str, Any] = field(default_factory=dict)
     """The checkpoint's `opdlm_state.json`."""
 
+    @property
+    def family(self) -> Family:
+        """The model's family."""
+        return FAMILIES[self.config.family]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportFormat:
     """One way to write a model as a Hugging Face directory."""
 
     name: str
-    model_types: Mapping[str, str]
-    """Family -> config.json's model_type; only these families can be written."""
+    summary: str
+    """Who reads its exports, as --help and docs/conversion.md say it."""
+    model_type: Callable[[Family], str | None]
+    """config.json's model_type of a family's exports; None: the format does not hold its models."""
+    model_class: Callable[[Family], str] | None
+    """'module.Class' of `formats/code` that runs a family's exports; None: transformers' own."""
     config: Callable[[ExportedModel], dict[str, Any]]
     """All keys of config.json."""
     card_sections: Callable[[ExportedModel], tuple[str, ...]]
@@ -56,3 +69,10 @@ class ExportFormat:
     """The mask token's text that the format's readers insist on; None: any."""
     engine_mask_id: int | None = None
     """The mask token's id that serving engines hard-code; None: they read it."""
+    engines: str = ""
+    """Those that hard-code `engine_mask_id`."""
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Names of the families whose models it holds."""
+        return tuple(n for n, family in FAMILIES.items() if self.model_type(family) is not None)
