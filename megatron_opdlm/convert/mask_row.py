@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_opdlm.convert.weights import HFWeights, row_slices
 from megatron_opdlm.files.errors import ConversionError
-from megatron_opdlm.model.tensors import EMBEDDING_KEY, Entry
+from megatron_opdlm.model.tensors import Entry
 
 MASK_INITS = ("keep", "mean")
 
@@ -52,7 +52,7 @@ class MaskRow:
 
         In an untied head only a new row does: no softmax here holds the mask's column.
         """
-        return self.is_new or (self.use_mean and entry.key == EMBEDDING_KEY)
+        return self.is_new or (self.use_mean and entry.is_embedding)
 
     def describe(self) -> str:
         """For people: what was done."""

@@ -25,12 +25,13 @@ from megatron_opdlm.files.safetensors_file import SafetensorsWriter
 from megatron_opdlm.files.signals import raise_if_stopped
 from megatron_opdlm.model.families import FAMILIES
 from megatron_opdlm.model.hf_config import HFConfig
-from megatron_opdlm.model.tensors import EMBEDDING_KEY, Entry, Shape, VocabRows
+from megatron_opdlm.model.tensors import Entry, Shape, VocabRows
 
 SHARD_BYTES = 5 * 10**9
 TensorLayout = dict[str, tuple[torch.dtype, Shape]]
 """HF tensor name -> (dtype, shape), in file order."""
 
+_ANCHOR = "embedding.word_embeddings.weight"
 _MODEL_PARTS = ("embedding.", "decoder.", "output_layer.")
 
 
@@ -58,13 +59,13 @@ class ModelTensors:
     def _find_prefix(self, iteration_dir: Path) -> str:
         """What precedes the model's keys ('' or e.g. 'model.'), skipping optimizer state."""
         found = [
-            key.removesuffix(EMBEDDING_KEY)
+            key.removesuffix(_ANCHOR)
             for key in self._reader.keys
-            if key.endswith(EMBEDDING_KEY) and "optimizer" not in key
+            if key.endswith(_ANCHOR) and "optimizer" not in key
         ]
         if len(found) != 1:
             raise ConversionError(
-                f"{iteration_dir}: needs one tensor {EMBEDDING_KEY}, found {len(found)}"
+                f"{iteration_dir}: needs one tensor {_ANCHOR}, found {len(found)}"
             )
         return found[0]
 
@@ -103,7 +104,7 @@ class ModelTensors:
     @property
     def dtype(self) -> torch.dtype:
         """Stored dtype of the embedding."""
-        return self._reader.dtype(self._prefix + EMBEDDING_KEY)
+        return self._reader.dtype(self._prefix + _ANCHOR)
 
     def layout(self, dtype: torch.dtype | None) -> TensorLayout:
         """HF tensor name -> (dtype, shape) in the order in which `values` delivers them."""

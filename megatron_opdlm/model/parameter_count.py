@@ -7,7 +7,7 @@ import math
 from megatron_opdlm.model.families import FAMILIES
 from megatron_opdlm.model.gpt import padded_vocab_size
 from megatron_opdlm.model.hf_config import HFConfig
-from megatron_opdlm.model.tensors import EMBEDDING_KEY, Plain, VocabRows
+from megatron_opdlm.model.tensors import Plain, VocabRows
 
 
 def count_parameters(
@@ -35,7 +35,7 @@ def count_parameters(
         share = math.prod(shape) // (1 if whole else tp_size)
         if entry.per_layer:
             total += share * (hf.num_layers // pp_size)
-        elif entry.key == EMBEDDING_KEY:
+        elif entry.is_embedding:
             # Tied embeddings have a second copy on the last stage, whose head they are.
             total += share * (is_first or (is_last and with_head and hf.tie_word_embeddings))
         elif with_head or not is_vocab:

@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
-EMBEDDING_KEY = "embedding.word_embeddings.weight"
-HEAD_KEY = "output_layer.weight"
-"""Keys of the two vocabulary rows that every family has; in tied models the head repeats the
-embedding."""
-
 VOCAB_DIVISOR = 128
 """Megatron's default make_vocab_size_divisible_by; what a TP1 run pads the vocabulary to."""
 
@@ -154,6 +149,16 @@ class Entry:
         return "{layer}" in self.key
 
     @property
+    def is_embedding(self) -> bool:
+        """Whether this is the input embedding; in tied models the output layer repeats it."""
+        return isinstance(self.transform, VocabRows) and not self.untied_only
+
+    @property
+    def is_head(self) -> bool:
+        """Whether this is the output layer."""
+        return isinstance(self.transform, VocabRows) and self.untied_only
+
+    @property
     def stacked_key(self) -> str:
         """torch_dist key of all layers together, [num_layers, ...] (Megatron's default layout)."""
         return self.key.replace("{layer}.", "")
@@ -192,23 +197,23 @@ class Family:
     """RoPE variants that models of this family come with."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError if a row is missing that the package asks for by its key."""
-        for key in (EMBEDDING_KEY, HEAD_KEY):
-            if [entry.key for entry in self.entries].count(key) != 1:
-                raise ValueError(f"family {self.name}: entries must have one row with key {key}")
+        """Raises ValueError unless there is one embedding and one output layer."""
+        kinds = [(entry.is_embedding, entry.is_head) for entry in self.entries]
+        if kinds.count((True, False)) != 1 or kinds.count((False, True)) != 1:
+            raise ValueError(
+                f"family {self.name}: entries must have one embedding and one output layer; "
+                "use rows.EMBEDDING and rows.HEAD, or rows like them"
+            )
 
     @property
     def embedding(self) -> str:
         """HF name of the input embedding."""
-        return self._hf_name(EMBEDDING_KEY)
+        return next(entry.hf[0] for entry in self.entries if entry.is_embedding)
 
     @property
     def head(self) -> str:
         """HF name of the output layer."""
-        return self._hf_name(HEAD_KEY)
-
-    def _hf_name(self, key: str) -> str:
-        return next(entry.hf[0] for entry in self.entries if entry.key == key)
+        return next(entry.hf[0] for entry in self.entries if entry.is_head)
 
     @property
     def qk_layernorm(self) -> bool:

@@ -13,9 +13,9 @@ from megatron_opdlm.convert.formats import DEFAULT_FORMAT, FAMILY_FORMAT, FORMAT
 from megatron_opdlm.convert.formats.format import ExportFormat
 from megatron_opdlm.convert.formats.shipped_code import shipped_class
 from megatron_opdlm.files.errors import ConversionError
-from megatron_opdlm.model.families import FAMILIES, family_of
+from megatron_opdlm.model.families import FAMILIES, family_of, rows
 from megatron_opdlm.model.hf_config import parse_config
-from megatron_opdlm.model.tensors import EMBEDDING_KEY, Family
+from megatron_opdlm.model.tensors import Entry, Family
 from tests.unit.convert.models import family_config
 
 PAGE = Path(__file__).parents[3] / "docs/conversion.md"
@@ -99,11 +99,13 @@ def test_a_record_that_lacks_a_part_is_none(record: Any, left_out: str) -> None:
             type(record)(**values)
 
 
-def test_a_family_without_an_embedding_is_none() -> None:
+@pytest.mark.parametrize("left_out", [rows.EMBEDDING, rows.HEAD], ids=["embedding", "head"])
+def test_a_family_without_a_vocabulary_is_none(left_out: Entry) -> None:
     qwen3 = FAMILIES["qwen3"]
-    entries = tuple(entry for entry in qwen3.entries if entry.key != EMBEDDING_KEY)
-    with pytest.raises(ValueError, match=f"family qwen3: entries must have one .* {EMBEDDING_KEY}"):
-        replace(qwen3, entries=entries)
+    others = tuple(entry for entry in qwen3.entries if entry is not left_out)
+    for entries in (others, (*qwen3.entries, left_out)):
+        with pytest.raises(ValueError, match="family qwen3: entries must have one embedding and"):
+            replace(qwen3, entries=entries)
 
 
 # --- docs/conversion.md ---
