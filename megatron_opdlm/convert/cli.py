@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_opdlm.convert.formats import DEFAULT_FORMAT, FAMILY_FORMAT, FORMATS, format_names
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.files.signals import ended_by_interrupt, stopped_by_signals
 
-FORMATS = ("sdar", "a2d", "base", "qwen3", "qwen2", "llama")
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_TOLERANCE = 1e-3
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -62,16 +62,20 @@ def _add_import(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _add_export(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    untied = [name for name, item in FORMATS.items() if item.untied]
+    moving = [
+        f"{name}: move the mask token to the id that {item.engines} hard-code"
+        for name, item in FORMATS.items()
+        if item.engine_mask_id is not None
+    ]
     parser = actions.add_parser("export", help="torch_dist checkpoint -> Hugging Face directory")
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint to export")
     parser.add_argument("--out", required=True, metavar="DIR", help="directory to create")
     parser.add_argument(
         "--format",
-        choices=FORMATS,
-        default="sdar",
-        help="sdar: transformers, LMDeploy, SGLang, JetEngine (Qwen3 only); a2d: the dLLM toolkit "
-        "and the OPDLM evaluation; base, or the name of the checkpoint's own family: plain "
-        "weights; default: sdar",
+        choices=format_names(),
+        default=DEFAULT_FORMAT,
+        help=_describe_formats(),
     )
     parser.add_argument("--iteration", type=int, metavar="N", help="default: the latest")
     parser.add_argument(
@@ -81,15 +85,24 @@ def _add_export(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--untie",
         action=argparse.BooleanOptionalAction,
-        help="write the output layer of a tied model as a tensor of its own; default: for sdar, "
-        "which SGLang cannot load tied",
+        help="write the output layer of a tied model as a tensor of its own; default: for "
+        f"{' and '.join(untied)}, where a reader needs it",
     )
     parser.add_argument(
         "--relocate-mask",
         action="store_true",
-        help="sdar: move the mask token to the id that LMDeploy and SGLang hard-code; unties",
+        help=f"{'; '.join(moving)}; unties",
     )
     parser.set_defaults(run=_reporting_os_errors(_export))
+
+
+def _describe_formats() -> str:
+    """Returns what every format is for, as argparse takes a help text."""
+    lines = []
+    for name, item in FORMATS.items():
+        plain = ", or the checkpoint's own family" if name == FAMILY_FORMAT else ""
+        lines.append(f"{name}{plain} ({', '.join(item.families)}): {item.summary}")
+    return "; ".join((*lines, f"default: {DEFAULT_FORMAT}")).replace("%", "%%")
 
 
 def _add_verify(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

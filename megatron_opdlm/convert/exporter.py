@@ -16,7 +16,7 @@ from megatron_opdlm.checkpoint.layout import (
     read_description,
     resolve_iteration,
 )
-from megatron_opdlm.convert.formats import find_format
+from megatron_opdlm.convert.formats import DEFAULT_FORMAT, FORMATS, find_format
 from megatron_opdlm.convert.formats.files import write_files
 from megatron_opdlm.convert.formats.format import ExportedModel, ExportFormat
 from megatron_opdlm.convert.mask_relocation import UntiedTensors
@@ -33,7 +33,7 @@ def export(
     checkpoint_dir: str | Path,
     out_dir: str | Path,
     *,
-    format: str = "sdar",
+    format: str = DEFAULT_FORMAT,
     iteration: int | None = None,
     block_size: int | None = None,
     dtype: str | None = None,
@@ -46,20 +46,19 @@ def export(
 
     Args:
         checkpoint_dir: checkpoint root or iteration folder.
-        out_dir: folder to create; it must not exist, or be empty.
-        format: 'sdar' (transformers, LMDeploy, SGLang, JetEngine; Qwen3 only), 'a2d' (the dLLM
-            toolkit, the released OPDLM evaluation), or 'base' or the family's name (plain weights
-            under the model_type they were imported with; no mask token or block size needed).
-        iteration: number of the iteration; None for the latest.
+        out_dir: folder to create; must not exist or be empty.
+        format: key of FORMATS, or the family's name (plain weights under the model_type they were
+            imported with; no mask token or block size needed).
+        iteration: which iteration; None for the latest.
         block_size: needed only if the checkpoint was not trained; must equal the trained one. Not
-            for 'base' and the family's name.
+            for plain weights.
         dtype: 'float32', 'bfloat16' or 'float16'; None as stored.
-        untie: whether a model with tied weights gets a separate tensor for its output layer; None
-            decides by the format's readers ('sdar': yes).
-        relocate_mask: whether the mask token moves to the id that the format's serving engines
-            hard-code; the export is then untied.
-        shard_bytes: largest size of a safetensors file, in bytes.
-        progress: whether to show a progress bar on stderr.
+        untie: write the output layer of a tied model as a tensor of its own; None: as the format's
+            readers need it.
+        relocate_mask: move the mask token to the id that the format's serving engines hard-code;
+            the export is then untied.
+        shard_bytes: largest safetensors file.
+        progress: show a progress bar on stderr.
 
     Raises:
         ConversionError: the format does not support this model, the checkpoint is not a student's
@@ -146,9 +145,10 @@ def _new_mask_id(
     wanted, found = export_format.engine_mask_id, description.mask_token_id
     if wanted is None:
         if relocate:
+            moving = [repr(n) for n, f in FORMATS.items() if f.engine_mask_id is not None]
             raise ConversionError(
-                f"relocate_mask is for format='sdar'; readers of {export_format.name!r} look the "
-                "mask token up"
+                f"relocate_mask is for format={' or '.join(moving)}; readers of "
+                f"{export_format.name!r} look the mask token up"
             )
         return None
     if found == wanted:
@@ -160,16 +160,17 @@ def _new_mask_id(
                 f"row {wanted}; export without it, for transformers"
             )
         logger.warning(
-            "LMDeploy and SGLang hard-code mask token id %d and cannot serve this model, whose "
-            "mask token is %d; transformers and JetEngine read it from the export",
+            "%s hard-code mask token id %d and cannot serve this model, whose mask token is %d; "
+            "other readers find it in the export",
+            export_format.engines,
             wanted,
             found,
         )
         return None
     if not relocate:
         raise ConversionError(
-            f"mask token id {found} is not the {wanted} that LMDeploy and SGLang hard-code; pass "
-            "--relocate-mask to move it there"
+            f"mask token id {found} is not the {wanted} that {export_format.engines} hard-code; "
+            "pass --relocate-mask to move it there"
         )
     return wanted
 

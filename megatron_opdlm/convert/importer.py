@@ -220,7 +220,7 @@ def _vocab_pieces(
         values = weights.read(name, slice(rows.start, min(rows.stop, stored)))
         padding = values.new_zeros(rows.stop - rows.start - values.shape[0], shape[1])
         values = torch.cat([values, padding]) if padding.numel() else values
-        if row is not None and row.replaces(name) and rows.start <= row.token_id < rows.stop:
+        if row is not None and row.replaces(entry) and rows.start <= row.token_id < rows.stop:
             values[row.token_id - rows.start] = mean_row(weights, name, row.token_id)
         return values
 

@@ -1,5 +1,6 @@
 """Describes a checkpoint of this package or a Hugging Face directory on one screen."""
 
+import re
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -49,8 +50,9 @@ class Inspection:
         rows |= {key: v for key, v in self.state.items() if isinstance(v, str | int | float)}
         width = max(map(len, rows))
         lines = [f"{key:<{width}}  {value}" for key, value in rows.items()]
-        outside = {k: v for k, v in self.tensors.items() if not k.startswith("model.layers.")}
-        first = {k: v for k, v in self.tensors.items() if k.startswith("model.layers.0.")}
+        layers = {key: re.search(r"\.(\d+)\.", key) for key in self.tensors}
+        outside = {k: v for k, v in self.tensors.items() if layers[k] is None}
+        first = {k: v for k, v in self.tensors.items() if (at := layers[k]) and at[1] == "0"}
         width = max(map(len, outside | first))
         lines += ["", f"{len(self.tensors)} tensors" + (", layers like the first" if first else "")]
         lines += [f"  {key:<{width}}  {shape}" for key, shape in (outside | first).items()]

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megatron_opdlm.convert.model_tensors import ModelTensors, TensorLayout
 from megatron_opdlm.model.hf_config import HFConfig
-from megatron_opdlm.model.tensors import EMBEDDING, HEAD
 
 
 class UntiedTensors(ModelTensors):
@@ -41,7 +40,7 @@ class UntiedTensors(ModelTensors):
     def layout(self, dtype: torch.dtype | None) -> TensorLayout:
         """See `ModelTensors.layout`. The output layer comes last."""
         layout = super().layout(dtype)
-        layout.setdefault(HEAD, layout[EMBEDDING])
+        layout.setdefault(self._family.head, layout[self._family.embedding])
         return layout
 
     def values(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
@@ -49,7 +48,7 @@ class UntiedTensors(ModelTensors):
         moved = None if self.moved_row is None else self._read_row(dtype, self.moved_row[0])
         start = 0
         for name, tensor in super().values(dtype):
-            if name == EMBEDDING and moved is not None and self.moved_row is not None:
+            if name == self._family.embedding and moved is not None and self.moved_row is not None:
                 place = self.moved_row[1] - start
                 start += len(tensor)
                 if 0 <= place < len(tensor):
@@ -58,11 +57,11 @@ class UntiedTensors(ModelTensors):
             yield name, tensor
         if self._is_tied:
             for _, tensor in self._embedding(dtype):
-                yield HEAD, tensor
+                yield self._family.head, tensor
 
     def _embedding(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
         """Yields the slices of the stored embedding, which come first."""
-        return takewhile(lambda item: item[0] == EMBEDDING, super().values(dtype))
+        return takewhile(lambda item: item[0] == self._family.embedding, super().values(dtype))
 
     def _read_row(self, dtype: torch.dtype | None, row: int) -> Tensor:
         for _, tensor in self._embedding(dtype):

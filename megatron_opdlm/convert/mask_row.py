@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_opdlm.convert.weights import HFWeights, row_slices
 from megatron_opdlm.files.errors import ConversionError
-from megatron_opdlm.model.tensors import EMBEDDING
+from megatron_opdlm.model.tensors import Entry
 
 MASK_INITS = ("keep", "mean")
 
@@ -47,12 +47,12 @@ class MaskRow:
             )
         return cls(token_id=token_id, is_new=is_new, use_mean=is_new or mask_init == "mean")
 
-    def replaces(self, name: str) -> bool:
+    def replaces(self, entry: Entry) -> bool:
         """Returns whether the row of this vocabulary tensor becomes a mean.
 
         In an untied head only a new row does, because the mask's column is in no softmax here.
         """
-        return self.is_new or (self.use_mean and name == EMBEDDING)
+        return self.is_new or (self.use_mean and entry.is_embedding)
 
     def describe(self) -> str:
         """Returns a text about the change, for people."""

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from megatron_opdlm.checkpoint.layout import read_description, resolve_iteration
 from megatron_opdlm.checkpoint.weights import freeze, load_model
+from megatron_opdlm.convert.formats import format_of
+from megatron_opdlm.convert.formats.shipped_code import shipped_class
 from megatron_opdlm.diffusion.stream import make_tags, visible
 from megatron_opdlm.distributed import process_groups as parallel
 from megatron_opdlm.files.errors import ConversionError
@@ -98,12 +100,14 @@ def _require_same_shape(ours: HFConfig, theirs: HFConfig, *, new_row: bool) -> N
 
 
 def _load_reference(source: Path, config: HFConfig) -> Any:
-    """Loads transformers' class for a base model, and our model code for `sdar` and `a2d`."""
+    """The class that runs the directory's format: transformers' own, or one of ours."""
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    family = FAMILIES[config.family]
     model_type = read_json_object(source / "config.json")["model_type"]
-    if model_type in FAMILIES:
+    model_class = format_of(model_type, family).model_class
+    if model_class is None:
         hf_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if int(transformers.__version__.split(".")[0]) < 5:  # it loses these from files of 5
             hf_config.rope_theta = config.rope_theta
@@ -111,18 +115,9 @@ def _load_reference(source: Path, config: HFConfig) -> Any:
         hf_config._attn_implementation = "eager"
         model = AutoModelForCausalLM.from_pretrained(source, config=hf_config)
     else:
-        model_class = _our_class(model_type)
-        our_config = model_class.config_class.from_pretrained(source)
-        model = model_class.from_pretrained(source, config=our_config)
+        ours = shipped_class(model_class(family))
+        model = ours.from_pretrained(source, config=ours.config_class.from_pretrained(source))
     return model.float().eval()
-
-
-def _our_class(model_type: str) -> Any:
-    from megatron_opdlm.convert.formats.code import modeling_a2d as a2d
-    from megatron_opdlm.convert.formats.code.modeling_sdar import SDARForCausalLM
-
-    classes = (a2d.A2DQwen3LMHeadModel, a2d.A2DQwen2LMHeadModel, a2d.A2DLlamaLMHeadModel)
-    return {item.config_class.model_type: item for item in (SDARForCausalLM, *classes)}[model_type]
 
 
 def _version_4_scaling(config: HFConfig) -> dict[str, Any] | None:

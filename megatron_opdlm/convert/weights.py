@@ -15,7 +15,7 @@ from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.files.folders import read_json_object
 from megatron_opdlm.files.safetensors_file import TensorInfo, read_header, read_tensor
 from megatron_opdlm.model.hf_config import HFConfig
-from megatron_opdlm.model.tensors import EMBEDDING, HEAD, Family, Shape
+from megatron_opdlm.model.tensors import Family, Shape
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -156,9 +156,9 @@ def check_tensors(weights: HFWeights, family: Family, config: HFConfig) -> None:
             message names all differences.
     """
     expected, found = family.hf_shapes(config), weights.shapes
-    redundant_head = config.tie_word_embeddings and HEAD in found
+    redundant_head = config.tie_word_embeddings and family.head in found
     if redundant_head:
-        expected[HEAD] = expected[EMBEDDING]
+        expected[family.head] = expected[family.embedding]
     wrong = {
         f"{name} {list(found[name])} (expected {list(shape)})"
         for name, shape in expected.items()
@@ -171,7 +171,7 @@ def check_tensors(weights: HFWeights, family: Family, config: HFConfig) -> None:
             f"{weights.directory}: tensors do not match config.json: " + describe_names(problems)
         )
     if redundant_head:
-        _check_redundant_head(weights)
+        _check_redundant_head(weights, family.head, family.embedding)
 
 
 def row_slices(shape: Shape, dtype: torch.dtype) -> list[slice]:
@@ -180,12 +180,12 @@ def row_slices(shape: Shape, dtype: torch.dtype) -> list[slice]:
     return [slice(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
 
 
-def _check_redundant_head(weights: HFWeights) -> None:
-    for rows in row_slices(weights.shapes[HEAD], weights.dtype(HEAD)):
-        if not torch.equal(weights.read(HEAD, rows), weights.read(EMBEDDING, rows)):
+def _check_redundant_head(weights: HFWeights, head: str, embedding: str) -> None:
+    for rows in row_slices(weights.shapes[head], weights.dtype(head)):
+        if not torch.equal(weights.read(head, rows), weights.read(embedding, rows)):
             raise ConversionError(
-                f"{weights.directory}: tie_word_embeddings is true but {HEAD} differs from "
-                f"{EMBEDDING} (rows {rows.start} to {rows.stop - 1}); set it to false if they "
+                f"{weights.directory}: tie_word_embeddings is true but {head} differs from "
+                f"{embedding} (rows {rows.start} to {rows.stop - 1}); set it to false if they "
                 "are separate weights"
             )
 

@@ -7,7 +7,7 @@ import math
 from megatron_opdlm.model.families import FAMILIES
 from megatron_opdlm.model.gpt import padded_vocab_size
 from megatron_opdlm.model.hf_config import HFConfig
-from megatron_opdlm.model.tensors import EMBEDDING, Plain, VocabRows
+from megatron_opdlm.model.tensors import Plain, VocabRows
 
 
 def count_parameters(
@@ -37,7 +37,7 @@ def count_parameters(
         share = math.prod(shape) // (1 if whole else tp_size)
         if entry.per_layer:
             total += share * (hf.num_layers // pp_size)
-        elif entry.hf == (EMBEDDING,):
+        elif entry.is_embedding:
             # With tied weights the last stage has a second copy of the embedding, as its head.
             total += share * (is_first or (is_last and with_head and hf.tie_word_embeddings))
         elif with_head or not is_vocab:

@@ -11,18 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
-
 from megatron_opdlm.diffusion.blocks import round_up
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megatron_opdlm.model.hf_config import HFConfig
 
 Shape = tuple[int, ...]
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-"""HF names that all families share. In models with tied weights the head repeats the embedding."""
 
 VOCAB_DIVISOR = 128
 """Megatron's default make_vocab_size_divisible_by. A run at TP1 pads the vocabulary to a multiple
@@ -51,7 +47,7 @@ class Transform(Protocol):
     def megatron_shape(self, config: "HFConfig") -> Shape:
         """Returns the shape of the Megatron tensor at TP1, without the leading layer axis."""
 
-    def parts(self, tensor: Tensor, config: "HFConfig") -> Sequence[Tensor]:
+    def parts(self, tensor: "Tensor", config: "HFConfig") -> "Sequence[Tensor]":
         """Returns views of a Megatron tensor, one for each HF tensor.
 
         A view has the elements of its HF tensor in their order, in any shape. Import fills the
@@ -73,7 +69,7 @@ class Plain:
         """Returns the shape of `dims`."""
         return shape_of(self.dims, config)
 
-    def parts(self, tensor: Tensor, config: "HFConfig") -> Sequence[Tensor]:
+    def parts(self, tensor: "Tensor", config: "HFConfig") -> "Sequence[Tensor]":
         """Returns the tensor itself."""
         return (tensor,)
 
@@ -113,7 +109,7 @@ class InterleavedQKV:
         rows = sum(shape[0] for shape in self.hf_shapes(config))
         return (rows, *shape_of(self.trailing, config))
 
-    def parts(self, tensor: Tensor, config: "HFConfig") -> Sequence[Tensor]:
+    def parts(self, tensor: "Tensor", config: "HFConfig") -> "Sequence[Tensor]":
         """Returns [G, R, D, ...] and twice [G, 1, D, ...], for G groups of R query heads."""
         groups, rest = config.num_query_groups, shape_of(self.trailing, config)
         heads = config.num_attention_heads // groups
@@ -132,7 +128,7 @@ class GatedConcat:
         """Returns [2 F, H]."""
         return (2 * config.ffn_hidden_size, config.hidden_size)
 
-    def parts(self, tensor: Tensor, config: "HFConfig") -> Sequence[Tensor]:
+    def parts(self, tensor: "Tensor", config: "HFConfig") -> "Sequence[Tensor]":
         """Returns the two halves, [F, H] each."""
         return tensor.split(config.ffn_hidden_size)
 
@@ -155,6 +151,16 @@ class Entry:
         return "{layer}" in self.key
 
     @property
+    def is_embedding(self) -> bool:
+        """Whether this is the input embedding; in tied models the output layer repeats it."""
+        return isinstance(self.transform, VocabRows) and not self.untied_only
+
+    @property
+    def is_head(self) -> bool:
+        """Whether this is the output layer."""
+        return isinstance(self.transform, VocabRows) and self.untied_only
+
+    @property
     def stacked_key(self) -> str:
         """torch_dist key of all layers together, [num_layers, ...] (as Megatron stores them)."""
         return self.key.replace("{layer}.", "")
@@ -173,6 +179,12 @@ class Family:
     aliases: tuple[str, ...]
     """Other HF model types with the same tensors (block-diffusion exports of this family)."""
     entries: tuple[Entry, ...]
+    class_name: str
+    """What transformers calls its classes: `Qwen3` of Qwen3Config and Qwen3ForCausalLM."""
+    config_keys: Callable[["HFConfig"], dict[str, Any]]
+    """Keys of config.json that transformers' class has and those of other families lack."""
+    knows_layer_types: bool
+    """Whether transformers' class has config.json's `layer_types`, from 4.53 on."""
     check_config: Callable[[dict[str, Any]], None]
     """Function that raises ConversionError for features of config.json that the table lacks."""
     default_head_dim: int | None
@@ -185,6 +197,25 @@ class Family:
     """Whether a missing num_key_value_heads means the number of query heads."""
     rope_types: tuple[str, ...] = ("default",)
     """RoPE types that models of this family use."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError unless there is one embedding and one output layer."""
+        kinds = [(entry.is_embedding, entry.is_head) for entry in self.entries]
+        if kinds.count((True, False)) != 1 or kinds.count((False, True)) != 1:
+            raise ValueError(
+                f"family {self.name}: entries must have one embedding and one output layer; "
+                "use rows.EMBEDDING and rows.HEAD, or rows like them"
+            )
+
+    @property
+    def embedding(self) -> str:
+        """HF name of the input embedding."""
+        return next(entry.hf[0] for entry in self.entries if entry.is_embedding)
+
+    @property
+    def head(self) -> str:
+        """HF name of the output layer."""
+        return next(entry.hf[0] for entry in self.entries if entry.is_head)
 
     @property
     def qk_layernorm(self) -> bool:

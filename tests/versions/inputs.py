@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_opdlm.checkpoint.layout import read_description
 from megatron_opdlm.convert.exporter import export
+from megatron_opdlm.convert.formats import FORMATS
 from megatron_opdlm.convert.importer import import_hf
 from megatron_opdlm.convert.tokenizer import copy_tokenizer
 from tests.unit.convert.exports import BLOCK, block_mask, load_original, logits, random_tokens
@@ -29,7 +30,6 @@ from tests.unit.convert.models import edit_json, write_hf
 
 MODELS = {"qwen3": "qwen3", "qwen2": "qwen2", "llama": "llama", "tokenizer": "qwen3"}
 """Model -> family."""
-FORMATS = {"qwen3": ("sdar", "a2d", "base"), "qwen2": ("a2d", "base"), "llama": ("a2d", "base")}
 THETA = 750000
 """Not the default of any class."""
 CHAT: list[dict[str, str]] = [
@@ -53,9 +53,13 @@ def write_inputs(root: Path, tokenizer: Path | None) -> None:
         tokenizer: directory of Qwen3's tokenizer; None: a tiny one is made.
     """
     for model, family in MODELS.items():
-        write_model(root, model, tokenizer if model == "tokenizer" else None, FORMATS[family])
+        write_model(root, model, tokenizer if model == "tokenizer" else None, _formats(family))
     _export(root / "checkpoints/qwen3", root / "exports/sdar-bfloat16", "sdar", dtype="bfloat16")
     _write_controls(root)
+
+
+def _formats(family: str) -> list[str]:
+    return [name for name, item in FORMATS.items() if family in item.families]
 
 
 def write_model(root: Path, model: str, tokenizer: Path | None, formats: Sequence[str]) -> None:

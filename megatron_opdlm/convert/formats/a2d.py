@@ -12,29 +12,36 @@ from typing import Any
 from megatron_opdlm.convert.formats.config_keys import decoder_keys, layer_types
 from megatron_opdlm.convert.formats.format import ExportedModel, ExportFormat
 from megatron_opdlm.convert.formats.shipped_code import REMASKING_FILE
+from megatron_opdlm.model.tensors import Family
 
 MASK_TEXT = "<|mask|>"
 
-_CLASS_NAMES = {"qwen3": "A2DQwen3", "qwen2": "A2DQwen2", "llama": "A2DLlama"}
+
+def _model_type(family: Family) -> str | None:
+    name = f"a2d-{family.name}"
+    return name if name in family.aliases else None
+
+
+def _model_class(family: Family) -> str:
+    return f"modeling_a2d.A2D{family.class_name}LMHeadModel"
 
 
 def _config(model: ExportedModel) -> dict[str, Any]:
-    name = _CLASS_NAMES[model.config.family]
-    language_model = f"modeling_a2d.{name}LMHeadModel"
+    language_model = _model_class(model.family)
     return (
         {
-            "model_type": f"a2d-{model.config.family}",
-            "architectures": [f"{name}LMHeadModel"],
+            "model_type": _model_type(model.family),
+            "architectures": [language_model.rpartition(".")[2]],
             "auto_map": {
-                "AutoConfig": f"configuration_block_diffusion.{name}Config",
-                "AutoModel": language_model,  # the toolkit may use this one, and needs logits
+                "AutoConfig": f"configuration_block_diffusion.A2D{model.family.class_name}Config",
+                "AutoModel": language_model,  # the toolkit falls back to it and wants logits
                 "AutoModelForMaskedLM": language_model,
             },
             "block_size": model.block_size,
             "mask_token_id": model.mask_token_id,
         }
         | decoder_keys(model)
-        | layer_types(model.config)
+        | layer_types(model)
     )
 
 
@@ -45,7 +52,9 @@ def _card_sections(model: ExportedModel) -> tuple[str, ...]:
 
 A2D = ExportFormat(
     name="a2d",
-    model_types={family: f"a2d-{family}" for family in _CLASS_NAMES},
+    summary="the dLLM toolkit, the released OPDLM evaluation (Qwen3), transformers 4.52 to 5.x",
+    model_type=_model_type,
+    model_class=_model_class,
     config=_config,
     card_sections=_card_sections,
     code_files=(

@@ -5,17 +5,15 @@ from typing import Any
 from megatron_opdlm.convert.formats.config_keys import decoder_keys, layer_types
 from megatron_opdlm.convert.formats.format import ExportedModel, ExportFormat
 
-_CLASS_NAMES = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}
-
 
 def _config(model: ExportedModel) -> dict[str, Any]:
     config = model.config
     keys: dict[str, Any] = {
         "model_type": config.family,
-        "architectures": [f"{_CLASS_NAMES[config.family]}ForCausalLM"],
+        "architectures": [f"{model.family.class_name}ForCausalLM"],
     }
-    keys |= decoder_keys(model) | layer_types(config)
-    if len(config.eos_token_ids) > 1:  # autoregressive engines stop at all ids in this key
+    keys |= decoder_keys(model) | layer_types(model)
+    if len(config.eos_token_ids) > 1:  # autoregressive engines stop at all that they find here
         keys["eos_token_id"] = list(config.eos_token_ids)
     return keys
 
@@ -28,7 +26,9 @@ def _card_sections(model: ExportedModel) -> tuple[str, ...]:
 
 BASE = ExportFormat(
     name="base",
-    model_types={family: family for family in _CLASS_NAMES},
+    summary="whatever reads the base model: transformers, vLLM, other converters",
+    model_type=lambda family: family.name,
+    model_class=None,
     config=_config,
     card_sections=_card_sections,
     for_students=False,

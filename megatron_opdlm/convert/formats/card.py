@@ -7,8 +7,10 @@ from importlib import resources
 from pathlib import PurePath
 from typing import Any
 
+from megatron_opdlm.convert.formats import FORMATS
 from megatron_opdlm.convert.formats.format import ExportedModel, ExportFormat
 from megatron_opdlm.diffusion.remasking import RULES
+from megatron_opdlm.model.families import FAMILIES
 
 # Key of the lineage or of the training state -> label, in the order of the table.
 _LABELS = {
@@ -83,7 +85,7 @@ def _introduction(
             " under the @FAMILY@ names. Programs load them as an autoregressive model, but they"
             " were trained to predict masked tokens, position i predicting token i, under"
             " block-causal attention: generating token after token is not what they learnt. To"
-            " decode text, export the checkpoint as `a2d` or, if it is a Qwen3, as `sdar`."
+            f" decode text, export the checkpoint {_student_formats()}."
         )
     if model.moved_mask_from is not None:
         text += (
@@ -97,6 +99,17 @@ def _introduction(
             " model continues."
         )
     return text
+
+
+def _student_formats() -> str:
+    """The formats that decode, and for which families where that is not for all."""
+    formats = [item for item in FORMATS.values() if item.for_students]
+    texts = []
+    for item in sorted(formats, key=lambda item: -len(item.families)):
+        names = " or ".join(FAMILIES[name].class_name for name in item.families)
+        condition = "" if len(item.families) == len(FAMILIES) else f", if it is a {names},"
+        texts.append(f"{condition} as `{item.name}`")
+    return " or".join(texts).lstrip(", ")
 
 
 def _rows(model: ExportedModel) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_opdlm.convert.formats.format import ExportedModel
-from megatron_opdlm.model.hf_config import HFConfig
 
 _TRANSFORMERS_VERSION = "4.52.4"  # version of the file layout, which the oldest readers expect
 
@@ -47,22 +46,11 @@ def decoder_keys(model: ExportedModel) -> dict[str, Any]:
         "torch_dtype": model.dtype,
         "dtype": model.dtype,
         "transformers_version": _TRANSFORMERS_VERSION,
-    } | _family_keys(config)
+    } | model.family.config_keys(config)
 
 
-def _family_keys(config: HFConfig) -> dict[str, Any]:
-    if config.family == "llama":
-        return {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
-    window = {
-        "max_window_layers": config.num_layers,
-        "sliding_window": None,
-        "use_sliding_window": False,
-    }
-    return window if config.family == "qwen2" else {"attention_bias": False} | window
-
-
-def layer_types(config: HFConfig) -> dict[str, list[str]]:
-    """Returns the key `layer_types`, which Qwen classes have (transformers 4.53 on), not Llama."""
-    if config.family == "llama":
+def layer_types(model: ExportedModel) -> dict[str, list[str]]:
+    """`layer_types`, where transformers' class of the family knows the key."""
+    if not model.family.knows_layer_types:
         return {}
-    return {"layer_types": ["full_attention"] * config.num_layers}
+    return {"layer_types": ["full_attention"] * model.config.num_layers}

@@ -2,9 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_opdlm.model.hf_config import HFConfig
+from megatron_opdlm.model.families import FAMILIES
+from megatron_opdlm.model.tensors import Family
+
+if TYPE_CHECKING:
+    from megatron_opdlm.model.hf_config import HFConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +17,7 @@ class ExportedModel:
 
     name: str
     """Name of the model in the model card."""
-    config: HFConfig
+    config: "HFConfig"
     """Hyperparameters of the export: untied if the export is."""
     mask_token_id: int | None
     """Id of the mask token in the export; None for a model that can only be a teacher."""
@@ -32,14 +36,23 @@ class ExportedModel:
     state: Mapping[str, Any] = field(default_factory=dict)
     """Values of the checkpoint's `opdlm_state.json`."""
 
+    @property
+    def family(self) -> Family:
+        """The model's family."""
+        return FAMILIES[self.config.family]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportFormat:
     """One way to write a model as a Hugging Face directory."""
 
     name: str
-    model_types: Mapping[str, str]
-    """The model_type in config.json, by family. The format supports only these families."""
+    summary: str
+    """Who reads its exports, as --help and docs/conversion.md say it."""
+    model_type: Callable[[Family], str | None]
+    """config.json's model_type of a family's exports; None: the format does not hold its models."""
+    model_class: Callable[[Family], str] | None
+    """'module.Class' of `formats/code` that runs a family's exports; None: transformers' own."""
     config: Callable[[ExportedModel], dict[str, Any]]
     """Function that returns all keys of config.json."""
     card_sections: Callable[[ExportedModel], tuple[str, ...]]
@@ -56,4 +69,11 @@ class ExportFormat:
     mask_text: str | None = None
     """Text of the mask token that the format's readers require; None allows any text."""
     engine_mask_id: int | None = None
-    """Id of the mask token that serving engines hard-code; None if they read it from the export."""
+    """The mask token's id that serving engines hard-code; None: they read it."""
+    engines: str = ""
+    """Those that hard-code `engine_mask_id`."""
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Names of the families whose models it holds."""
+        return tuple(n for n, family in FAMILIES.items() if self.model_type(family) is not None)

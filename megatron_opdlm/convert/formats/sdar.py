@@ -5,19 +5,28 @@ from typing import Any
 from megatron_opdlm.convert.formats.config_keys import decoder_keys
 from megatron_opdlm.convert.formats.format import ExportedModel, ExportFormat
 from megatron_opdlm.convert.formats.shipped_code import REMASKING_FILE
+from megatron_opdlm.model.tensors import Family
 
 ENGINE_MASK_ID = 151669
 """LMDeploy and SGLang hard-code Qwen3's mask id and ignore the config's."""
 
 
+_MODEL_TYPE = "sdar"
+_MODEL_CLASS = "modeling_sdar.SDARForCausalLM"
+
+
+def _model_type(family: Family) -> str | None:
+    return _MODEL_TYPE if _MODEL_TYPE in family.aliases else None
+
+
 def _config(model: ExportedModel) -> dict[str, Any]:
     return {
-        "model_type": "sdar",
+        "model_type": _MODEL_TYPE,
         "architectures": ["SDARForCausalLM"],
         "auto_map": {
             "AutoConfig": "configuration_block_diffusion.SDARConfig",
             "AutoModel": "modeling_sdar.SDARModel",
-            "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM",
+            "AutoModelForCausalLM": _MODEL_CLASS,
         },
         "block_size": model.block_size,
         "mask_token_id": model.mask_token_id,
@@ -39,7 +48,9 @@ def _other_files(model: ExportedModel) -> dict[str, str]:
 
 SDAR = ExportFormat(
     name="sdar",
-    model_types={"qwen3": "sdar"},
+    summary="LMDeploy, SGLang, JetEngine, transformers 4.52 to 5.x",
+    model_type=_model_type,
+    model_class=lambda family: _MODEL_CLASS,
     config=_config,
     card_sections=_card_sections,
     code_files=(
@@ -50,4 +61,5 @@ SDAR = ExportFormat(
     other_files=_other_files,
     untied=True,
     engine_mask_id=ENGINE_MASK_ID,
+    engines="LMDeploy and SGLang",
 )

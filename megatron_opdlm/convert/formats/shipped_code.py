@@ -1,15 +1,18 @@
 """The code in exports: files of `formats/code`, and the remasking rules of this package."""
 
 import builtins
+import importlib
 import inspect
 import symtable
 import textwrap
 from collections.abc import Iterator
 from importlib import resources
+from typing import Any
 
 from megatron_opdlm.diffusion import remasking
 from megatron_opdlm.files.errors import ConversionError
 
+_CODE = "megatron_opdlm.convert.formats.code"
 REMASKING_FILE = "remasking_block_diffusion.py"
 """File with the source of diffusion/remasking.py, and of rules that other modules add."""
 
@@ -25,8 +28,18 @@ def shipped_code(name: str) -> str:
     """
     if name == REMASKING_FILE:
         return _remasking_code()
-    source = resources.files("megatron_opdlm.convert.formats.code") / name
+    source = resources.files(_CODE) / name
     return source.read_text(encoding="utf-8")
+
+
+def shipped_class(reference: str) -> Any:
+    """Returns a class of `formats/code`; loads transformers.
+
+    Args:
+        reference: 'module.Class', as a format's `model_class` names it.
+    """
+    module, name = reference.split(".")
+    return getattr(importlib.import_module(f"{_CODE}.{module}"), name)
 
 
 def _remasking_code() -> str:

@@ -4,6 +4,7 @@ from typing import Any
 
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.model.families import rows
+from megatron_opdlm.model.families.window import no_window
 from megatron_opdlm.model.tensors import Family
 
 
@@ -28,6 +29,9 @@ QWEN2 = Family(
         rows.FINAL_NORM,
         rows.HEAD,
     ),
+    class_name="Qwen2",
+    config_keys=no_window,
+    knows_layer_types=True,
     check_config=_check_config,
     default_head_dim=None,
     default_rms_norm_eps=1e-6,

@@ -1,13 +1,12 @@
 """The rows that make up the name tables of the families."""
 
-from megatron_opdlm.model import tensors as names
 from megatron_opdlm.model.tensors import Entry, GatedConcat, InterleavedQKV, Plain, VocabRows
 
 _ATTENTION, _MLP = "decoder.layers.{layer}.self_attention.", "decoder.layers.{layer}.mlp."
 _HF_LAYER = "model.layers.{layer}."
 _HF_ATTENTION, _HF_MLP = _HF_LAYER + "self_attn.", _HF_LAYER + "mlp."
 
-EMBEDDING = Entry("embedding.word_embeddings.weight", (names.EMBEDDING,), VocabRows())
+EMBEDDING = Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), VocabRows())
 INPUT_NORM = Entry(
     _ATTENTION + "linear_qkv.layer_norm_weight",
     (_HF_LAYER + "input_layernorm.weight",),
@@ -42,4 +41,4 @@ GATE_AND_UP = Entry(
 )
 DOWN = Entry(_MLP + "linear_fc2.weight", (_HF_MLP + "down_proj.weight",), Plain("HF"))
 FINAL_NORM = Entry("decoder.final_layernorm.weight", ("model.norm.weight",), Plain("H"))
-HEAD = Entry("output_layer.weight", (names.HEAD,), VocabRows(), untied_only=True)
+HEAD = Entry("output_layer.weight", ("lm_head.weight",), VocabRows(), untied_only=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opdlm.convert import formats
-from megatron_opdlm.convert.cli import FORMATS, add_convert_parser
+from megatron_opdlm.convert.cli import add_convert_parser
+from megatron_opdlm.convert.formats import FORMATS
 from megatron_opdlm.convert.inspect import inspect
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.model.families import FAMILIES
@@ -99,7 +99,11 @@ def test_export_options(hf: Path, tmp_path: Path) -> None:
 
 
 def test_every_format_can_be_named() -> None:
-    assert set(FORMATS) == {*formats.FORMATS, *FAMILIES}
+    parser = argparse.ArgumentParser()
+    add_convert_parser(parser.add_subparsers(required=True))
+    for name in (*FORMATS, *FAMILIES):
+        argv = ["convert", "export", "--checkpoint", "c", "--out", "o", "--format", name]
+        assert parser.parse_args(argv).format == name
 
 
 def test_choices_are_those_of_the_modules() -> None:
@@ -111,9 +115,13 @@ def test_choices_are_those_of_the_modules() -> None:
     assert (cli.MASK_TOKEN, cli.MASK_INITS) == (tokenizer.MASK_TOKEN, mask_row.MASK_INITS)
 
 
-def test_unknown_format_is_an_argument_error(tmp_path: Path) -> None:
+def test_unknown_format_is_an_argument_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         run("export", "--checkpoint", tmp_path, "--out", tmp_path, "--format", "gguf")
+    error = capsys.readouterr().err.rpartition("invalid choice")[2]
+    assert [name for name in ("gguf", *FORMATS, *FAMILIES) if name not in error] == []
 
 
 TEMPLATES = {

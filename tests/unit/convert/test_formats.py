@@ -30,7 +30,7 @@ from tests.unit.convert.exports import (
 )
 from tests.unit.convert.models import LLAMA3_SCALING, MASK, edit_json, read_weights, write_hf
 
-FAMILIES = ("qwen3", "qwen2", "llama")
+FAMILIES = FORMATS["a2d"].families
 TOKENIZER = {
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 }

@@ -42,7 +42,9 @@ def toy_config(model: ExportedModel) -> dict[str, object]:
 
 TOY_FORMAT = ExportFormat(
     name="toybox",
-    model_types={"qwen3": "toy-file", "toy": "toy-file"},
+    summary="this file",
+    model_type=lambda family: "toy-file" if family.name in ("qwen3", "toy") else None,
+    model_class=None,
     config=toy_config,
     card_sections=lambda model: ("transformers_base.md",),
     for_students=False,
