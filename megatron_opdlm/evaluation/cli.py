@@ -58,7 +58,7 @@ def add_eval_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
         "--teacher", metavar="HF_DIR", help="also decode this model, greedily, with transformers"
     )
     parser.add_argument(
-        "--num-questions", type=int, metavar="N", help="first questions of each file; default: all"
+        "--num-questions", type=int, metavar="N", help="of each file, the first N; default: all"
     )
     parser.add_argument(
         "--seeds",

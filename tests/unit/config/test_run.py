@@ -382,7 +382,10 @@ def test_choices_are_those_of_the_code_that_reads_them():
     ("overrides", "rule"),
     [
         (["fp8=hybrid"], "fp8=hybrid"),
-        (["sequence_parallel=true"], "sequence_parallel=true, unless rollouts have a layout of"),
+        (
+            ["sequence_parallel=true"],
+            "sequence_parallel=true, unless rollouts have their own layout",
+        ),
         (["sequence_parallel=true", "rollout_tensor_model_parallel_size=2"], "sequence_parallel"),
         (["method=sft", "teacher_fp8=hybrid"], "teacher_fp8=hybrid"),
         (
