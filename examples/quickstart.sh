@@ -3,6 +3,7 @@
 # Sets everything up in .venv, then distils a small autoregressive teacher into a block-diffusion student on
 # this machine, evaluates both, exports the student and writes a report. See docs/quickstart.md.
 set -euo pipefail
+case " $* " in *" --help "* | *" -h "*) sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}"; exit ;; esac
 started=$(date +%s)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 tools/setup_venv.sh

@@ -131,6 +131,7 @@ def _commits(
         totals = list(itertools.accumulate(drawn[position][2] for position in order))
         within = sum(total < rule.entropy_bound for total in totals)
         return order[: max(quota, within)]
+    assert rule_name(rule) in ("low_confidence_static", "low_confidence_dynamic"), "write an oracle"
     order = sorted(drawn, key=lambda position: (-drawn[position][1], position))
     chosen = order[:quota]
     if rule_name(rule) == "low_confidence_dynamic":

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # run_tests.sh [pytest arguments]: sets everything up, then lint, types and tests. Exit status 0 = all pass.
 set -euo pipefail
+case " $* " in *" --help "* | *" -h "*) sed -n '2s/^# //p' "${BASH_SOURCE[0]}"; exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 tools/setup_venv.sh
 bin=.venv/bin

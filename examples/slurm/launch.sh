@@ -15,6 +15,10 @@ elif [ -x "$root/.venv/bin/python" ]; then
   python=$root/.venv/bin/python
 else
   python=python3
+  if ! python3 -c 'import omegaconf, torch' 2>/dev/null; then
+    echo "error: this python3 has not the packages that $script needs; run: bash tools/setup_venv.sh" >&2
+    exit 2
+  fi
 fi
 
 gpus=0

@@ -206,3 +206,15 @@ def test_stories_refuse_a_folder_of_something_else(stories, tmp_path):
     (tmp_path / "foreign/settings.txt").unlink()
     (tmp_path / "foreign/thesis.tex").touch()
     assert stories(out=tmp_path / "foreign")[0] == 2
+
+
+def test_a_python_without_the_packages_is_told_how_to_get_them(machine, monkeypatch, tmp_path):
+    shutil.copytree(EXAMPLES, tmp_path / "clone" / "examples")  # no .venv beside it
+    monkeypatch.delenv("VIRTUAL_ENV")
+    machine("python3", "exit 1")
+    command = ["bash", tmp_path / "clone" / "examples" / LAUNCHER.name, "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "run: bash tools/setup_venv.sh" in done.stderr
+    machine("python3", 'echo "python3 $*"')  # control
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--dry-run" in done.stdout
