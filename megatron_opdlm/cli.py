@@ -62,8 +62,7 @@ def main(argv: Sequence[str]) -> int:
         return 130
     except (
         ValueError,
-        FileNotFoundError,
-        FileExistsError,
+        OSError,
         ImportError,
         FloatingPointError,
     ) as error:

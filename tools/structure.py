@@ -183,7 +183,10 @@ def main() -> None:
     """Prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("package", nargs="?", default="megatron_opdlm", help="folder of a package")
-    sys.stdout.write(report(Path(parser.parse_args().package)))
+    package = Path(parser.parse_args().package)
+    if not (package / "__init__.py").is_file():
+        parser.error(f"{package} is no package; give the folder that holds its __init__.py")
+    sys.stdout.write(report(package))
 
 
 if __name__ == "__main__":

@@ -122,6 +122,9 @@ class DistillConfig(Section):
         users = [name for name, other in METHODS.items() if other.has_choice_of_writer]
         rule, fix = f"applies only to method={join(users, 'or')}", f"leave it out with {here}"
         require_default_unless(method.has_choice_of_writer, self, "sft_responses", rule, fix)
+        rule, fix = f"must be {join(method.writers, 'or')} with {here}", "use one of them"
+        is_one = not method.has_choice_of_writer or self.sft_responses in method.writers
+        require(is_one, "sft_responses", self.sft_responses, rule, fix)
 
     def _check_loss(self) -> None:
         self.make_divergence()  # refuses values out of range

@@ -55,6 +55,10 @@ class Method:
             for value in values:
                 require(value in known, name, value, rule, "use one of them, or add it there")
             require(bool(values), name, "()", "must not be empty", f"use one of {', '.join(known)}")
+            once = len(set(values)) == len(values)
+            require(once, name, ", ".join(values), "must be named once each", "drop the repeated")
+        rule = "must have a state selection of its kind"
+        require(bool(self.selections), "states", self.states, rule, "add one, or use random")
         is_there = self.states != "trajectory" or self.writers == ("student",)
         rule = "needs a denoising trajectory, which only the student's responses have"
         require(is_there, "states", self.states, rule, "use random, or writers=student")
@@ -62,11 +66,10 @@ class Method:
     @property
     def selections(self) -> tuple[str, ...]:
         """Names of the state selections that are possible with the method."""
-        reads_trajectory = self.states == "trajectory"
         return tuple(
             name
             for name, selection in STATE_SELECTIONS.items()
-            if selection.reads_trajectory == reads_trajectory
+            if self.states == ("trajectory" if selection.reads_trajectory else "random")
         )
 
     @property

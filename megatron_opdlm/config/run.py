@@ -307,7 +307,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"config file {path} does not exist; examples/configs has examples")
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"{path} is not a valid configuration file: {text}") from None
     if not isinstance(values, dict):

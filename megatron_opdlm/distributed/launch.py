@@ -47,6 +47,13 @@ def read_launch() -> Launch:
         )
     numbers = {name: _number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     rank, world_size = numbers["RANK"], numbers["WORLD_SIZE"]
+    port = given["MASTER_PORT"]
+    if not (port.isdecimal() and len(port) <= 5 and int(port) < 2**16):
+        raise ValueError(
+            f"MASTER_PORT={port} must be a port, from 0 to 65535; unset it, or start with torchrun"
+        )
+    if not given["MASTER_ADDR"]:
+        raise ValueError("MASTER_ADDR is empty; set it to the first node, or start with torchrun")
     if not rank < world_size:
         raise ValueError(
             f"RANK={rank} must be below WORLD_SIZE={world_size}; unset both, or start with torchrun"
@@ -58,6 +65,6 @@ def read_launch() -> Launch:
 
 def _number(name: str) -> int:
     text = os.environ.get(name, "0")
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > 9:
         raise ValueError(f"{name}={text} must be a whole number; unset it, or start with torchrun")
     return int(text)

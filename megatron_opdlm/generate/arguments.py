@@ -223,5 +223,9 @@ def open_decoder(args: argparse.Namespace, *, max_rows: int) -> Decoder:
 
 def require_folder(path: str, name: str) -> None:
     """Refuses, before any work, an output file whose folder does not exist."""
+    if not path or Path(path).is_dir():
+        raise ValueError(
+            f"{name}={path!r} must be a file to write, not a folder; name a file in it"
+        )
     if not Path(path).absolute().parent.is_dir():
         raise ValueError(f"{name}={path}: there is no folder {Path(path).parent}; make it first")

@@ -68,7 +68,14 @@ class CheckpointFolder:
         """
 
         def find() -> Path | None:
-            return resolve_iteration(self.root) if (self.root / LATEST_FILE).is_file() else None
+            if (self.root / LATEST_FILE).is_file():
+                return resolve_iteration(self.root)
+            if done := sorted(path.name for path in self.root.glob("iter_*")):
+                raise ValueError(
+                    f"{self.root / LATEST_FILE} is missing, though {', '.join(done)} is there; "
+                    f"write its number into that file, e.g. {int(done[-1][5:])}, or move it away"
+                )
+            return None
 
         return from_main(find, is_main=self.parallel.is_main)
 

@@ -41,8 +41,18 @@ class RunIdentity:
             ValueError: the file is damaged.
         """
         values = read_json_object(path)
-        if set(values) != {"prompts", "student", "teacher"}:
-            raise ValueError(f"{path}: holds {sorted(values)}; it is not what a run wrote there")
+        prompts = values.get("prompts")
+        if not (
+            set(values) == {"prompts", "student", "teacher"}
+            and isinstance(prompts, dict)
+            and all(isinstance(digest, str) for digest in prompts.values())
+            and isinstance(values["student"], str)
+            and isinstance(values["teacher"], str | None)
+        ):
+            raise ValueError(
+                f"{path} is damaged: it does not hold what a run writes there; choose another "
+                "folder for save, or bring the file back from a copy"
+            )
         return cls(**values)
 
     def write(self, path: Path) -> None:
@@ -51,6 +61,11 @@ class RunIdentity:
         values = {"prompts": self.prompts, "student": self.student, "teacher": self.teacher}
         write_json(partial, values)
         os.replace(partial, path)
+
+    def digest(self) -> str:
+        """Returns a short digest of the prompts, by which ranks compare theirs."""
+        text = json.dumps(list(self.prompts.items()))
+        return hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
 
     def require_same(
         self, before: RunIdentity, save: Path, paths: Mapping[str, str | None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
+
 from megatron_opdlm.config.run import Config, ModelConfig
 from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.distill.student import DTYPES, Student
@@ -47,7 +49,7 @@ def identify(
         source: source of the responses; responses that the data give are in the digests.
     """
     given = source.given
-    return RunIdentity(
+    identity = RunIdentity(
         prompts={
             prompt.id: digest_tokens([prompt.ids, *([given[prompt.id]] if given else [])])
             for prompt in schedule.prompts
@@ -55,6 +57,25 @@ def identify(
         student=str(weights),
         teacher=None if teacher is None else str(teacher.fingerprint),
     )
+    require_same_prompts(identity)
+    return identity
+
+
+def require_same_prompts(identity: RunIdentity) -> None:
+    """Refuses prompts that differ between ranks, which all render and tokenise for themselves.
+
+    Call on all ranks.
+
+    Raises:
+        ValueError: on all ranks.
+    """
+    everyone: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(everyone, identity.digest())
+    if len(set(everyone)) > 1:
+        raise ValueError(
+            "data: ranks have rendered prompts to different tokens; a chat template must not draw "
+            "random numbers or write the time; use one that depends on the messages alone"
+        )
 
 
 def student_weights(student: Student, path: str) -> Fingerprint:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_opdlm.config.run import Config, ModelConfig
+from megatron_opdlm.checks import require
+from megatron_opdlm.config.run import Config, DistillConfig, ModelConfig
 from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.distill.vocabulary import check_same_language
 from megatron_opdlm.distributed import process_groups
@@ -14,8 +15,10 @@ from megatron_opdlm.model.gpt import has_transformer_engine, require_transformer
 from megatron_opdlm.plan.ranks import check_models
 from megatron_opdlm.responses.prompts import PromptSampler, load_prompts
 from megatron_opdlm.responses.rendering import check_rendering
+from megatron_opdlm.responses.sources import RESPONSE_SOURCES
 from megatron_opdlm.train.run_folder import RunFolder
 from megatron_opdlm.train.setup import check_graphs
+from megatron_opdlm.train.targets import TARGET_SOURCES
 from megatron_opdlm.train.trainer import Trainer
 
 
@@ -41,6 +44,7 @@ def check(config: Config) -> Config:
     if {resolved.model.fp8, resolved.model.teacher_fp8} - {"none", "auto"}:
         check_fp8_device(resolved.model.fp8_recipe)
     RunFolder(resolved.train.save).check(resolved)
+    _require_parts(resolved.distill)
     prompts = load_prompts(resolved.train.data, with_responses=resolved.distill.data_writes)
     PromptSampler(
         num_prompts=len(prompts),
@@ -74,6 +78,16 @@ def main(config: Config) -> None:
         raise RuntimeError("training stopped") from error
     # Only after success: this is a collective, and would wait for ranks that failed.
     process_groups.shutdown()
+
+
+def _require_parts(config: DistillConfig) -> None:
+    """Refuses a method whose record names what nobody has written."""
+    for name, value, table in (
+        ("writers", config.responses, RESPONSE_SOURCES),
+        ("target", config.method_record.target, TARGET_SOURCES),
+    ):
+        rule = f"of method={config.method} has no implementation"
+        require(value in table, name, value, rule, f"use one of {', '.join(table)}")
 
 
 def _open_models(config: ModelConfig) -> tuple[ModelSource, ModelSource]:

@@ -163,6 +163,21 @@ def test_only_this_package_reports_progress():
     assert said == ["ours", "a warning"], done.stderr
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "file/below"])
+def test_a_path_that_the_system_refuses_is_one_line(capsys, tmp_path, monkeypatch, name):
+    (tmp_path / "file").touch()
+    status, _, err = run(capsys, "plan", str(tmp_path / name), "--gpus", "8")
+    assert (status, len(err.splitlines())) == (2, 1) and err.startswith("error: ")
+
+
+@pytest.mark.parametrize("content", [b"0\n", b"- a\n", b"\xff\xfe\n"])
+def test_a_configuration_that_is_no_mapping_is_one_line(capsys, tmp_path, content):
+    path = tmp_path / "odd.yaml"
+    path.write_bytes(content)
+    status, _, err = run(capsys, "plan", str(path), "--gpus", "8")
+    assert (status, len(err.splitlines())) == (2, 1) and str(path) in err
+
+
 def test_interruption_is_no_traceback(capsys, monkeypatch):
     def interrupt(config):
         raise KeyboardInterrupt

@@ -309,6 +309,14 @@ def test_a_pointer_to_nothing(make_config, uninterrupted, tmp_path):
     assert "iter_0000009: no such iteration" in message
 
 
+def test_a_pointer_that_is_gone(make_config, uninterrupted, tmp_path):
+    """A run that has finished must not start over in its own folder."""
+    save = rewound(uninterrupted, tmp_path, 3)
+    (save / "checkpoints" / LATEST_FILE).unlink()
+    (message,) = run_ranks(start, 1, make_config, save, {})
+    assert "is missing, though iter_0000001, iter_0000002, iter_0000003 is there" in message
+
+
 def test_going_back_keeps_the_new_checkpoint(make_config, uninterrupted, tmp_path):
     """The pointer was set back by hand; the later folders must not count as newer."""
     save = rewound(uninterrupted, tmp_path, 1)

@@ -12,6 +12,7 @@ from megatron_opdlm.config.run import load_config
 from megatron_opdlm.diffusion.state_selection import STATE_SELECTIONS
 from megatron_opdlm.reporting.logger import read_metrics
 from megatron_opdlm.responses.sources import RESPONSE_SOURCES
+from megatron_opdlm.train import start
 from megatron_opdlm.train.targets import TARGET_SOURCES
 from tests.distributed.train.test_methods import dense_loss
 from tests.helpers import run_ranks
@@ -152,11 +153,35 @@ def test_its_settings_are_checked_as_all_are():
     )
 
 
+def test_a_choice_of_writers_is_one_of_the_methods_own(monkeypatch):
+    choice = dataclasses.replace(TOYS["self_training"], writers=("student", "data"))
+    monkeypatch.setitem(METHODS, "choice", choice)
+    wrong = error_of("method=choice")  # the default, the teacher, is none of its writers
+    assert "sft_responses=teacher must be student or data with method=choice" in wrong
+    given = load_config(None, [*NEEDED, "method=choice", "sft_responses=data"]).distill
+    assert given.responses == "data"
+
+
+def test_a_part_that_nobody_has_written_is_refused_before_any_work(monkeypatch, tmp_path):
+    monkeypatch.setitem(WRITERS, "oracle", "an oracle's")
+    monkeypatch.setitem(METHODS, "toy", dataclasses.replace(TOYS["given"], writers=("oracle",)))
+    config = load_config(None, [*NEEDED[:2], f"save={tmp_path}/s", NEEDED[3], "method=toy"])
+    with pytest.raises(ValueError, match="writers=oracle of method=toy has no implementation"):
+        start.check(config)
+
+
+def test_a_kind_of_states_without_a_selection_is_refused(monkeypatch):
+    monkeypatch.setitem(STATES, "oracle", "an oracle's")
+    with pytest.raises(ValueError, match="states=oracle must have a state selection of its kind"):
+        dataclasses.replace(TOYS["self_training"], states="oracle")
+
+
 @pytest.mark.parametrize(
     ("part", "rule"),
     [
         ({"writers": ("parrot",)}, "writers=parrot must be among student, teacher, data"),
         ({"writers": ()}, r"writers=\(\) must not be empty"),
+        ({"writers": ("student", "student")}, "writers=student, student must be named once each"),
         ({"states": "sorted"}, "states=sorted must be among trajectory, random"),
         ({"target": "applause"}, "target=applause must be among teacher, tokens"),
         (

@@ -39,6 +39,10 @@ def test_a_launchers_variables_are_read(monkeypatch):
         (WHOLE | {"WORLD_SIZE": "two"}, "WORLD_SIZE=two must be a whole number"),
         (WHOLE | {"RANK": "-1"}, "RANK=-1 must be a whole number"),
         (WHOLE | {"LOCAL_RANK": ""}, "LOCAL_RANK= must be a whole number"),
+        (WHOLE | {"WORLD_SIZE": "9" * 5001}, "WORLD_SIZE=9+ must be a whole number"),
+        (WHOLE | {"MASTER_PORT": "abc"}, "MASTER_PORT=abc must be a port"),
+        (WHOLE | {"MASTER_PORT": "999999"}, "MASTER_PORT=999999 must be a port"),
+        (WHOLE | {"MASTER_ADDR": ""}, "MASTER_ADDR is empty"),
     ],
 )  # fmt: skip
 def test_variables_that_contradict_each_other_are_refused(monkeypatch, given, message):

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_opdlm.distributed import process_groups
 from megatron_opdlm.train.identity import RunIdentity, digest_tokens
+from megatron_opdlm.train.setup import require_same_prompts
+from tests.helpers import run_ranks
 
 PATHS = {"data": "d.jsonl", "student": "s", "teacher": "t"}
 RUN = RunIdentity(prompts={"a": "1", "b": "2", "c": "3"}, student="5", teacher="6")
@@ -26,11 +29,37 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["identity.json"]
 
 
-def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"prompts": {}}',
+        '{"prompts": null, "student": "a", "teacher": null}',
+        '{"prompts": [1, 2], "student": "a", "teacher": null}',
+        '{"prompts": {"a": 1}, "student": "a", "teacher": null}',
+        '{"prompts": {"a": "1"}, "student": null, "teacher": null}',
+        '{"prompts": {"a": "1"}, "student": "a", "teacher": 5}',
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "identity.json"
-    path.write_text('{"prompts": {}}')
-    with pytest.raises(ValueError, match="is not what a run wrote"):
+    path.write_text(text)
+    with pytest.raises(ValueError, match="identity.json is damaged"):
         RunIdentity.read(path)
+
+
+def compare(rank: int, names: tuple[str, str]) -> str | None:
+    process_groups.initialize()
+    try:
+        require_same_prompts(dataclasses.replace(RUN, prompts={names[rank]: "1"}))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_ranks_that_rendered_other_prompts_are_refused() -> None:
+    assert run_ranks(compare, 2, ("a", "a")) == [None, None]
+    said = run_ranks(compare, 2, ("a", "b"))
+    assert all(text and "ranks have rendered prompts to different tokens" in text for text in said)
 
 
 @pytest.mark.parametrize(
