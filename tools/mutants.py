@@ -86,7 +86,9 @@ def load(root: Path) -> list[Mutant]:
     Raises:
         ValueError: a record with other fields than FIELDS, or two of one name.
     """
-    mutants = []
+    mutants: list[Mutant] = []
+    if not (root / TABLE).is_dir():
+        raise ValueError(f"--root={root}: there is no {TABLE}; give the root of a checkout")
     for path in sorted((root / TABLE).glob("*.toml")):
         for record in tomllib.loads(path.read_text())["mutant"]:
             if record.keys() != FIELDS:
@@ -305,7 +307,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--root", type=Path, default=ROOT, help="the tree; default: this one")
     args = parser.parse_args(arguments)
     root = args.root.resolve()
-    mutants = select(load(root), args.room, [name for name in args.only.split(",") if name])
+    try:
+        mutants = select(load(root), args.room, [name for name in args.only.split(",") if name])
+    except ValueError as error:
+        parser.error(str(error))
     if args.check:
         found = [f"{m.name}: {text}" for m in mutants for text in problems(m, root)]
         print("\n".join([*found, f"{len(mutants)} mutants, {len(found)} problems"]))

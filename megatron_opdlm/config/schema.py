@@ -200,6 +200,8 @@ def parameter_keys(mark: ParametersOf, path: tuple[str, ...]) -> list[Key]:
     users: dict[str, list[str]] = {}
     for entry_name, entry, field in mark.fields():
         annotation, marks = split(hints(entry)[field.name])
+        has_default = field.default is not dataclasses.MISSING
+        assert has_default, f"the parameter {field.name} of {entry_name} needs a default"
         users.setdefault(field.name, []).append(entry_name)
         doc = f"{', '.join(users[field.name])}: {field_docs(entry)[field.name]}"
         key = Key(

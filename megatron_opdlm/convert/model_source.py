@@ -146,7 +146,7 @@ class ModelSource:
         add; None without a tokenizer."""
         if self.tokenizer is None:
             return None
-        return max(*self.tokenizer.ids.values(), self._imported_mask_id or 0) + 1
+        return max((*self.tokenizer.ids.values(), self._imported_mask_id or 0)) + 1
 
     @property
     def named_mask_token(self) -> str | None:
@@ -190,5 +190,5 @@ class ModelSource:
             ConversionError: the tokenizer has none.
         """
         if self.tokenizer is not None and self.chat_template is None:
-            raise ConversionError(f"student={self.path}: {NO_CHAT_TEMPLATE}")
+            raise ConversionError(f"{self.path}: {NO_CHAT_TEMPLATE}")
         return self.chat_template

@@ -17,7 +17,7 @@ from megatron_opdlm.checkpoint.weights import freeze, load_model
 from megatron_opdlm.convert.formats import format_of
 from megatron_opdlm.convert.formats.shipped_code import shipped_class
 from megatron_opdlm.diffusion.stream import make_tags, visible
-from megatron_opdlm.distributed import process_groups as parallel
+from megatron_opdlm.distributed import process_groups
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.files.folders import read_json_object
 from megatron_opdlm.model.families import FAMILIES
@@ -68,7 +68,7 @@ def verify(checkpoint: str | Path, hf_dir: str | Path, *, seed: int = 0) -> Veri
     # always float32: a comparison in bfloat16 would hide errors of a few percent
     reference = _load_reference(source, config)
     options = BuildOptions(params_dtype=torch.float32)
-    model = freeze(load_model(folder, options, parallel.initialize())[0])
+    model = freeze(load_model(folder, options, process_groups.initialize())[0])
     # The mask token is left out: its row may differ from the base model's, and an export may have
     # moved it.
     masks = (description.mask_token_id, read_json_object(source / "config.json").get(_MASK_KEY))

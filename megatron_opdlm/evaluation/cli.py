@@ -27,7 +27,7 @@ from megatron_opdlm.generate.arguments import (
 if TYPE_CHECKING:
     from megatron_opdlm.evaluation.kinds.kind import TaskKind
     from megatron_opdlm.evaluation.task import EvalResult, Task
-    from megatron_opdlm.evaluation.teacher import Teacher
+    from megatron_opdlm.evaluation.teacher import Reference
     from megatron_opdlm.generate.decoder import Decoder
     from megatron_opdlm.rollout.request import DecodingOptions
 
@@ -81,7 +81,7 @@ def add_eval_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
 def run_eval(args: argparse.Namespace) -> int:
     """Runs `opdlm eval`."""
     from megatron_opdlm.convert.model_source import ModelSource
-    from megatron_opdlm.distributed import process_groups as parallel
+    from megatron_opdlm.distributed import process_groups
     from megatron_opdlm.evaluation.task import load_task
     from megatron_opdlm.evaluation.teacher import load_reference
     from megatron_opdlm.responses.rendering import check_rendering
@@ -101,7 +101,7 @@ def run_eval(args: argparse.Namespace) -> int:
     if decoder.parallel.is_main:
         _report(args, decoder, results)
     # Only after success: this is a collective, and would wait for ranks that failed.
-    parallel.shutdown()
+    process_groups.shutdown()
     return 0
 
 
@@ -147,7 +147,7 @@ def _describe_kinds() -> str:
 def _run_settings(
     args: argparse.Namespace,
     decoder: Decoder,
-    teacher: Teacher | None,
+    teacher: Reference | None,
     tasks: Sequence[Task],
     settings: Sequence[DecodingOptions],
 ) -> list[EvalResult]:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import itertools
 
+from megatron_opdlm.checks import require
 from megatron_opdlm.diffusion.remasking import RULES, RemaskingRule, make_rule
 from megatron_opdlm.generate.arguments import add_parameter_arguments, parameter_users, require_used
 
@@ -15,7 +16,16 @@ shows how much of it speed costs."""
 
 
 def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds a flag per rule and an option per parameter. `chosen_rules` reads them."""
+    """Adds a flag per rule and an option per parameter. `chosen_rules` reads them.
+
+    Raises:
+        ValueError: two rules have one label, under which tables would average them, or none.
+    """
+    labels = [rule.label for rule in RULES.values()]
+    for name, rule in RULES.items():
+        rule_text = "must be a name of its own, in tables and as a flag"
+        is_own = bool(rule.label) and labels.count(rule.label) == 1
+        require(is_own, f"label of {name}", rule.label, rule_text, "give the rule another label")
     flags = " and ".join(_flag(name) for name in DEFAULT_RULES)
     group = parser.add_argument_group(
         "remasking rules",

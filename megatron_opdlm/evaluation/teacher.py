@@ -23,14 +23,14 @@ from megatron_opdlm.files.path_kind import describe
 
 
 @dataclass(frozen=True)
-class Teacher:
+class Reference:
     """A transformers model and its tokenizer."""
 
     model: Any
     tokenizer: Any
 
 
-def load_reference(hf_dir: str) -> Teacher:
+def load_reference(hf_dir: str) -> Reference:
     """Loads a teacher on the host. Its decoding is greedy; sampling defaults are ignored.
 
     Call this before `Decoder.open`, so that errors of the teacher are found before any work.
@@ -55,12 +55,12 @@ def load_reference(hf_dir: str) -> Teacher:
         eos_token_id=list(source.response_ends.ids),  # the same ids that end a student's response
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Teacher(model, tokenizer)
+    return Reference(model, tokenizer)
 
 
 @torch.no_grad()
 def evaluate_teacher(
-    teacher: Teacher,
+    teacher: Reference,
     task: Task,
     *,
     response_limit: int,
@@ -115,7 +115,7 @@ def evaluate_teacher(
 
 
 def _answer(
-    teacher: Teacher,
+    teacher: Reference,
     task: Task,
     questions: Sequence[Question],
     response_limit: int,

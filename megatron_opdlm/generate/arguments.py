@@ -142,6 +142,9 @@ def check_arguments(args: argparse.Namespace, seeds: str) -> None:
         ValueError: an argument is wrong; the message names argument, value, rule and fix.
     """
     require_at_least(1, "max_new_tokens", args.max_new_tokens)
+    for name in ("model", "import_cache"):
+        given = getattr(args, name)
+        require(given != "", name, "''", "must be a path", "name a folder, or leave it out")
     for name in ("block_size", "denoising_steps", "max_rows"):
         if (value := getattr(args, name)) is not None:
             require_at_least(1, name, value)

@@ -68,7 +68,7 @@ def add_generate_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
 def run_generate(args: argparse.Namespace) -> int:
     """Runs `opdlm generate`."""
     from megatron_opdlm.convert.model_source import ModelSource
-    from megatron_opdlm.distributed import process_groups as parallel
+    from megatron_opdlm.distributed import process_groups
     from megatron_opdlm.responses.rendering import check_rendering
 
     _check(args)
@@ -81,7 +81,7 @@ def run_generate(args: argparse.Namespace) -> int:
     decoder = open_decoder(args, max_rows=1 if args.show_steps else args.max_rows or MAX_ROWS)
     _generate(args, decoder, options, prompts)
     # Only after success: this is a collective, and would wait for ranks that failed.
-    parallel.shutdown()
+    process_groups.shutdown()
     return 0
 
 

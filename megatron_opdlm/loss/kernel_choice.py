@@ -67,11 +67,11 @@ def kernels_for(
     if dtype != torch.float32:
         reason = f"there are no kernels for logits of {dtype}"
     else:
-        from megatron_opdlm.loss import kernel_passes as divergence_passes  # imports Triton
+        from megatron_opdlm.loss import kernel_passes  # imports Triton
 
-        reason = divergence_passes.why_not(divergence)
+        reason = kernel_passes.why_not(divergence)
     if reason is not None:
         log_once(logger, logging.INFO, f"the loss runs PyTorch's operations: {reason}")
         return None
     log_once(logger, logging.INFO, "the loss runs Triton's kernels")
-    return divergence_passes.divergence_and_weighted_gradient
+    return kernel_passes.divergence_and_weighted_gradient

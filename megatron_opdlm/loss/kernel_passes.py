@@ -53,7 +53,8 @@ class _Rows:
 
 def why_not(divergence: Divergence) -> str | None:
     """Returns why the kernels cannot compute a divergence; None if they can."""
-    if divergence.kind.kernel not in KINDS:
+    kernel = vars(type(divergence.kind)).get("kernel")  # not inherited: the terms may be others
+    if kernel not in KINDS:
         return f"no kernel knows divergence={name_of(divergence.kind)}"
     if divergence.top_k > MAX_TOP_K:
         return f"top_k_logits={divergence.top_k} is above the kernels' {MAX_TOP_K}"

@@ -15,6 +15,7 @@ from megatron_opdlm.distill.teacher import Teacher
 from megatron_opdlm.distributed.process_groups import from_main
 from megatron_opdlm.reporting.accounting import WorkCounters
 from megatron_opdlm.responses.file import ResponseFile, ResponseKey
+from megatron_opdlm.responses.prompts import PromptTokens
 from megatron_opdlm.responses.source import Collected, Response, RolloutSchedule
 from megatron_opdlm.responses.student import build_engine, decode
 from megatron_opdlm.rollout.decodable import Decodable
@@ -93,7 +94,7 @@ class TeacherResponses:
                 work.add_teacher_decoding(len(prompt.ids), len(response.token_ids))
         return Collected(trajectories, work)
 
-    def _request(self, prompt: Any, sample: int) -> Request:
+    def _request(self, prompt: PromptTokens, sample: int) -> Request:
         schedule = self._schedule
         return Request(
             prompt_id=prompt.id,

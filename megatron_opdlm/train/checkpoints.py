@@ -70,11 +70,10 @@ class CheckpointFolder:
         def find() -> Path | None:
             if (self.root / LATEST_FILE).is_file():
                 return resolve_iteration(self.root)
-            if done := sorted(path.name for path in self.root.glob("iter_*")):
-                raise ValueError(
-                    f"{self.root / LATEST_FILE} is missing, though {', '.join(done)} is there; "
-                    f"write its number into that file, e.g. {int(done[-1][5:])}, or move it away"
-                )
+            # A folder with its name is complete: the job was killed before it wrote the pointer.
+            numbers = [int(p.name[5:]) for p in self.root.glob("iter_*") if p.name[5:].isdecimal()]
+            if numbers:
+                return resolve_iteration(self.root / iteration_name(max(numbers)))
             return None
 
         return from_main(find, is_main=self.parallel.is_main)

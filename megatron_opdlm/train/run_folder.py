@@ -68,8 +68,11 @@ class RunFolder:
             self._require_same_run(load_config(previous), config)
             return
         found = sorted(path.name for path in self.root.iterdir()) if self.root.exists() else []
-        # A start that was refused early leaves nothing but imported checkpoints.
-        if set(found) - {IMPORTED, LOCK_FILE}:
+        # A start that was refused leaves imported checkpoints; one that was killed, what `claim`
+        # makes before the configuration.
+        begun = {IMPORTED, LOCK_FILE, ROLLOUTS, IDENTITY_FILE}
+        begun |= {Path(name).with_suffix(".partial").name for name in (CONFIG_FILE, IDENTITY_FILE)}
+        if set(found) - begun:
             raise ValueError(
                 f"save={self.root} is not empty and holds no {CONFIG_FILE} "
                 f"(found {', '.join(found[:4])}); choose another folder"

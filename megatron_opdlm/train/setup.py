@@ -1,4 +1,4 @@
-"""Checks that the models of a run agree with each other and with its configuration."""
+"""Checks of a start that need models: CUDA graphs, fingerprints, prompts on all ranks, teacher."""
 
 from __future__ import annotations
 
@@ -40,13 +40,16 @@ def check_graphs(config: Config, *, student: ModelSource, teacher: ModelSource) 
 def identify(
     weights: Fingerprint, teacher: Teacher | None, schedule: RolloutSchedule, source: ResponseSource
 ) -> RunIdentity:
-    """Returns the digests of what a run is computed from.
+    """Returns the digests of what a run is computed from. Call on all ranks.
 
     Args:
         weights: fingerprint of the student before training.
         teacher: the frozen teacher; None if the run has no teacher.
         schedule: the schedule of rollouts; it holds all prompts.
         source: source of the responses; responses that the data give are in the digests.
+
+    Raises:
+        ValueError: ranks have rendered other prompts; on all ranks.
     """
     given = source.given
     identity = RunIdentity(

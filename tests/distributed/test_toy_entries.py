@@ -278,6 +278,15 @@ def test_a_source_writes_what_is_trained_on(
 # --- controls ---
 
 
+@pytest.mark.usefixtures("toys")
+@pytest.mark.parametrize("label", ["static", ""])
+def test_a_label_belongs_to_one_rule(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables would average the two as if they were seeds."""
+    monkeypatch.setattr(Toy, "label", label)
+    with pytest.raises(ValueError, match="label of .* must be a name of its own"):
+        cli.build_parser()
+
+
 def test_a_rule_without_implementation_is_no_rule(
     model: TinyModel, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

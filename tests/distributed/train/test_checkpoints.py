@@ -310,11 +310,14 @@ def test_a_pointer_to_nothing(make_config, uninterrupted, tmp_path):
 
 
 def test_a_pointer_that_is_gone(make_config, uninterrupted, tmp_path):
-    """A run that has finished must not start over in its own folder."""
-    save = rewound(uninterrupted, tmp_path, 3)
+    """Killed between a checkpoint and its pointer: the run goes on, and does not start over."""
+    save = rewound(uninterrupted, tmp_path, 2)
+    shutil.rmtree(save / "checkpoints" / "iter_0000003")
     (save / "checkpoints" / LATEST_FILE).unlink()
-    (message,) = run_ranks(start, 1, make_config, save, {})
-    assert "is missing, though iter_0000001, iter_0000002, iter_0000003 is there" in message
+    (save / "checkpoints" / "iter_old").mkdir()  # no iteration's name
+    run_ranks(train, 1, make_config, save, {})
+    assert records(save) == records(uninterrupted[0])
+    assert (save / "checkpoints" / LATEST_FILE).read_text() == "3"
 
 
 def test_going_back_keeps_the_new_checkpoint(make_config, uninterrupted, tmp_path):

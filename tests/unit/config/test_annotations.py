@@ -103,6 +103,20 @@ def test_an_entry_that_is_added_later_is_a_choice(monkeypatch: pytest.MonkeyPatc
     assert collect_keys(Room)["strength"].doc.startswith("coffee, strong: ")
 
 
+def test_a_parameter_without_a_default_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Bare:
+        """Wants to be told."""
+
+        summary: ClassVar[str] = "water"
+        degrees: float
+        """Temperature."""
+
+    monkeypatch.setitem(DRINKS, "bare", Bare)
+    with pytest.raises(AssertionError, match="parameter degrees of bare needs a default"):
+        collect_keys(Room)
+
+
 def test_entries_that_disagree_about_a_parameter_are_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -56,7 +56,7 @@ DLLM = SHAPE | {
 BASE = DLLM | {"eos": [EOS, PAD]}
 OLD = {"theta": THETA, "scaling": None, "dtype": "float32"}
 QWEN2 = {"head_dim": 16}
-LLAMA = {"factor": 8.0}
+LLAMA = {"factor": 8.0, "eps": 1e-5}
 
 # reader -> (directory, reader, what it must understand)
 READERS: dict[str, tuple[str, Reader, dict[str, Any]]] = {

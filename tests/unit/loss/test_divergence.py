@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from megatron_opdlm.config.schema import field_docs
-from megatron_opdlm.loss.divergence import DIVERGENCES, TOP_K_MODES, Kind, TopKMode, name_of
+from megatron_opdlm.loss.divergence import (
+    DIVERGENCES,
+    TOP_K_MODES,
+    Divergence,
+    ForwardKL,
+    Kind,
+    TopKMode,
+    name_of,
+)
 from tests.loss_oracle import ORACLES
 
 PAGE = Path(__file__).parents[3] / "docs" / "distillation.md"
@@ -69,3 +77,14 @@ def test_the_table_loads_without_torch():
     program = "import sys, megatron_opdlm.loss.divergence; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
+
+
+def test_a_kernel_is_not_inherited():
+    """A kind that changes the terms of another one must not run the other's kernel."""
+
+    class Other(ForwardKL):
+        summary = "forward KL with other terms"
+
+    passes = pytest.importorskip("megatron_opdlm.loss.kernel_passes", reason="needs Triton")
+    assert passes.why_not(Divergence(kind=ForwardKL())) is None
+    assert "no kernel knows" in passes.why_not(Divergence(kind=Other()))

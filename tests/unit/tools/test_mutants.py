@@ -134,8 +134,19 @@ def test_check_names_what_no_longer_fits(tmp_path, capsys):
         "3 mutants, 2 problems",
     ]
     assert mutants.main(["--check", "--only", "toy/killed", "--root", str(root)]) == 0
-    with pytest.raises(ValueError, match="there is no mutant or room toy/other"):
+    with pytest.raises(SystemExit):
         mutants.main(["--check", "--only", "toy/other", "--root", str(root)])
+    assert "there is no mutant or room toy/other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--root", "/nope"], "there is no tools/mutants"), (["--only", "nope"], "no mutant or room")],
+)
+def test_a_wrong_option_is_one_line(options, said, capsys):
+    with pytest.raises(SystemExit):
+        mutants.main(["--check", *options])
+    assert said in capsys.readouterr().err
 
 
 def test_records_that_are_no_mutants(tmp_path):

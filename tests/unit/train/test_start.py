@@ -111,7 +111,7 @@ def test_a_chat_template_is_looked_for_before_the_import(
     with pytest.raises(ValueError, match=rule):
         _require_tokenizer(tokenizer)
     for student in (hf, tmp_path / "checkpoint"):
-        with pytest.raises(ValueError, match=f"student={student}: tokenizer has {rule}"):
+        with pytest.raises(ValueError, match=f"{student}: tokenizer has {rule}"):
             ModelSource.open(student).require_chat_template()
 
 
