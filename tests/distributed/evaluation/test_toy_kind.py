@@ -133,7 +133,7 @@ def test_help_and_errors_know_a_toy_kind(write, capsys):
     assert (
         f"short: an entry has {SHORT.reads}; a response is correct if {SHORT.accepts}" in described
     )
-    assert "one of number, text, short, says" in described
+    assert "KIND, one of number, text, short, is the way to read and grade them" in described
     status, _, said = command("--task", "t:shorter=f", "--model", "nowhere")
     assert status != 0
     assert "kind=shorter of task t must be one of number, text, short" in said
