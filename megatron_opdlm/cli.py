@@ -245,7 +245,7 @@ def _report(
     bundled = Path(config_path).resolve().parent / _MODEL_CONFIGS
     student, teacher = (
         ModelSource.open(model, mask_token=config.model.mask_token, bundled=bundled)
-        for model in (config.model.student, config.model.teacher or config.model.student)
+        for model in (config.model.student, config.model.teacher_path)
     )
     shared_vocab_size(student, teacher, teacher.path)
     plans = rank_table(

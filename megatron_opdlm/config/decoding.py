@@ -11,7 +11,7 @@ class DecodingModel:
     """A model of a run that decodes responses."""
 
     role: Literal["student", "teacher"]
-    """The student always decodes, at least for evaluation; the teacher if it writes responses."""
+    """The student decodes if it writes responses or is evaluated, the teacher if it writes."""
     layout: tuple[int, int]
     """Tensor and pipeline parallel size of its decoding."""
     sequence_parallel: bool
@@ -20,7 +20,7 @@ class DecodingModel:
     """FP8 format of its matrix products; "none" if they are not FP8."""
 
     @property
-    def graph_obstacle(self) -> str | None:
+    def setting_against_graphs(self) -> str | None:
         """The setting that makes CUDA graphs impossible on every machine; None if there is none."""
         if self.fp8 != "none":
             return f"{'teacher_' if self.role == 'teacher' else ''}fp8={self.fp8}"

@@ -28,22 +28,8 @@ from megatron_opdlm.config.section import require_default_unless
 from megatron_opdlm.config.sections import (
     ModelConfig,
     ParallelConfig,
-    ResponseLengthConfig,
     RolloutConfig,
 )
-
-__all__ = [
-    "PRESETS",
-    "Config",
-    "DistillConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "ResponseLengthConfig",
-    "RolloutConfig",
-    "TrainConfig",
-    "load_config",
-]
 
 WARMUP_ROLLOUTS = 5
 """Rollouts of warm-up in the paper's Table 13."""
@@ -169,7 +155,9 @@ class Config:
 
     @property
     def decoders(self) -> tuple[DecodingModel, ...]:
-        """The models that decode: always the student, and the teacher if it writes responses."""
+        """The models that decode: the student if it writes responses or is evaluated, the teacher
+        if it writes. If the data give the responses and nothing is evaluated, it is the student.
+        """
         parallel, model = self.parallel, self.model
         student = DecodingModel(
             role="student",
@@ -185,7 +173,7 @@ class Config:
             sequence_parallel=parallel.sequence_parallel and parallel.teacher_layout[0] > 1,
             fp8=model.fp8 if model.teacher_fp8 == "auto" else model.teacher_fp8,
         )
-        return student, teacher
+        return (teacher,) if self.train.eval_data is None else (student, teacher)
 
     @property
     def writer(self) -> DecodingModel:
@@ -200,7 +188,7 @@ class Config:
         if not self.rollout.cuda_graphs:
             return
         for decoder in self.decoders:
-            obstacle = decoder.graph_obstacle
+            obstacle = decoder.setting_against_graphs
             rule = f"cannot be used with {obstacle}"
             fix = "set cuda_graphs=null, which captures passes where this is possible"
             require(obstacle is None, "cuda_graphs", True, rule, fix)

@@ -62,6 +62,11 @@ class ModelConfig(Section):
     import_cache: Annotated[str | None, PATH, MAY_CHANGE] = None
     """Folder of imported Hugging Face models. Jobs may share it; null = imported/ beside save."""
 
+    @property
+    def teacher_path(self) -> str:
+        """Path of the teacher, which is the student unless there is another."""
+        return self.teacher or self.student
+
     def _check(self) -> None:
         require(bool(self.student), "student", self.student, "must be a path", "name a directory")
         require(bool(self.mask_token), "mask_token", "''", "must not be empty", "use <|MASK|>")

@@ -8,7 +8,8 @@ import torch
 
 from megatron_opdlm.checkpoint.layout import ModelDescription
 from megatron_opdlm.checkpoint.weights import freeze, load_head, load_model
-from megatron_opdlm.config.run import Config, ModelConfig
+from megatron_opdlm.config.run import Config
+from megatron_opdlm.config.sections import ModelConfig
 from megatron_opdlm.convert.import_cache import ImportCache
 from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.distill.host_weights import HostWeights
@@ -47,7 +48,7 @@ def load_teacher(
     Raises:
         ValueError: the teacher has another vocabulary or tokenizer, or a weight is not finite.
     """
-    path = config.model.teacher or config.model.student
+    path = config.model.teacher_path
     folder = cache.checkpoint(path, is_main=parallel.is_main)
     vocab_size = check_same_language(
         ModelSource.open(student.folder), ModelSource.open(folder), path

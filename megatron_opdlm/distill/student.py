@@ -11,7 +11,7 @@ import torch
 
 from megatron_opdlm.checkpoint.layout import TOKENIZER_DIR, ModelDescription, read_description
 from megatron_opdlm.checkpoint.weights import load_model
-from megatron_opdlm.config.run import ModelConfig, ParallelConfig
+from megatron_opdlm.config.sections import ModelConfig, ParallelConfig
 from megatron_opdlm.convert.import_cache import ImportCache
 from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.distributed.process_groups import ParallelState

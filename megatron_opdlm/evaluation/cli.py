@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -217,13 +216,13 @@ def write_results(
     """
     from megatron_opdlm.evaluation.examples import choose, example_record
     from megatron_opdlm.evaluation.labels import labels
+    from megatron_opdlm.files.folders import replacing
 
     records = []
     for result, label in zip(results, labels(results), strict=True):
         answers = choose(result.answers, num_examples)
         examples = [example_record(answer, tokenizer) for answer in answers]
         records.append({"label": label} | result.to_json() | {"examples": examples})
-    partial = Path(f"{path}.partial")
     text = json.dumps({"model": model, "results": records}, indent=1, ensure_ascii=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(Path(path)) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")

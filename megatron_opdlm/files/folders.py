@@ -114,6 +114,25 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path to write in the place of a file, which changes only when all is on the disk.
+
+    After an error or a signal the file is as it was, and what was written is removed.
+
+    Args:
+        path: the file; its folder exists.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        _sync_path(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def require_writable_output(out_dir: Path, source: Path | None = None) -> None:
     """Refuses an output path that is in use, or inside the input.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,11 +194,11 @@ def write_responses(
     texts: Sequence[str],
 ) -> None:
     """Writes responses as JSON lines. The file appears only when it is complete."""
-    partial = Path(f"{path}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    from megatron_opdlm.files.folders import replacing
+
+    with replacing(Path(path)) as partial, open(partial, "w", encoding="utf-8") as file:
         for question, trajectory, text in zip(questions, trajectories, texts, strict=True):
             file.write(json.dumps(response_record(question, trajectory, text)) + "\n")
-    os.replace(partial, path)
 
 
 def response_record(question: Prompt, trajectory: Trajectory, text: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_opdlm.checks import format_value
+from megatron_opdlm.config.decoding import DecodingModel
 from megatron_opdlm.config.run import Config
 from megatron_opdlm.diffusion.blocks import round_up
 from megatron_opdlm.model.hf_config import HFConfig
@@ -13,17 +14,31 @@ from megatron_opdlm.rollout.cache_size import CPU_LIMIT_BYTES, CacheSize, cache_
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
-def plan_cache(config: Config, hf: HFConfig, num_replicas: int, cuda: bool) -> CacheSize:
+def plan_cache(
+    config: Config,
+    hf: HFConfig,
+    num_replicas: int,
+    cuda: bool,
+    decoder: DecodingModel | None = None,
+) -> CacheSize:
     """Returns the cache that rollouts allocate for the longest prompts and responses.
 
     If the user sets no limit, the limit on a GPU is its free memory, which is not known beforehand.
 
+    Args:
+        config: resolved configuration.
+        hf: hyperparameters of the model that decodes.
+        num_replicas: copies of the model among which a rollout's responses are shared.
+        cuda: whether the ranks are GPUs.
+        decoder: how the model decodes; None: as the writer of the responses.
+
     Raises:
         ValueError: kv_cache_gb is too small for one sequence.
     """
-    rollout, (tp_size, pp_size) = config.rollout, config.writer.layout
+    decoder = config.writer if decoder is None else decoder
+    rollout, (tp_size, pp_size) = config.rollout, decoder.layout
     length, limit_gb = longest(config), rollout.kv_cache_gb
-    has_spare: bool | None = expects_graphs(config, cuda)
+    has_spare: bool | None = expects_graphs(config, decoder, cuda)
     limit = None
     if limit_gb is not None or not cuda:
         limit = CPU_LIMIT_BYTES if limit_gb is None else int(limit_gb * 1e9)
@@ -52,7 +67,7 @@ def plan_cache(config: Config, hf: HFConfig, num_replicas: int, cuda: bool) -> C
     return size
 
 
-def expects_graphs(config: Config, cuda: bool) -> bool:
+def expects_graphs(config: Config, decoder: DecodingModel, cuda: bool) -> bool:
     """Returns whether passes will probably be captured.
 
     If the configuration does not decide it, a GPU is assumed to have a decoding kernel.
@@ -60,7 +75,7 @@ def expects_graphs(config: Config, cuda: bool) -> bool:
     if config.rollout.cuda_graphs is not None:
         return config.rollout.cuda_graphs
     is_16_bit = DTYPE_BYTES[config.model.params_dtype] == 2
-    return cuda and is_16_bit and config.writer.graph_obstacle is None
+    return cuda and is_16_bit and decoder.setting_against_graphs is None
 
 
 def num_replicas(config: Config, world_size: int) -> int:

@@ -133,8 +133,9 @@ def check_models(
         _check_lengths(config, hf)
     if (size := config.parallel.rollout_tensor_model_parallel_size) is not None:
         check_parallel_fit(student, tp_size=size, pp_size=1, prefix="rollout_")
-    writer = teacher if config.writer.role == "teacher" else student
-    plan_cache(config, writer, 1, cuda)
+    for decoder in config.decoders:
+        model = teacher if decoder.role == "teacher" else student
+        plan_cache(config, model, 1, cuda, decoder)
 
 
 def format_table(plans: list[RankPlan]) -> str:

@@ -13,8 +13,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_opdlm.config.run import RolloutConfig
 from megatron_opdlm.config.schedules import response_limit
+from megatron_opdlm.config.sections import RolloutConfig
 from megatron_opdlm.diffusion.trajectory import Trajectory, given_response
 from megatron_opdlm.reporting.accounting import WorkCounters
 from megatron_opdlm.responses.prompts import PromptSampler, PromptTokens

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from megatron_opdlm.config.run import RolloutConfig
+from megatron_opdlm.config.sections import RolloutConfig
 from megatron_opdlm.diffusion import randomness
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.distributed.process_groups import ParallelState

@@ -68,7 +68,7 @@ def cache_size(
         limit_bytes: most bytes of this rank; None means that all sequences fit.
         on_cuda: whether the cache is on a GPU.
     """
-    capacity = whole_pages(num_tokens) if on_cuda else num_tokens
+    capacity = slot_capacity(num_tokens, on_cuda=on_cuda)
     per_token = 2 * num_layers * num_heads * head_size * element_bytes
     num_fit = most_sequences + 1
     if limit_bytes is not None:
@@ -82,13 +82,13 @@ def cache_size(
     )
 
 
-def whole_pages(num_tokens: int) -> int:
-    """Returns the capacity of a slot on CUDA.
+def slot_capacity(num_tokens: int, *, on_cuda: bool) -> int:
+    """Returns the capacity of a slot, in tokens: whole pages on CUDA.
 
-    >>> whole_pages(257)
-    512
+    >>> slot_capacity(257, on_cuda=True), slot_capacity(257, on_cuda=False)
+    (512, 257)
     """
-    return round_up(num_tokens, CUDA_PAGE)
+    return round_up(num_tokens, CUDA_PAGE) if on_cuda else num_tokens
 
 
 def share_slots(num_fit: int, most_slots: int, has_spare: bool | None) -> tuple[int, bool]:

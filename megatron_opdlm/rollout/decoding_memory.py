@@ -16,7 +16,7 @@ import torch
 from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.model.gpt import BlockDiffusionModel
 from megatron_opdlm.rollout.cache import KVCache, smallest_in_replica
-from megatron_opdlm.rollout.cache_size import whole_pages
+from megatron_opdlm.rollout.cache_size import slot_capacity
 from megatron_opdlm.rollout.graphs import PassGraphs
 
 logger = logging.getLogger(__name__)
@@ -60,8 +60,7 @@ class _Held:
     def serves(self, need: Need, model: BlockDiffusionModel) -> bool:
         """Returns whether this memory serves a rollout as well as new memory would."""
         cache, mine = self.lent.cache, self.need
-        is_cuda = cache.device.type == "cuda"
-        wanted = whole_pages(need.capacity) if is_cuda else need.capacity
+        wanted = slot_capacity(need.capacity, on_cuda=cache.device.type == "cuda")
         # With too few slots: a new cache would have as few only if its slots were as long.
         has_slots = cache.num_slots >= need.most_slots or (
             cache.capacity == wanted and mine.most_slots >= need.most_slots

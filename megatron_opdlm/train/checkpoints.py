@@ -32,7 +32,7 @@ from megatron_opdlm.checkpoint.layout import (
 )
 from megatron_opdlm.checkpoint.weights import sharded_weights, take_weights
 from megatron_opdlm.distributed.process_groups import ParallelState, from_main
-from megatron_opdlm.files.folders import read_json_object, sync_tree, write_json
+from megatron_opdlm.files.folders import read_json_object, replacing, sync_tree, write_json
 from megatron_opdlm.model.gpt import BlockDiffusionModel
 from megatron_opdlm.train.optimizer import StudentOptimizer
 
@@ -166,10 +166,8 @@ class CheckpointFolder:
         return values
 
     def _point_to(self, iteration: int) -> None:
-        pointer = self.root / LATEST_FILE
-        temporary = pointer.with_suffix(".partial")
-        temporary.write_text(str(iteration))
-        os.replace(temporary, pointer)
+        with replacing(self.root / LATEST_FILE) as pointer:
+            pointer.write_text(str(iteration))
 
     def _prune(self, iteration: int) -> None:
         """Deletes all but the newest `keep` checkpoints up to `iteration`.

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from megatron_opdlm.files.folders import read_json_object, write_json
+from megatron_opdlm.files.folders import read_json_object, replacing, write_json
 
 _NAMED = 4
 """An error names at most so many prompts of each kind (changed, new, gone)."""
@@ -57,10 +56,9 @@ class RunIdentity:
 
     def write(self, path: Path) -> None:
         """Writes a JSON file, completely or not at all."""
-        partial = path.with_suffix(".partial")
         values = {"prompts": self.prompts, "student": self.student, "teacher": self.teacher}
-        write_json(partial, values)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            write_json(partial, values)
 
     def digest(self) -> str:
         """Returns a short digest of the prompts, by which ranks compare theirs."""

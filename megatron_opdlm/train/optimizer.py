@@ -18,7 +18,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 
-from megatron_opdlm.config.run import OptimizerConfig
+from megatron_opdlm.config.learning import OptimizerConfig
 from megatron_opdlm.config.schedules import learning_rate
 from megatron_opdlm.model.gpt import BlockDiffusionModel
 

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_opdlm.config.run import Config, load_config
 from megatron_opdlm.config.schema import collect_keys
 from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.files.folders import replacing
 from megatron_opdlm.files.path_kind import CHECKPOINTS
 from megatron_opdlm.train.identity import RunIdentity
 
@@ -71,7 +72,7 @@ class RunFolder:
         # A start that was refused leaves imported checkpoints; one that was killed, what `claim`
         # makes before the configuration.
         begun = {IMPORTED, LOCK_FILE, ROLLOUTS, IDENTITY_FILE}
-        begun |= {Path(name).with_suffix(".partial").name for name in (CONFIG_FILE, IDENTITY_FILE)}
+        begun |= {f"{name}.partial" for name in (CONFIG_FILE, IDENTITY_FILE)}
         if set(found) - begun:
             raise ValueError(
                 f"save={self.root} is not empty and holds no {CONFIG_FILE} "
@@ -151,10 +152,8 @@ class RunFolder:
             self._undo.detach()
         (self.root / ROLLOUTS).mkdir(parents=True, exist_ok=True)
         identity.write(self.root / IDENTITY_FILE)
-        path = self.root / CONFIG_FILE
-        partial = path.with_suffix(".partial")
-        config.save_yaml(partial)
-        os.replace(partial, path)
+        with replacing(self.root / CONFIG_FILE) as partial:
+            config.save_yaml(partial)
 
     def _require_same_run(self, before: Config, now: Config) -> None:
         old, new = before.to_flat_dict(), now.to_flat_dict()

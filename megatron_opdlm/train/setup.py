@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from megatron_opdlm.config.run import Config, ModelConfig
+from megatron_opdlm.config.run import Config
+from megatron_opdlm.config.sections import ModelConfig
 from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.distill.student import DTYPES, Student
 from megatron_opdlm.distill.teacher import Teacher

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from megatron_opdlm.checks import require
-from megatron_opdlm.config.run import Config, DistillConfig, ModelConfig
+from megatron_opdlm.config.learning import DistillConfig
+from megatron_opdlm.config.run import Config
+from megatron_opdlm.config.sections import ModelConfig
 from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.distill.vocabulary import check_same_language
 from megatron_opdlm.distributed import process_groups
@@ -93,9 +95,9 @@ def _require_parts(config: DistillConfig) -> None:
 def _open_models(config: ModelConfig) -> tuple[ModelSource, ModelSource]:
     """Returns the sources of student and teacher: one object if both have the same path."""
     student = ModelSource.open(config.student, mask_token=config.mask_token)
-    if config.teacher in (None, config.student):
+    if config.teacher_path == config.student:
         return student, student
-    return student, ModelSource.open(config.teacher, mask_token=config.mask_token)
+    return student, ModelSource.open(config.teacher_path, mask_token=config.mask_token)
 
 
 def _require_mask_token(student: ModelSource) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_opdlm.checkpoint.layout import TOKENIZER_DIR, read_description
 from megatron_opdlm.checkpoint.weights import load_model
-from megatron_opdlm.config.run import OptimizerConfig
+from megatron_opdlm.config.learning import OptimizerConfig
 from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions
 from megatron_opdlm.train.checkpoints import CheckpointFolder
 from megatron_opdlm.train.optimizer import StudentOptimizer

@@ -44,7 +44,7 @@ from measuring import CONFIG, in_turn, medians, must_agree, parser, write
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from megatron_opdlm.config.run import OptimizerConfig
+from megatron_opdlm.config.learning import OptimizerConfig
 from megatron_opdlm.diffusion import randomness
 from megatron_opdlm.diffusion.example import make_example
 from megatron_opdlm.diffusion.noising import select_states

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_opdlm.config.run import OptimizerConfig
+from megatron_opdlm.config.learning import OptimizerConfig
 from megatron_opdlm.diffusion.stream import Document, make_tags, pack
 from megatron_opdlm.distill.batching import Microbatch
 from megatron_opdlm.distill.step import StepRows, forward_backward

@@ -6,18 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_opdlm.config.learning import DistillConfig, TrainConfig
 from megatron_opdlm.config.methods import METHODS
-from megatron_opdlm.config.run import (
-    PRESETS,
-    Config,
-    DistillConfig,
-    ModelConfig,
-    ParallelConfig,
-    ResponseLengthConfig,
-    RolloutConfig,
-    TrainConfig,
-    load_config,
-)
+from megatron_opdlm.config.run import PRESETS, Config, load_config
 from megatron_opdlm.config.schedules import CURVES
 from megatron_opdlm.config.schema import (
     build,
@@ -26,6 +17,12 @@ from megatron_opdlm.config.schema import (
     keys_as_markdown,
     nearest,
     parse_text,
+)
+from megatron_opdlm.config.sections import (
+    ModelConfig,
+    ParallelConfig,
+    ResponseLengthConfig,
+    RolloutConfig,
 )
 from megatron_opdlm.diffusion.remasking import RULES
 from megatron_opdlm.diffusion.state_selection import STATE_SELECTIONS

@@ -62,16 +62,25 @@ def test_options_of_a_configuration():
     assert options.params_dtype is torch.float32 and options.recompute_granularity is None
 
 
-@pytest.mark.parametrize(("method", "sizes"), [("opdlm", [16]), ("sft", [16, 24])])
+@pytest.mark.parametrize(
+    ("values", "sizes"),
+    [
+        ({}, [16]),
+        ({"method": "sft"}, [24]),
+        ({"method": "sft", "eval_data": "q.jsonl", "eval_interval": 1}, [16, 24]),
+        ({"method": "sft", "sft_responses": "data", "teacher": None}, [16]),
+    ],
+    ids=["opdlm", "sft", "sft, evaluated", "data"],
+)
 @pytest.mark.parametrize("wanted", [True, False])
 def test_graphs_are_judged_by_the_models_that_decode(
-    wanted, method, sizes, tmp_path, tmp_path_factory, monkeypatch
+    wanted, values, sizes, tmp_path, tmp_path_factory, monkeypatch
 ):
     """By the head sizes that their files say, before any model is loaded."""
     base = tmp_path_factory.getbasetemp()
     models = {"student": tiny_model(base).checkpoint, "data": tmp_path, "save": tmp_path / "run"}
     models["teacher"] = tiny_model(base, head_dim=24).checkpoint
-    config = tiny_config(**models, method=method, cuda_graphs=wanted)
+    config = tiny_config(**models | values, cuda_graphs=wanted)
     seen = []
     monkeypatch.setattr(
         setup, "require_graphs", lambda dtype, size, **rest: seen.append((size, rest))

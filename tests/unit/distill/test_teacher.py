@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_opdlm.config.run import ModelConfig
+from megatron_opdlm.config.sections import ModelConfig
 from megatron_opdlm.distill.load_teacher import teacher_options
 from megatron_opdlm.distill.row_exchange import RowExchange
 from megatron_opdlm.distill.teacher import Teacher

@@ -10,6 +10,7 @@ from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.files.folders import (
     atomic_directory,
     read_json_object,
+    replacing,
     require_writable_output,
     without_garbage_collection,
 )
@@ -70,3 +71,24 @@ def test_errors_name_the_output_and_not_what_becomes_it(tmp_path: Path, out: str
     with pytest.raises(FileNotFoundError) as error, atomic_directory(tmp_path / out):
         (tmp_path / "elsewhere/b").touch()  # control
     assert error.value.filename == str(tmp_path / "elsewhere/b")
+
+
+def test_a_file_is_replaced_when_all_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text("old")
+    with replacing(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_replacement_leaves_the_file_as_it_was(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    path = tmp_path / "x.json"
+    path.write_text("old")
+    with pytest.raises(error), replacing(path) as partial:
+        partial.write_text("ne")
+        raise error
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_opdlm.config.run import RolloutConfig
 from megatron_opdlm.config.schema import field_docs
+from megatron_opdlm.config.sections import RolloutConfig
 from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.diffusion.remasking import RULES, make_rule
 from megatron_opdlm.diffusion.trajectory import Trajectory

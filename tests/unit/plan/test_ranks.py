@@ -162,6 +162,16 @@ def test_a_cache_below_one_sequence_is_refused(graphs):
     check_models(config(*flags), student=HF["0.6B"], teacher=HF["0.6B"], cuda=False)
 
 
+def test_a_student_that_is_evaluated_must_fit_beside_a_teacher_that_writes():
+    """It decodes under the same limit, which a student with more layers exceeds."""
+    models = {"student": HF["8B"], "teacher": HF["0.6B"]}
+    values = [f"kv_cache_gb={SEQUENCE / 1e9}", "cuda_graphs=false", "method=off_policy"]
+    check_models(config(*values), **models)  # control: the student never decodes
+    evaluated = config(*values, "eval_data=q.jsonl", "eval_interval=1")
+    with pytest.raises(ValueError, match="kv_cache_gb=.* must hold at least one sequence"):
+        check_models(evaluated, **models)
+
+
 def test_a_cpu_has_a_limit_without_being_told():
     """`KVCache.for_model` takes 4 GiB there, whatever is free."""
     per_sequence = 6000 * 2 * 28 * 8 * 128 * 2

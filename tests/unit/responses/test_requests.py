@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_opdlm.config.run import ResponseLengthConfig, RolloutConfig
+from megatron_opdlm.config.sections import ResponseLengthConfig, RolloutConfig
 from megatron_opdlm.diffusion.trajectory import given_response
 from megatron_opdlm.responses import student as student_module
 from megatron_opdlm.responses import teacher as teacher_module

@@ -4,14 +4,15 @@ import itertools
 
 import pytest
 
-from megatron_opdlm.rollout.cache_size import LEAST_BESIDE_SPARE, share_slots, whole_pages
+from megatron_opdlm.rollout.cache_size import LEAST_BESIDE_SPARE, share_slots, slot_capacity
 
 
 def test_examples_of_the_documentation():
     assert [share_slots(*a, None) for a in ((2, 2), (3, 2), (9, 99))] == [
         (2, False), (2, True), (8, True),
     ]  # fmt: skip
-    assert (whole_pages(1), whole_pages(256), whole_pages(257)) == (256, 256, 512)
+    assert [slot_capacity(n, on_cuda=True) for n in (1, 256, 257)] == [256, 256, 512]
+    assert [slot_capacity(n, on_cuda=False) for n in (1, 257)] == [1, 257]
 
 
 @pytest.mark.parametrize("has_spare", [None, True, False])

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_opdlm.config.run import OptimizerConfig
+from megatron_opdlm.config.learning import OptimizerConfig
 from megatron_opdlm.config.schedules import learning_rate
 from megatron_opdlm.train.optimizer import NonFiniteError, StudentOptimizer
 from tests.helpers import run_ranks

@@ -258,6 +258,6 @@ def test_a_start_that_was_killed_while_it_claimed_can_begin_again(save):
     """Killed before the configuration was there."""
     (save / ROLLOUTS).mkdir(parents=True)
     IDENTITY.write(save / IDENTITY_FILE)
-    (save / "config.partial").touch()
+    (save / f"{CONFIG_FILE}.partial").touch()
     take(save)
     assert load_config(save / CONFIG_FILE) == make(save)
