@@ -109,24 +109,15 @@ def lay_out(
     )
     inputs = _padded(sequences, laid_out, tags, multiple) | layout.inputs
 
-    masked = sequences.masked[slots]
-    masked_row, column = masked.nonzero(as_tuple=True)
-    steps, keys = sequences.step[slots], sequences.key[slots]
-    # The position and the eight bits of the step give every draw of a sequence its own key.
-    draws = (sequences.block[slots][masked_row] + column) << 8 | steps[masked_row]
-    wanted_rows = {
-        # In blocks of one token this is the last row: the masked token, or (in a causal model) the
-        # token that predicts it.
-        "head_rows": ((ends - size)[masked_row] + column - shift).clamp(min=0),
-        "noise_keys": keys[masked_row] ^ draws,
-    }
-    boundary = {} if not shift else _boundary(sequences, slots, ends, masked_row, column)
-    staged = Staged(inputs | wanted_rows | boundary, device)
+    ends = ends[: len(slots)]
+    rows = _head_rows(sequences, slots, ends, shift)
+    boundary = _boundary(sequences, slots, ends) if shift else {}
+    staged = Staged(inputs | rows | boundary, device)
     model_inputs = staged.only(inputs)
     return DecodePass(
         slots=slots,
-        masked=masked,
-        steps=steps,
+        masked=sequences.masked[slots],
+        steps=sequences.step[slots],
         inputs=model_inputs,
         head_rows=staged["head_rows"],
         boundary=BoundaryRows(**{name: staged[name] for name in boundary}) if boundary else None,
@@ -136,19 +127,32 @@ def lay_out(
     )
 
 
-def _boundary(
-    sequences: Sequences, slots: Tensor, ends: Tensor, masked_row: Tensor, column: Tensor
-) -> dict[str, Tensor]:
+def _head_rows(sequences: Sequences, slots: Tensor, ends: Tensor, shift: int) -> dict[str, Tensor]:
+    """Returns `head_rows` and `noise_keys`, on the host; `ends` are those of `_tags`."""
+    row, column = sequences.masked[slots].nonzero(as_tuple=True)
+    steps, keys = sequences.step[slots], sequences.key[slots]
+    # The position and the eight bits of the step give every draw of a sequence its own key.
+    draws = (sequences.block[slots][row] + column) << 8 | steps[row]
+    return {
+        # In blocks of one token this is the last row: the masked token, or (in a causal model) the
+        # token that predicts it.
+        "head_rows": ((ends - sequences.block_size)[row] + column - shift).clamp(min=0),
+        "noise_keys": keys[row] ^ draws,
+    }
+
+
+def _boundary(sequences: Sequences, slots: Tensor, ends: Tensor) -> dict[str, Tensor]:
     """Returns the tensors of `BoundaryRows`, on the host.
 
     A sequence has its last clean token in the pass if the cache does not hold it yet.
     """
+    row, column = sequences.masked[slots].nonzero(as_tuple=True)
     is_new = sequences.cached[slots] < sequences.block[slots]
     return {
-        "kept_rows": (ends[: len(slots)] - sequences.num_open - 1)[is_new],
+        "kept_rows": (ends - sequences.num_open - 1)[is_new],
         "kept_slots": slots[is_new],
         "is_first": column == 0,
-        "slots": slots[masked_row],
+        "slots": slots[row],
     }
 
 
