@@ -206,11 +206,13 @@ def decoding_options(
     trained = source.block_size or DEFAULT_BLOCK_SIZE
     block_size = trained if args.block_size is None else args.block_size
     steps = block_size if args.denoising_steps is None else args.denoising_steps
+    asked = (args.prediction, source.prediction, SAME_POSITION)
+    predictions = [prediction for prediction in asked if prediction is not None]
     given = {name: getattr(args, name) for name in ("top_k", "top_p")}
     return DecodingOptions(
         block_size=block_size,
         denoising_steps=steps,
-        prediction=args.prediction or source.prediction or SAME_POSITION,
+        prediction=predictions[0],
         rule=rule,
         temperature=args.temperature,
         **{name: value for name, value in given.items() if value is not None},

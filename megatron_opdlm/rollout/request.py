@@ -49,7 +49,7 @@ class DecodingOptions:
                 f"between 1 and block_size={self.block_size}, and at most {MAX_DENOISING_STEPS}",
             ),
             (
-                *("prediction", self.prediction, self.prediction in PREDICTIONS),
+                *("prediction", self.prediction, self.prediction in tuple(PREDICTIONS)),
                 f"one of {', '.join(PREDICTIONS)}",
             ),
         )
