@@ -40,6 +40,7 @@ from states import divergences
 
 from megatron_opdlm.checks import require, require_at_least
 from megatron_opdlm.convert.model_source import ModelSource
+from megatron_opdlm.diffusion.remasking import LowConfidenceDynamic
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.files.folders import replacing
 from megatron_opdlm.generate.arguments import require_folder
@@ -149,6 +150,9 @@ def check(args: argparse.Namespace) -> None:
     if args.block_size is not None:
         require_at_least(1, "block_size", args.block_size)
     require_at_least(0, "seed", args.seed)
+    for value in args.thresholds:
+        LowConfidenceDynamic(confidence_threshold=value)
+        require(args.thresholds.count(value) == 1, "thresholds", value, "is twice", "give it once")
     for part in args.which:
         rule = f"must be some of {','.join(PARTS)}"
         require(part in PARTS, "which", part, rule, "leave it out")
