@@ -35,9 +35,7 @@ class Likelihood:
             trajectories: responses with their prompts, from any writer.
             name: name of the responses, for the progress bar.
         """
-        texts = [
-            (tuple(t.prompt_ids.tolist()), tuple(t.text_ids.tolist())) for t in trajectories
-        ]
+        texts = [(tuple(t.prompt_ids.tolist()), tuple(t.text_ids.tolist())) for t in trajectories]
         new = {text: t for text, t in zip(texts, trajectories, strict=True) if self._is_new(text)}
         self._read(list(new.items()), name)
         return [self._known[text] for text in texts]

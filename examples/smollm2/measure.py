@@ -3,9 +3,9 @@
     measure.py --teacher HF_DIR_OR_CKPT --student RUN_OR_CKPT --heldout FILE --questions FILE
         --out FILE.json [options]
 
-Teacher and student decode the same held-out prompts with the same engine, all in one batch, greedily
-and at temperature 1. The teacher says how likely every response is; docs/smollm2.md says what the
-figures mean. `report.py` makes a page of several measurements.
+Teacher and student decode the same held-out prompts with the same engine, all in one batch,
+greedily and at temperature 1. The teacher says how likely every response is. `report.py` makes a
+page of the measurements of a run.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.json")
     parser.add_argument("--num-prompts", type=int, default=32, metavar="N", help="default: 32")
-    parser.add_argument("--num-questions", type=int, default=80, metavar="N", help="default: 80")
+    parser.add_argument("--num-questions", type=int, default=160, metavar="N", help="default: 160")
     parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="default: 48")
     parser.add_argument(
         "--thresholds",
@@ -205,12 +205,12 @@ def measure(pair: Pair, work: Work) -> dict[str, Any]:
     texts = {setting: text_of(pair, d.trajectories) for setting, d in decodings.items()}
     for setting, result in zip(decodings, results, strict=True):
         result["responses"] = texts[setting]
+        if setting.is_greedy:
+            shown = [work.prompts[prompt.index] for prompt in prompts]
+            result["page"] = page_records(pair.student.tokenizer, decodings[setting], shown)
         if setting in answers:
             given = text_of(pair, answers[setting])
             result["agreement"] = agreement(asked, given, work.is_right)
-            result["page"] = page_records(
-                pair.student.tokenizer, decodings[setting], [work.prompts[p.index] for p in prompts]
-            )
     found: dict[str, Any] = {
         "prompts": [work.prompts[prompt.index].messages[-1]["content"] for prompt in prompts],
         "num_questions": len(work.questions),

@@ -90,7 +90,13 @@ def open_pair(
     """
     greedy = student_options(ModelSource.open(student), block_size)
     # Only the models of this configuration are used: no data are read, nothing is saved.
-    keys = [f"student={student}", f"teacher={teacher}", "data=none", "save=none", "train_rollouts=1"]
+    keys = [
+        f"student={student}",
+        f"teacher={teacher}",
+        "data=none",
+        "save=none",
+        "train_rollouts=1",
+    ]
     config = load_config(None, keys).resolved(cuda=torch.cuda.is_available())
     parallel = process_groups.initialize()
     options = build_options(config.model, config.parallel)

@@ -128,9 +128,7 @@ def _accuracy(axes: Any, records: Records, teacher_accuracy: float) -> bool:
                 steps, percents, color=color, linewidth=2, marker="o", markersize=4, label=name
             )
             drawn = True
-    axes.axhline(
-        100 * teacher_accuracy, color=GREY, linewidth=1.5, linestyle="--", label="teacher"
-    )
+    axes.axhline(100 * teacher_accuracy, color=GREY, linewidth=1.5, linestyle="--", label="teacher")
     axes.set_ylim(-3, 104)
     label_axes(axes, "Accuracy over training", "rollouts", "correct answers, %")
     axes.legend(frameon=False, loc="lower right")
@@ -150,7 +148,9 @@ def _masked(axes: Any, records: Records) -> bool:
     if not names:
         return False
     axes.set_yscale("log")
-    label_axes(axes, "Divergence by how much of the block is masked", "rollout", "KL per token, nats")
+    label_axes(
+        axes, "Divergence by how much of the block is masked", "rollout", "KL per token, nats"
+    )
     axes.legend(frameon=False, title="masked", alignment="left")
     return True
 

@@ -72,9 +72,7 @@ def measured(rank, models, block_size):
         decoding.decode(pair, setting, prompts.kept, limit=LIMIT, seed=5)
         for setting in measure.settings(pair, work)
     ]
-    rollout = next(
-        d for d in decodings if d.setting.name == "static" and not d.setting.is_greedy
-    )
+    rollout = next(d for d in decodings if d.setting.name == "static" and not d.setting.is_greedy)
     masked = states.divergences(pair, rollout.trajectories)
     return found, decodings, rollout.trajectories, masked
 
