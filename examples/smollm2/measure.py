@@ -40,6 +40,7 @@ from states import divergences
 
 from megatron_opdlm.checks import require, require_at_least
 from megatron_opdlm.convert.model_source import ModelSource
+from megatron_opdlm.diffusion.prediction import PREDICTIONS, SAME_POSITION
 from megatron_opdlm.diffusion.remasking import LowConfidenceDynamic
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.files.folders import replacing
@@ -91,7 +92,7 @@ def main() -> int:
         )
         pair = open_pair(
             args.teacher, args.student, max_rows=args.num_prompts, block_size=args.block_size,
-            import_cache=args.import_cache,
+            prediction=args.prediction, import_cache=args.import_cache,
         )  # fmt: skip
         report_progress(f"loaded in {time.perf_counter() - started:.1f} s")
         found = header(args, pair) | measure(pair, work)
@@ -126,6 +127,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--block-size", type=int, metavar="K", help="of a student that was not trained; default: 4"
+    )
+    parser.add_argument(
+        "--prediction", choices=PREDICTIONS, help=f"in the same way; default: {SAME_POSITION}"
     )
     parser.add_argument(
         "--which",
@@ -169,6 +173,7 @@ def header(args: argparse.Namespace, pair: Pair) -> dict[str, Any]:
         "response_tokens": state.get("work", {}).get("response_tokens", 0),
         "optimizer_steps": state.get("optimizer_steps", 0),
         "block_size": pair.block_size,
+        "prediction": pair.options[STUDENT].prediction,
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 
+from megatron_opdlm.checks import require
 from megatron_opdlm.config.run import load_config
 from megatron_opdlm.convert.import_cache import ImportCache
 from megatron_opdlm.convert.model_source import ModelSource
+from megatron_opdlm.diffusion.prediction import SAME_POSITION
 from megatron_opdlm.distill.load_teacher import load_teacher
 from megatron_opdlm.distill.student import Student, build_options, load_student
 from megatron_opdlm.distill.teacher import Teacher
@@ -47,24 +49,31 @@ class Pair:
         return self.options[STUDENT].block_size
 
 
-def student_options(source: ModelSource, block_size: int | None) -> DecodingOptions:
+def student_options(
+    source: ModelSource, block_size: int | None, prediction: str | None
+) -> DecodingOptions:
     """Returns the student's greedy decoding options: one token per denoising step.
 
     Args:
         source: source of the student.
         block_size: block size of an untrained student; None takes the default.
+        prediction: prediction of an untrained student; None takes the default.
 
     Raises:
-        ValueError: the student was trained with another block size.
+        ValueError: the student was trained with another block size or prediction.
     """
-    trained = source.block_size
-    if None not in (trained, block_size) and trained != block_size:
-        raise ValueError(
-            f"block_size={block_size} is not that of student={source.path}, which was trained with "
-            f"{trained}; leave it out"
-        )
-    size = trained or block_size or DEFAULT_BLOCK_SIZE
-    return DecodingOptions(block_size=size, denoising_steps=size)
+    for name, trained, given in (
+        ("block_size", source.block_size, block_size),
+        ("prediction", source.prediction, prediction),
+    ):
+        rule = f"is not that of student={source.path}, which was trained with {trained}"
+        require(None in (trained, given) or trained == given, name, given, rule, "leave it out")
+    size = source.block_size or block_size or DEFAULT_BLOCK_SIZE
+    return DecodingOptions(
+        block_size=size,
+        denoising_steps=size,
+        prediction=source.prediction or prediction or SAME_POSITION,
+    )
 
 
 def open_pair(
@@ -73,6 +82,7 @@ def open_pair(
     *,
     max_rows: int,
     block_size: int | None = None,
+    prediction: str | None = None,
     import_cache: str | None = None,
 ) -> Pair:
     """Loads teacher and student.
@@ -82,13 +92,14 @@ def open_pair(
         student: a student with a mask token, given in the same ways.
         max_rows: most responses decoded at once.
         block_size: block size of an untrained student.
+        prediction: prediction of an untrained student.
         import_cache: folder in which Hugging Face directories are converted and later found again;
             None uses a temporary folder.
 
     Raises:
         ValueError: a model is missing or broken, or they have different vocabularies.
     """
-    greedy = student_options(ModelSource.open(student), block_size)
+    greedy = student_options(ModelSource.open(student), block_size, prediction)
     # Only the models of this configuration are used: no data are read, nothing is saved.
     keys = [
         f"student={student}",

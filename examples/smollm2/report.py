@@ -126,6 +126,7 @@ def facts(measurement: Measurement) -> list[tuple[str, str]]:
         ("optimizer steps", f"{values['optimizer_steps']:,}"),
         ("parameters", f"{values['parameters']:,}"),
         ("block size", str(values["block_size"])),
+        ("prediction", values["prediction"]),
         (
             "held-out prompts",
             f"{len(values['prompts'])}, at most {values['max_new_tokens']} tokens",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pair import Pair
+from pair import STUDENT, Pair
 from torch import Tensor
 
 from megatron_opdlm.diffusion.example import TrainingExample, make_example, teacher_row
@@ -74,10 +74,15 @@ def divergences(pair: Pair, trajectories: Sequence[Trajectory]) -> MaskedTokens:
 def _example(pair: Pair, trajectory: Trajectory) -> TrainingExample:
     """Lays out a response at all its states."""
     mask_token_id = pair.student.mask_token_id
-    states = select_states(
-        trajectory, state_selection="all", key=0, mask_token_id=mask_token_id
-    )  # the key has no effect: every state is taken
-    return make_example(trajectory, states, mask_token_id=mask_token_id, include_eos=True)
+    # The key has no effect: every state is taken.
+    states = select_states(trajectory, state_selection="all", key=0, mask_token_id=mask_token_id)
+    return make_example(
+        trajectory,
+        states,
+        mask_token_id=mask_token_id,
+        include_eos=True,
+        prediction=pair.options[STUDENT].prediction,
+    )
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_opdlm.diffusion.prediction import PREDICTIONS, SAME_POSITION
 from tests import smollm2
 from tests.helpers import run_ranks
 from tests.oracle import block_tags, hf_logits, load_hf
@@ -57,11 +58,11 @@ def work_of(models, **changes):
     return measure.Work(**(values | changes))
 
 
-def measured(rank, models, block_size):
+def measured(rank, models, block_size, prediction):
     """Everything that is measured, and what it was measured on."""
     pair = pair_module.open_pair(
         str(models.teacher.checkpoint), str(models.student.checkpoint), max_rows=64,
-        block_size=block_size,
+        block_size=block_size, prediction=prediction,
     )  # fmt: skip
     work = work_of(models)
     found = measure.measure(pair, work)
@@ -77,9 +78,11 @@ def measured(rank, models, block_size):
     return found, decodings, rollout.trajectories, masked
 
 
-@pytest.fixture(scope="module", params=[4, 3])
+@pytest.fixture(
+    scope="module", params=[(4, SAME_POSITION), (3, SAME_POSITION), (4, "next_position")], ids=str
+)
 def result(request, models):
-    return run_ranks(measured, 1, models, request.param)[0]
+    return *run_ranks(measured, 1, models, *request.param)[0], request.param[1]
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +164,11 @@ def test_the_teacher_decodes_what_it_finds_likeliest(result, hf):
 
 
 @torch.no_grad()
-def dense_divergences(hf, trajectories, *, place_of=lambda position, size: position % size, row=-1):
+def dense_divergences(
+    hf, trajectories, prediction, *, place_of=lambda position, size: position % size, row=-1
+):
     """(place, number masked) -> all KL values, from full forward passes of every state."""
-    values = {}
+    values, shift = {}, PREDICTIONS[prediction].shift
     for t in trajectories:
         size, first = t.block_size, len(t.prompt_ids)
         ids, end = t.token_ids, first + t.num_response_tokens
@@ -181,7 +186,7 @@ def dense_divergences(hf, trajectories, *, place_of=lambda position, size: posit
                     if p >= end:
                         continue
                     target = causal[p + row]
-                    terms = target.exp() * (target - ours[p])
+                    terms = target.exp() * (target - ours[p - shift])
                     terms[MASK] = 0
                     key = place_of(p, size), len(masked)
                     values.setdefault(key, []).append(float(terms.sum()))
@@ -195,9 +200,9 @@ def grouped(values, axis, numbers):
 
 
 def test_divergences_are_the_dense_ones(result, hf):
-    found, _, trajectories, masked = result
+    found, _, trajectories, masked, prediction = result
     size, said = trajectories[0].block_size, found["states"]
-    values = dense_divergences(hf, trajectories)
+    values = dense_divergences(hf, trajectories, prediction)
     everything = [value for some in values.values() for value in some]
     assert said["num_positions"] == len(everything) == len(masked.kl)
     assert said["kl"] == pytest.approx(sum(everything) / len(everything), rel=1e-5)
@@ -213,14 +218,18 @@ def test_divergences_are_the_dense_ones(result, hf):
 
 
 def test_control_other_places_and_an_unshifted_teacher_have_other_divergences(result, hf):
-    found, _, trajectories, _ = result
+    found, _, trajectories, _, prediction = result
     size, said = trajectories[0].block_size, found["states"]
     means = [entry["kl"] for entry in said["by_position"]]
-    turned = dense_divergences(hf, trajectories, place_of=lambda p, size: (p - 1) % size)
-    unshifted = dense_divergences(hf, trajectories, row=0)
-    for values in (turned, unshifted):
-        other = [mean for mean, _ in grouped(values, 0, range(size))]
-        assert max(abs(a - b) for a, b in zip(means, other, strict=True)) > 1e-3
+    other = {SAME_POSITION: "next_position"}.get(prediction, SAME_POSITION)
+    turned = dense_divergences(
+        hf, trajectories, prediction, place_of=lambda p, size: (p - 1) % size
+    )
+    shifted = dense_divergences(hf, trajectories, other)
+    unshifted = dense_divergences(hf, trajectories, prediction, row=0)
+    for values in (turned, unshifted, shifted):
+        means_of = [mean for mean, _ in grouped(values, 0, range(size))]
+        assert max(abs(a - b) for a, b in zip(means, means_of, strict=True)) > 1e-3
 
 
 def test_only_questions_that_the_teacher_gets_right_are_asked(result, models):
@@ -325,11 +334,17 @@ def test_wrong_arguments_are_one_line(models, tmp_path, changes, message):
     assert message in said and list(tmp_path.iterdir()) == []
 
 
-def test_a_trained_student_keeps_its_block_size():
-    source = SimpleNamespace(block_size=8, path="run")
-    assert pair_module.student_options(source, None).block_size == 8
-    assert pair_module.student_options(source, 8).denoising_steps == 8
-    with pytest.raises(ValueError, match="block_size=4 is not that of student=run.* with 8"):
-        pair_module.student_options(source, 4)
-    fresh = SimpleNamespace(block_size=None, path="import")
-    assert [pair_module.student_options(fresh, size).block_size for size in (None, 16)] == [4, 16]
+def test_a_trained_student_keeps_what_it_was_trained_with():
+    options = pair_module.student_options
+    source = SimpleNamespace(block_size=8, prediction="next_position", path="run")
+    for found in (options(source, None, None), options(source, 8, "next_position")):
+        assert (found.block_size, found.denoising_steps) == (8, 8)
+        assert found.prediction == "next_position"
+    with pytest.raises(ValueError, match="block_size=4 is not that of student=run.* with 8; leave"):
+        options(source, 4, None)
+    with pytest.raises(ValueError, match="prediction=same_position is not that of student=run"):
+        options(source, None, SAME_POSITION)
+    fresh = SimpleNamespace(block_size=None, prediction=None, path="import")
+    for size, prediction in ((None, None), (16, "next_position")):
+        found = options(fresh, size, prediction)
+        assert (found.block_size, found.prediction) == (size or 4, prediction or SAME_POSITION)

@@ -186,7 +186,8 @@ def states_of(kl):
 def values(tokens, results, kl=None):
     found = {
         "teacher": "t", "student": "s", "parameters": 1000, "response_tokens": tokens,
-        "optimizer_steps": tokens // 10, "block_size": 2, "max_new_tokens": 48, "seed": 3,
+        "optimizer_steps": tokens // 10, "block_size": 2,
+        "prediction": "same_position", "max_new_tokens": 48, "seed": 3,
         "device": "CPU", "threads": 2, "dtype": "float32", "prompts": ["first?", EVIL],
         "num_questions": 20, "teacher_right": 8, "seconds": {}, "results": results,
     }  # fmt: skip
