@@ -95,7 +95,7 @@ class Steps:
         if self.has_ended(step):
             print(f"- {step.name}: done before", flush=True)
             return
-        print(f"\n$ {shlex.join(step.words)}", flush=True)
+        print(f"\n$ {typed(step.words)}", flush=True)
         start = time.monotonic()
         with PeakMemory() as memory:
             status, number = run_command(command(step.words))
@@ -108,6 +108,12 @@ class Steps:
             raise Stopped(number, "" if status > 0 else text)  # then the command has said it
         if status:
             raise Failed(status, step)
+
+
+def typed(words: list[str]) -> str:
+    """The command as it is typed at the root of the repository, in its environment."""
+    text = shlex.join(words if words[0] == "opdlm" else ["python", *words])
+    return text.replace(f"{Path.cwd()}/", "")
 
 
 def command(words: list[str]) -> list[str]:
