@@ -21,4 +21,4 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         status = 2
-    sys.exit(status)
+    sys.exit(status or 0)

@@ -102,7 +102,9 @@ def test_control_another_weight_or_tokenizer_is_refused(written, tiny, tmp_path)
 
 
 @needs_readers
-@pytest.mark.parametrize("options", ["size=64k", "size=300k", "size=900k", "nr_inodes=9"])
+@pytest.mark.parametrize(
+    "options", ["size=64k", "size=300k", "size=596k", "size=604k", "nr_inodes=9"]
+)
 def test_a_full_disk_is_one_line_and_leaves_nothing(tiny, written, tmp_path, options):
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -34,7 +34,8 @@ if out and out[0].suffix == ".json":
 elif out:
     out[0].mkdir(parents=True, exist_ok=True)
     if "train" in words:
-        (out[0] / "metrics.jsonl").write_text('{"rollout_step": 0, "optimizer_step": 0, "train/loss": 4}\\n')
+        record = {"rollout_step": 0, "optimizer_step": 0, "train/loss": 4}
+        (out[0] / "metrics.jsonl").write_text(json.dumps(record) + "\\n")
 """
 
 
