@@ -1,0 +1,86 @@
+"""How many rollouts fit into a number of minutes. All estimates of time stand here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_opdlm.checks import require
+
+FEWEST_ROLLOUTS = 8
+"""Below this the length ramp has no room, and the student says nothing."""
+RAMP_SHARE = 0.6
+"""Of the rollouts, until responses have their full length."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a kind of machine runs, and how long that takes."""
+
+    name: str
+    config: str
+    default_minutes: int
+    fixed_minutes: float
+    """Conversion, measures, export and checks: all but the rollouts with their training."""
+    seconds_per_rollout: float
+    """Decoding and training, mean over the ramp."""
+
+
+CPU = Machine("2 CPU cores", "examples/configs/smollm2.yaml", 60, 16, 100)
+GPU = Machine("a GPU", "examples/configs/smollm2_gpu.yaml", 8, 4, 6)
+"""A guess: nothing has run on a GPU yet."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does."""
+
+    machine: Machine
+    minutes: int
+    rollouts: int
+
+    @property
+    def ramp(self) -> int:
+        """Rollouts until responses have their full length."""
+        return round(RAMP_SHARE * self.rollouts)
+
+    @property
+    def expected_minutes(self) -> float:
+        """By the estimate; at most `minutes`."""
+        return self.machine.fixed_minutes + self.rollouts * self.machine.seconds_per_rollout / 60
+
+    def overrides(self) -> list[str]:
+        """Keys of the training; the learning rate decays over the whole run by itself."""
+        ramp = f"max_response_tokens.ramp_steps={self.ramp}"
+        return [f"train_rollouts={self.rollouts}", ramp]
+
+    def __str__(self) -> str:
+        return (
+            f"plan for {self.minutes} minutes on {self.machine.name}: {self.rollouts} rollouts of "
+            f"about {self.machine.seconds_per_rollout:g} s, responses grow over the first "
+            f"{self.ramp}; {self.machine.fixed_minutes:g} minutes for everything else; about "
+            f"{self.expected_minutes:.0f} minutes in all"
+        )
+
+
+def make_plan(machine: Machine, minutes: int | None) -> Plan:
+    """The plan for a budget; the same on every machine of a kind.
+
+    Args:
+        machine: kind of machine.
+        minutes: all steps together; None for the machine's default.
+
+    Raises:
+        ValueError: too few minutes.
+    """
+    minutes = machine.default_minutes if minutes is None else minutes
+    rollouts = int((minutes - machine.fixed_minutes) * 60 / machine.seconds_per_rollout)
+    least = least_minutes(machine)
+    rule = f"must be at least {least} on {machine.name}: {FEWEST_ROLLOUTS} rollouts"
+    require(rollouts >= FEWEST_ROLLOUTS, "--minutes", minutes, rule, f"use {least} or more")
+    return Plan(machine, minutes, rollouts)
+
+
+def least_minutes(machine: Machine) -> int:
+    """The smallest budget that is accepted."""
+    seconds = machine.fixed_minutes * 60 + FEWEST_ROLLOUTS * machine.seconds_per_rollout
+    return -int(-seconds // 60)

