@@ -86,6 +86,11 @@ def _level(axes: Any, value: float, label: str) -> None:
     axes.axhline(value, color=GREY, linewidth=1.5, linestyle="--", label=label)
 
 
+def _from_zero(axes: Any) -> None:
+    """Lets the vertical axis begin at 0, with some room above the highest point."""
+    axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+
+
 def _kl(axes: Any, measured: Measured) -> bool:
     steps = logged(measured.metrics, "train/kl")
     if steps:
@@ -95,7 +100,7 @@ def _kl(axes: Any, measured: Measured) -> bool:
     points = measured_points(measured, lambda m: m.states and m.states["kl"])
     drawn = _draw(axes, points, ORANGE, "held-out prompts, all states")
     label_axes(axes, "Divergence over training", TRAINED, "KL per masked token, nats")
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     if steps or drawn:
         axes.legend(frameon=False)
     return bool(steps) or drawn
@@ -112,7 +117,7 @@ def _nll(axes: Any, measured: Measured) -> bool:
         axes.axhline(teacher, color=color, linewidth=1.5, linestyle="--", label=f"teacher, {name}")
     title = "How likely the text is to the teacher"
     label_axes(axes, title, TRAINED, "nats per token under the teacher")
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     axes.legend(frameon=False)
     return drawn
 
@@ -145,7 +150,7 @@ def _speed(axes: Any, measured: Measured) -> bool:
         label = _dynamic_name(measured) if name == "dynamic" else name
         drawn |= _draw(axes, points, color, f"held-out prompts, {label}")
     label_axes(axes, "Decoding speed over training", TRAINED, "response tokens per forward")
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     if drawn:
         axes.legend(frameon=False)
     return drawn
@@ -165,7 +170,7 @@ def _threshold(axes: Any, measured: Measured) -> bool:
     speeds = [(x, result["tokens_per_forward"]) for x, result in results]
     _draw(other, speeds, ORANGE, "tokens per forward")
     other.set_ylabel("response tokens per forward", color=ORANGE)
-    other.set_ylim(bottom=0)
+    _from_zero(other)
     other.spines["top"].set_visible(False)
     axes.legend(frameon=False, loc="lower left")
     return True
@@ -183,7 +188,7 @@ def _places(axes: Any, measured: Measured, key: str, name: str) -> bool:
         if entries:
             axes.set_xticks(range(first, first + len(entries)))
     label_axes(axes, f"Divergence by {name}", name, "KL per masked token, nats")
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     if drawn:
         axes.legend(frameon=False)
     return drawn

@@ -116,7 +116,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.json")
     parser.add_argument("--num-prompts", type=int, default=32, metavar="N", help="default: 32")
-    parser.add_argument("--num-questions", type=int, default=160, metavar="N", help="default: 160")
+    parser.add_argument("--num-questions", type=int, default=128, metavar="N", help="default: 128")
     parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="default: 48")
     parser.add_argument(
         "--thresholds",

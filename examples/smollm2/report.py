@@ -120,7 +120,7 @@ def without_texts(measurement: Measurement) -> dict[str, Any]:
 def facts(measurement: Measurement) -> list[tuple[str, str]]:
     """Returns what the figures were measured on, as (name, value)."""
     values = measurement.values
-    threads = f", {values['threads']} threads" if values["device"] == "CPU" else ""
+    threads = f", threads: {values['threads']}" if values["device"] == "CPU" else ""
     return [
         ("response tokens trained on", f"{measurement.response_tokens:,}"),
         ("optimizer steps", f"{values['optimizer_steps']:,}"),
