@@ -12,6 +12,7 @@ and `dist_checkpointing`."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import logging
 import os
@@ -32,6 +33,9 @@ _CUDA_TYPE_NAMES = {
     torch.bfloat16: "torch.cuda.BFloat16Tensor",
 }
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_MOST_KEPT_BYTES = 2**31 - 1
+
 _installed = False
 
 
@@ -51,14 +55,33 @@ def install() -> bool:
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
         # Import Megatron before torch is changed: this also imports torch.compile's tables, which
         # must find one object per name.
+        from megatron.core.distributed import param_and_grad_buffer
         from megatron.core.tensor_parallel import random as megatron_random
 
+        _keep_freed_memory()
         _replace_megatron_random(megatron_random)
+        _replace_collectives_of_one(param_and_grad_buffer)
         _replace_runtime()
         _replace_factories()
         _replace_tensor_methods()
         _installed = True
     return True
+
+
+def _keep_freed_memory() -> None:
+    """Makes glibc reuse freed memory, as torch's allocator on a GPU does.
+
+    Otherwise glibc gives large tensors back to the kernel. The kernel then clears every page of the
+    next tensor, which takes as long as the arithmetic on it. So a process keeps its peak, less
+    memory at the end of the heap above 2 GiB. Other C libraries stay as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT_BYTES)
+    # A thread's own arena cannot hold large tensors. The backward pass runs in a thread.
+    mallopt(_M_ARENA_MAX, 1)
 
 
 class _Stream:
@@ -192,6 +215,25 @@ def _replace_tensor_methods() -> None:
     tensor.cuda = lambda self, *args, **kwargs: self
     tensor.record_stream = _nothing()
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+
+def _replace_collectives_of_one(module: Any) -> None:
+    """Makes a rank that is alone in its group leave the buffers of data parallelism as they are.
+
+    Gloo would copy all gradients and all weights there and back. NCCL copies nothing, either.
+    """
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(module, name, _unless_alone(getattr(module, name)))
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(collective)
+    def run(output: torch.Tensor, given: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if kwargs["group"].size() == 1 and output.data_ptr() == given.data_ptr():
+            return None
+        return collective(output, given, *args, **kwargs)
+
+    return run
 
 
 def _replace_megatron_random(module: Any) -> None:

@@ -40,6 +40,7 @@ from megatron_opdlm.model.families import FAMILIES
 from megatron_opdlm.model.flex import FLEX_BLOCK
 from megatron_opdlm.model.fp8 import ALIGNMENT
 from megatron_opdlm.model.hf_config import HFConfig
+from megatron_opdlm.model.layers import GatedMLP, RMSNorm
 from megatron_opdlm.model.rope import inverse_frequencies
 
 
@@ -68,30 +69,6 @@ class BuildOptions:
     Transformer Engine's layers."""
     make_vocab_size_divisible_by: int = 128
     """The embedding is padded to a multiple of this times the tensor-parallel size."""
-
-
-class RMSNorm(torch.nn.Module):
-    """RMSNorm for the local layer spec that also works with sequence parallelism.
-
-    Megatron's wrapper of torch's norm refuses sequence parallelism. This class marks its weight, so
-    that Megatron sums the weight's gradient over the tensor-parallel group. The mean square is
-    computed in float32."""
-
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any
-    ) -> None:
-        """Makes the weight [hidden_size]. Arguments for other norms are ignored."""
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
-        )
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Normalises the last dimension of [..., D]; the result has the same shape and dtype."""
-        normed = F.rms_norm(hidden.float(), (hidden.shape[-1],), eps=self.eps)
-        return normed.to(hidden.dtype) * self.weight
 
 
 class BlockDiffusionModel(GPTModel):
@@ -309,6 +286,8 @@ def _block_spec(
         if config.qk_layernorm:
             layer.submodules.self_attention.submodules.q_layernorm = norm
             layer.submodules.self_attention.submodules.k_layernorm = norm
+        if not config.bias_activation_fusion:
+            layer.submodules.mlp.module = GatedMLP
     layer.submodules.self_attention.submodules.core_attention = TagAttention
     layers: list[ModuleSpec] = [layer] * num_layers
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

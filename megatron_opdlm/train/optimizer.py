@@ -17,6 +17,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron_opdlm.config.learning import OptimizerConfig
 from megatron_opdlm.config.schedules import learning_rate
@@ -92,6 +93,7 @@ class StudentOptimizer:
             ),
             [self.ddp],
         )
+        self._use_fused_kernel()
 
     def zero_grad(self) -> None:
         """Clears the gradient buffers before the first microbatch of a step."""
@@ -133,10 +135,29 @@ class StudentOptimizer:
             group["lr"] = self.next_lr()
             # Megatron's own scheduler would form this product; `wd_mult` is 0 for norms.
             group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
-        self.optimizer.step()
+        # Not `self.optimizer.step()`, which would compute the gradient norm again.
+        self._clip(grad_norm)
+        self.optimizer.step_with_ready_grads()
         self._weights_changed()
         self.num_steps += 1
         return grad_norm
+
+    def _clip(self, grad_norm: float) -> None:
+        """Scales the gradient so that its norm is at most `clip_grad`; 0 leaves it as it is."""
+        parameters = self.optimizer.get_parameters()
+        if parameters and self.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad, grad_norm)
+
+    def _use_fused_kernel(self) -> None:
+        """Makes torch's Adam on a CPU update every parameter in one pass over its memory.
+
+        Its default makes a dozen passes, and temporary tensors as large as the parameter.
+        """
+        if torch.cuda.is_available():
+            return
+        for adam in filter(_is_torch_adam, _inner_optimizers(self.optimizer)):
+            for group in adam.param_groups:
+                group["fused"] = True
 
     def prime_state(self) -> None:
         """Allocates the state of torch's Adam, so that a checkpoint can be read into it.
@@ -179,6 +200,7 @@ class StudentOptimizer:
             if _is_torch_adam(adam):
                 for values in adam.state.values():
                     values["step"] = torch.tensor(float(num_steps))
+        self._use_fused_kernel()  # the checkpoint may say something else
         self._weights_changed()
         self.num_steps = num_steps
 
