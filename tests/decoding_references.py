@@ -26,7 +26,7 @@ Reference = Callable[[RolloutEngine, Sequences, torch.Tensor, KVCache], None]
 def full_recompute(engine, sequences, slots, cache):
     """No cache: every step runs the whole sequence through the block (LLaDA, Dream, BD3-LM)."""
     sequences.cached[slots] = 0
-    whole = lay_out(sequences, slots, cache, multiple=1)
+    whole = new_tokens(engine, sequences, slots, cache)
     run(engine, sequences, dataclasses.replace(whole, plan=AttentionPlan(tags=whole.tags)))
 
 
@@ -34,23 +34,32 @@ def prefix_per_block(engine, sequences, slots, cache):
     """The whole sequence once per block, then its block alone (dLLM's sampler, Fast-dLLM)."""
     is_first = sequences.step[slots] == 0
     sequences.cached[slots] = sequences.block[slots].masked_fill(is_first, 0)
-    run(engine, sequences, lay_out(sequences, slots, cache, multiple=1))
+    run(engine, sequences, new_tokens(engine, sequences, slots, cache))
 
 
 def separate_commit(engine, sequences, slots, cache):
-    """A pass of its own for the clean tokens of a finished block (JetEngine, LMDeploy, SGLang)."""
+    """A pass of its own for the clean tokens of a finished block (JetEngine, LMDeploy, SGLang).
+
+    These engines have no outputs that predict the next position.
+    """
+    assert engine.shift == 0, "the commit's output would be lost"
     finished = slots[sequences.cached[slots] < sequences.block[slots]]
     if len(finished):
         sequences.block[finished] -= sequences.block_size
-        forward(engine, lay_out(sequences, finished, cache, multiple=1))
+        forward(engine, new_tokens(engine, sequences, finished, cache))
         sequences.block[finished] += sequences.block_size
     sequences.cached[slots] = sequences.block[slots]
-    run(engine, sequences, lay_out(sequences, slots, cache, multiple=1))
+    run(engine, sequences, new_tokens(engine, sequences, slots, cache))
 
 
 def fused_commit(engine, sequences, slots, cache):
     """What the engine does, in lockstep."""
-    run(engine, sequences, lay_out(sequences, slots, cache, multiple=1))
+    run(engine, sequences, new_tokens(engine, sequences, slots, cache))
+
+
+def new_tokens(engine, sequences, slots, cache):
+    """The pass that the engine would make of the sequences."""
+    return lay_out(sequences, slots, cache, multiple=1, shift=engine.shift)
 
 
 def forward(engine, batch):

@@ -81,6 +81,7 @@ def decode(
     ids, steps = request.prompt_ids.tolist(), [-1] * prompt_length
     limit = prompt_length + request.response_limit
     start = prompt_length // size * size
+    shift = int(options.prediction == "next_position")
     while True:
         ids += [mask_token_id] * (start + size - len(ids))
         steps += [-1] * (start + size - len(steps))
@@ -90,7 +91,10 @@ def decode(
                 break
             logits = logits_of(torch.tensor(ids), block_tags(start, len(ids), size)).double()
             logits[:, mask_token_id] = -torch.inf
-            drawn = {p: _draw(logits[p], request.key, p, step, options.temperature) for p in masked}
+            drawn = {
+                p: _draw(logits[p - shift], request.key, p, step, options.temperature)
+                for p in masked
+            }
             for position in _commits(drawn, size, step, options):
                 ids[position], steps[position] = drawn[position][0], step
                 masked.remove(position)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_opdlm.diffusion.example import TrainingExample, make_example
+from megatron_opdlm.diffusion.example import make_example
 from megatron_opdlm.diffusion.state_selection import NoisyStates
-from megatron_opdlm.diffusion.stream import BLOCK, NOISY, POSITION, Document, pack
+from megatron_opdlm.diffusion.stream import BLOCK, POSITION, Document, pack
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions, training_stream_multiple
@@ -19,11 +19,11 @@ from megatron_opdlm.rollout.request import Request
 from tests.rollouts import MASK, RecordingEngine, draw_key
 
 
-def masked_document(state: TrainingExample) -> Document:
-    """The student's document with every masked position as a row, loss or not."""
-    shown = (state.student.tags[:, NOISY] == 1) & (state.student.token_ids == MASK)
-    assert bool(shown[state.student.loss_rows].all())
-    return dataclasses.replace(state.student, loss_rows=shown.nonzero()[:, 0])
+def whole(trajectory: Trajectory) -> Trajectory:
+    """A response to the end of its last block: every masked position of a state is a loss row."""
+    return dataclasses.replace(
+        trajectory, num_response_tokens=len(trajectory.response_ids), ended=False
+    )
 
 
 def training_logits(
@@ -69,11 +69,14 @@ def differences(
         documents, expected, remainders = [], list[Tensor](), list[int]()
         for request, trajectory in zip(requests, trajectories, strict=True):
             states = NoisyStates((trajectory.commit_grid >= step).unsqueeze(0))
-            state = make_example(trajectory, states, mask_token_id=MASK, include_eos=True)
+            state = make_example(
+                whole(trajectory), states, mask_token_id=MASK, include_eos=True,
+                prediction=engine.options.prediction,
+            )  # fmt: skip
             if not state.num_rows:
                 continue
-            document = masked_document(state)
-            positions = document.tags[document.loss_rows, POSITION].tolist()
+            document = state.student
+            positions = (state.teacher.loss_rows + 1).tolist()
             expected += [engine.recorded[draw_key(request.key, p, step)] for p in positions]
             remainder = len(request.prompt_ids) % size
             remainders += [remainder] * len(positions)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_opdlm.diffusion.prediction import PREDICTIONS, SAME_POSITION
 from megatron_opdlm.files.dcp_metadata import METADATA_FILE
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.files.folders import read_json_object, write_json
@@ -21,7 +22,8 @@ from megatron_opdlm.model.hf_config import HFConfig
 MODEL_FILE = "opdlm_model.json"
 STATE_FILE = "opdlm_state.json"
 TOKENIZER_DIR = "tokenizer"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had no `prediction`; it was same_position for all trained weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,8 @@ class ModelDescription:
     """`tokenizer.tokenizer_fingerprint` of the source. Student and teacher must have the same."""
     block_size: int | None = None
     """Block size that the weights were trained for; None before training."""
+    prediction: str | None = None
+    """A name of PREDICTIONS: the one that the weights were trained for; None before training."""
     lineage: dict[str, Any] = field(default_factory=dict)
     """Origin of the weights, for people and for the model card: source, teacher, data, ..."""
 
@@ -52,8 +56,11 @@ class ModelDescription:
         """
         values = dict(values)
         version = values.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            raise ConversionError(f"format_version={version!r} must be {FORMAT_VERSION}")
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+            raise ConversionError(f"format_version={version!r} must be 1 to {FORMAT_VERSION}")
+        if version == 1:
+            is_trained = values.get("block_size") is not None
+            values["prediction"] = SAME_POSITION if is_trained else None
         names = {item.name for item in fields(cls)}
         if set(values) != names:
             raise ConversionError(f"fields {sorted(values)} must be {sorted(names)}")
@@ -67,6 +74,7 @@ class ModelDescription:
 def _check_fields(values: dict[str, Any], vocab_size: int) -> None:
     """Checks all fields other than the config."""
     mask, block = values["mask_token_id"], values["block_size"]
+    prediction, known = values["prediction"], (None, *PREDICTIONS)
     fingerprint = values["tokenizer_fingerprint"]
     rules = {
         "mask_token_id": (
@@ -74,6 +82,7 @@ def _check_fields(values: dict[str, Any], vocab_size: int) -> None:
             f"null or an id in [0, vocab_size={vocab_size})",
         ),
         "block_size": (block is None or (type(block) is int and block > 0), "null or positive"),
+        "prediction": (prediction in known, f"null or one of {', '.join(PREDICTIONS)}"),
         "tokenizer_fingerprint": (
             fingerprint is None or isinstance(fingerprint, str),
             "null or text",

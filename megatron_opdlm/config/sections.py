@@ -14,6 +14,7 @@ from megatron_opdlm.checks import require
 from megatron_opdlm.config.annotations import MAY_CHANGE, PATH, OneOf, ParametersOf
 from megatron_opdlm.config.schedules import CURVES
 from megatron_opdlm.config.section import Section
+from megatron_opdlm.diffusion.prediction import PREDICTIONS, SAME_POSITION
 from megatron_opdlm.diffusion.remasking import RULES, RemaskingRule
 from megatron_opdlm.diffusion.temperature import TEMPERATURE_RULE, is_temperature
 from megatron_opdlm.distributed.vocab import rollout_divisor
@@ -205,6 +206,8 @@ class RolloutConfig(Section):
     """Tokens of a block, which are decoded together."""
     denoising_steps: int = 4
     """Most denoising steps of one block; at most block_size."""
+    prediction: Annotated[str, OneOf(PREDICTIONS)] = SAME_POSITION
+    """Which output of the student predicts a masked position, in rollouts and in training:"""
     remasking: Annotated[str, OneOf(RULES)] = "low_confidence_dynamic"
     """Which tokens are kept at a denoising step, with n = block_size / denoising_steps:"""
     remasking_parameters: Annotated[Mapping[str, Any], ParametersOf(RULES)] = field(

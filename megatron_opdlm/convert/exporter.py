@@ -22,6 +22,7 @@ from megatron_opdlm.convert.formats.format import ExportedModel, ExportFormat
 from megatron_opdlm.convert.mask_relocation import UntiedTensors
 from megatron_opdlm.convert.model_tensors import SHARD_BYTES, ModelTensors, write_weights
 from megatron_opdlm.convert.tokenizer_files import TokenizerFiles
+from megatron_opdlm.diffusion.prediction import SAME_POSITION
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.files.folders import atomic_directory, read_json_object, require_writable_output
 from megatron_opdlm.model.hf_config import DTYPES, SHIFT_KEYS
@@ -62,9 +63,10 @@ def export(
 
     Raises:
         ConversionError: the format does not support this model, the checkpoint is not a student's
-            although the format needs one, logits are shifted, engines would misread the mask token,
-            tensors are missing, extra or of wrong shape, weights are NaN or infinite, or the output
-            exists. No incomplete output stays behind.
+            although the format needs one, its prediction is not known to the format's readers,
+            logits are shifted in another way, engines would misread the mask token, tensors are
+            missing, extra or of wrong shape, weights are NaN or infinite, or the output exists. No
+            incomplete output stays behind.
         OSError: the disk is full or not writable. No incomplete output stays behind.
     """
     out = Path(out_dir)
@@ -75,8 +77,9 @@ def export(
     chosen = find_format(format, checkpoint.description.config.family)
     _refuse_others(checkpoint, chosen)
     size = _block_size(checkpoint, block_size, chosen)
+    prediction = _prediction(checkpoint, chosen)
     source = _tensors(checkpoint, chosen, untie, relocate_mask)
-    model = _exported_model(checkpoint, source, out.absolute().name, size, dtype)
+    model = _exported_model(checkpoint, source, out.absolute().name, size, prediction, dtype)
     with atomic_directory(out) as partial:
         write_files(partial, checkpoint.folder / TOKENIZER_DIR, model, chosen)
         write_weights(partial, source, DTYPES[dtype] if dtype else None, shard_bytes, progress)
@@ -138,6 +141,18 @@ def _block_size(
     return trained if requested is None else requested
 
 
+def _prediction(checkpoint: _Checkpoint, export_format: ExportFormat) -> str:
+    """Returns the prediction of the weights, which the format's readers must know."""
+    prediction = checkpoint.description.prediction or SAME_POSITION
+    if prediction not in export_format.predictions:
+        others = [name for name, item in FORMATS.items() if prediction in item.predictions]
+        raise ConversionError(
+            f"{checkpoint.folder}: prediction={prediction}: readers of {export_format.name!r} take "
+            f"position i to predict token i and would decode nonsense; use {' or '.join(others)}"
+        )
+    return prediction
+
+
 def _new_mask_id(
     description: ModelDescription, export_format: ExportFormat, relocate: bool
 ) -> int | None:
@@ -195,6 +210,7 @@ def _exported_model(
     source: ModelTensors,
     name: str,
     block_size: int | None,
+    prediction: str,
     dtype: str | None,
 ) -> ExportedModel:
     description = checkpoint.description
@@ -208,6 +224,7 @@ def _exported_model(
         mask_token_id=moved_to,
         moved_mask_from=moved_from,
         block_size=block_size,
+        prediction=prediction,
         is_trained=description.block_size is not None,
         dtype=dtype or str(source.dtype).removeprefix("torch."),
         pad_token_id=files.id_of("pad_token") if pad is None else pad,

@@ -34,7 +34,12 @@ from megatron_opdlm.convert.tokenizer_files import TOKENIZER_CONFIG, TokenizerFi
 from megatron_opdlm.convert.torch_dist import Piece, write_torch_dist
 from megatron_opdlm.convert.weights import HFWeights, check_tensors, row_slices
 from megatron_opdlm.files.errors import ConversionError
-from megatron_opdlm.files.folders import atomic_directory, require_writable_output
+from megatron_opdlm.files.folders import (
+    atomic_directory,
+    read_json_object,
+    require_writable_output,
+)
+from megatron_opdlm.files.path_kind import CONFIG_FILE
 from megatron_opdlm.model.families import FAMILIES
 from megatron_opdlm.model.hf_config import HFConfig, read_config
 from megatron_opdlm.model.tensors import Entry, VocabRows
@@ -147,6 +152,7 @@ def _describe(
             if has_tokenizer(source)
             else None
         ),
+        prediction=read_json_object(source / CONFIG_FILE).get("prediction"),
         lineage=lineage if row is None else lineage | {"mask_row": row.describe()},
     )
 

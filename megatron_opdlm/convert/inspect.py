@@ -26,6 +26,7 @@ class Inspection:
     dtypes: list[str]
     mask_token_id: int | None
     block_size: int | None
+    prediction: str | None
     tokenizer_fingerprint: str | None
     config: dict[str, Any]
     tensors: dict[str, list[int]]
@@ -43,6 +44,7 @@ class Inspection:
             "size": f"{self.bytes_on_disk / 1e9:.3f} GB, {', '.join(self.dtypes)}",
             "mask token": "none" if self.mask_token_id is None else self.mask_token_id,
             "block size": "not trained" if self.block_size is None else self.block_size,
+            "prediction": "not trained" if self.prediction is None else self.prediction,
             "tokenizer": (self.tokenizer_fingerprint or "none")[:16],
             "optimizer": f"{self.optimizer_tensors} tensors" if self.optimizer_tensors else "none",
         }
@@ -118,5 +120,6 @@ def _common(source: ModelSource) -> dict[str, Any]:
         "parameters": _parameters(source.stored_config),
         "mask_token_id": source.mask_token_id,
         "block_size": source.block_size,
+        "prediction": source.prediction,
         "tokenizer_fingerprint": source.fingerprint,
     }

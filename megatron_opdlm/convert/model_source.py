@@ -167,6 +167,13 @@ class ModelSource:
             return self.description.block_size
         return self.raw_config.get("block_size") if self.is_hf else None  # an export names it
 
+    @property
+    def prediction(self) -> str | None:
+        """Prediction that the weights were trained for, a name of PREDICTIONS; None before it."""
+        if self.description is not None:
+            return self.description.prediction
+        return self.raw_config.get("prediction") if self.is_hf else None  # an export names it
+
     @cached_property
     def state(self) -> dict[str, Any]:
         """The training state of a checkpoint; empty for an import and for other kinds."""

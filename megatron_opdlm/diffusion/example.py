@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_opdlm.diffusion.prediction import PREDICTIONS, SAME_POSITION
 from megatron_opdlm.diffusion.state_selection import NoisyStates
 from megatron_opdlm.diffusion.stream import NOISY, Document, make_tags
 from megatron_opdlm.diffusion.trajectory import Trajectory
@@ -22,8 +23,8 @@ class TrainingExample:
     trajectory: Trajectory
     """Trajectory of the response."""
     student: Document
-    """Document for the student: clean tokens, then the noisy blocks that have a loss position. Its
-    loss rows are the loss positions."""
+    """Document for the student: clean tokens, then the noisy blocks with an output that predicts a
+    loss position. Its loss rows are these outputs."""
     teacher: Document
     """Document for the teacher: clean tokens with causal tags, up to the last needed target. Its
     loss rows correspond one to one to the student's."""
@@ -49,9 +50,9 @@ class TrainingExample:
 def teacher_row(position: Tensor) -> Tensor:
     """Returns the position whose causal logits predict `position`: the one before it.
 
-    The student's logits at a position predict this same position. The shift of the autoregressive
-    teacher is applied only here. Example: with block size 4 and a prompt of 6 tokens, the target of
-    r0 (position 6) is the teacher's output at position 5.
+    The shift of the autoregressive teacher is applied only here; that of the student is a choice,
+    see `prediction.py`. Example: with block size 4 and a prompt of 6 tokens, the target of r0
+    (position 6) is the teacher's output at position 5.
     """
     return position - 1
 
@@ -63,12 +64,14 @@ def make_example(
     mask_token_id: int,
     include_eos: bool,
     nelbo: bool = False,
+    prediction: str = SAME_POSITION,
 ) -> TrainingExample:
     """Lays out one response at its noisy states.
 
     A loss position is masked in the state, belongs to the response, and is not after the end of
-    sequence (if `include_eos` is False, it is before the end of sequence). Noisy blocks without a
-    loss position are left out, and so are clean tokens that no remaining noisy block sees.
+    sequence (if `include_eos` is False, it is before the end of sequence). Noisy blocks without an
+    output that predicts a loss position are left out, and so are clean tokens that neither predict
+    one nor are seen by a remaining noisy block.
 
     Args:
         trajectory: trajectory of the response.
@@ -78,6 +81,7 @@ def make_example(
         nelbo: whether loss rows have the factor 1/t, and a mean divides by the number of response
             tokens. With cross-entropy the loss is then the block-diffusion NELBO per token (BD3-LM,
             arXiv 2503.09573, Eq. 8, linear schedule), averaged over the M states.
+        prediction: a name of PREDICTIONS: which output predicts a loss position.
 
     Returns:
         The documents of student and teacher. Both are empty if there is no loss position.
@@ -99,7 +103,9 @@ def make_example(
         denominator = last_loss - num_prompt_tokens
     return TrainingExample(
         trajectory=trajectory,
-        student=_student_document(trajectory, masked, has_loss, mask_token_id),
+        student=_student_document(
+            trajectory, masked, has_loss, mask_token_id, PREDICTIONS[prediction].shift
+        ),
         teacher=_teacher_document(trajectory, teacher_row(loss_positions)),
         target_ids=trajectory.token_ids[loss_positions],
         num_masked=masked.sum(-1)[row_state, row_block],
@@ -110,27 +116,32 @@ def make_example(
 
 
 def _student_document(
-    trajectory: Trajectory, masked: Tensor, has_loss: Tensor, mask_token_id: int
+    trajectory: Trajectory, masked: Tensor, has_loss: Tensor, mask_token_id: int, shift: int
 ) -> Document:
-    """Returns the clean tokens that a noisy block sees, then the noisy blocks with a loss position.
+    """Returns the clean tokens that are needed, then the noisy blocks whose outputs are needed.
 
-    `masked` and `has_loss` are [M, N, K] bool.
+    `masked` and `has_loss` are [M, N, K] bool. An output predicts the position `shift` after it.
     """
     size, first = trajectory.block_size, trajectory.first_block
-    state, block = has_loss.any(-1).nonzero(as_tuple=True)
-    clean_length = (first + int(block.max())) * size if len(block) else 0
+    row_state, row_block, row_place = has_loss.nonzero(as_tuple=True)
+    clean_length = (first + int(row_block.max())) * size if len(row_block) else 0
+    is_shown = has_loss[..., shift:].any(-1)
+    state, block = is_shown.nonzero(as_tuple=True)
     x_0 = trajectory.token_ids[first * size :].view_as(masked[0])
     shown = x_0[block].masked_fill(masked[state, block], mask_token_id)
-    positions = (first + block).repeat_interleave(size) * size + torch.arange(size).repeat(
-        len(block)
-    )
+    starts = (first + block) * size
+    positions = starts.repeat_interleave(size) + torch.arange(size).repeat(len(block))
     noisy_tags = make_tags(0, positions, noisy=0, block_size=size)
     noisy_tags[:, NOISY] = (state + 1).repeat_interleave(size)
     clean_tags = make_tags(0, torch.arange(clean_length), noisy=0, block_size=size)
+    # The output before a block's first token is that of a clean token, in all states.
+    offsets = (is_shown.flatten().cumsum(0).view_as(is_shown) - 1) * size
+    noisy_row = clean_length + offsets[row_state, row_block] + row_place - shift
+    clean_row = (first + row_block) * size - 1
     return Document(
         token_ids=torch.cat([trajectory.token_ids[:clean_length], shown.flatten()]),
         tags=torch.cat([clean_tags, noisy_tags]),
-        loss_rows=clean_length + has_loss[state, block].flatten().nonzero().squeeze(1),
+        loss_rows=torch.where(row_place < shift, clean_row, noisy_row),
     )
 
 

@@ -147,8 +147,61 @@ class Teacher:
             return forward_only(self.model, streams, self.parallel)
 
     @torch.no_grad()
+    def token_losses(
+        self, texts: Sequence[Tensor], num_given: Sequence[int], mask_token_id: int | None
+    ) -> list[Tensor]:
+        """Computes the teacher's cross-entropy of tokens, with the code that makes its targets.
+
+        Call on all ranks.
+
+        Args:
+            texts: token ids [S] int64 of each text, the same on every rank.
+            num_given: for each text, how many of its first tokens are given, at least 1. These have
+                no loss, such as a prompt.
+            mask_token_id: id of the mask token, which is in no softmax, as in training.
+
+        Returns:
+            [S - num_given] float64 of each text on the host, in nats; the same on every rank.
+            Collectives: those of `hidden_rows` and the LM head, and one all-reduce.
+        """
+        assert all(given > 0 for given in num_given), "the first token of a text has no loss"
+        student, device = self.student_parallel, torch.cuda.current_device()
+        scored = [text[given:] for text, given in zip(texts, num_given, strict=True)]
+        documents = [
+            Document(
+                token_ids=text,
+                tags=make_tags(0, torch.arange(len(text)), noisy=0, block_size=1),
+                loss_rows=teacher_row(torch.arange(given, len(text))),
+            )
+            for text, given in zip(texts, num_given, strict=True)
+        ]
+        packing = plan_packing(
+            [len(text) for text in texts], dp_size=student.dp_size, token_budget=self.token_budget
+        )
+        counts = [len(ids) for ids in scored]
+        places_of = torch.arange(sum(counts)).split(counts)
+        total = torch.zeros(sum(counts), dtype=torch.float64, device=device)
+        none = torch.empty(0, dtype=torch.int64)
+        hidden = self.hidden_rows(documents, packing)
+        for rows, indices in zip(hidden, packing[student.dp_rank], strict=False):
+            _, losses = fused_divergence(
+                rows,
+                self.head_weight(),
+                TokenTarget(torch.cat([none, *(scored[i] for i in indices)]).to(device)),
+                torch.ones(len(rows), device=device),
+                Divergence(),
+                vocab_size=self.vocab_size,
+                mask_token_id=mask_token_id,
+                tp_group=student.tp_group,
+            )
+            if student.tp_rank == 0:
+                places = torch.cat([none, *(places_of[i] for i in indices)])
+                total[places.to(device)] = losses.double()
+        dist.all_reduce(total)
+        return list(total.cpu().split(counts))
+
     def mean_loss(self, texts: Sequence[Tensor], mask_token_id: int | None) -> float:
-        """Computes the teacher's mean cross-entropy of texts, with the code that makes its targets.
+        """Computes the teacher's mean cross-entropy of texts; see `token_losses`.
 
         Call on all ranks.
 
@@ -160,38 +213,10 @@ class Teacher:
         Returns:
             Nats per token, the same on every rank.
         """
-        student, texts = self.student_parallel, [text for text in texts if len(text) > 1]
+        texts = [text for text in texts if len(text) > 1]
         assert texts, "a text has two tokens at least"
-        documents = [
-            Document(
-                token_ids=text,
-                tags=make_tags(0, torch.arange(len(text)), noisy=0, block_size=1),
-                loss_rows=teacher_row(torch.arange(1, len(text))),
-            )
-            for text in texts
-        ]
-        packing = plan_packing(
-            [len(text) for text in texts], dp_size=student.dp_size, token_budget=self.token_budget
-        )
-        device = torch.cuda.current_device()
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        hidden = self.hidden_rows(documents, packing)
-        for rows, places in zip(hidden, packing[student.dp_rank], strict=False):
-            ids = torch.cat([torch.empty(0, dtype=torch.int64), *(texts[i][1:] for i in places)])
-            _, losses = fused_divergence(
-                rows,
-                self.head_weight(),
-                TokenTarget(ids.to(device)),
-                torch.ones(len(rows), device=device),
-                Divergence(),
-                vocab_size=self.vocab_size,
-                mask_token_id=mask_token_id,
-                tp_group=student.tp_group,
-            )
-            if student.tp_rank == 0:
-                total += losses.double().sum()
-        dist.all_reduce(total)
-        return float(total) / sum(len(text) - 1 for text in texts)
+        losses = self.token_losses(texts, [1] * len(texts), mask_token_id)
+        return float(torch.cat(losses).mean())
 
     def self_check(
         self,

@@ -32,7 +32,8 @@ def render_page(
         rows: cells of the table, row by row.
         facts: (name, value) pairs under the table.
         plots: PNG files to include.
-        examples: decodings to replay, see `examples.example_record`; each has a key "setting".
+        examples: decodings to replay, see `examples.example_record`; each has a key "setting", and
+            None as `correct` if there is no right answer.
     """
     facts_html = "".join(
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
@@ -176,8 +177,9 @@ _SCRIPT = """
   let example, cells, blocks, timer = null;
 
   data.forEach((item, index) => {
-    const mark = item.correct ? '\\u2713' : '\\u2717';
-    make(at('pick'), 'option', '', `${mark} ${item.setting}: ${item.question}`).value = index;
+    // A response to an open prompt is neither: its `correct` is null.
+    const mark = item.correct === null ? '' : item.correct ? '\\u2713 ' : '\\u2717 ';
+    make(at('pick'), 'option', '', `${mark}${item.setting}: ${item.question}`).value = index;
   });
 
   function load(index) {
@@ -227,9 +229,9 @@ _SCRIPT = """
     const speed = pass ? (committed / pass).toFixed(2) : '0.00';
     at('count').textContent =
       `pass ${pass} of ${example.passes}, ${committed} tokens, ${speed} per pass`;
-    const finished = pass === example.passes;
+    const judged = pass === example.passes && example.correct !== null;
     at('verdict').className = example.correct ? 'good' : 'bad';
-    at('verdict').textContent = !finished ? '' : example.correct
+    at('verdict').textContent = !judged ? '' : example.correct
       ? `Correct: the answer is ${example.reference}.`
       : `Wrong: the answer is ${example.reference}.`;
   }

@@ -78,6 +78,7 @@ def _details(result: EvalResult) -> dict[str, _Detail]:
     return {
         "block_size": _Detail(size, f"block {size}", True),
         "denoising_steps": _Detail(steps, f"{steps} steps", steps == size),
+        "prediction": _Detail(options.prediction, options.prediction, True),
         "temperature": _Detail(temperature, f"T={temperature:g}", temperature == 0),
         "top_k": _Detail(top_k, f"top-k {top_k}" if top_k else "all tokens", top_k == 0),
         "top_p": _Detail(top_p, f"top-p {top_p:g}", top_p == 1),

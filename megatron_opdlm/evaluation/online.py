@@ -58,6 +58,7 @@ class OnlineEvaluation:
             DecodingOptions(
                 block_size=config.rollout.block_size,
                 denoising_steps=config.rollout.denoising_steps,
+                prediction=config.rollout.prediction,
                 rule=config.rollout.rule_of(name),
             )
             for name in DEFAULT_RULES

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 Records = Sequence[dict[str, Any]]
+Drawing = Callable[[Any], bool]
+"""A function that draws on matplotlib's axes, and returns whether there was anything to draw."""
 
 LOSS, SPEED, ACCURACY, MASKED = (
     "loss.png",
@@ -14,7 +16,7 @@ LOSS, SPEED, ACCURACY, MASKED = (
     "accuracy.png",
     "kl_by_masked_fraction.png",
 )
-_BLUE, _ORANGE, _GREY = "#2563eb", "#ea580c", "#6b7280"
+BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#6b7280"
 _SEQUENCE = ("#93c5fd", "#60a5fa", "#2563eb", "#1e3a8a")  # little masked to all masked
 _KL_PREFIX = "train/kl_masked_"
 
@@ -33,17 +35,33 @@ def write_plots(directory: Path, records: Records, *, teacher_accuracy: float) -
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("plots need matplotlib; pip install 'megatron-opdlm[eval]'") from None
-
-    plots: dict[str, Callable[[Any], bool]] = {
+    plots: dict[str, Drawing] = {
         ACCURACY: lambda axes: _accuracy(axes, records, teacher_accuracy),
         LOSS: lambda axes: _loss(axes, records),
         SPEED: lambda axes: _speed(axes, records),
         MASKED: lambda axes: _masked(axes, records),
     }
+    return draw_plots(directory, plots)
+
+
+def draw_plots(directory: Path, plots: Mapping[str, Drawing]) -> list[Path]:
+    """Draws plots in the style of reports.
+
+    Args:
+        directory: folder for the files.
+        plots: the drawing of each file, by the file's name.
+
+    Returns:
+        The files, in order. A plot without data is left out.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("plots need matplotlib; pip install 'megatron-opdlm[eval]'") from None
+
     written = []
     for name, draw in plots.items():
         figure = Figure(figsize=(6.4, 3.8), dpi=150, layout="constrained")
@@ -75,13 +93,13 @@ def _loss(axes: Any, records: Records) -> bool:
     if not steps:
         return False
     window = max(1, len(losses) // 20)
-    axes.plot(steps, losses, color=_BLUE, alpha=0.25, linewidth=1, label="each step")
+    axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=1, label="each step")
     axes.plot(
-        steps, smooth(losses, window), color=_BLUE, linewidth=2, label=f"mean of {window} steps"
+        steps, smooth(losses, window), color=BLUE, linewidth=2, label=f"mean of {window} steps"
     )
     if min(losses) > 0:
         axes.set_yscale("log")
-    _label(axes, "Distillation loss", "optimizer step", "KL(teacher || student), nats")
+    label_axes(axes, "Distillation loss", "optimizer step", "KL(teacher || student), nats")
     axes.legend(frameon=False)
     return True
 
@@ -90,19 +108,19 @@ def _speed(axes: Any, records: Records) -> bool:
     steps, speeds = _series(records, "rollout_step", "rollout/tokens_per_forward")
     if not steps:
         return False
-    axes.plot(steps, speeds, color=_BLUE, linewidth=2, marker="o", markersize=3.5)
-    axes.axhline(1.0, color=_GREY, linewidth=1, linestyle="--")
+    axes.plot(steps, speeds, color=BLUE, linewidth=2, marker="o", markersize=3.5)
+    axes.axhline(1.0, color=GREY, linewidth=1, linestyle="--")
     axes.annotate(
-        "one token per forward", (steps[-1], 1.0), ha="right", va="bottom", color=_GREY, fontsize=8
+        "one token per forward", (steps[-1], 1.0), ha="right", va="bottom", color=GREY, fontsize=8
     )
     axes.set_ylim(bottom=0)
-    _label(axes, "Decoding speed of the rollouts", "rollout", "response tokens per forward")
+    label_axes(axes, "Decoding speed of the rollouts", "rollout", "response tokens per forward")
     return True
 
 
 def _accuracy(axes: Any, records: Records, teacher_accuracy: float) -> bool:
     drawn = False
-    for name, color in (("static", _BLUE), ("dynamic", _ORANGE)):
+    for name, color in (("static", BLUE), ("dynamic", ORANGE)):
         steps, values = _series(records, "rollout_step", f"eval/accuracy_{name}")
         if steps:
             percents = [100 * value for value in values]
@@ -110,11 +128,9 @@ def _accuracy(axes: Any, records: Records, teacher_accuracy: float) -> bool:
                 steps, percents, color=color, linewidth=2, marker="o", markersize=4, label=name
             )
             drawn = True
-    axes.axhline(
-        100 * teacher_accuracy, color=_GREY, linewidth=1.5, linestyle="--", label="teacher"
-    )
+    axes.axhline(100 * teacher_accuracy, color=GREY, linewidth=1.5, linestyle="--", label="teacher")
     axes.set_ylim(-3, 104)
-    _label(axes, "Accuracy over training", "rollouts", "correct answers, %")
+    label_axes(axes, "Accuracy over training", "rollouts", "correct answers, %")
     axes.legend(frameon=False, loc="lower right")
     return drawn
 
@@ -132,12 +148,15 @@ def _masked(axes: Any, records: Records) -> bool:
     if not names:
         return False
     axes.set_yscale("log")
-    _label(axes, "Divergence by how much of the block is masked", "rollout", "KL per token, nats")
+    label_axes(
+        axes, "Divergence by how much of the block is masked", "rollout", "KL per token, nats"
+    )
     axes.legend(frameon=False, title="masked", alignment="left")
     return True
 
 
-def _label(axes: Any, title: str, x: str, y: str) -> None:
+def label_axes(axes: Any, title: str, x: str, y: str) -> None:
+    """Writes the title of a plot and the names of its axes."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel(x)
     axes.set_ylabel(y)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_opdlm.checks import require, require_at_least
 from megatron_opdlm.config.annotations import ParametersOf
 from megatron_opdlm.config.schema import Key, parameter_keys, parse_text
+from megatron_opdlm.diffusion.prediction import PREDICTIONS, SAME_POSITION
 from megatron_opdlm.diffusion.remasking import RULES, RemaskingRule
 
 if TYPE_CHECKING:
@@ -45,6 +46,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--denoising-steps", type=int, metavar="N", help="most steps per block; default: K"
+    )
+    choices = "; ".join(f"{name}: {entry.summary}" for name, entry in PREDICTIONS.items())
+    parser.add_argument(
+        "--prediction",
+        choices=PREDICTIONS,
+        help="which output of the student predicts a masked position; default: as in the student's "
+        f"training, {SAME_POSITION} before it. {choices}",
     )
     _add_sampling_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
@@ -198,10 +206,13 @@ def decoding_options(
     trained = source.block_size or DEFAULT_BLOCK_SIZE
     block_size = trained if args.block_size is None else args.block_size
     steps = block_size if args.denoising_steps is None else args.denoising_steps
+    asked = (args.prediction, source.prediction, SAME_POSITION)
+    predictions = [prediction for prediction in asked if prediction is not None]
     given = {name: getattr(args, name) for name in ("top_k", "top_p")}
     return DecodingOptions(
         block_size=block_size,
         denoising_steps=steps,
+        prediction=predictions[0],
         rule=rule,
         temperature=args.temperature,
         **{name: value for name, value in given.items() if value is not None},

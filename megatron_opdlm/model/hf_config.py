@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 
 import torch
 
+from megatron_opdlm.diffusion.prediction import PREDICTIONS
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.files.folders import read_json_object
 from megatron_opdlm.files.path_kind import CONFIG_FILE, describe
@@ -216,6 +217,11 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
                 f"{key}={raw[key]!r}: logits that predict the next token are not implemented for "
                 "block diffusion; position i must predict token i"
             )
+    if (prediction := raw.get("prediction")) not in (None, *PREDICTIONS):
+        raise ConversionError(
+            f"prediction={reprlib.repr(prediction)} must be one of {', '.join(PREDICTIONS)}, or "
+            "absent"
+        )
     if raw.get("quantization_config") is not None:
         raise ConversionError(
             "quantization_config is set; convert the unquantised checkpoint instead"

@@ -105,13 +105,12 @@ class TeacherResponses:
         )
 
 
-def teacher_engine(config: Config, teacher: Teacher, student: Student) -> RolloutEngine:
-    """Makes the engine that decodes with the teacher, token by token.
+def teacher_decodable(config: Config, teacher: Teacher, student: Student) -> Decodable:
+    """Returns the teacher as engines use it.
 
     A response ends at the student's end tokens, and never contains the student's mask token.
     """
-    rollout = config.rollout
-    decodable = Decodable(
+    return Decodable(
         model=teacher.model,
         parallel=teacher.parallel,
         mask_token_id=student.mask_token_id,
@@ -120,8 +119,13 @@ def teacher_engine(config: Config, teacher: Teacher, student: Student) -> Rollou
         is_causal=True,
         # The teacher decodes every prompt once, and weights that come from host memory have new
         # addresses every time.
-        memory=DecodingMemory(keep=bool(rollout.keep_kv_cache) and teacher.host is None),
+        memory=DecodingMemory(keep=bool(config.rollout.keep_kv_cache) and teacher.host is None),
     )
+
+
+def teacher_engine(config: Config, teacher: Teacher, student: Student) -> RolloutEngine:
+    """Makes the engine that decodes with the teacher, token by token."""
+    rollout = config.rollout
     options = DecodingOptions(
         block_size=1,
         denoising_steps=1,
@@ -129,7 +133,7 @@ def teacher_engine(config: Config, teacher: Teacher, student: Student) -> Rollou
         top_k=rollout.top_k,
         top_p=rollout.top_p,
     )
-    return build_engine(decodable, options, rollout)
+    return build_engine(teacher_decodable(config, teacher, student), options, rollout)
 
 
 def response_settings(config: Config, teacher: Teacher, student: Student) -> dict[str, Any]:

@@ -7,6 +7,9 @@ and denoising, and a block costs exactly as many passes as it has denoising step
 In a causal model a block is one token, and the output at the token before predicts it. There a pass
 contains only the clean tokens.
 
+With `next_position` (diffusion/prediction.py) the outputs lie one to the left. That of a block's
+first token is then at the last clean token before the block, see boundary.py.
+
 Shape letters: n sequences, S stream tokens, T masked positions, K block size."""
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor
 from megatron_opdlm.diffusion.blocks import round_up
 from megatron_opdlm.diffusion.stream import BLOCK, DOCUMENT, NOISY, PADDING_DOCUMENT, POSITION
 from megatron_opdlm.model.attention import AttentionPlan
+from megatron_opdlm.rollout.boundary import BoundaryRows
 from megatron_opdlm.rollout.cache import KVCache
 from megatron_opdlm.rollout.cached_attention import AttentionLayout, CachedAttention
 from megatron_opdlm.rollout.sequences import Sequences
@@ -40,7 +44,10 @@ class DecodePass:
     inputs: Staged
     """Tensors that the model reads, on its device."""
     head_rows: Tensor
-    """[T] int64, on the device. Stream indices of the rows that predict the masked positions."""
+    """[T] int64, on the device. Stream indices of the rows that predict the masked positions. It
+    has no meaning for those that kept outputs predict."""
+    boundary: BoundaryRows | None
+    """Rows of outputs that are kept; None if outputs predict their own position. On the device."""
     noise_keys: Tensor
     """[T] int64, on the device. Noise key of every draw."""
     plan: AttentionPlan
@@ -72,6 +79,7 @@ def lay_out(
     cache: KVCache,
     *,
     multiple: int,
+    shift: int = 0,
     for_graph: bool = False,
 ) -> DecodePass:
     """Packs the new tokens of sequences, on the model's device.
@@ -81,6 +89,7 @@ def lay_out(
         slots: [n] int64, slots of the pass; at least one.
         cache: key/value cache of the sequences.
         multiple: the length of the stream is padded to a multiple of this number of tokens.
+        shift: distance from an output to the position that it predicts, see `Prediction`.
         for_graph: whether a pass of whole blocks is filled up to a captured size, with blocks in
             the spare slot of the cache.
     """
@@ -100,29 +109,51 @@ def lay_out(
     )
     inputs = _padded(sequences, laid_out, tags, multiple) | layout.inputs
 
-    masked = sequences.masked[slots]
-    masked_row, column = masked.nonzero(as_tuple=True)
-    steps, keys = sequences.step[slots], sequences.key[slots]
-    # The position and the eight bits of the step give every draw of a sequence its own key.
-    draws = (sequences.block[slots][masked_row] + column) << 8 | steps[masked_row]
-    wanted_rows = {
-        # In blocks of one token this is the last row: the masked token, or (in a causal model) the
-        # token that predicts it.
-        "head_rows": (ends - size)[masked_row] + column,
-        "noise_keys": keys[masked_row] ^ draws,
-    }
-    staged = Staged(inputs | wanted_rows, device)
+    ends = ends[: len(slots)]
+    rows = _head_rows(sequences, slots, ends, shift)
+    boundary = _boundary(sequences, slots, ends) if shift else {}
+    staged = Staged(inputs | rows | boundary, device)
     model_inputs = staged.only(inputs)
     return DecodePass(
         slots=slots,
-        masked=masked,
-        steps=steps,
+        masked=sequences.masked[slots],
+        steps=sequences.step[slots],
         inputs=model_inputs,
         head_rows=staged["head_rows"],
+        boundary=BoundaryRows(**{name: staged[name] for name in boundary}) if boundary else None,
         noise_keys=staged["noise_keys"],
         plan=_plan(layout, model_inputs),
         is_whole_blocks=is_whole_blocks,
     )
+
+
+def _head_rows(sequences: Sequences, slots: Tensor, ends: Tensor, shift: int) -> dict[str, Tensor]:
+    """Returns `head_rows` and `noise_keys`, on the host; `ends` are those of `_tags`."""
+    row, column = sequences.masked[slots].nonzero(as_tuple=True)
+    steps, keys = sequences.step[slots], sequences.key[slots]
+    # The position and the eight bits of the step give every draw of a sequence its own key.
+    draws = (sequences.block[slots][row] + column) << 8 | steps[row]
+    return {
+        # In blocks of one token this is the last row: the masked token, or (in a causal model) the
+        # token that predicts it.
+        "head_rows": ((ends - sequences.block_size)[row] + column - shift).clamp(min=0),
+        "noise_keys": keys[row] ^ draws,
+    }
+
+
+def _boundary(sequences: Sequences, slots: Tensor, ends: Tensor) -> dict[str, Tensor]:
+    """Returns the tensors of `BoundaryRows`, on the host.
+
+    A sequence has its last clean token in the pass if the cache does not hold it yet.
+    """
+    row, column = sequences.masked[slots].nonzero(as_tuple=True)
+    is_new = sequences.cached[slots] < sequences.block[slots]
+    return {
+        "kept_rows": (ends - sequences.num_open - 1)[is_new],
+        "kept_slots": slots[is_new],
+        "is_first": column == 0,
+        "slots": slots[row],
+    }
 
 
 def captured_size(num_blocks: int) -> int:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opdlm.diffusion.blocks import num_decoded_tokens
+from megatron_opdlm.diffusion.prediction import PREDICTIONS
 from megatron_opdlm.diffusion.remasking import choose_commits
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.model.pipeline import DecodePipeline
@@ -88,6 +89,7 @@ class RolloutEngine:
                 "one token after the other"
             )
         self.causal = decodable.is_causal
+        self.shift = 0 if self.causal else PREDICTIONS[options.prediction].shift
         self.model = decodable.model
         self.parallel = decodable.parallel
         self.options = options
@@ -257,6 +259,7 @@ class RolloutEngine:
             torch.tensor(slots),
             lent.cache,
             multiple=self.stream_multiple,
+            shift=self.shift,
             for_graph=lent.graphs is not None,
         )
         self.counts.passes += 1
@@ -287,7 +290,7 @@ class RolloutEngine:
             FloatingPointError: NaN logits. All ranks of the replica raise it.
         """
         masked = decoded.masked
-        drawn = self._draw_everywhere(decoded, hidden)
+        drawn = self._draw_everywhere(sequences, decoded, hidden)
         bad = masked.nonzero()[drawn[1].isnan(), 0].unique()
         if len(bad):
             raise FloatingPointError(
@@ -311,7 +314,9 @@ class RolloutEngine:
         sequences.commit(decoded.slots, chosen, tokens.long())
 
     @torch.no_grad()
-    def _draw_everywhere(self, decoded: DecodePass, hidden: Tensor | None) -> Tensor:
+    def _draw_everywhere(
+        self, sequences: Sequences, decoded: DecodePass, hidden: Tensor | None
+    ) -> Tensor:
         """Returns [3, T] float64 tokens, confidence and entropy, on the host of every rank.
 
         Only here does the host wait for the device.
@@ -320,11 +325,19 @@ class RolloutEngine:
         drawn = torch.zeros(shape, dtype=torch.float64, device=device)
         if self.parallel.is_last_stage:
             assert hidden is not None
-            self._draw(self.model.select_rows(hidden, decoded.head_rows), decoded.noise_keys, drawn)
+            self._draw(self._head_inputs(sequences, decoded, hidden), decoded.noise_keys, drawn)
         if self.parallel.pp_size > 1:
             last = dist.get_global_rank(self.parallel.pp_group, self.parallel.pp_size - 1)
             dist.broadcast(drawn, last, group=self.parallel.pp_group)
         return drawn.cpu()
+
+    def _head_inputs(self, sequences: Sequences, decoded: DecodePass, hidden: Tensor) -> Tensor:
+        """Returns the outputs [T, D] that predict the masked positions. Last stage only."""
+        if (rows := decoded.boundary) is None:
+            return self.model.select_rows(hidden, decoded.head_rows)
+        selected = self.model.select_rows(hidden, torch.cat([rows.kept_rows, decoded.head_rows]))
+        kept, outputs = selected.split([len(rows.kept_rows), len(decoded.head_rows)])
+        return sequences.boundary.apply(rows, kept, outputs)
 
     def _draw(self, hidden: Tensor, keys: Tensor, drawn: Tensor) -> None:
         """Samples from hidden states [T, D] into `drawn` [3, T], in parts. Last stage only."""

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_opdlm.config.annotations import ParametersOf
+from megatron_opdlm.diffusion.prediction import PREDICTIONS, SAME_POSITION
 from megatron_opdlm.diffusion.remasking import RULES, LowConfidenceStatic, RemaskingRule, rule_name
 from megatron_opdlm.rollout.sampler import Sampling
 
@@ -26,6 +27,9 @@ class DecodingOptions:
     """K, tokens per block."""
     denoising_steps: int = 4
     """Most steps per block; the last one commits what is left."""
+    prediction: str = SAME_POSITION
+    """A name of PREDICTIONS: which output predicts a masked position. A causal model has its own
+    rule and ignores this."""
     rule: RemaskingRule = LowConfidenceStatic()
     """Rule that chooses the positions that a step commits."""
     temperature: float = 0.0
@@ -43,6 +47,10 @@ class DecodingOptions:
                 self.denoising_steps,
                 1 <= self.denoising_steps <= min(self.block_size, MAX_DENOISING_STEPS),
                 f"between 1 and block_size={self.block_size}, and at most {MAX_DENOISING_STEPS}",
+            ),
+            (
+                *("prediction", self.prediction, self.prediction in tuple(PREDICTIONS)),
+                f"one of {', '.join(PREDICTIONS)}",
             ),
         )
         for name, value, holds, rule in rules:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_opdlm.diffusion.blocks import block_start
 from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.rollout.boundary import BoundaryOutputs
 from megatron_opdlm.rollout.request import Request
 
 
@@ -35,6 +36,7 @@ class Sequences:
         limit: [slots + 1] int64, the position after the last possible response token.
         key: [slots + 1] int64, random keys of the requests.
         index: for each slot, the index of its request among all requests of the rollout.
+        boundary: outputs that predict the first tokens of blocks; on the device.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Sequences:
         ).unbind()
         self.block[-1] = block_size - self.num_open  # the spare slot brings one block to a pass
         self.index = [-1] * rows
+        self.boundary = BoundaryOutputs(rows)
         self._requests: list[Request | None] = [None] * rows
 
     def start(self, slot: int, index: int, request: Request) -> None:
@@ -141,6 +144,7 @@ class Sequences:
         for state in vars(self).values():
             if isinstance(state, (Tensor, list)):
                 state[target] = state[source]
+        self.boundary.move(source, target)
 
     def still_masked(self, slot: int) -> tuple[Tensor, Tensor]:
         """Returns [L] int64 tokens through the current block, and [L] bool, which are masked."""

@@ -163,17 +163,14 @@ class Trainer:
         config, seed = self.config.distill, self.config.train.seed
         examples = []
         for trajectory in trajectories:
-            key = randomness.key(
-                seed, "state", self.rollout_step, trajectory.prompt_id, trajectory.sample
-            )
+            which = trajectory.prompt_id, trajectory.sample
+            key = randomness.key(seed, "state", self.rollout_step, *which)
             selected = select_states(
                 trajectory,
-                state_selection=config.state_selection,
-                key=key,
-                num_states=config.states_per_response,
-                at_least_one=not config.is_nelbo,
+                state_selection=config.state_selection, key=key,
+                num_states=config.states_per_response, at_least_one=not config.is_nelbo,
                 mask_token_id=self.student.mask_token_id,
-            )
+            )  # fmt: skip
             examples.append(
                 make_example(
                     trajectory,
@@ -181,6 +178,7 @@ class Trainer:
                     mask_token_id=self.student.mask_token_id,
                     include_eos=config.eos_loss == "include",
                     nelbo=config.is_nelbo,
+                    prediction=self.config.rollout.prediction,
                 )
             )
         return examples
@@ -379,6 +377,7 @@ class Trainer:
         return dataclasses.replace(
             before,
             block_size=self.config.rollout.block_size,
+            prediction=self.config.rollout.prediction,
             lineage=before.lineage
             | ({} if self.teacher is None else {"teacher": self.teacher.path})
             | {

@@ -63,4 +63,4 @@ def test_tests_stand_in_the_rooms_of_what_they_test() -> None:
     for kind in ("unit", "distributed"):
         folders = (PACKAGE.parent / "tests" / kind).iterdir()
         there = {path.name for path in folders if (path / "__init__.py").is_file()}
-        assert there <= rooms | {"tools"}
+        assert there <= rooms | {"tools", "examples"}

@@ -5,6 +5,10 @@ without the export's code, so config.json must be complete. Its `get_tokenizer` 
 token to `<|mask|>`. If the tokenizer had another text, the mask token would get a new id that the
 model has never seen. OPDLM's engine (`sample/jetengine_ext/engine/llm_engine.py`) uses the
 tokenizer's mask token, and silently the pad token if there is none.
+
+The toolkit's samplers have an option for outputs that predict the next position,
+`right_shift_logits` (`dllm/core/samplers/bd3lm.py`): the last output of the prefix predicts a
+block's first token, as in `prediction.py`. OPDLM's engine shifts inside a block only (`arm_shift`).
 """
 
 from typing import Any
@@ -12,6 +16,7 @@ from typing import Any
 from megatron_opdlm.convert.formats.config_keys import decoder_keys, layer_types
 from megatron_opdlm.convert.formats.format import ExportedModel, ExportFormat
 from megatron_opdlm.convert.formats.shipped_code import REMASKING_FILE
+from megatron_opdlm.diffusion.prediction import PREDICTIONS, SAME_POSITION
 from megatron_opdlm.model.tensors import Family
 
 MASK_TEXT = "<|mask|>"
@@ -39,6 +44,7 @@ def _config(model: ExportedModel) -> dict[str, Any]:
             },
             "block_size": model.block_size,
             "mask_token_id": model.mask_token_id,
+            "prediction": model.prediction,
         }
         | decoder_keys(model)
         | layer_types(model)
@@ -46,6 +52,8 @@ def _config(model: ExportedModel) -> dict[str, Any]:
 
 
 def _card_sections(model: ExportedModel) -> tuple[str, ...]:
+    if model.prediction != SAME_POSITION:
+        return ("transformers_a2d.md", "dllm_next_position.md")
     sections = ("transformers_a2d.md", "dllm.md")
     return (*sections, "opdlm.md") if model.config.family == "qwen3" else sections
 
@@ -63,4 +71,5 @@ A2D = ExportFormat(
         REMASKING_FILE,
     ),
     mask_text=MASK_TEXT,
+    predictions=tuple(PREDICTIONS),
 )

@@ -4,6 +4,7 @@ from typing import Any
 
 from megatron_opdlm.convert.formats.config_keys import decoder_keys, layer_types
 from megatron_opdlm.convert.formats.format import ExportedModel, ExportFormat
+from megatron_opdlm.diffusion.prediction import PREDICTIONS
 
 
 def _config(model: ExportedModel) -> dict[str, Any]:
@@ -32,4 +33,5 @@ BASE = ExportFormat(
     config=_config,
     card_sections=_card_sections,
     for_students=False,
+    predictions=tuple(PREDICTIONS),
 )

@@ -23,6 +23,15 @@ _LABELS = {
     "rollout_step": "rollouts",
     "seed": "seed",
 }
+_PREDICTION = {
+    "same_position": "Position i predicts token i: logits are unshifted.",
+    "next_position": "Position i - 1 predicts token i, as in the autoregressive model: logits are"
+    " shifted. The token before a block predicts its first token.",
+}
+_PREDICTING = {
+    "same_position": "position i predicting token i",
+    "next_position": "position i - 1 predicting token i",
+}
 _PATHS = ("teacher", "data")
 
 
@@ -77,13 +86,13 @@ def _introduction(
         text = (
             "A block-diffusion language model: text is decoded block by block (@BLOCK@ tokens"
             " each), several tokens per forward pass. It was made from an autoregressive model with"
-            " megatron-opdlm. Position i predicts token i: logits are unshifted."
+            f" megatron-opdlm. {_PREDICTION[model.prediction]}"
         )
     else:
         text = (
             "**These are the weights of a block-diffusion student** (blocks of @BLOCK@ tokens),"
             " under the @FAMILY@ names. Programs load them as an autoregressive model, but they"
-            " were trained to predict masked tokens, position i predicting token i, under"
+            f" were trained to predict masked tokens, {_PREDICTING[model.prediction]}, under"
             " block-causal attention: generating token after token is not what they learnt. To"
             f" decode text, export the checkpoint {_student_formats()}."
         )
@@ -120,6 +129,7 @@ def _rows(model: ExportedModel) -> dict[str, Any]:
         rows["mask token id"] = model.mask_token_id
     if model.block_size is not None:
         rows["block size"] = model.block_size
+        rows["prediction"] = model.prediction
     recorded = {
         key: _without_folders(value) if key in _PATHS else value
         for key, value in (dict(model.state) | dict(model.lineage)).items()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from megatron_opdlm.diffusion.prediction import SAME_POSITION
 from megatron_opdlm.model.families import FAMILIES
 from megatron_opdlm.model.tensors import Family
 
@@ -31,6 +32,8 @@ class ExportedModel:
     """Data type of the exported weights: 'float32', 'bfloat16' or 'float16'."""
     pad_token_id: int | None
     """Id of the pad token, from the config or else from the tokenizer."""
+    prediction: str = SAME_POSITION
+    """A name of PREDICTIONS: which output predicts a masked position."""
     lineage: Mapping[str, Any] = field(default_factory=dict)
     """Lineage in the checkpoint's `opdlm_model.json`."""
     state: Mapping[str, Any] = field(default_factory=dict)
@@ -57,6 +60,8 @@ class ExportFormat:
     """Function that returns all keys of config.json."""
     card_sections: Callable[[ExportedModel], tuple[str, ...]]
     """Function that returns the files of `formats/cards` about loading and serving the model."""
+    predictions: tuple[str, ...] = (SAME_POSITION,)
+    """Names of the PREDICTIONS that the format's readers know."""
     for_students: bool = True
     """Whether the model must have a mask token, a tokenizer and a block size."""
     untied: bool = False

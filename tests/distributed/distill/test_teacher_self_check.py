@@ -122,6 +122,40 @@ def test_a_threshold_refuses_a_teacher(teachers, tmp_path):
     assert not warnings_of(fine[1])  # the threshold has said what to expect
 
 
+def losses_of_tokens(rank, make_config, save, values):
+    trainer = Recorder(make_config(save=save, **values))
+    texts = [prompt.ids for prompt in trainer.schedule.prompts]
+    given = [1 + place % len(ids) for place, ids in enumerate(texts)]
+    return texts, given, trainer.teacher.token_losses(texts, given, MASK)
+
+
+@pytest.mark.parametrize("layout", ["1", "PP2, teacher TP2", "DP4, teacher TP2 x PP2"])
+def test_losses_of_tokens_are_those_of_transformers(layout, teachers, tmp_path):
+    """Each text has its own losses, in order, whichever rank and pass computed them."""
+    world_size, values = LAYOUTS[layout]
+    make_config = teachers.config_of(UNTIED)
+    results = run_ranks(losses_of_tokens, world_size, make_config, tmp_path, values)
+    hf = load_hf(teachers.models[UNTIED].hf, torch.float64)
+    for texts, given, losses in results:
+        assert [len(ids) - first for ids, first in zip(texts, given, strict=True)] == [
+            len(of_text) for of_text in losses
+        ]
+        assert len(set(given)) > 3 and len({len(ids) for ids in texts}) > 3
+        for ids, first, of_text in zip(texts, given, losses, strict=True):
+            with torch.no_grad():
+                logits = hf(input_ids=ids[None]).logits[0]
+            with_mask = cross_entropies(logits, ids)[first - 1 :]
+            logits[:, MASK] = -torch.inf
+            expected = cross_entropies(logits, ids)[first - 1 :]
+            torch.testing.assert_close(of_text, expected, rtol=1e-5, atol=1e-5)
+            assert float((of_text - with_mask).abs().max()) > 1e-4  # control
+
+
+def cross_entropies(logits, ids):
+    """[S - 1]: of every token but the first."""
+    return -logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
+
+
 # --- weights that are broken, and some that are good ---
 
 

@@ -9,7 +9,13 @@ import signal
 import pytest
 import torch
 
-from megatron_opdlm.checkpoint.layout import LATEST_FILE, MODEL_FILE, STATE_FILE, resolve_iteration
+from megatron_opdlm.checkpoint.layout import (
+    LATEST_FILE,
+    MODEL_FILE,
+    STATE_FILE,
+    read_description,
+    resolve_iteration,
+)
 from megatron_opdlm.reporting.logger import read_metrics
 from megatron_opdlm.train import checkpoints as checkpoint_module
 from megatron_opdlm.train.trainer import Trainer
@@ -65,6 +71,11 @@ def uninterrupted(make_config, tmp_path_factory):
     save = tmp_path_factory.mktemp("uninterrupted") / "run"
     (pieces,) = run_ranks(train, 1, make_config, save, {})
     return save, assemble([pieces])
+
+
+def test_a_checkpoint_says_what_its_student_was_trained_for(uninterrupted):
+    description = read_description(resolve_iteration(uninterrupted[0]))
+    assert (description.block_size, description.prediction) == (4, "same_position")
 
 
 def rewound(uninterrupted, folder, iteration):

@@ -59,7 +59,10 @@ MODELS = {
     "qwen3 untied": {"tie_word_embeddings": False},
     "qwen2": {"family": "qwen2"},  # biases of queries, keys and values; no QK-norm
     "llama": {"family": "llama", "tie_word_embeddings": False},
+    "next position": {"tie_word_embeddings": True},
 }
+VALUES = {"next position": {"prediction": "next_position"}}
+"""Keys of the runs of a model."""
 
 
 class Recorder(Trainer):
@@ -120,6 +123,7 @@ def runs(tmp_path_factory):
         model = tiny_model(tmp_path_factory.getbasetemp(), **MODELS[model_name])
         make_config = functools.partial(tiny_config, model.checkpoint, data)
         world_size, values = LAYOUTS[name]
+        values = values | VALUES.get(model_name, {})
         layout = {"save": folder / f"{name} {model_name}", "values": values}
         return run_ranks(run, world_size, make_config, layout)
 
@@ -194,7 +198,7 @@ def test_control_training_moves_the_weights(runs, tmp_path_factory):
 NOT_MASK = [v for v in range(VOCAB_SIZE) if v != MASK]  # columns of every softmax
 
 
-def reference(hf, teacher, trajectories, masks):
+def reference(hf, teacher, trajectories, masks, *, shift=0):
     """Loss and gradients of one optimizer step: a whole doubled sequence per row, dense masks."""
     rows = []
     for trajectory, masked in zip(trajectories, masks, strict=True):
@@ -212,8 +216,14 @@ def reference(hf, teacher, trajectories, masks):
         causal = torch.tensor([[0, 0, p, p] for p in range(length)])
         with torch.no_grad():
             target = hf_logits(teacher, trajectory.token_ids, causal)[:, NOT_MASK].log_softmax(-1)
+
+        def row(p, size=size, length=length, start=start):
+            """Row of the output that predicts a position: noisy, but clean before a block."""
+            is_first = shift and p % size == 0
+            return p - 1 if is_first else length + p - shift - start
+
         losses = [
-            (target[p - 1].exp() * (target[p - 1] - student[length + p - start])).sum()
+            (target[p - 1].exp() * (target[p - 1] - student[row(p)])).sum()
             for p in noisy
             if shown[p - start] == MASK and p < prompt_length + trajectory.num_response_tokens
         ]
@@ -247,23 +257,26 @@ def test_gradient_equals_plain_autograd(model_name, runs, tmp_path_factory):
     model = tiny_model(tmp_path_factory.getbasetemp(), **MODELS[model_name])
     folder = tmp_path_factory.mktemp("autograd")
     data = write_prompts(folder / "prompts.jsonl")
-    make_config = functools.partial(tiny_config, model.checkpoint, data)
+    values = VALUES.get(model_name, {})
+    make_config = functools.partial(tiny_config, model.checkpoint, data, **values)
     ((trajectories, masks),) = run_ranks(states_of_first_step, 1, make_config, folder / "run")
     assert sum(int(mask.sum()) for mask in masks) > 10
     hf, teacher = (load_hf(model.hf, torch.float64) for _ in range(2))
-    loss, gradients = reference(hf, teacher, trajectories, masks)
+    shift = int(bool(values))
+    loss, gradients = reference(hf, teacher, trajectories, masks, shift=shift)
     (result,) = runs("1", model_name)
     assert result["losses"][0] == pytest.approx(loss, rel=1e-5)
     got = whole([result], "gradient", read_config(model.hf))
     got = {name: tensor.double() for name, tensor in got.items()}
     name, worst = largest_relative_difference(got, gradients)
     assert worst < 2e-4, name
-    # control: the shift of the teacher's target is seen
+    # controls: the shifts of target and output are seen
     for parameter in hf.parameters():
         parameter.grad = None
     shifted = [torch.roll(mask.flatten(), 1).view_as(mask) for mask in masks]
-    other_loss, _ = reference(hf, teacher, trajectories, shifted)
-    assert abs(other_loss - loss) > 1e-3
+    for masked, other in ((shifted, shift), (masks, 1 - shift)):
+        other_loss, _ = reference(hf, teacher, trajectories, masked, shift=other)
+        assert abs(other_loss - loss) > 1e-3
 
 
 # --- the loss does not depend on the split ---

@@ -38,9 +38,18 @@ def test_a_description_is_read_as_it_was_written(tmp_path):
         ({"mask_token_id": True}, "mask_token_id=True must be"),
         ({"block_size": 0}, "block_size=0 must be null or positive"),
         ({"block_size": 4.0}, "block_size=4.0 must be"),
+        (
+            {"prediction": "next"},
+            "prediction='next' must be null or one of same_position",
+        ),
+        ({"prediction": []}, r"prediction=\[\] must be"),
+        ({"format_version": True}, "format_version=True must be 1"),
         ({"tokenizer_fingerprint": 7}, "tokenizer_fingerprint=7 must be null or text"),
         ({"lineage": None}, "lineage=None must be an object"),
-        ({"format_version": FORMAT_VERSION + 1}, "format_version=2 must be 1"),
+        (
+            {"format_version": FORMAT_VERSION + 1},
+            f"version={FORMAT_VERSION + 1} must be 1 to",
+        ),
         ({"format_version": None}, "format_version=None must be 1"),
         ({"more": 1}, "fields .* must be"),
         ({"config": 1}, "config must be an object"),
@@ -49,6 +58,14 @@ def test_a_description_is_read_as_it_was_written(tmp_path):
 def test_values_that_no_checkpoint_has(changes, message):
     with pytest.raises(ConversionError, match=message):
         ModelDescription.from_json_dict(DESCRIPTION.to_json_dict() | changes)
+
+
+@pytest.mark.parametrize(("block_size", "prediction"), [(None, None), (4, "same_position")])
+def test_a_description_that_is_older_than_predictions(block_size, prediction):
+    """Version 1 had no such field: all trained weights had the paper's."""
+    values = DESCRIPTION.to_json_dict() | {"format_version": 1, "block_size": block_size}
+    del values["prediction"]
+    assert ModelDescription.from_json_dict(values).prediction == prediction
 
 
 @pytest.mark.parametrize("name", sorted(DESCRIPTION.to_json_dict()))

@@ -53,13 +53,13 @@ def test_a_mask_is_never_an_answer() -> None:
     logits = torch.zeros(1, 4, 300)
     logits[..., MASK] = 50.0
     stand_in = SimpleNamespace(
-        config=SimpleNamespace(mask_token_id=MASK),
+        config=SimpleNamespace(mask_token_id=MASK, prediction="same_position"),
         model=lambda *args, **kwargs: SimpleNamespace(last_hidden_state=torch.zeros(1, 4, 2)),
         lm_head=lambda hidden: logits.clone(),
     )
     cache = SimpleNamespace(get_seq_length=lambda: 0)
     tokens = torch.full((1, 4), MASK)
-    got = BlockDecoding._block_logits(stand_in, tokens, cache, 0, 4)  # type: ignore[arg-type]
+    got, _ = BlockDecoding._block_logits(stand_in, tokens, cache, 0, 4, None)  # type: ignore[arg-type]
     assert bool((got[..., MASK] == -torch.inf).all())
     assert bool((got.argmax(-1) != MASK).all()) and bool((logits.argmax(-1) == MASK).all())
 

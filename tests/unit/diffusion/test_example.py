@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 from megatron_opdlm.diffusion import randomness
 from megatron_opdlm.diffusion.example import make_example, teacher_row
 from megatron_opdlm.diffusion.noising import select_states
+from megatron_opdlm.diffusion.prediction import PREDICTIONS
 from megatron_opdlm.diffusion.state_selection import STATE_SELECTIONS, NoisyStates
 from megatron_opdlm.diffusion.stream import BLOCK, NOISY, POSITION
 from megatron_opdlm.diffusion.trajectory import given_response
 from tests.unit.diffusion.test_trajectory import MASK, make_trajectory, trajectories
 
 
-def expected_layout(trajectory, masked, include_eos):
+def expected_layout(trajectory, masked, include_eos, shift):
     """Student and teacher of some states, position by position.
 
     Returns:
@@ -31,20 +32,23 @@ def expected_layout(trajectory, masked, include_eos):
     for number, state in enumerate(masked):
         hidden = {start + i for i, value in enumerate(state.flatten().tolist()) if value}
         for block in sorted({p // size for p in hidden if p < end}):
-            places = range(block * size, (block + 1) * size)
+            first = block * size
+            places = range(first, first + size)
+            wanted = [p for p in places if p in hidden and p < end]
             losses += [
-                (len(noisy) + p - block * size, p, len(hidden & set(places)))
-                for p in places
-                if p in hidden and p < end
-            ]
-            noisy += [(number + 1, p, p in hidden) for p in places]
+                (("clean", p - shift) if p - shift < first else len(noisy) + p - shift - first,
+                 p, len(hidden & set(places)))
+                for p in wanted
+            ]  # fmt: skip
+            if any(p - shift >= first for p in wanted):
+                noisy += [(number + 1, p, p in hidden) for p in places]
     if not losses:
         return [], [], [], [], [], [], []
-    clean = range(max(p // size for _, p, _ in noisy) * size)
+    clean = range(max(p // size for _, p, _ in losses) * size)
     student = [ids[p] for p in clean] + [MASK if hidden else ids[p] for _, p, hidden in noisy]
     tags = [(0, p // size, p) for p in clean] + [(n, p // size, p) for n, p, _ in noisy]
     rows, positions, num_masked = zip(*losses, strict=True)
-    rows = [len(clean) + row for row in rows]
+    rows = [row[1] if isinstance(row, tuple) else len(clean) + row for row in rows]
     teacher = ids[: max(positions)]
     targets = [p - 1 for p in positions]
     return student, tags, rows, teacher, targets, list(num_masked), [ids[p] for p in positions]
@@ -57,15 +61,21 @@ def expected_layout(trajectory, masked, include_eos):
     st.integers(1, 3),
     st.integers(0, 99),
     st.booleans(),
+    st.sampled_from(sorted(PREDICTIONS)),
 )
-def test_layout_equals_enumeration(trajectory, state_selection, num_states, seed, include_eos):
+def test_layout_equals_enumeration(
+    trajectory, state_selection, num_states, seed, include_eos, prediction
+):
     states = select_states(
         trajectory, state_selection=state_selection, num_states=num_states,
         key=randomness.key(seed), mask_token_id=MASK,
     )  # fmt: skip
-    state = make_example(trajectory, states, mask_token_id=MASK, include_eos=include_eos)
+    state = make_example(
+        trajectory, states, mask_token_id=MASK, include_eos=include_eos, prediction=prediction
+    )
+    shift = int(prediction == "next_position")
     student, tags, rows, teacher, teacher_rows, num_masked, target_ids = expected_layout(
-        trajectory, states.masked, include_eos
+        trajectory, states.masked, include_eos, shift
     )
     assert state.student.token_ids.tolist() == student
     assert list(map(tuple, state.student.tags[:, [NOISY, BLOCK, POSITION]].tolist())) == tags
@@ -76,7 +86,10 @@ def test_layout_equals_enumeration(trajectory, state_selection, num_states, seed
     assert state.num_masked.tolist() == num_masked
     assert state.target_ids.tolist() == target_ids
     assert state.num_rows == state.denominator == len(rows)
-    assert bool((state.student.token_ids[state.student.loss_rows] == MASK).all())
+    positions = state.student.tags[state.student.loss_rows, POSITION]
+    assert torch.equal(positions, state.teacher.loss_rows + 1 - shift)
+    if not shift:
+        assert bool((state.student.token_ids[state.student.loss_rows] == MASK).all())
     assert bool((state.row_scale == 1).all())
 
 

@@ -269,8 +269,30 @@ def test_decoding_options_are_those_that_were_given(options_of):
     assert (sampled.temperature, sampled.top_k, sampled.top_p) == (0.5, 7, 0.25)
     with pytest.raises(ValueError, match="top_p=0.0 must be above 0"):
         options_of("--temperature", "0.5", "--top-p", "0")
+    assert plain.prediction == "same_position"
+    assert options_of("--prediction", "next_position").prediction == "next_position"
     rule = make_rule("entropy_bounded", entropy_bound=0.0)
     assert options_of(rule=rule).rule == rule != STATIC
+
+
+@pytest.mark.parametrize(
+    ("trained", "given", "used"),
+    [
+        ("next_position", [], "next_position"),
+        ("next_position", ["--prediction", "same_position"], "same_position"),
+        ("same_position", [], "same_position"),
+    ],
+)
+def test_a_student_predicts_as_it_was_trained(trained, given, used, options_of, tmp_path):
+    (tmp_path / "config.json").write_text(f'{{"prediction": "{trained}"}}')
+    assert options_of(*given).prediction == used
+
+
+@pytest.mark.parametrize("text", ['"previous"', "[]", "3", "true"])
+def test_an_unknown_prediction_of_a_model_is_refused(text, options_of, tmp_path):
+    (tmp_path / "config.json").write_text(f'{{"prediction": {text}}}')
+    with pytest.raises(ValueError, match="prediction=.* must be one of same_position, next_pos"):
+        options_of()
 
 
 class Echo:

@@ -13,8 +13,10 @@ from transformers import PretrainedConfig
 
 
 class BlockDiffusionConfig(PretrainedConfig):
-    """Hyperparameters; `block_size` and `mask_token_id` are those the weights were trained with.
+    """Hyperparameters; `block_size`, `mask_token_id` and `prediction` are those of the training.
 
+    `prediction` says which output predicts a masked position: that at the position itself
+    ("same_position"), or that at the position before ("next_position").
     Subclasses say which layers the model has and what it attends to when no mask is given.
     """
 
@@ -43,6 +45,7 @@ class BlockDiffusionConfig(PretrainedConfig):
         rope_parameters: dict[str, Any] | None = None,
         block_size: int = 4,
         mask_token_id: int = 151669,
+        prediction: str = "same_position",
         **kwargs: Any,
     ) -> None:
         rope = {"rope_type": "default"} | (rope_parameters or rope_scaling or {})
@@ -62,6 +65,9 @@ class BlockDiffusionConfig(PretrainedConfig):
         self.use_cache = use_cache
         self.block_size = block_size
         self.mask_token_id = mask_token_id
+        if prediction not in ("same_position", "next_position"):
+            raise ValueError(f"prediction={prediction!r} must be same_position or next_position")
+        self.prediction = prediction
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.tie_word_embeddings = tie_word_embeddings
         self.rope_theta = rope["rope_theta"]

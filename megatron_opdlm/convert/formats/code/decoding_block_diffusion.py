@@ -166,10 +166,11 @@ class BlockDecoding:
         """Fills the block at `start`, in place, where it is `masked` [B, K]."""
         rows, size = masked.shape
         block = tokens[:, start : start + size]  # a view: writing it writes tokens
+        before: Tensor | None = None
         for step in range(steps):
             if not masked.any():
                 break
-            logits = self._block_logits(tokens, cache, start, size)
+            logits, before = self._block_logits(tokens, cache, start, size, before)
             sampled, confidence = sample(logits, *sampling)
             entropy = torch.special.entr(logits.softmax(-1)).sum(-1) if rule.needs_entropy else None
             commit = choose_commits(
@@ -183,8 +184,22 @@ class BlockDecoding:
             block[commit] = sampled[commit]
             masked = masked & ~commit
 
-    def _block_logits(self, tokens: Tensor, cache: BlockCache, start: int, size: int) -> Tensor:
-        """Logits [B, K, V] of the block at `start`; finished tokens before it join the cache."""
+    def _block_logits(
+        self, tokens: Tensor, cache: BlockCache, start: int, size: int, before: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Predicts the block at `start`; finished tokens before it join the cache.
+
+        Args:
+            tokens: [B, P + R].
+            cache: keys and values of finished tokens.
+            start: first position of the block.
+            size: K.
+            before: [B, 1, D] output at the last token before the block; None in the block's first
+                pass, which computes it.
+
+        Returns:
+            [B, K, V] logits that predict the block's positions, and `before`.
+        """
         cached = cache.get_seq_length()
         length = start + size - cached
         positions = torch.arange(cached, start + size, device=tokens.device)[None]
@@ -198,9 +213,16 @@ class BlockDecoding:
             past_key_values=cache,
             store_tokens=length - size,
         ).last_hidden_state
-        logits = self.lm_head(hidden[:, -size:]).float()
+        outputs = hidden[:, -size:]
+        if self.config.prediction == "next_position":
+            if length > size:
+                before = hidden[:, -size - 1 : -size]
+            # Position 0 belongs to the prompt, and is never predicted.
+            first = outputs[:, :1] if before is None else before
+            outputs = torch.cat([first, outputs[:, :-1]], dim=1)
+        logits = self.lm_head(outputs).float()
         logits[..., self.config.mask_token_id] = float("-inf")  # a mask is never an answer
-        return logits
+        return logits, before
 
     def _eos_ids(self, eos_token_id: int | list[int] | None, device: torch.device) -> Tensor:
         ids = self.generation_config.eos_token_id if eos_token_id is None else eos_token_id

@@ -1,6 +1,7 @@
 """The network of a block-diffusion language model: Qwen3, Qwen2 or Llama layers under any mask.
 
-The logits at a position predict the token at that same position (no shift). Which tokens see which
+The logits at a position predict the token at that same position, or, if the config's `prediction`
+is "next_position", the token at the next one; here they are never moved. Which tokens see which
 is the caller's 4-D mask, or the default of the configuration: block-causal (positions are cut into
 blocks of `config.block_size` from position 0, and a token sees its own and earlier blocks) or
 bidirectional.
@@ -271,7 +272,7 @@ class BlockDiffusionLM(BlockDiffusionPreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
-        """Logits [B, S, V], unshifted; arguments as in `BlockDiffusionModel.forward`."""
+        """Logits [B, S, V], not moved; arguments as in `BlockDiffusionModel.forward`."""
         out = self.model(input_ids, **kwargs)
         logits = self.lm_head(out.last_hidden_state)
         return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)

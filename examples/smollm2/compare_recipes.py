@@ -1,0 +1,209 @@
+"""Trains SmolLM2 with several recipes at equal prompts, and compares what came of them.
+
+    compare_recipes.py --in DIR --out DIR [--recipes NAME,NAME] [--rollouts N] [--seed N] [--jobs N]
+
+The recipes stand in recipes.yaml beside this file: keys that differ from
+examples/configs/smollm2.yaml. DIR of --in is the folder of `smollm2.sh --prepare`. Every recipe is
+trained for N rollouts and measured; what is finished is kept, so the same command goes on where it
+was stopped. The table is OUT/table.md, all figures are in OUT/results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from measurement import Measurement
+
+from megatron_opdlm.checks import require, require_at_least
+from megatron_opdlm.config.run import load_config
+from megatron_opdlm.files.folders import read_json_object, replacing
+from megatron_opdlm.reporting.logger import read_metrics
+
+HERE = Path(__file__).resolve().parent
+CONFIG = HERE.parent / "configs" / "smollm2.yaml"
+LAST_STEPS = 16
+"""Optimizer steps at the end over which the divergence is averaged."""
+COLUMNS = (
+    *("recipe", "response tokens", "KL at the end", "nats above the teacher's", "static, %"),
+    *("dynamic(0.9), %", "tokens per forward", "minutes of training"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One recipe, trained and measured."""
+
+    name: str
+    keys: tuple[str, ...]
+    """key=value of the recipe."""
+    prepared: Path
+    folder: Path
+    rollouts: int
+    seed: int
+    threads: int
+    questions: int
+
+    def training_keys(self) -> list[str]:
+        """key=value of the training; the recipe's come last."""
+        ramp = f"max_response_tokens.ramp_steps={round(0.6 * self.rollouts)}"
+        return [
+            f"student={self.prepared / 'teacher'}",
+            f"import_cache={self.folder.parent / 'imported'}",
+            f"data={self.prepared / 'prompts' / 'train.jsonl'}",
+            f"save={self.folder / 'run'}", f"seed={self.seed}",
+            f"train_rollouts={self.rollouts}", ramp, *self.keys,
+        ]  # fmt: skip
+
+    def result(self) -> dict[str, Any]:
+        """Trains and measures what is not there yet; returns the figures."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        measured = self.folder / "measured.json"
+        if not measured.exists():
+            self.run("-m", "megatron_opdlm", "train", str(CONFIG), *self.training_keys())
+            prompts = self.prepared / "prompts"
+            self.run(
+                str(HERE / "measure.py"), "--teacher", str(self.prepared / "teacher"),
+                "--student", str(self.folder / "run"), "--heldout", str(prompts / "heldout.jsonl"),
+                "--questions", str(prompts / "questions.jsonl"), "--thresholds", "0.9",
+                "--num-questions", str(self.questions), "--out", str(measured),
+            )  # fmt: skip
+        return self.figures(measured)
+
+    def run(self, *words: str) -> None:
+        """Runs one command, its output in the trial's log."""
+        environment = {"OMP_NUM_THREADS": str(self.threads), "PYTHONWARNINGS": "ignore"}
+        log_file = self.folder / "log.txt"
+        with log_file.open("a", encoding="utf-8") as log:
+            command = [sys.executable, *words]
+            status = subprocess.run(
+                command, env=os.environ | environment, stdout=log, stderr=log
+            ).returncode
+        if status:
+            raise ValueError(f"{self.name}: see the end of {log_file}")
+
+    def figures(self, measured: Path) -> dict[str, Any]:
+        """The figures of the table."""
+        found = Measurement(read_json_object(measured))
+        records = read_metrics(self.folder / "run" / "metrics.jsonl")
+        divergence = [record["train/kl"] for record in records if "train/kl" in record]
+        seconds = [v for r in records for k, v in r.items() if k.startswith("perf/seconds_")]
+        teacher, static, dynamic = found.find("autoregressive"), found.find("static"), found.dynamic
+        assert teacher is not None and static is not None and dynamic is not None, "all measured"
+        return {
+            "recipe": self.name,
+            "keys": list(self.keys),
+            "response_tokens": found.response_tokens,
+            "kl": sum(divergence[-LAST_STEPS:]) / len(divergence[-LAST_STEPS:]),
+            "nll_above_teacher": static["nll"] - teacher["nll"],
+            "static": static["agreement"]["share"],
+            "dynamic": dynamic["agreement"]["share"],
+            "tokens_per_forward": dynamic["tokens_per_forward"],
+            "minutes": sum(seconds) / 60,
+        }
+
+
+def main() -> int:
+    """Runs everything; returns the exit status."""
+    try:
+        args = parse_arguments()
+        trials = make_trials(args)
+        for trial in trials:  # wrong keys are refused before the first hour
+            load_config(CONFIG, trial.training_keys())
+        with ThreadPoolExecutor(args.jobs) as pool:
+            results = list(pool.map(finished, trials))
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2
+    table = format_table(results)
+    for name, text in (("results.json", json.dumps(results, indent=2)), ("table.md", table)):
+        with replacing(args.out / name) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
+    print(table)
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--in", dest="prepared", required=True, type=Path, help="folder of smollm2.sh --prepare"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="finished trials are kept here")
+    parser.add_argument("--recipes", help="names with commas between them; default: all")
+    parser.add_argument("--rollouts", type=int, default=12, help="of each recipe; default: 12")
+    parser.add_argument("--questions", type=int, default=160, help="of a measurement; default: 160")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--jobs", type=int, default=1, help="trials at once; default: 1")
+    return parser.parse_args()
+
+
+def make_trials(args: argparse.Namespace) -> list[Trial]:
+    """The trials that were asked for.
+
+    Raises:
+        ValueError: an unknown recipe, or a number out of range.
+        FileNotFoundError: nothing was prepared.
+    """
+    for name in ("rollouts", "jobs", "questions"):
+        require_at_least(1, name, getattr(args, name))
+    if not (args.prepared / "teacher").is_dir():
+        raise FileNotFoundError(f"--in {args.prepared} holds no teacher; run smollm2.sh --prepare")
+    recipes = yaml.safe_load((HERE / "recipes.yaml").read_text(encoding="utf-8"))
+    names = list(recipes) if args.recipes is None else args.recipes.split(",")
+    for name in names:
+        rule = f"must be one of {', '.join(recipes)}"
+        require(name in recipes, "--recipes", name, rule, "see recipes.yaml")
+    return [
+        Trial(
+            name=name,
+            keys=tuple(f"{key}={value}" for key, value in recipes[name]["keys"].items()),
+            prepared=args.prepared.absolute(),
+            folder=(args.out / f"{name}-{args.seed}").absolute(),
+            rollouts=args.rollouts,
+            seed=args.seed,
+            threads=max(1, (os.cpu_count() or 1) // args.jobs),
+            questions=args.questions,
+        )
+        for name in names
+    ]
+
+
+def finished(trial: Trial) -> dict[str, Any]:
+    """Runs one, and says so."""
+    start = time.monotonic()
+    figures = trial.result()
+    print(f"{row(figures)} {time.monotonic() - start:.0f} s", flush=True)
+    return figures
+
+
+def format_table(results: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    head = f"| {' | '.join(COLUMNS)} |\n|---|{'---:|' * (len(COLUMNS) - 1)}"
+    return "\n".join([head, *map(row, results)])
+
+
+def row(figures: dict[str, Any]) -> str:
+    """A line of the table."""
+    cells = [
+        figures["recipe"], f"{figures['response_tokens']:,}", f"{figures['kl']:.2f}",
+        f"{figures['nll_above_teacher']:+.2f}", f"{100 * figures['static']:.0f}",
+        f"{100 * figures['dynamic']:.0f}", f"{figures['tokens_per_forward']:.2f}",
+        f"{figures['minutes']:.0f}",
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
