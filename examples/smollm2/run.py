@@ -192,6 +192,7 @@ def train_and_measure(args: argparse.Namespace, plan: Plan, steps: Steps) -> Non
                         "--out", str(export), "--format", "a2d"], export),
         Step("check", [f"{SCRIPTS}/check.py", "--run", str(run), "--export", str(export),
                        "--prompts", heldout, "--out", str(check)], check),
+        Step("report", [f"{SCRIPTS}/report.py", "--out", str(out)]),
     ):  # fmt: skip
         steps.run(step)
     print(write_summary(out, plan, steps))

@@ -53,7 +53,8 @@ def test_constraints_pin_what_the_project_needs_exactly(project):
     pins = [line.split(";")[0].strip() for line in lines if not line.startswith("#")]
     names = {pin.split("==")[0].lower().replace("_", "-") for pin in pins}
     assert all("==" in pin for pin in pins)
-    needed = project["project"]["dependencies"] + project["project"]["optional-dependencies"]["dev"]
+    extras = project["project"]["optional-dependencies"]
+    needed = project["project"]["dependencies"] + extras["dev"] + extras["gguf"]
     for requirement in needed:
         name = re.split("[>;]", requirement)[0].strip()
         assert name.lower().replace("_", "-") in names, requirement
