@@ -40,8 +40,8 @@ from megatron_opdlm.model.families import FAMILIES
 from megatron_opdlm.model.flex import FLEX_BLOCK
 from megatron_opdlm.model.fp8 import ALIGNMENT
 from megatron_opdlm.model.hf_config import HFConfig
-from megatron_opdlm.model.layers import GatedMLP, RMSNorm
-from megatron_opdlm.model.rope import inverse_frequencies
+from megatron_opdlm.model.layers import RMSNorm, SwiGLU
+from megatron_opdlm.model.rope import inverse_frequencies, rotation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +97,13 @@ class BlockDiffusionModel(GPTModel):
         embedded = None
         if self.pre_process:
             embedded = self.embedding(input_ids=token_ids.unsqueeze(0), position_ids=None)
+        angles = self._rotary_angles(tags[:, POSITION])
+        if not self.config.apply_rope_fusion:
+            plan.rotation = rotation(angles[:, 0], self.config.params_dtype)
         return self.decoder(
             hidden_states=embedded,
             attention_mask=tags,
-            rotary_pos_emb=self._rotary_angles(tags[:, POSITION]),
+            rotary_pos_emb=angles if self.config.apply_rope_fusion else None,
             packed_seq_params=plan,
         )
 
@@ -256,6 +259,8 @@ def transformer_config(
         calculate_per_token_loss=True,
         apply_rope_fusion=options.apply_rope_fusion,
         bias_activation_fusion=options.bias_swiglu_fusion,
+        # Megatron's name for an activation module that reads gate and up projections at once.
+        use_te_activation_func=options.layer_spec == "local" and not options.bias_swiglu_fusion,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
@@ -286,8 +291,7 @@ def _block_spec(
         if config.qk_layernorm:
             layer.submodules.self_attention.submodules.q_layernorm = norm
             layer.submodules.self_attention.submodules.k_layernorm = norm
-        if not config.bias_activation_fusion:
-            layer.submodules.mlp.module = GatedMLP
+        layer.submodules.mlp.submodules.activation_func = SwiGLU
     layer.submodules.self_attention.submodules.core_attention = TagAttention
     layers: list[ModuleSpec] = [layer] * num_layers
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
