@@ -1,8 +1,8 @@
 """The parts of Megatron's local layers between matrix products: RMSNorm and SwiGLU.
 
-PyTorch's own operations would make three times as many passes over the activations, which on a CPU
-take a fifth of a training step. So both have a backward pass of their own, which keeps only the
-input. The backward passes themselves are not differentiable."""
+Both have a backward pass of their own, which makes fewer passes over the activations than that of
+PyTorch's operations, and keeps the input instead of what was computed from it. The backward passes
+themselves are not differentiable."""
 
 from __future__ import annotations
 

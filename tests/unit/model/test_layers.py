@@ -31,7 +31,7 @@ def values_and_gradients(function, inputs, seed=0):
     inputs = [x.detach().requires_grad_() for x in inputs]
     output = function(*inputs)
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed))
-    return [output, *torch.autograd.grad(output, inputs, weight.to(output.dtype))]
+    return [output.detach(), *torch.autograd.grad(output, inputs, weight.to(output.dtype))]
 
 
 def difference(function, oracle, inputs):
