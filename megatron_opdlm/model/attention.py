@@ -20,7 +20,6 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_opdlm.model.flex import flex_attention, make_block_mask
-from megatron_opdlm.model.rope import Rotation, rotate
 from megatron_opdlm.model.tiles import Tile, make_tiles, tiled_attention
 
 
@@ -48,8 +47,6 @@ class AttentionPlan(PackedSeqParams):
     """[S, 4] int64, tags of the stream."""
     cache: DecodeCache | None = None
     """Cache to attend against; None attends within the stream."""
-    rotation: Rotation | None = None
-    """RoPE of the stream, which the model sets; None if queries and keys are rotated already."""
     _tiles: list[Tile] | None = field(default=None, repr=False)
     _block_mask: Any = field(default=None, repr=False)
 
@@ -120,8 +117,8 @@ class TagAttention(torch.nn.Module):
         """Attends over a stream, or against the KV cache of the plan.
 
         Args:
-            query: [S, 1, N_local, D], queries after QK-norm; see `AttentionPlan.rotation`.
-            key: [S, 1, M_local, D], keys after QK-norm.
+            query: [S, 1, N_local, D], queries after QK-norm and RoPE.
+            key: [S, 1, M_local, D], keys after QK-norm and RoPE.
             value: [S, 1, M_local, D], values.
             attention_mask: [S, 4] int64, tags of the stream.
             attn_mask_type: ignored; the tags determine the mask.
@@ -134,8 +131,6 @@ class TagAttention(torch.nn.Module):
         assert attention_bias is None, "TagAttention knows no attention bias"
         plan = packed_seq_params or AttentionPlan(tags=attention_mask)
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        if plan.rotation is not None:
-            query, key = rotate(query, plan.rotation), rotate(key, plan.rotation)
         if plan.cache is not None:
             output = plan.cache.attend(self.layer_number, query, key, value, self.scale)
         else:

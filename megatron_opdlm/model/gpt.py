@@ -40,8 +40,7 @@ from megatron_opdlm.model.families import FAMILIES
 from megatron_opdlm.model.flex import FLEX_BLOCK
 from megatron_opdlm.model.fp8 import ALIGNMENT
 from megatron_opdlm.model.hf_config import HFConfig
-from megatron_opdlm.model.layers import RMSNorm, SwiGLU
-from megatron_opdlm.model.rope import inverse_frequencies, rotation
+from megatron_opdlm.model.rope import inverse_frequencies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +70,30 @@ class BuildOptions:
     """The embedding is padded to a multiple of this times the tensor-parallel size."""
 
 
+class RMSNorm(torch.nn.Module):
+    """RMSNorm for the local layer spec that also works with sequence parallelism.
+
+    Megatron's wrapper of torch's norm refuses sequence parallelism. This class marks its weight, so
+    that Megatron sums the weight's gradient over the tensor-parallel group. The mean square is
+    computed in float32."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any
+    ) -> None:
+        """Makes the weight [hidden_size]. Arguments for other norms are ignored."""
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalises the last dimension of [..., D]; the result has the same shape and dtype."""
+        normed = F.rms_norm(hidden.float(), (hidden.shape[-1],), eps=self.eps)
+        return normed.to(hidden.dtype) * self.weight
+
+
 class BlockDiffusionModel(GPTModel):
     """`GPTModel` whose forward pass takes a tagged stream and returns hidden states.
 
@@ -97,13 +120,10 @@ class BlockDiffusionModel(GPTModel):
         embedded = None
         if self.pre_process:
             embedded = self.embedding(input_ids=token_ids.unsqueeze(0), position_ids=None)
-        angles = self._rotary_angles(tags[:, POSITION])
-        if not self.config.apply_rope_fusion:
-            plan.rotation = rotation(angles[:, 0], self.config.params_dtype)
         return self.decoder(
             hidden_states=embedded,
             attention_mask=tags,
-            rotary_pos_emb=angles if self.config.apply_rope_fusion else None,
+            rotary_pos_emb=self._rotary_angles(tags[:, POSITION]),
             packed_seq_params=plan,
         )
 
@@ -259,8 +279,6 @@ def transformer_config(
         calculate_per_token_loss=True,
         apply_rope_fusion=options.apply_rope_fusion,
         bias_activation_fusion=options.bias_swiglu_fusion,
-        # Megatron's name for an activation module that reads gate and up projections at once.
-        use_te_activation_func=options.layer_spec == "local" and not options.bias_swiglu_fusion,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
@@ -291,7 +309,6 @@ def _block_spec(
         if config.qk_layernorm:
             layer.submodules.self_attention.submodules.q_layernorm = norm
             layer.submodules.self_attention.submodules.k_layernorm = norm
-        layer.submodules.mlp.submodules.activation_func = SwiGLU
     layer.submodules.self_attention.submodules.core_attention = TagAttention
     layers: list[ModuleSpec] = [layer] * num_layers
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

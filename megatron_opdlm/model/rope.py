@@ -1,14 +1,12 @@
-"""Rotary position embedding: a model's frequencies, with Llama 3.1's scaling, and the rotation."""
+"""Rotary position embedding: the inverse frequencies of a model, also with Llama 3.1's scaling."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,47 +46,3 @@ def inverse_frequencies(*, width: int, theta: float, scaling: RopeScaling | None
     span = scaling.high_freq_factor - scaling.low_freq_factor
     kept = ((periods - scaling.low_freq_factor) / span).clamp(0, 1)
     return (1 - kept) * plain / scaling.factor + kept * plain
-
-
-Rotation = tuple[Tensor, Tensor]
-"""[S, 1, D] cosines of the angles, and [S, 1, D] sines; those of the first half of channels are
-negated."""
-
-
-def rotation(angles: Tensor, dtype: torch.dtype) -> Rotation:
-    """Returns the rotation by angles [S, 1, D] in `dtype`. All layers of a pass share it."""
-    cosine, sine = angles.cos(), angles.sin()
-    sine[..., : angles.shape[-1] // 2].neg_()
-    return cosine.to(dtype), sine.to(dtype)
-
-
-def rotate(heads: Tensor, by: Rotation) -> Tensor:
-    """Rotates queries or keys [S, N, D]: channel i with channel i + D / 2, as in transformers.
-
-    The result is differentiable, once.
-    """
-    output: Tensor = _Rotate.apply(heads, *by)
-    return output
-
-
-class _Rotate(torch.autograd.Function):
-    """Rotates in two passes over the heads. The backward pass rotates back and keeps no heads."""
-
-    @staticmethod
-    def forward(ctx: Any, heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        ctx.save_for_backward(cosine, sine)
-        return _turn(heads, cosine, sine, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cosine, sine = ctx.saved_tensors
-        return _turn(grad, cosine, sine, -1), None, None
-
-
-def _turn(heads: Tensor, cosine: Tensor, sine: Tensor, sign: int) -> Tensor:
-    half = heads.shape[-1] // 2
-    output = heads * cosine
-    output[..., :half].addcmul_(heads[..., half:], sine[..., :half], value=sign)
-    output[..., half:].addcmul_(heads[..., :half], sine[..., half:], value=sign)
-    return output
