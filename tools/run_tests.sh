@@ -3,7 +3,7 @@
 set -euo pipefail
 case " $* " in *" --help "* | *" -h "*) sed -n '2s/^# //p' "${BASH_SOURCE[0]}"; exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-tools/setup_venv.sh
+tools/setup_venv.sh --extra gguf # for the tests that read a GGUF
 bin=.venv/bin
 $bin/ruff check .
 $bin/ruff format --check .

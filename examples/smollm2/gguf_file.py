@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -165,7 +166,8 @@ def pip_reason(errors: str) -> str:
     lines = [line for line in errors.splitlines() if line.strip()]
     broken = [line for line in lines if "connection broken by" in line]
     if broken:
-        return "the package index cannot be reached: " + broken[-1].partition("broken by ")[2]
+        why = re.sub(r"<[^>]*>:? ?", "", broken[-1].partition("broken by ")[2])
+        return f"the package index cannot be reached: {why}"
     said = [line for line in lines if line.startswith("ERROR:")]
     return (said or lines or ["no reason given"])[0].removeprefix("ERROR: ")
 

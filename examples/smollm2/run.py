@@ -32,7 +32,7 @@ from megatron_opdlm.config.run import load_config  # noqa: E402
 
 SCRIPTS = "examples/smollm2"
 DEFAULT_OUT = "runs/smollm2"
-RUN_BYTES = 8_000_000_000
+RUN_BYTES = 6_000_000_000
 """Model directory, checkpoints of import and training with the optimizer, export."""
 
 
