@@ -178,13 +178,16 @@ def train_and_measure(args: argparse.Namespace, plan: Plan, steps: Steps) -> Non
     out = args.out
     run, export, heldout = out / "run", out / "export", str(out / "prompts" / "heldout.jsonl")
     measure = [
-        f"{SCRIPTS}/measure.py", "--teacher", str(out / "teacher"), "--heldout", heldout,
+        # The import has the teacher's weights, and need not be converted again.
+        f"{SCRIPTS}/measure.py", "--teacher", str(out / "student"), "--heldout", heldout,
         "--questions", str(out / "prompts" / "questions.jsonl"), "--seed", str(args.seed),
     ]  # fmt: skip
     before, after, check = (out / f"{name}.json" for name in ("before", "after", "check"))
+    rollout = load_config(plan.machine.config, training_keys(args, plan)).rollout
+    untrained = ["--block-size", str(rollout.block_size), "--prediction", rollout.prediction]
     train = ["opdlm", "train", plan.machine.config, *training_keys(args, plan)]
     for step in (
-        Step("before", [*measure, "--student", str(out / "student"), "--block-size", "4",
+        Step("before", [*measure, "--student", str(out / "student"), *untrained,
                         "--which", "static,states", "--out", str(before)], before),
         Step("train", train),
         Step("after", [*measure, "--student", str(run), "--out", str(after)], after),

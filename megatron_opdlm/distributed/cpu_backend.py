@@ -35,6 +35,8 @@ _CUDA_TYPE_NAMES = {
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _MOST_KEPT_BYTES = 2**31 - 1
+_MOST_MAPPED = 2**16
+"""glibc's default for the number of tensors that have pages of their own."""
 
 _installed = False
 
@@ -75,13 +77,31 @@ def _keep_freed_memory() -> None:
     next tensor, which takes as long as the arithmetic on it. So a process keeps its peak, less
     memory at the end of the heap above 2 GiB. Other C libraries stay as they are.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
+    glibc = ctypes.CDLL(None)
+    if not hasattr(glibc, "mallopt"):
         return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT_BYTES)
+    glibc.mallopt(_M_MMAP_MAX, 0)
+    glibc.mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT_BYTES)
     # A thread's own arena cannot hold large tensors. The backward pass runs in a thread.
-    mallopt(_M_ARENA_MAX, 1)
+    glibc.mallopt(_M_ARENA_MAX, 1)
+
+
+@contextlib.contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """Within it the kernel gets freed memory back at once, that which was kept before included.
+
+    This is for work that takes much memory and comes seldom, such as writing a checkpoint.
+    """
+    glibc = ctypes.CDLL(None)
+    if not _installed or not hasattr(glibc, "mallopt"):
+        yield
+        return
+    glibc.malloc_trim(0)
+    glibc.mallopt(_M_MMAP_MAX, _MOST_MAPPED)
+    try:
+        yield
+    finally:
+        glibc.mallopt(_M_MMAP_MAX, 0)
 
 
 class _Stream:
