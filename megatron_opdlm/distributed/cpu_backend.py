@@ -12,7 +12,6 @@ and `dist_checkpointing`."""
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import logging
 import os
@@ -32,11 +31,6 @@ _CUDA_TYPE_NAMES = {
     torch.float16: "torch.cuda.HalfTensor",
     torch.bfloat16: "torch.cuda.BFloat16Tensor",
 }
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-_MOST_KEPT_BYTES = 2**31 - 1
-_MOST_MAPPED = 2**16
-"""glibc's default for the number of tensors that have pages of their own."""
 
 _installed = False
 
@@ -60,7 +54,6 @@ def install() -> bool:
         from megatron.core.distributed import param_and_grad_buffer
         from megatron.core.tensor_parallel import random as megatron_random
 
-        _keep_freed_memory()
         _replace_megatron_random(megatron_random)
         _replace_collectives_of_one(param_and_grad_buffer)
         _replace_runtime()
@@ -68,40 +61,6 @@ def install() -> bool:
         _replace_tensor_methods()
         _installed = True
     return True
-
-
-def _keep_freed_memory() -> None:
-    """Makes glibc reuse freed memory, as torch's allocator on a GPU does.
-
-    Otherwise glibc gives large tensors back to the kernel. The kernel then clears every page of the
-    next tensor, which takes as long as the arithmetic on it. So a process keeps its peak, less
-    memory at the end of the heap above 2 GiB. Other C libraries stay as they are.
-    """
-    glibc = ctypes.CDLL(None)
-    if not hasattr(glibc, "mallopt"):
-        return
-    glibc.mallopt(_M_MMAP_MAX, 0)
-    glibc.mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT_BYTES)
-    # A thread's own arena cannot hold large tensors. The backward pass runs in a thread.
-    glibc.mallopt(_M_ARENA_MAX, 1)
-
-
-@contextlib.contextmanager
-def freed_memory_returned() -> Iterator[None]:
-    """Within it the kernel gets freed memory back at once, that which was kept before included.
-
-    This is for work that takes much memory and comes seldom, such as writing a checkpoint.
-    """
-    glibc = ctypes.CDLL(None)
-    if not _installed or not hasattr(glibc, "mallopt"):
-        yield
-        return
-    glibc.malloc_trim(0)
-    glibc.mallopt(_M_MMAP_MAX, _MOST_MAPPED)
-    try:
-        yield
-    finally:
-        glibc.mallopt(_M_MMAP_MAX, 0)
 
 
 class _Stream:

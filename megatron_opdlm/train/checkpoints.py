@@ -31,7 +31,6 @@ from megatron_opdlm.checkpoint.layout import (
     write_description,
 )
 from megatron_opdlm.checkpoint.weights import sharded_weights, take_weights
-from megatron_opdlm.distributed.cpu_backend import freed_memory_returned
 from megatron_opdlm.distributed.process_groups import ParallelState, from_main
 from megatron_opdlm.files.folders import read_json_object, replacing, sync_tree, write_json
 from megatron_opdlm.model.gpt import BlockDiffusionModel
@@ -112,19 +111,18 @@ class CheckpointFolder:
             partial.mkdir(parents=True)
         dist.barrier()
         _save_in_this_process()
-        with freed_memory_returned():
-            model_state = model.sharded_state_dict()
-            dist_checkpointing.save(
-                {
-                    "model": model_state,
-                    "optimizer": optimizer.optimizer.sharded_state_dict(
-                        model_state, metadata=dict(_OPTIMIZER_FORMAT)
-                    ),
-                    "checkpoint_version": 3.0,
-                    "iteration": iteration,
-                },
-                str(partial),
-            )
+        model_state = model.sharded_state_dict()
+        dist_checkpointing.save(
+            {
+                "model": model_state,
+                "optimizer": optimizer.optimizer.sharded_state_dict(
+                    model_state, metadata=dict(_OPTIMIZER_FORMAT)
+                ),
+                "checkpoint_version": 3.0,
+                "iteration": iteration,
+            },
+            str(partial),
+        )
         if self.parallel.is_main:
             write_description(partial, description)
             write_json(partial / STATE_FILE, dict(state))
