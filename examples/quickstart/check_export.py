@@ -51,9 +51,12 @@ def check_export(
         response_limit: most response tokens.
     """
     decoder = Decoder.open(str(checkpoint), params_dtype="float32")
-    block_size = decoder.student.description.block_size
-    assert block_size is not None, "a trained student has one"
-    options = DecodingOptions(block_size=block_size, denoising_steps=block_size)
+    description = decoder.student.description
+    block_size, prediction = description.block_size, description.prediction
+    assert block_size is not None and prediction is not None, "a trained student has both"
+    options = DecodingOptions(
+        block_size=block_size, denoising_steps=block_size, prediction=prediction
+    )
     prompts = decoder.tokenize(
         load_prompts(questions)[:num_questions], options, response_limit=response_limit
     ).kept
