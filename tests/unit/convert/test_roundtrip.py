@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_opdlm.checkpoint.layout import (
+    FORMAT_VERSION,
     ModelDescription,
     read_description,
     resolve_iteration,
@@ -339,9 +340,9 @@ def test_bad_checkpoints(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
     export_fails("no such iteration", iteration=5)
-    edit_json(folder / "opdlm_model.json", format_version=2)
+    edit_json(folder / "opdlm_model.json", format_version=FORMAT_VERSION + 1)
     export_fails("format_version")
-    edit_json(folder / "opdlm_model.json", format_version=1)
+    edit_json(folder / "opdlm_model.json", format_version=FORMAT_VERSION)
     description = read_description(folder)
     values = description.to_json_dict()
     values["config"] |= {"num_layers": 4, "tie_word_embeddings": False}
