@@ -110,8 +110,9 @@ def lay_out(
     inputs = _padded(sequences, laid_out, tags, multiple) | layout.inputs
 
     ends = ends[: len(slots)]
-    rows = _head_rows(sequences, slots, ends, shift)
-    boundary = _boundary(sequences, slots, ends) if shift else {}
+    places = sequences.masked[slots].nonzero(as_tuple=True)
+    rows = _head_rows(sequences, slots, ends, places, shift)
+    boundary = _boundary(sequences, slots, ends, places) if shift else {}
     staged = Staged(inputs | rows | boundary, device)
     model_inputs = staged.only(inputs)
     return DecodePass(
@@ -127,9 +128,14 @@ def lay_out(
     )
 
 
-def _head_rows(sequences: Sequences, slots: Tensor, ends: Tensor, shift: int) -> dict[str, Tensor]:
-    """Returns `head_rows` and `noise_keys`, on the host; `ends` are those of `_tags`."""
-    row, column = sequences.masked[slots].nonzero(as_tuple=True)
+def _head_rows(
+    sequences: Sequences, slots: Tensor, ends: Tensor, places: tuple[Tensor, ...], shift: int
+) -> dict[str, Tensor]:
+    """Returns `head_rows` and `noise_keys`, on the host.
+
+    `ends` [n] are those of `_tags`; `places` are row and column, each [T], of masked positions.
+    """
+    row, column = places
     steps, keys = sequences.step[slots], sequences.key[slots]
     # The position and the eight bits of the step give every draw of a sequence its own key.
     draws = (sequences.block[slots][row] + column) << 8 | steps[row]
@@ -141,12 +147,14 @@ def _head_rows(sequences: Sequences, slots: Tensor, ends: Tensor, shift: int) ->
     }
 
 
-def _boundary(sequences: Sequences, slots: Tensor, ends: Tensor) -> dict[str, Tensor]:
+def _boundary(
+    sequences: Sequences, slots: Tensor, ends: Tensor, places: tuple[Tensor, ...]
+) -> dict[str, Tensor]:
     """Returns the tensors of `BoundaryRows`, on the host.
 
     A sequence has its last clean token in the pass if the cache does not hold it yet.
     """
-    row, column = sequences.masked[slots].nonzero(as_tuple=True)
+    row, column = places
     is_new = sequences.cached[slots] < sequences.block[slots]
     return {
         "kept_rows": (ends - sequences.num_open - 1)[is_new],
