@@ -4,7 +4,7 @@
         --out FILE.json [options]
 
 Teacher and student decode the same held-out prompts with the same engine, all in one batch,
-greedily and at temperature 1. The teacher says how likely every response is. `report.py` makes a
+greedily and, unless --greedy-only is given, at temperature 1. The teacher says how likely every response is. `report.py` makes a
 page of the measurements of a run.
 """
 
@@ -67,6 +67,8 @@ class Work:
     """Some of PARTS."""
     thresholds: Sequence[float]
     """Of dynamic decoding."""
+    temperatures: Sequence[float]
+    """Of the responses to held-out prompts; the first is 0."""
     limit: int
     """Most tokens of the response to a held-out prompt."""
     seed: int
@@ -87,6 +89,7 @@ def main() -> int:
             is_right=is_right,
             parts=args.which,
             thresholds=args.thresholds,
+            temperatures=TEMPERATURES[:1] if args.greedy_only else TEMPERATURES,
             limit=args.max_new_tokens,
             seed=args.seed,
         )
@@ -138,6 +141,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="PART,PART",
         help=f"what is measured: {','.join(PARTS)}; default: all of it",
     )
+    text = "nothing at temperature 1 but the rollout of `states`"
+    parser.add_argument("--greedy-only", action="store_true", help=text)
     parser.add_argument("--import-cache", metavar="DIR", help="as in `opdlm generate`")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     return parser.parse_args(argv)
@@ -236,7 +241,7 @@ def settings(pair: Pair, work: Work) -> list[Setting]:
         "dynamic": dynamic_settings(pair, work.thresholds),
     }
     greedy = [setting for part, some in of_part.items() if part in work.parts for setting in some]
-    return [setting.at(temperature) for setting in greedy for temperature in TEMPERATURES]
+    return [setting.at(temperature) for setting in greedy for temperature in work.temperatures]
 
 
 def warm_up(pair: Pair, prompts: Sequence[PromptTokens]) -> None:
