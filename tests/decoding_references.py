@@ -66,6 +66,7 @@ def forward(engine, batch):
     """[S, 1, D] hidden states of a pass."""
     engine.counts.passes += 1
     engine.counts.tokens += len(batch.token_ids)
+    engine.counts.attention_pairs += batch.attention_pairs
     with torch.no_grad():
         return engine.model(batch.token_ids, batch.tags, batch.plan)
 

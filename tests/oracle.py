@@ -15,14 +15,14 @@ from megatron_opdlm.diffusion.remasking import rule_name
 from megatron_opdlm.rollout.request import DecodingOptions, Request
 
 Logits = Callable[[Tensor, Tensor], Tensor]
-"""([S] ids, [S, 4] tags) -> [S, V] logits."""
+"""([S] ids, [S, 5] tags) -> [S, V] logits."""
 
 
 def sees(query: list[int], key: list[int]) -> bool:
     """The attention rule of block diffusion, for one query and one key given by their tags."""
-    document, noisy, block, _ = query
-    key_document, key_noisy, key_block, _ = key
-    if document != key_document:
+    document, noisy, block, _, _ = query
+    key_document, key_noisy, key_block, _, key_last = key
+    if document not in range(key_document, key_last + 1):
         return False
     if noisy:
         return (key_block, key_noisy) == (block, noisy) if key_noisy else key_block < block
@@ -58,10 +58,10 @@ def hf_logits(model: Any, token_ids: Tensor, tags: Tensor) -> Tensor:
 
 
 def block_tags(num_clean: int, num_tokens: int, block_size: int) -> Tensor:
-    """[num_tokens, 4]: one document whose tokens from `num_clean` on are noisy."""
+    """[num_tokens, 5]: one document whose tokens from `num_clean` on are noisy."""
     return torch.tensor(
-        [[0, int(p >= num_clean), p // block_size, p] for p in range(num_tokens)]
-    ).view(-1, 4)
+        [[0, int(p >= num_clean), p // block_size, p, 0] for p in range(num_tokens)]
+    ).view(-1, 5)
 
 
 def decode(

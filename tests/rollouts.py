@@ -124,6 +124,31 @@ def make_request(index: int, prompt_length: int, response_limit: int) -> Request
 REQUESTS = [make_request(i, 1 + i, 6 + i % 5) for i in range(9)]
 
 
+ALIKE_SYSTEM, ALIKE_USER = 24, 21
+"""Tokens of the beginning of all prompts of `alike_requests`, and of the rest of each."""
+
+
+def alike_requests() -> list[Request]:
+    """Three prompts with two samples each, which begin alike."""
+    generator = torch.Generator().manual_seed(11)
+    system = torch.randint(0, 256, (ALIKE_SYSTEM,), generator=generator)
+    requests = []
+    for index in range(3):
+        rest = torch.randint(0, 256, (ALIKE_USER,), generator=generator)
+        rest[0] = index  # the prompts part here
+        requests += [
+            Request(
+                prompt_id=f"p{index}",
+                sample=sample,
+                prompt_ids=torch.cat([system, rest]),
+                response_limit=5 + index,
+                key=randomness.key(7, "rollout", f"p{index}", sample),
+            )
+            for sample in range(2)
+        ]
+    return requests
+
+
 def make_requests(block_size: int) -> list[Request]:
     """Prompt lengths of every remainder; limits that end inside a block and at its end."""
     return [make_request(i, 5 + i, 7 + i % 4) for i in range(2 * block_size + 2)]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megatron_opdlm.diffusion.example import make_example
 from megatron_opdlm.diffusion.state_selection import NoisyStates
-from megatron_opdlm.diffusion.stream import BLOCK, POSITION, Document, pack
+from megatron_opdlm.diffusion.stream import Document, pack
+from megatron_opdlm.diffusion.tags import BLOCK, POSITION
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions, training_stream_multiple

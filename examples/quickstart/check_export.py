@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opdlm.diffusion.stream import make_tags
+from megatron_opdlm.diffusion.tags import make_tags
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.generate.decoder import Decoder
 from megatron_opdlm.responses.prompts import load_prompts

@@ -59,7 +59,7 @@ class Trial:
             f"import_cache={self.folder.parent / 'imported'}",
             f"data={self.prepared / 'prompts' / 'train.jsonl'}",
             f"save={self.folder / 'run'}", f"seed={self.seed}",
-            f"train_rollouts={self.rollouts}", ramp, *self.keys,
+            f"train_rollouts={self.rollouts}", ramp, "save_interval=0", *self.keys,
         ]  # fmt: skip
 
     def result(self) -> dict[str, Any]:

@@ -4,8 +4,8 @@
         --out FILE.json [options]
 
 Teacher and student decode the same held-out prompts with the same engine, all in one batch,
-greedily and, unless --greedy-only is given, at temperature 1. The teacher says how likely every response is. `report.py` makes a
-page of the measurements of a run.
+greedily and, unless --greedy-only is given, at temperature 1. The teacher says how likely every
+response is. `report.py` makes a page of the measurements of a run.
 """
 
 from __future__ import annotations

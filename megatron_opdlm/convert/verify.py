@@ -16,7 +16,7 @@ from megatron_opdlm.checkpoint.layout import read_description, resolve_iteration
 from megatron_opdlm.checkpoint.weights import freeze, load_model
 from megatron_opdlm.convert.formats import format_of
 from megatron_opdlm.convert.formats.shipped_code import shipped_class
-from megatron_opdlm.diffusion.stream import make_tags, visible
+from megatron_opdlm.diffusion.tags import make_tags, visible
 from megatron_opdlm.distributed import process_groups
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.files.folders import read_json_object

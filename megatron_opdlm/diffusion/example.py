@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megatron_opdlm.diffusion.prediction import PREDICTIONS, SAME_POSITION
 from megatron_opdlm.diffusion.state_selection import NoisyStates
-from megatron_opdlm.diffusion.stream import NOISY, Document, make_tags
+from megatron_opdlm.diffusion.stream import Document
+from megatron_opdlm.diffusion.tags import NOISY, make_tags
 from megatron_opdlm.diffusion.trajectory import Trajectory
 
 

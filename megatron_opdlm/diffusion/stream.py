@@ -1,20 +1,6 @@
-"""Token streams with tags, and the one attention predicate of this project.
+"""Documents, and the streams that they are packed into.
 
-A stream is a flat sequence of tokens [S], which contains several documents one after the other,
-without padding between them. Four tags per token say everything that attention must know:
-
-    DOCUMENT  which sequence the token belongs to
-    NOISY     0 in the clean part x_0; in the noisy part x_t (the doubled sequence of block
-              diffusion, BD3-LM, arXiv 2503.09573) the number of the state, from 1: several noisy
-              states may share the clean part
-    BLOCK     index of its block on the grid anchored at absolute position 0
-    POSITION  absolute position in its document, used by RoPE; a noisy token has the position of
-              the clean one
-
-A causal model is the case of block size 1: a clean token then sees the clean tokens at its own
-position and before it. So teacher, student, training and decoding all use `visible`.
-
-Shape letters: S stream tokens, Q query tokens, K key tokens, T loss rows.
+Shape letters: S stream tokens, T loss rows.
 """
 
 from __future__ import annotations
@@ -25,51 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DOCUMENT, NOISY, BLOCK, POSITION = range(4)
-PADDING_DOCUMENT = -1
-
-
-def visible(query_tags: Tensor, key_tags: Tensor) -> Tensor:
-    """Returns which keys each query sees.
-
-    A clean query sees clean keys of its own block and of the blocks before it (block_causal). A
-    noisy query sees clean keys of the blocks before its own (offset_block_causal), and the noisy
-    keys of its own block and state (block_diagonal). No query sees keys of another document.
-
-    Args:
-        query_tags: [..., Q, 4] int, tags of the queries.
-        key_tags: [..., K, 4] int, tags of the keys.
-
-    Returns:
-        [..., Q, K] bool, True where the query attends to the key.
-    """
-    query, key = query_tags.unsqueeze(-2), key_tags.unsqueeze(-3)
-    query_noisy, key_noisy = query[..., NOISY] != 0, key[..., NOISY] != 0
-    earlier = key[..., BLOCK] < query[..., BLOCK]
-    same_block = key[..., BLOCK] == query[..., BLOCK]
-    clean_key = ~key_noisy & (earlier | (same_block & ~query_noisy))
-    noisy_key = key_noisy & same_block & (key[..., NOISY] == query[..., NOISY])
-    return (query[..., DOCUMENT] == key[..., DOCUMENT]) & (clean_key | noisy_key)
-
-
-def make_tags(document: int, positions: Tensor, *, noisy: int, block_size: int) -> Tensor:
-    """Makes the tags of one part of one document.
-
-    Args:
-        document: index of the document in its stream.
-        positions: [S] int, absolute positions.
-        noisy: number of the noisy state, from 1; 0 for the clean part.
-        block_size: tokens per block; 1 makes the part causal.
-
-    Returns:
-        [S, 4] int64 tags.
-    """
-    tags = positions.new_empty(len(positions), 4, dtype=torch.int64)
-    tags[:, DOCUMENT] = document
-    tags[:, NOISY] = noisy
-    tags[:, BLOCK] = positions // block_size
-    tags[:, POSITION] = positions
-    return tags
+from megatron_opdlm.diffusion.shared_prefixes import SharedStream, share_prefixes
+from megatron_opdlm.diffusion.tags import BLOCK, DOCUMENT, LAST, NUM_TAGS, padding_tags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,36 +22,28 @@ class Document:
     token_ids: Tensor
     """[S] int64, token ids."""
     tags: Tensor
-    """[S, 4] int64, tags; `pack` sets the document tag."""
+    """[S, 5] int64, tags; `pack` sets the document tags."""
     loss_rows: Tensor
     """[T] int64, indices in this document of the tokens whose output is needed."""
 
     def __post_init__(self) -> None:
-        assert self.tags.shape == (len(self.token_ids), 4), "one row of four tags per token"
+        assert self.tags.shape == (len(self.token_ids), NUM_TAGS), "one row of tags per token"
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def attention_pairs(self, block_size: int) -> int:
-        """Returns the number of (query, key) pairs that the predicate allows, per layer.
-
-        A token of block b sees the same number of keys whether it is clean or noisy: those of b
-        earlier blocks and of its own.
-        """
-        return int(block_size * (self.tags[:, BLOCK] + 1).sum())
-
 
 @dataclass(frozen=True, kw_only=True)
 class PackedStream:
-    """Documents one after the other in one stream."""
+    """Documents in one stream; what several have in common at their beginning is there once."""
 
     token_ids: Tensor
     """[S] int64, token ids."""
     tags: Tensor
-    """[S, 4] int64, tags. Alignment padding has the document tag -1: a padding token sees only
-    itself, and no other token sees it."""
+    """[S, 5] int64, tags; see `padding_tags` for alignment padding."""
     loss_rows: Tensor
-    """[T] int64, indices in the stream, in the order of the documents."""
+    """[T] int64, indices in the stream, in the order of the documents. One that documents share may
+    be there several times."""
     num_padding: int
     """Number of padding tokens at the end of the stream."""
 
@@ -146,7 +81,7 @@ def aligned(num_tokens: int, multiple: int) -> int:
 
 
 def pack(documents: Sequence[Document], *, multiple: int = 1) -> PackedStream:
-    """Packs documents one after the other, and pads the end to the multiple that the layers need.
+    """Packs documents into a stream, and pads the end to the multiple that the layers need.
 
     Args:
         documents: any number of documents. An empty list gives a stream of nothing but padding (for
@@ -157,20 +92,61 @@ def pack(documents: Sequence[Document], *, multiple: int = 1) -> PackedStream:
     Returns:
         The packed stream.
     """
-    length = sum(len(document) for document in documents)
-    num_padding = aligned(length, multiple) - length
-    tags = [document.tags.clone() for document in documents]
-    for index, part in enumerate(tags):
-        part[:, DOCUMENT] = index
-    padding = torch.zeros(num_padding, 4, dtype=torch.int64)
-    padding[:, DOCUMENT] = PADDING_DOCUMENT
+    token_ids, stream = _joined(documents)
+    num_padding = aligned(len(stream), multiple) - len(stream)
     rows, offset = [torch.empty(0, dtype=torch.int64)], 0
     for document in documents:
         rows.append(document.loss_rows + offset)
         offset += len(document)
     return PackedStream(
-        token_ids=torch.cat([*(d.token_ids for d in documents), padding.new_zeros(num_padding)]),
-        tags=torch.cat([*tags, padding]),
-        loss_rows=torch.cat(rows),
+        token_ids=torch.cat([token_ids[stream.kept], token_ids.new_zeros(num_padding)]),
+        tags=torch.cat([stream.tags, padding_tags(num_padding)]),
+        loss_rows=stream.place[torch.cat(rows)],
         num_padding=num_padding,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSize:
+    """What a pass over a packed stream costs."""
+
+    num_tokens: int
+    """Tokens, including padding."""
+    attention_pairs: int
+    """(query, key) pairs that the predicate allows, per layer, without padding."""
+
+
+def packed_size(documents: Sequence[Document], *, multiple: int, block_size: int) -> StreamSize:
+    """Returns the size of the stream that `pack` makes of the documents, without making it.
+
+    Args:
+        documents: any number of documents.
+        multiple: see `pack`.
+        block_size: tokens per block; 1 for a causal model.
+    """
+    _, stream = _joined(documents)
+    pairs = attention_pairs(stream.tags, block_size)
+    return StreamSize(num_tokens=aligned(len(stream), multiple), attention_pairs=pairs)
+
+
+def attention_pairs(tags: Tensor, block_size: int) -> int:
+    """Returns the number of (query, key) pairs that the predicate allows, per layer.
+
+    A token of block b sees the same number of keys whether it is clean or noisy: those of b earlier
+    blocks and of its own.
+
+    Args:
+        tags: [S, 5] int64 of tokens that are no padding.
+        block_size: tokens per block; 1 for a causal model.
+    """
+    return int(block_size * (tags[:, BLOCK] + 1).sum())
+
+
+def _joined(documents: Sequence[Document]) -> tuple[Tensor, SharedStream]:
+    """Returns the token ids [S] of all documents, and how they share a stream."""
+    tags = [document.tags.clone() for document in documents]
+    for index, part in enumerate(tags):
+        part[:, DOCUMENT] = part[:, LAST] = index
+    no_tokens = torch.empty(0, dtype=torch.int64)
+    token_ids = torch.cat([no_tokens, *(document.token_ids for document in documents)])
+    return token_ids, share_prefixes(token_ids, torch.cat([padding_tags(0), *tags]))

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from megatron_opdlm.checkpoint.layout import ModelDescription
 from megatron_opdlm.diffusion.example import teacher_row
-from megatron_opdlm.diffusion.stream import Document, make_tags, pack
+from megatron_opdlm.diffusion.stream import Document, pack
+from megatron_opdlm.diffusion.tags import make_tags
 from megatron_opdlm.distill.batching import Packing, plan_packing
 from megatron_opdlm.distill.host_weights import HostWeights
 from megatron_opdlm.distill.row_exchange import RowExchange

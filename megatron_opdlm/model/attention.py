@@ -1,7 +1,7 @@
 """Core attention over tags: the module that replaces `core_attention` in Megatron's layer specs.
 
-Megatron passes its `attention_mask` argument on unchanged, so it is used for the tags [S, 4] of the
-stream (stream.py). The argument `packed_seq_params` is used for the other input of a forward pass,
+Megatron passes its `attention_mask` argument on unchanged, so it is used for the tags [S, 5] of the
+stream (tags.py). The argument `packed_seq_params` is used for the other input of a forward pass,
 an `AttentionPlan`: the pairs of queries and keys, or the KV cache in decoding. The module keeps
 nothing between calls. So 1F1B may interleave microbatches, and recomputation may run later.
 
@@ -44,7 +44,7 @@ class AttentionPlan(PackedSeqParams):
     """
 
     tags: Tensor | None = None
-    """[S, 4] int64, tags of the stream."""
+    """[S, 5] int64, tags of the stream."""
     cache: DecodeCache | None = None
     """Cache to attend against; None attends within the stream."""
     _tiles: list[Tile] | None = field(default=None, repr=False)
@@ -120,7 +120,7 @@ class TagAttention(torch.nn.Module):
             query: [S, 1, N_local, D], queries after QK-norm and RoPE.
             key: [S, 1, M_local, D], keys after QK-norm and RoPE.
             value: [S, 1, M_local, D], values.
-            attention_mask: [S, 4] int64, tags of the stream.
+            attention_mask: [S, 5] int64, tags of the stream.
             attn_mask_type: ignored; the tags determine the mask.
             attention_bias: must be None.
             packed_seq_params: attention plan of this forward pass; None makes it from the tags.

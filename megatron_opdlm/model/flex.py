@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opdlm.diffusion.stream import BLOCK, DOCUMENT, NOISY
+from megatron_opdlm.diffusion.tags import BLOCK, DOCUMENT, LAST, NOISY, NUM_TAGS
 
 FLEX_BLOCK = 128
 
@@ -24,14 +24,15 @@ def make_block_mask(tags: Tensor) -> Any:
     is computed without a mask. Otherwise it is masked pair by pair.
 
     Args:
-        tags: [S, 4] int64, tags of the stream.
+        tags: [S, 5] int64, tags of the stream.
 
     Returns:
         A `BlockMask` over [1, 1, S, S].
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    documents, states, blocks = tags[:, DOCUMENT], tags[:, NOISY], tags[:, BLOCK]
+    documents, last = tags[:, DOCUMENT], tags[:, LAST]
+    states, blocks = tags[:, NOISY], tags[:, BLOCK]
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         # This is `visible` for scalars: FlexAttention traces one query and one key. A test checks
@@ -40,7 +41,8 @@ def make_block_mask(tags: Tensor) -> Any:
         earlier = (blocks[key] < blocks[query]) | (same_block & (states[query] == 0))
         clean_key = (states[key] == 0) & earlier
         noisy_key = (states[key] != 0) & (states[key] == states[query]) & same_block
-        return (documents[query] == documents[key]) & (clean_key | noisy_key)
+        same_document = (documents[key] <= documents[query]) & (documents[query] <= last[key])
+        return same_document & (clean_key | noisy_key)
 
     some, every = _square_visibility(tags)
     partial = some & ~every
@@ -54,12 +56,12 @@ def _square_visibility(tags: Tensor) -> tuple[Tensor, Tensor]:
     """Returns two [n, n] bool: squares that may have a visible pair, and squares that are full."""
     num_squares = -(-len(tags) // FLEX_BLOCK)
     missing = num_squares * FLEX_BLOCK - len(tags)
-    whole = torch.cat([tags, tags[-1:].expand(missing, -1)]).view(num_squares, FLEX_BLOCK, 4)
+    whole = torch.cat([tags, tags[-1:].expand(missing, -1)]).view(num_squares, FLEX_BLOCK, NUM_TAGS)
     low, high = whole.amin(1), whole.amax(1)
     query_low, query_high = low.unsqueeze(1), high.unsqueeze(1)
     key_low, key_high = low.unsqueeze(0), high.unsqueeze(0)
-    same_document_possible = (query_low[..., DOCUMENT] <= key_high[..., DOCUMENT]) & (
-        key_low[..., DOCUMENT] <= query_high[..., DOCUMENT]
+    same_document_possible = (key_low[..., DOCUMENT] <= query_high[..., DOCUMENT]) & (
+        query_low[..., DOCUMENT] <= key_high[..., LAST]
     )
     # A visible key is never in a later block than its query.
     some = same_document_possible & (key_low[..., BLOCK] <= query_high[..., BLOCK])
@@ -70,13 +72,11 @@ def _square_visibility(tags: Tensor) -> tuple[Tensor, Tensor]:
     )
     unused |= key_high[..., BLOCK] < query_low[..., BLOCK]
     some &= ~(all_noisy_keys & unused)
-    one_document = (
-        (query_low[..., DOCUMENT] == query_high[..., DOCUMENT])
-        & (key_low[..., DOCUMENT] == key_high[..., DOCUMENT])
-        & (query_low[..., DOCUMENT] == key_low[..., DOCUMENT])
+    same_document = (key_high[..., DOCUMENT] <= query_low[..., DOCUMENT]) & (
+        query_high[..., DOCUMENT] <= key_low[..., LAST]
     )
     all_clean_keys = key_high[..., NOISY] == 0
-    every = one_document & all_clean_keys & (key_high[..., BLOCK] < query_low[..., BLOCK])
+    every = same_document & all_clean_keys & (key_high[..., BLOCK] < query_low[..., BLOCK])
     if missing:  # the last square is incomplete, and so must be masked pair by pair
         every[-1, :] = False
         every[:, -1] = False

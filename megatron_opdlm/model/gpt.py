@@ -33,7 +33,7 @@ from megatron.core.transformer.transformer_block import (
 from torch import Tensor
 
 from megatron_opdlm.diffusion.blocks import round_up
-from megatron_opdlm.diffusion.stream import POSITION
+from megatron_opdlm.diffusion.tags import POSITION
 from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.model.attention import AttentionPlan, TagAttention
 from megatron_opdlm.model.families import FAMILIES
@@ -109,7 +109,7 @@ class BlockDiffusionModel(GPTModel):
 
         Args:
             token_ids: [S] int64; only the first stage reads them.
-            tags: [S, 4] int64, see stream.py.
+            tags: [S, 5] int64, see tags.py.
             plan: attention plan, which all layers share; None makes it from the tags.
 
         Returns:

@@ -32,7 +32,7 @@ class Stream(Protocol):
 
     @property
     def tags(self) -> Tensor:
-        """[S, 4] int64, tags."""
+        """[S, 5] int64, tags."""
 
 
 @dataclass(frozen=True)

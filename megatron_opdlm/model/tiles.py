@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_opdlm.diffusion.stream import BLOCK, DOCUMENT, NOISY, visible
+from megatron_opdlm.diffusion.tags import BLOCK, DOCUMENT, LAST, NOISY, visible
 
 QUERY_TILE = 64
 """Most queries of a piece. Larger pieces compute more pairs that the mask then hides: per query
@@ -27,15 +27,27 @@ single piece may have more."""
 
 
 @dataclass(frozen=True)
+class _Path:
+    """The tokens of a document and, before them, those that it shares with others."""
+
+    first: int
+    """Index of the first of them among the tokens of all paths."""
+    tokens: Tensor
+    """[L] int64, stream indices."""
+    num_shared: int
+    """How many of them are shared, and are queries of another path."""
+
+
+@dataclass(frozen=True)
 class _Piece:
     """A run of queries of one document."""
 
     queries: Tensor
     """[Q] int64, stream indices."""
-    first: int
-    """Stream index of the document's first token."""
+    path: _Path
+    """The document."""
     num_common: int
-    """Number of tokens from `first` on that are keys which every query sees."""
+    """Number of tokens at the start of the path that are keys which every query sees."""
     others: Tensor
     """[P] int64, stream indices of the other keys that at least one query sees."""
     mask: Tensor
@@ -53,10 +65,13 @@ class Tile:
     queries: Tensor
     """[G, Q] int64, stream indices. A shorter piece repeats its first query as padding, which is
     dropped from the result."""
+    paths: Tensor
+    """Int64, stream indices of the tokens of all paths, one path after the other; the same tensor
+    in all tiles."""
     first: Tensor
-    """[G] int64, stream index of the first common key."""
+    """[G] int64, index in `paths` of the first common key."""
     num_common: int
-    """Number of keys from `first` on that every query of the piece sees."""
+    """Number of keys from there on that every query of the piece sees."""
     others: Tensor
     """[G, P] int64, stream indices of the other keys."""
     mask: Tensor
@@ -74,7 +89,7 @@ class Tile:
     def keys(self) -> Tensor:
         """Returns [G, K] int64, stream indices: the common keys, then the others."""
         common = torch.arange(self.num_common, device=self.first.device)
-        return torch.cat([self.first.unsqueeze(1) + common, self.others], 1)
+        return torch.cat([self.paths[self.first.unsqueeze(1) + common], self.others], 1)
 
     def bias(self, shared: int, dtype: torch.dtype) -> Tensor:
         """Returns [G, 1, shared * Q, K] of `dtype` to add to the scores: 0 or -inf.
@@ -95,34 +110,51 @@ def make_tiles(tags: Tensor, *, query_tile: int = QUERY_TILE) -> list[Tile]:
     """Cuts a stream into tiles, so that no mask is larger than a tile.
 
     A document of at most `query_tile` tokens becomes one piece. A longer document is cut into runs
-    of queries; each becomes a piece with the keys that at least one of its queries sees. Pieces of
+    of queries; each becomes a piece with the keys that at least one of its queries sees. So does
+    what several documents share. Pieces of
     similar size are computed in one tile.
 
     Args:
-        tags: [S, 4] int64, tags; the tokens of a document are contiguous.
+        tags: [S, 5] int64, tags; the tokens of a document are contiguous.
         query_tile: most queries per piece.
 
     Returns:
         The tiles; together they have every query of the stream once.
     """
     cpu_tags = tags.cpu()
-    documents = cpu_tags[:, DOCUMENT]
-    starts = torch.cat(
-        [torch.zeros(1, dtype=torch.int64), (documents[1:] != documents[:-1]).nonzero()[:, 0] + 1]
-    )
-    ends = torch.cat([starts[1:], torch.tensor([len(documents)])])
+    paths = _find_paths(cpu_tags)
     pieces: list[_Piece] = []
-    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        document = cpu_tags[start:end]
-        runs = torch.arange(end - start).split(query_tile)
-        pieces += [_make_piece(document, queries, start) for queries in runs]
+    for path in paths:
+        runs = torch.arange(path.num_shared, len(path.tokens)).split(query_tile)
+        pieces += [_make_piece(cpu_tags[path.tokens], queries, path) for queries in runs]
     pieces.sort(key=lambda piece: piece.num_keys)
+    of_all = torch.cat([path.tokens for path in paths]).to(tags.device)
     # Largest first: smaller tiles can then use the memory that it has freed.
-    return [_join(group, tags.device) for group in reversed(_like_sized(pieces))]
+    return [_join(group, of_all) for group in reversed(_like_sized(pieces))]
 
 
-def _make_piece(tags: Tensor, queries: Tensor, first: int) -> _Piece:
-    """Makes a piece from a document's tags [L, 4] and queries [Q], indices in the document.
+def _find_paths(tags: Tensor) -> list[_Path]:
+    """Finds the paths of a stream from its tags [S, 5], in the order of their own tokens."""
+    documents = tags[:, DOCUMENT]
+    starts = [0, *((documents[1:] != documents[:-1]).nonzero()[:, 0] + 1).tolist()]
+    ends = [*starts[1:], len(documents)]
+    found, total = list[_Path](), 0
+    above = list[tuple[int, Tensor]]()  # what the document begins with: last document, tokens
+    for start, end in zip(starts, ends, strict=True):
+        document, last = tags[start, DOCUMENT], int(tags[start, LAST])
+        while above and not above[-1][0] >= document >= 0:
+            above.pop()
+        own = torch.arange(start, end)
+        tokens = torch.cat([above[-1][1], own]) if above else own
+        found.append(_Path(first=total, tokens=tokens, num_shared=len(tokens) - len(own)))
+        total += len(tokens)
+        if last > document:
+            above.append((last, tokens))
+    return found
+
+
+def _make_piece(tags: Tensor, queries: Tensor, path: _Path) -> _Piece:
+    """Makes a piece from a path's tags [L, 5] and queries [Q], indices in the path.
 
     The predicate is evaluated only for keys whose blocks do not decide whether they are visible.
     """
@@ -140,10 +172,10 @@ def _make_piece(tags: Tensor, queries: Tensor, first: int) -> _Piece:
     mask = visible(tags[queries], tags[others])
     seen = mask.any(0)
     return _Piece(
-        queries=first + queries,
-        first=first,
+        queries=path.tokens[queries],
+        path=path,
         num_common=num_common,
-        others=first + others[seen],
+        others=path.tokens[others[seen]],
         mask=mask[:, seen],
     )
 
@@ -166,12 +198,13 @@ def _like_sized(pieces: list[_Piece]) -> list[list[_Piece]]:
     return groups
 
 
-def _join(pieces: list[_Piece], device: torch.device) -> Tile:
-    """Pads pieces to one shape.
+def _join(pieces: list[_Piece], paths: Tensor) -> Tile:
+    """Pads pieces to one shape; `paths` is that of `Tile`.
 
     A padding query is a copy of the piece's first query, including its mask. So the values that the
     backward pass gathers for it (above all its logsumexp) are correct.
     """
+    device = paths.device
     num_queries = max(len(piece.queries) for piece in pieces)
     num_common = min(piece.num_common for piece in pieces)
     num_others = max(piece.num_keys for piece in pieces) - num_common
@@ -180,12 +213,12 @@ def _join(pieces: list[_Piece], device: torch.device) -> Tile:
     mask = torch.zeros(len(pieces), num_queries, num_others, dtype=torch.bool)
     real = torch.zeros(len(pieces), num_queries, dtype=torch.bool)
     for row, piece in enumerate(pieces):
-        rest = torch.arange(piece.first + num_common, piece.first + piece.num_common)
+        rest = piece.path.tokens[num_common : piece.num_common]
         count, end = len(piece.queries), len(rest) + len(piece.others)
         queries[row, :count] = piece.queries
         queries[row, count:] = piece.queries[0]
         others[row, :end] = torch.cat([rest, piece.others])
-        others[row, end:] = piece.first
+        others[row, end:] = piece.path.tokens[0]
         mask[row, :count, : len(rest)] = True
         mask[row, :count, len(rest) : end] = piece.mask
         mask[row, count:] = mask[row, 0]
@@ -193,7 +226,8 @@ def _join(pieces: list[_Piece], device: torch.device) -> Tile:
     kept = real.flatten().nonzero()[:, 0]
     return Tile(
         queries=queries.to(device),
-        first=torch.tensor([piece.first for piece in pieces]).to(device),
+        paths=paths,
+        first=torch.tensor([piece.path.first for piece in pieces]).to(device),
         num_common=num_common,
         others=others.to(device),
         mask=mask.to(device),

@@ -8,10 +8,10 @@ the LM head on the rows that need it, attention. Both numbers are counted separa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
-from megatron_opdlm.diffusion.stream import Document, aligned
+from megatron_opdlm.diffusion.stream import Document, StreamSize, packed_size
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.distill.batching import Packing
 from megatron_opdlm.model.families import FAMILIES
@@ -61,19 +61,6 @@ def model_flops_per_token(hf_config: HFConfig) -> ModelFlops:
     )
 
 
-def rollout_attention_pairs(trajectory: Trajectory) -> int:
-    """Returns the number of (query, key) pairs of decoding a response, over all passes, per layer.
-
-    Every finished block except the last enters one pass as clean tokens. A denoising step of a
-    block sees the finished blocks and the block itself.
-    """
-    size, first = trajectory.block_size, trajectory.first_block
-    num_steps = trajectory.num_steps.tolist()
-    last = first + len(num_steps) - 1
-    noisy = sum(steps * (first + place + 1) for place, steps in enumerate(num_steps))
-    return size * size * (last * (last + 1) // 2 + noisy)
-
-
 @dataclass(kw_only=True)
 class WorkCounters:
     """Work that all replicas have done so far: the same on every rank, and saved in checkpoints.
@@ -101,12 +88,17 @@ class WorkCounters:
     student_attention_pairs: int = 0
 
     def add_rollout(
-        self, trajectories: Iterable[Trajectory], *, passes: int, tokens: int, head_rows: int
+        self,
+        trajectories: Iterable[Trajectory],
+        *,
+        passes: int,
+        tokens: int,
+        head_rows: int,
+        attention_pairs: int,
     ) -> None:
         """Adds the decoding of responses: the trajectories, and the counts of the engine."""
-        trajectories = list(trajectories)
         self.add_responses(trajectories)
-        self.rollout_attention_pairs += sum(map(rollout_attention_pairs, trajectories))
+        self.rollout_attention_pairs += attention_pairs
         self.rollout_passes += passes
         self.rollout_tokens += tokens
         self.rollout_head_rows += head_rows
@@ -138,9 +130,10 @@ class WorkCounters:
             packing: which of them are packed together.
             multiple: streams are padded to a multiple of this.
         """
-        self.teacher_tokens += _stream_tokens(documents, packing, multiple)
+        for size in _stream_sizes(documents, packing, multiple, block_size=1):
+            self.teacher_tokens += size.num_tokens
+            self.teacher_attention_pairs += size.attention_pairs
         self.teacher_head_rows += sum(len(document.loss_rows) for document in documents)
-        self.teacher_attention_pairs += sum(d.attention_pairs(1) for d in documents)
 
     def add_student_step(
         self, documents: Sequence[Document], packing: Packing, *, multiple: int, block_size: int
@@ -153,9 +146,10 @@ class WorkCounters:
             multiple: streams are padded to a multiple of this.
             block_size: tokens per block.
         """
-        self.student_tokens += _stream_tokens(documents, packing, multiple)
+        for size in _stream_sizes(documents, packing, multiple, block_size):
+            self.student_tokens += size.num_tokens
+            self.student_attention_pairs += size.attention_pairs
         self.student_head_rows += sum(len(document.loss_rows) for document in documents)
-        self.student_attention_pairs += sum(d.attention_pairs(block_size) for d in documents)
 
     def add(self, other: WorkCounters) -> None:
         """Adds the work of other counters."""
@@ -184,11 +178,14 @@ class WorkCounters:
         return cls(**values)
 
 
-def _stream_tokens(documents: Sequence[Document], packing: Packing, multiple: int) -> int:
-    """Returns the tokens of the streams of all ranks, including padding."""
-    lengths = [len(document) for document in documents]
-    packed = (sum(lengths[i] for i in run) for of_rank in packing for run in of_rank)
-    return sum(aligned(num_tokens, multiple) for num_tokens in packed)
+def _stream_sizes(
+    documents: Sequence[Document], packing: Packing, multiple: int, block_size: int
+) -> Iterator[StreamSize]:
+    """Yields the sizes of the streams of all ranks."""
+    for of_rank in packing:
+        for run in of_rank:
+            some = [documents[i] for i in run]
+            yield packed_size(some, multiple=multiple, block_size=block_size)
 
 
 @dataclass(frozen=True, kw_only=True)

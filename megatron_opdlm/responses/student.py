@@ -65,7 +65,11 @@ class StudentResponses:
         trajectories, counts = decode(self._engine, requests, self._layout.parallel, "responses")
         work = WorkCounters()
         work.add_rollout(
-            trajectories, passes=counts.passes, tokens=counts.tokens, head_rows=counts.head_rows
+            trajectories,
+            passes=counts.passes,
+            tokens=counts.tokens,
+            head_rows=counts.head_rows,
+            attention_pairs=counts.attention_pairs,
         )
         return Collected(trajectories, work)
 

@@ -1,16 +1,17 @@
 """Attention of a decoding pass, partly against the KV cache.
 
 Rows (sequences of the pass) that have nothing in the cache yet attend within the stream, as in
-training. The other rows attend against the cache. There a token sees every position through the end
-of its own block. A position of the cache holds the newest version of its token, so this is the
-predicate of stream.py, and the number of keys that a query sees is the only mask.
+training; the stream has once what they share. The other rows attend against the cache. There a
+token sees every position through the end of its own block. A position of the cache holds the newest
+version of its token, so this is the predicate of tags.py, and the number of keys that a query sees
+is the only mask.
 
 There are two implementations: `scaled_dot_product_attention` (on CPUs, for float32, and as the
 reference), and a flash kernel on CUDA (decoding_kernels.py). With both the host never waits for the
 device: it computes what it must know of a pass, and copies the rest with the inputs of the pass.
 
-Shape letters: n rows, S stream tokens, Q queries of a row, N query heads, M key/value heads, C
-cached positions, D head size."""
+Shape letters: n rows, S stream tokens, P new tokens of all rows, Q queries of a row, N query heads,
+M key/value heads, C cached positions, D head size."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_opdlm.diffusion.stream import BLOCK, DOCUMENT, PADDING_DOCUMENT, POSITION
+from megatron_opdlm.diffusion.shared_prefixes import SharedStream
+from megatron_opdlm.diffusion.tags import BLOCK, DOCUMENT, LAST, PADDING_DOCUMENT, POSITION
 from megatron_opdlm.model.attention import AttentionPlan, stream_attention
 from megatron_opdlm.model.flex import FLEX_BLOCK
 from megatron_opdlm.model.tiles import by_key_head, by_query
@@ -71,6 +73,7 @@ class AttentionLayout:
     Attributes:
         cache: key/value cache, which is read and written.
         num_tokens: tokens of the stream, without padding.
+        is_shared: whether a token of the stream belongs to several rows.
         num_cached: number of tokens, at the start of the stream, that attend against the cache.
         inputs: tensors that attention needs on the device, besides the tags.
         kernel: kernel that attends against the cache; None selects the dense implementation.
@@ -83,6 +86,7 @@ class AttentionLayout:
         cache: KVCache,
         tags: Tensor,
         slots: Tensor,
+        stream: SharedStream,
         *,
         num_cached_rows: int,
         block_size: int,
@@ -92,20 +96,25 @@ class AttentionLayout:
 
         Args:
             cache: key/value cache of the sequences.
-            tags: [S, 4] int64 without padding; document i is the i-th row.
+            tags: [P, 5] int64, tags of the new tokens of all rows; document i is the i-th row.
             slots: [n] int64, cache slot of each row.
+            stream: stream of the pass, which has these tokens. Tokens of rows that attend against
+                the cache are there unchanged, at the start.
             num_cached_rows: number of rows, at the start, that have clean tokens in the cache.
             block_size: tokens per block.
             device: device of the model.
         """
-        self.cache, self.block_size, self.num_tokens = cache, block_size, len(tags)
+        self.cache, self.block_size, self.num_tokens = cache, block_size, len(stream)
         row = tags[:, DOCUMENT]
         counts = torch.bincount(row, minlength=len(slots))[:num_cached_rows]
         self.num_cached = int(counts.sum())
         self.kernel = decoding_kernel(device, cache.dtype, cache.shape[-1])
-        self.flex_padding = _flex_padding(len(tags) - self.num_cached, device)
+        self.flex_padding = _flex_padding(len(stream) - self.num_cached, device)
         self.rows: list[_Rows] = []
-        self.inputs = {"token_slots": slots[row]}
+        self.inputs = {"token_slots": slots[row], "positions": tags[:, POSITION].contiguous()}
+        self.is_shared = stream.is_shared
+        if self.is_shared:
+            self.inputs["sources"] = stream.place
         cached_tags = tags[: self.num_cached]
         if not self.num_cached:
             return
@@ -131,13 +140,12 @@ class CachedAttention:
         """
         self.layout, self._inputs = layout, inputs
         tags = inputs["tags"][: layout.num_tokens]
-        self._positions = tags[:, POSITION]
         self._rows = [rows.on_device(inputs, f"rows {i} ") for i, rows in enumerate(layout.rows)]
         self._masks: list[Tensor] = []
         self._stream: AttentionPlan | None = None
         if layout.num_cached < layout.num_tokens:
             tags = F.pad(tags[layout.num_cached :], (0, 0, 0, layout.flex_padding))
-            tags[len(tags) - layout.flex_padding :, DOCUMENT] = PADDING_DOCUMENT
+            tags[len(tags) - layout.flex_padding :, [DOCUMENT, LAST]] = PADDING_DOCUMENT
             self._stream = AttentionPlan(tags=tags)
 
     def attend(
@@ -157,9 +165,7 @@ class CachedAttention:
         """
         layout = self.layout
         real, cached = layout.num_tokens, layout.num_cached
-        layout.cache.write(
-            layer_number, self._inputs["token_slots"], self._positions, key[:real], value[:real]
-        )
+        self._write(layer_number, key[:real], value[:real])
         output = query.new_empty(query.shape)
         output[real:] = 0
         if self._stream is not None:
@@ -180,6 +186,14 @@ class CachedAttention:
             else:
                 self._attend_dense(query, keys, values, scale, output)
         return output
+
+    def _write(self, layer_number: int, key: Tensor, value: Tensor) -> None:
+        """Writes keys and values [S, M, D] of the stream into the cache of all their sequences."""
+        if self.layout.is_shared:
+            sources = self._inputs["sources"]
+            key, value = key[sources], value[sources]
+        slots, positions = self._inputs["token_slots"], self._inputs["positions"]
+        self.layout.cache.write(layer_number, slots, positions, key, value)
 
     def _attend_dense(
         self, query: Tensor, keys: Tensor, values: Tensor, scale: float, output: Tensor

@@ -7,6 +7,9 @@ and denoising, and a block costs exactly as many passes as it has denoising step
 In a causal model a block is one token, and the output at the token before predicts it. There a pass
 contains only the clean tokens.
 
+Prompts that begin alike are read once: the stream has what they share once
+(diffusion/shared_prefixes.py), and attention writes it to the cache of every sequence.
+
 With `next_position` (diffusion/prediction.py) the outputs lie one to the left. That of a block's
 first token is then at the last clean token before the block, see boundary.py.
 
@@ -21,7 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_opdlm.diffusion.blocks import round_up
-from megatron_opdlm.diffusion.stream import BLOCK, DOCUMENT, NOISY, PADDING_DOCUMENT, POSITION
+from megatron_opdlm.diffusion.shared_prefixes import share_prefixes
+from megatron_opdlm.diffusion.stream import attention_pairs
+from megatron_opdlm.diffusion.tags import (
+    BLOCK,
+    DOCUMENT,
+    LAST,
+    NOISY,
+    NUM_TAGS,
+    POSITION,
+    padding_tags,
+)
 from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.rollout.boundary import BoundaryRows
 from megatron_opdlm.rollout.cache import KVCache
@@ -55,6 +68,8 @@ class DecodePass:
     is_whole_blocks: bool
     """Whether no sequence has a prompt to read. Each then brings one or two blocks (in a causal
     model, one)."""
+    attention_pairs: int
+    """(query, key) pairs that the predicate allows, per layer."""
 
     @property
     def token_ids(self) -> Tensor:
@@ -63,7 +78,7 @@ class DecodePass:
 
     @property
     def tags(self) -> Tensor:
-        """[S, 4] int64, tags of the stream."""
+        """[S, 5] int64, tags of the stream."""
         return self.inputs["tags"]
 
     def clone(self) -> DecodePass:
@@ -104,15 +119,21 @@ def lay_out(
         laid_out = F.pad(slots, (0, spare), value=cache.spare_slot)
         num_cached += spare
     tags, ends = _tags(sequences, laid_out)
+    token_ids = sequences.token_ids[laid_out[tags[:, DOCUMENT]], tags[:, POSITION]]
+    num_reading = int(ends[-1] - (ends[num_cached - 1] if num_cached else 0))
+    stream = share_prefixes(token_ids, tags, from_token=len(tags) - num_reading)
     layout = AttentionLayout(
-        cache, tags, laid_out, num_cached_rows=num_cached, block_size=size, device=device
+        cache, tags, laid_out, stream, num_cached_rows=num_cached, block_size=size, device=device
     )
-    inputs = _padded(sequences, laid_out, tags, multiple) | layout.inputs
+    inputs = _padded(token_ids[stream.kept], stream.tags, multiple) | layout.inputs
 
     ends = ends[: len(slots)]
     places = sequences.masked[slots].nonzero(as_tuple=True)
     rows = _head_rows(sequences, slots, ends, places, shift)
+    rows["head_rows"] = stream.place[rows["head_rows"]]
     boundary = _boundary(sequences, slots, ends, places) if shift else {}
+    if boundary:
+        boundary["kept_rows"] = stream.place[boundary["kept_rows"]]
     staged = Staged(inputs | rows | boundary, device)
     model_inputs = staged.only(inputs)
     return DecodePass(
@@ -125,6 +146,7 @@ def lay_out(
         noise_keys=staged["noise_keys"],
         plan=_plan(layout, model_inputs),
         is_whole_blocks=is_whole_blocks,
+        attention_pairs=attention_pairs(stream.tags, size),
     )
 
 
@@ -178,12 +200,10 @@ def _plan(layout: AttentionLayout, inputs: Staged) -> AttentionPlan:
     return AttentionPlan(tags=inputs["tags"], cache=CachedAttention(layout, inputs))
 
 
-def _padded(sequences: Sequences, slots: Tensor, tags: Tensor, multiple: int) -> dict[str, Tensor]:
-    """Returns token ids [S] and tags [S, 4] of a stream, padded to a multiple."""
+def _padded(token_ids: Tensor, tags: Tensor, multiple: int) -> dict[str, Tensor]:
+    """Returns token ids [S] and tags [S, 5] of a stream, padded to a multiple."""
     padding = -len(tags) % multiple
-    token_ids = sequences.token_ids[slots[tags[:, DOCUMENT]], tags[:, POSITION]]
-    padded_tags = F.pad(tags, (0, 0, 0, padding))
-    padded_tags[len(tags) :, DOCUMENT] = PADDING_DOCUMENT
+    padded_tags = torch.cat([tags, padding_tags(padding)])
     return {"token_ids": F.pad(token_ids, (0, padding)), "tags": padded_tags}
 
 
@@ -197,14 +217,14 @@ def _in_order(sequences: Sequences, slots: Tensor) -> Tensor:
 
 
 def _tags(sequences: Sequences, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns tags [S, 4] of the slots' new tokens, and [n] the stream index of each one's end."""
+    """Returns tags [P, 5] of the slots' new tokens, slot by slot, and [n] where each slot's end."""
     block, first = sequences.block[slots], sequences.cached[slots]
     end = block + sequences.num_open
     ends = (end - first).cumsum(0)
     row = torch.repeat_interleave(torch.arange(len(slots)), end - first)
     position = torch.arange(len(row)) - (ends - end)[row]
-    tags = torch.empty(len(row), 4, dtype=torch.int64)
-    tags[:, DOCUMENT] = row
+    tags = torch.empty(len(row), NUM_TAGS, dtype=torch.int64)
+    tags[:, DOCUMENT] = tags[:, LAST] = row
     tags[:, NOISY] = position >= block[row]
     tags[:, BLOCK] = position // sequences.block_size
     tags[:, POSITION] = position

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_opdlm.diffusion.stream import BLOCK, DOCUMENT
+from megatron_opdlm.diffusion.tags import BLOCK, DOCUMENT
 from megatron_opdlm.rollout.cache import KVCache
 from megatron_opdlm.rollout.cache_size import CUDA_PAGE
 from megatron_opdlm.rollout.staged import Staged
@@ -53,7 +53,7 @@ def find_runs(tags: Tensor, slots: Tensor, *, shared: int, block_size: int) -> P
     """Finds the runs of a pass.
 
     Args:
-        tags: [S, 4] int64 of the tokens that attend against the cache, in order of sequence and
+        tags: [S, 5] int64 of the tokens that attend against the cache, in order of sequence and
             block; S > 0.
         slots: [n] int64, cache slot of every sequence.
         shared: g, number of query heads that share a key head.

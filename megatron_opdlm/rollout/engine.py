@@ -48,6 +48,8 @@ class RolloutCounts:
     """Tokens in the streams of all passes."""
     head_rows: int = 0
     """Rows that the LM head was applied to."""
+    attention_pairs: int = 0
+    """(query, key) pairs of all passes that the predicate allows, per layer."""
 
 
 Observer = Callable[[int, Tensor, Tensor], None]
@@ -265,6 +267,7 @@ class RolloutEngine:
         self.counts.passes += 1
         self.counts.tokens += len(entering.token_ids)
         self.counts.head_rows += len(entering.head_rows)
+        self.counts.attention_pairs += entering.attention_pairs
         return pipeline.push(entering)
 
     def _retire(

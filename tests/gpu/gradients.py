@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megatron_opdlm.checkpoint.weights import load_model
 from megatron_opdlm.config.learning import OptimizerConfig
-from megatron_opdlm.diffusion.stream import Document, PackedStream, make_tags, pack
+from megatron_opdlm.diffusion.stream import Document, PackedStream, pack
+from megatron_opdlm.diffusion.tags import make_tags
 from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions

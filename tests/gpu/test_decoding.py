@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm.checkpoint.weights import load_model
-from megatron_opdlm.diffusion.stream import DOCUMENT, POSITION
+from megatron_opdlm.diffusion.tags import DOCUMENT, POSITION
 from megatron_opdlm.model.fp8 import ALIGNMENT
 from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions
 from megatron_opdlm.rollout import graphs

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_opdlm.diffusion.stream import Document, PackedStream, make_tags, pack
+from megatron_opdlm.diffusion.stream import Document, PackedStream, pack
+from megatron_opdlm.diffusion.tags import make_tags
 from megatron_opdlm.model.flex import flex_attention, make_block_mask
 from megatron_opdlm.model.tiles import make_tiles, tiled_attention
 from tests.gpu.needs import needs_gpu

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from measuring import in_fresh_process, in_turn, medians, parser, peak_above, write
 from torch import Tensor
 
-from megatron_opdlm.diffusion.stream import make_tags, visible
+from megatron_opdlm.diffusion.tags import make_tags, visible
 from megatron_opdlm.model.tiles import make_tiles, tiled_attention
 
 PROMPT, BLOCK = 200, 4

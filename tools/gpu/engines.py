@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm.diffusion import randomness
-from megatron_opdlm.diffusion.stream import Document, make_tags, pack, visible
+from megatron_opdlm.diffusion.stream import Document, pack
+from megatron_opdlm.diffusion.tags import make_tags, visible
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.model.gpt import BlockDiffusionModel

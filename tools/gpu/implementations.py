@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm.diffusion.blocks import round_up
-from megatron_opdlm.diffusion.stream import make_tags
+from megatron_opdlm.diffusion.shared_prefixes import share_prefixes
+from megatron_opdlm.diffusion.tags import make_tags
 from megatron_opdlm.loss import fused as fused_loss
 from megatron_opdlm.rollout import cached_attention, sampler
 from megatron_opdlm.rollout.cache import KVCache
@@ -92,7 +93,7 @@ class DecodingCase:
         values: see `keys`.
         scale: factor of the scores.
         cache: that holds them.
-        tags: [S, 4] on the host.
+        tags: [S, 5] on the host.
         slots: [n] on the host.
     """
 
@@ -174,9 +175,12 @@ def _dense(case: DecodingCase) -> Attend:
     """What runs without a kernel."""
     device = torch.cuda.current_device()
     with replaced(cached_attention, "decoding_kernel", lambda *unused: None):
+        nothing_new = share_prefixes(
+            torch.zeros(len(case.tags), dtype=torch.int64), case.tags, from_token=len(case.tags)
+        )
         layout = AttentionLayout(
-            case.cache, case.tags, case.slots, num_cached_rows=len(case.slots), block_size=BLOCK,
-            device=device,
+            case.cache, case.tags, case.slots, nothing_new, num_cached_rows=len(case.slots),
+            block_size=BLOCK, device=device,
         )  # fmt: skip
     attention = CachedAttention(layout, Staged({"tags": case.tags} | layout.inputs, device))
     last = case.tags[:BLOCK, 3].tolist()

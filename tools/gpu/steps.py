@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm.config.learning import OptimizerConfig
-from megatron_opdlm.diffusion.stream import Document, make_tags, pack
+from megatron_opdlm.diffusion.stream import Document, pack
+from megatron_opdlm.diffusion.tags import make_tags
 from megatron_opdlm.distill.batching import Microbatch
 from megatron_opdlm.distill.step import StepRows, forward_backward
 from megatron_opdlm.distributed.process_groups import ParallelState

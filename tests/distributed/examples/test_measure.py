@@ -52,6 +52,7 @@ def work_of(models, **changes):
         "is_right": is_right,
         "parts": measure.PARTS,
         "thresholds": [THRESHOLD],
+        "temperatures": [0.0, 1.0],
         "limit": LIMIT,
         "seed": 5,
     }

@@ -6,7 +6,15 @@ from megatron_opdlm.diffusion.remasking import LowConfidenceDynamic
 from megatron_opdlm.rollout.collector import collect
 from megatron_opdlm.rollout.request import DecodingOptions
 from tests.helpers import run_ranks
-from tests.rollouts import RecordingEngine, all_same, load, make_engine, make_request, make_requests
+from tests.rollouts import (
+    RecordingEngine,
+    alike_requests,
+    all_same,
+    load,
+    make_engine,
+    make_request,
+    make_requests,
+)
 from tests.tiny import tiny_model
 from tests.training_logits import differences
 
@@ -99,6 +107,8 @@ def roll_out(rank, checkpoint, layout):
         engine = make_engine(model, parallel, options, build=build, max_rows=5)
         result[name] = collect(engine, make_requests(options.block_size), parallel)
         assert model.training, "left in the mode it was found in"
+    engine = make_engine(model, parallel, OPTIONS["next position"], build=build)
+    result["prompts that begin alike"] = collect(engine, alike_requests(), parallel)
     return result
 
 

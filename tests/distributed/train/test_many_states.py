@@ -7,7 +7,8 @@ import functools
 import pytest
 import torch
 
-from megatron_opdlm.diffusion.stream import NOISY
+from megatron_opdlm.diffusion import shared_prefixes
+from megatron_opdlm.diffusion.tags import DOCUMENT, LAST, NOISY
 from megatron_opdlm.loss.reduction import LOSS_REDUCTIONS
 from megatron_opdlm.model.hf_config import read_config
 from tests.distributed.train.test_parallel_training import (
@@ -50,6 +51,7 @@ def cut_to_one_token(trajectory):
 
 def step(rank, make_config, save, values):
     """Loss and gradient of one optimizer step, for every loss reduction."""
+    shared_prefixes.LEAST_SHARED = 4  # the prompts are short; this is a process of its own
     values = values | {"micro_batch_tokens": 160, "use_distributed_optimizer": False}
     trainer = Watched(make_config(save=save, eos_loss="exclude", **values))
     trajectories = trainer.collect()[:8]
@@ -93,11 +95,11 @@ def losses_of(student, log_p, trajectory, masks, times):
     clean part: one state is a doubled sequence; several see each other, which is wrong."""
     size, start = trajectory.block_size, trajectory.first_block * trajectory.block_size
     ids, length = trajectory.token_ids.tolist(), len(trajectory.token_ids)
-    tokens, tags = list(ids), [[0, 0, p // size, p] for p in range(length)]
+    tokens, tags = list(ids), [[0, 0, p // size, p, 0] for p in range(length)]
     for mask in masks:
         shown = zip(ids[start:], mask.flatten().tolist(), strict=True)
         tokens += [MASK if is_masked else token for token, is_masked in shown]
-        tags += [[0, 1, p // size, p] for p in range(start, length)]
+        tags += [[0, 1, p // size, p, 0] for p in range(start, length)]
     logits = hf_logits(student, torch.tensor(tokens), torch.tensor(tags))
     valid = logits.new_zeros(logits.shape[1]).index_fill(0, torch.tensor(MASK), -torch.inf)
     log_q = (logits + valid).log_softmax(-1)
@@ -126,7 +128,7 @@ class Oracle:
         self.is_supervised = case == "sft"
         self.responses = []
         for trajectory, states in zip(result["trajectories"], result["states"], strict=True):
-            causal = torch.tensor([[0, 0, p, p] for p in range(len(trajectory.token_ids))])
+            causal = torch.tensor([[0, 0, p, p, 0] for p in range(len(trajectory.token_ids))])
             with torch.no_grad():
                 logits = hf_logits(teacher, trajectory.token_ids, causal)
             log_p = logits[:, NOT_MASK].log_softmax(-1)
@@ -199,11 +201,13 @@ def test_a_step_is_that_of_single_states(layout, case, reduction, steps, oracle_
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_step_is_one_that_can_tell(case, steps, oracle_of):
-    """Streams of several responses with several states; one response has no loss."""
+    """Streams of several responses with several states, some of which share their prompt; one
+    response has no loss."""
     (result,), oracle = steps("1", case), oracle_of(case)
     assert len(result["streams"]) > 1
     documents = [tags[tags[:, NOISY] > 0][:, 0].unique() for tags in result["streams"]]
     assert max(map(len, documents)) > 1
+    assert any(bool((tags[:, LAST] > tags[:, DOCUMENT]).any()) for tags in result["streams"])
     num_states = max(int(tags[:, NOISY].max()) for tags in result["streams"])
     assert num_states == 2 if case != "all" else num_states > 2
     counts = [[len(rows) for rows in states] for states in oracle.apart]

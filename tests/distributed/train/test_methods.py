@@ -63,13 +63,13 @@ def dense_loss(method, student, teacher, trajectories, states):
         masked, time = state.masked[0].flatten(), state.time[0]
         noisy = range(start, length)
         shown = [MASK if masked[p - start] else int(trajectory.token_ids[p]) for p in noisy]
-        tags = [[0, 0, p // size, p] for p in range(length)]
-        tags += [[0, 1, p // size, p] for p in noisy]
+        tags = [[0, 0, p // size, p, 0] for p in range(length)]
+        tags += [[0, 1, p // size, p, 0] for p in noisy]
         ids = torch.cat([trajectory.token_ids, torch.tensor(shown, dtype=torch.int64)])
         logits = hf_logits(student, ids, torch.tensor(tags))
         logits[:, MASK] = -torch.inf
         log_q = logits.log_softmax(-1)
-        causal = torch.tensor([[0, 0, p, p] for p in range(length)])
+        causal = torch.tensor([[0, 0, p, p, 0] for p in range(length)])
         with torch.no_grad():
             log_p = hf_logits(teacher, trajectory.token_ids, causal)[:, NOT_MASK].log_softmax(-1)
         losses = []

@@ -208,12 +208,12 @@ def reference(hf, teacher, trajectories, masks, *, shift=0):
         shown = [
             MASK if masked.flatten()[p - start] else int(trajectory.token_ids[p]) for p in noisy
         ]
-        tags = [[0, 0, p // size, p] for p in range(length)]
-        tags += [[0, 1, p // size, p] for p in noisy]
+        tags = [[0, 0, p // size, p, 0] for p in range(length)]
+        tags += [[0, 1, p // size, p, 0] for p in noisy]
         ids = torch.cat([trajectory.token_ids, torch.tensor(shown)])
         student = hf_logits(hf, ids, torch.tensor(tags))[:, NOT_MASK].log_softmax(-1)
 
-        causal = torch.tensor([[0, 0, p, p] for p in range(length)])
+        causal = torch.tensor([[0, 0, p, p, 0] for p in range(length)])
         with torch.no_grad():
             target = hf_logits(teacher, trajectory.token_ids, causal)[:, NOT_MASK].log_softmax(-1)
 

@@ -10,7 +10,7 @@ from megatron_opdlm.diffusion.example import make_example, teacher_row
 from megatron_opdlm.diffusion.noising import select_states
 from megatron_opdlm.diffusion.prediction import PREDICTIONS
 from megatron_opdlm.diffusion.state_selection import STATE_SELECTIONS, NoisyStates
-from megatron_opdlm.diffusion.stream import BLOCK, NOISY, POSITION
+from megatron_opdlm.diffusion.tags import BLOCK, NOISY, POSITION
 from megatron_opdlm.diffusion.trajectory import given_response
 from tests.unit.diffusion.test_trajectory import MASK, make_trajectory, trajectories
 

@@ -5,21 +5,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_opdlm.diffusion.stream import (
+from megatron_opdlm.diffusion.stream import Document, pack, packed_size
+from megatron_opdlm.diffusion.tags import (
     BLOCK,
     DOCUMENT,
+    LAST,
     NOISY,
+    NUM_TAGS,
     POSITION,
-    Document,
     make_tags,
-    pack,
     visible,
 )
 from megatron_opdlm.model.flex import make_block_mask
 from tests.oracle import dense_mask
 
 
-def make_document(length, noisy_blocks, block_size, rows=(), num_states=1):
+def make_document(length, noisy_blocks, block_size, rows=(), num_states=1, first_id=0):
     """`length` clean tokens, and some of their blocks again as noisy ones, in each state."""
     noisy = [p for p in range(length) if p // block_size in noisy_blocks]
     positions = torch.tensor(noisy, dtype=torch.int64)
@@ -30,29 +31,33 @@ def make_document(length, noisy_blocks, block_size, rows=(), num_states=1):
             for state in range(num_states)
         ),
     ]
-    ids = torch.arange(length + num_states * len(noisy))
+    ids = first_id + torch.arange(length + num_states * len(noisy))
     return Document(
         token_ids=ids, tags=torch.cat(parts), loss_rows=torch.tensor(rows, dtype=torch.int64)
     )
 
 
 @st.composite
-def streams(draw):
-    """Several documents, clean or doubled, of lengths off the block grid too, with padding."""
+def streams(draw, kinds=4):
+    """Several documents, clean or doubled, of lengths off the block grid too, with padding.
+
+    Documents of a kind begin alike.
+    """
     block_size = draw(st.integers(1, 8))
     documents = []
     for _ in range(draw(st.integers(0, 4))):
-        length = draw(st.integers(1, 20))
+        length = draw(st.integers(1, 40))
+        kind = draw(st.integers(0, kinds - 1)) if kinds < 4 else len(documents)
         blocks = draw(st.sets(st.integers(0, (length - 1) // block_size)))
         num_states = draw(st.integers(1, 3))
         size = length + num_states * sum(p // block_size in blocks for p in range(length))
         rows = sorted(draw(st.sets(st.integers(0, size - 1), max_size=5)))
-        documents.append(make_document(length, blocks, block_size, rows, num_states))
+        documents.append(make_document(length, blocks, block_size, rows, num_states, 1000 * kind))
     return documents, block_size, draw(st.sampled_from([1, 2, 16]))
 
 
 @settings(max_examples=60, deadline=None)
-@given(streams())
+@given(streams(kinds=2))
 def test_visible_equals_brute_force(drawn):
     documents, block_size, multiple = drawn
     tags = pack(documents, multiple=multiple).tags
@@ -67,7 +72,7 @@ def mask_of(block_mask, length):
 
 
 @settings(max_examples=15, deadline=None)
-@given(streams())
+@given(streams(kinds=2))
 def test_flex_attention_mask_equals_visible(drawn):
     documents, block_size, multiple = drawn
     tags = pack(documents, multiple=multiple).tags
@@ -111,16 +116,18 @@ def check_squares(tags):
     ),
     st.integers(1, 8),
     st.sampled_from([1, 16, 128]),
+    st.booleans(),
 )
-def test_flex_attention_squares(parts, block_size, multiple):
+def test_flex_attention_squares(parts, block_size, multiple, alike):
     documents = [
         make_document(
             length,
             {b for b in blocks if b * block_size < length},
             block_size,
             num_states=num_states,
+            first_id=0 if alike else 1000 * index,
         )
-        for length, blocks, num_states in parts
+        for index, (length, blocks, num_states) in enumerate(parts)
     ]
     check_squares(pack(documents, multiple=multiple).tags)
 
@@ -131,7 +138,7 @@ def test_flex_attention_squares_of_a_block_as_wide_as_a_square():
 
 
 def test_flex_attention_skips_most_of_what_nobody_sees():
-    documents = [make_document(512, set(range(64, 128)), 4) for _ in range(6)]
+    documents = [make_document(512, set(range(64, 128)), 4, first_id=1000 * i) for i in range(6)]
     computed, needed, full = check_squares(pack(documents).tags)
     assert needed <= computed < 1.3 * needed and full > needed / 4
 
@@ -144,19 +151,19 @@ def test_block_size_one_is_causal():
     assert not torch.equal(visible(tags, tags), torch.ones(9, 9).tril().bool())
 
 
-@pytest.mark.parametrize("part", ["document", "noisy", "block"])
+@pytest.mark.parametrize("part", ["document", "noisy", "block", "last"])
 def test_control_every_tag_matters(part):
     """Brute force and predicate part as soon as a tag is lost."""
     stream = pack([make_document(8, {1}, 4), make_document(6, {0}, 4)])
     broken = stream.tags.clone()
-    broken[:, {"document": DOCUMENT, "noisy": NOISY, "block": BLOCK}[part]] = 0
+    broken[:, {"document": DOCUMENT, "noisy": NOISY, "block": BLOCK, "last": LAST}[part]] = 0
     assert not torch.equal(visible(broken, broken), dense_mask(stream.tags))
 
 
 def test_visible_broadcasts():
     tags = pack([make_document(8, {1}, 4)]).tags
     whole = visible(tags, tags)
-    batch = visible(tags.view(3, 4, 4), tags.expand(3, -1, -1))
+    batch = visible(tags.view(3, 4, NUM_TAGS), tags.expand(3, -1, -1))
     assert torch.equal(batch.flatten(0, 1), whole)
 
 
@@ -174,8 +181,8 @@ def test_pack(drawn):
     for index, document in enumerate(documents):
         part = slice(offset, offset + len(document))
         assert torch.equal(stream.token_ids[part], document.token_ids)
-        assert torch.equal(stream.tags[part, NOISY:], document.tags[:, NOISY:])
-        assert bool((stream.tags[part, DOCUMENT] == index).all())
+        assert torch.equal(stream.tags[part, NOISY:LAST], document.tags[:, NOISY:LAST])
+        assert bool((stream.tags[part][:, [DOCUMENT, LAST]] == index).all())
         assert bool((document.tags[:, DOCUMENT] == 0).all()), "packing changes no document"
         rows += [offset + row for row in document.loss_rows.tolist()]
         offset += len(document)
@@ -198,19 +205,27 @@ def test_nothing_to_pack_gives_padding():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 8), st.integers(1, 5), st.sets(st.integers(0, 4)))
-def test_attention_pairs(block_size, num_blocks, noisy):
+@given(st.integers(1, 8), st.lists(st.sets(st.integers(0, 4)), max_size=3), st.booleans())
+def test_packed_size(block_size, noisy_blocks, alike):
     """Counted one by one; blocks are whole, as rollouts leave them."""
-    document = make_document(num_blocks * block_size, noisy, block_size)
-    assert document.attention_pairs(block_size) == int(dense_mask(document.tags).sum())
+    documents = [
+        make_document(5 * block_size, noisy, block_size, first_id=0 if alike else 1000 * i)
+        for i, noisy in enumerate(noisy_blocks)
+    ]
+    stream = pack(documents, multiple=3)
+    tags = stream.tags[: len(stream) - stream.num_padding]
+    size = packed_size(documents, multiple=3, block_size=block_size)
+    assert size.num_tokens == len(stream)
+    assert size.attention_pairs == int(dense_mask(tags).sum())
 
 
-def test_attention_pairs_of_a_causal_stream():
-    assert [make_document(length, set(), 1).attention_pairs(1) for length in (7, 1)] == [28, 1]
+def test_size_of_a_causal_stream():
+    documents = [make_document(length, set(), 1, first_id=100 * length) for length in (7, 1)]
+    assert packed_size(documents, multiple=1, block_size=1).attention_pairs == 28 + 1
 
 
 def test_tags_must_match_the_tokens():
-    with pytest.raises(AssertionError, match="one row of four tags"):
+    with pytest.raises(AssertionError, match="one row of tags"):
         Document(
             token_ids=torch.arange(3),
             tags=make_tags(0, torch.arange(2), noisy=False, block_size=1),

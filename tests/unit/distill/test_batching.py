@@ -3,12 +3,14 @@
 import dataclasses
 from itertools import product
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from megatron_opdlm.diffusion import shared_prefixes
 from megatron_opdlm.diffusion.example import make_example
 from megatron_opdlm.diffusion.state_selection import NoisyStates
 from megatron_opdlm.diffusion.stream import pack
@@ -201,7 +203,9 @@ def test_fill(lengths, budget):
     multiple=st.sampled_from([1, 2, 16]),
     reduction=st.sampled_from(sorted(LOSS_REDUCTIONS)),
 )
+@mock.patch.object(shared_prefixes, "LEAST_SHARED", 1000)
 def test_every_state_is_in_one_microbatch(states, dp_size, budget, multiple, reduction):
+    """Documents that begin alike are as long as others here: see test_shared_prefixes.py."""
     weights = row_weights(states, reduction)
     runs = plan_packing([len(s.student) for s in states], dp_size=dp_size, token_budget=budget)
     expected = sorted(

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_opdlm.diffusion.stream import BLOCK, POSITION, make_tags, pack
+from megatron_opdlm.diffusion.stream import pack
+from megatron_opdlm.diffusion.tags import BLOCK, POSITION, make_tags
 from megatron_opdlm.model import tiles as tiles_module
 from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.flex import make_block_mask
@@ -43,15 +44,14 @@ def value_and_gradients(attention, inputs, *args):
     return output.detach(), torch.autograd.grad((output * direction).sum(), inputs)
 
 
-def make_stream(block_size=4, multiple=1):
-    """One-token documents, short ones, and some longer than a tile of 16."""
+def make_stream(block_size=4, multiple=1, alike=True):
+    """One-token documents, short ones, and some longer than a tile of 16; some begin alike."""
+    shapes = [
+        *((1, set()), (40, {8, 9}), (7, set()), (8, {1}), (1, {0}), (33, {0, 3}), (60, {2, 9})),
+    ]
     documents = [
-        make_document(1, set(), block_size),
-        make_document(40, {8, 9}, block_size),
-        make_document(7, set(), block_size),
-        make_document(8, {1}, block_size),
-        make_document(1, {0}, block_size),
-        make_document(33, {0, 3}, block_size),
+        make_document(length, noisy, block_size, first_id=0 if alike else 1000 * i)
+        for i, (length, noisy) in enumerate(shapes)
     ]
     return pack(documents, multiple=multiple)
 

@@ -9,7 +9,8 @@ import torch
 
 from megatron_opdlm.checkpoint.layout import resolve_iteration
 from megatron_opdlm.checkpoint.weights import load_model
-from megatron_opdlm.diffusion.stream import Document, make_tags, pack
+from megatron_opdlm.diffusion.stream import Document, pack
+from megatron_opdlm.diffusion.tags import make_tags
 from megatron_opdlm.distributed import process_groups
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.model.gpt import (

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from megatron_opdlm.diffusion.shared_prefixes import share_prefixes
+from megatron_opdlm.diffusion.tags import DOCUMENT, LAST, padding_tags
 from megatron_opdlm.rollout import cached_attention
 from megatron_opdlm.rollout.cache import KVCache
 from megatron_opdlm.rollout.cached_attention import AttentionLayout, CachedAttention
@@ -69,19 +71,19 @@ def run_pass(cache, rows, block_size, num_padding, layer=1):
     cache_tags, parts = [], [row.new_tokens() for row in rows]
     for index, row in enumerate(rows):
         tags = block_tags(row.block, row.block + block_size, block_size)[row.cached :]
-        tags[:, 0] = index
+        tags[:, [DOCUMENT, LAST]] = index
         cache_tags.append(tags)
-    padding = torch.zeros(num_padding, 4, dtype=torch.int64)
-    padding[:, 0] = -1
+    new_tags = torch.cat(cache_tags)
     layout = AttentionLayout(
         cache,
-        torch.cat(cache_tags),
+        new_tags,
         torch.tensor([row.slot for row in rows]),
+        share_prefixes(torch.arange(len(new_tags)), new_tags),  # nothing is alike
         num_cached_rows=sum(row.cached > 0 for row in rows),
         block_size=block_size,
         device=device,
     )
-    tags = {"tags": torch.cat([*cache_tags, padding])}
+    tags = {"tags": torch.cat([new_tags, padding_tags(num_padding)])}
     attention = CachedAttention(layout, Staged(tags | layout.inputs, cache.device))
     inputs = [torch.cat([part[i] for part in parts]) for i in range(3)]
     garbage = [torch.full((num_padding, *x.shape[1:]), 7.0, dtype=x.dtype) for x in inputs]

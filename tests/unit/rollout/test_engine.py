@@ -8,7 +8,14 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_opdlm.diffusion.stream import DOCUMENT, NOISY, POSITION
+from megatron_opdlm.diffusion.tags import (
+    BLOCK,
+    DOCUMENT,
+    NOISY,
+    POSITION,
+    make_tags,
+    visible,
+)
 from megatron_opdlm.model.attention import TagAttention
 from megatron_opdlm.rollout import cached_attention, scheduler
 from megatron_opdlm.rollout.engine import tokens_per_forward
@@ -264,6 +271,24 @@ def count_work(rank, folder):
     return counted, together, engine.counts, engine.generate([])
 
 
+def pairs_by_brute_force(trajectory):
+    """Every pass as tags: the clean tokens the cache lacks and the current block."""
+    size, total = trajectory.block_size, 0
+    positions = torch.arange(len(trajectory.token_ids))
+    clean = make_tags(0, positions, noisy=False, block_size=size)
+    noisy = make_tags(0, positions, noisy=True, block_size=size)
+    cached = 0  # blocks
+    for place, steps in enumerate(trajectory.num_steps.tolist()):
+        block = trajectory.first_block + place
+        for _ in range(steps):
+            fresh = clean[(clean[:, BLOCK] >= cached) & (clean[:, BLOCK] < block)]
+            current = noisy[noisy[:, BLOCK] == block]
+            keys = torch.cat([clean[clean[:, BLOCK] < block], current])
+            total += int(visible(torch.cat([fresh, current]), keys).sum())
+            cached = block
+    return total
+
+
 def test_a_block_costs_its_denoising_steps(model):
     counted, together, counts, nothing = run_ranks(count_work, 1, model)[0]
     for trajectory, row_counts, num_logits, shown in counted:
@@ -279,6 +304,7 @@ def test_a_block_costs_its_denoising_steps(model):
             for step in range(steps)
         )
         assert row_counts.head_rows == masked == num_logits
+        assert row_counts.attention_pairs == pairs_by_brute_force(trajectory)
     # Three slots: never more passes than one after the other, never fewer than the longest.
     passes = [trajectory.num_passes for trajectory in together]
     assert max(passes) <= counts.passes < sum(passes)

@@ -68,7 +68,7 @@ def test_losses_agree_and_a_wrong_one_does_not(tools, monkeypatch):
 
 def test_dense_columns_see_what_the_stream_sees(tools):
     """A padded row without its padding and its last clean block, against the tags."""
-    from megatron_opdlm.diffusion.stream import make_tags, visible
+    from megatron_opdlm.diffusion.tags import make_tags, visible
 
     row = next(row for row in tools.step.make_rows() if len(row.masked) == 100)
     num_prompt = len(row.trajectory.prompt_ids)
@@ -90,7 +90,7 @@ def test_dense_columns_see_what_the_stream_sees(tools):
 def test_ideal_work_by_counting(tools):
     """The formula against the documents and the predicate, pair by pair."""
     from megatron_opdlm.diffusion.example import make_example
-    from megatron_opdlm.diffusion.stream import visible
+    from megatron_opdlm.diffusion.tags import visible
 
     rows = [row for row in tools.step.make_rows() if len(row.masked) <= 160]
     states = [

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_opdlm.diffusion.stream import make_tags, visible
+from megatron_opdlm.diffusion.tags import make_tags, visible
 from megatron_opdlm.reporting.accounting import FlopsReport, WorkCounters, model_flops_per_token
 from tools.gpu import cases
 from tools.gpu.models import config

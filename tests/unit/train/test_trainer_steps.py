@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_opdlm.config.run import load_config
-from megatron_opdlm.diffusion.stream import NOISY
+from megatron_opdlm.diffusion.tags import NOISY
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.distill.step import StepRows
 from megatron_opdlm.reporting.accounting import WorkCounters

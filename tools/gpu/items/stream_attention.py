@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_opdlm.diffusion.stream import Document, pack, visible
+from megatron_opdlm.diffusion.stream import Document, pack
+from megatron_opdlm.diffusion.tags import visible
 from megatron_opdlm.model.flex import FLEX_BLOCK, flex_attention, make_block_mask
 from tools.gpu.cases import BLOCK, STREAM_MODEL, STREAM_PROMPT, STREAM_RESPONSES
 from tools.gpu.device import apart, begin, generator

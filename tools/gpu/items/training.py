@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opdlm.diffusion.stream import BLOCK, POSITION, visible
+from megatron_opdlm.diffusion.tags import BLOCK, POSITION, visible
 from megatron_opdlm.distill.batching import Microbatch
 from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions, has_transformer_engine
