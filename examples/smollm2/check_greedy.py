@@ -35,14 +35,11 @@ def main() -> int:
     parser.add_argument("--prompts", required=True, help="prompt file")
     parser.add_argument("--num-prompts", type=int, default=20, metavar="N", help="default: 20")
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="default: 32")
-    parser.add_argument(
-        "--tensor-parallel",
-        type=lambda text: [int(part) for part in text.split(",")],
-        default=[1],
-        metavar="N,N",
-        help="default: 1",
-    )
+    parser.add_argument("--tensor-parallel", type=numbers, default=[1], metavar="N,N",
+                        help="default: 1")  # fmt: skip
     args = parser.parse_args()
+    for size in args.tensor_parallel:
+        require_at_least(1, "tensor_parallel", size)
     for name in ("num_prompts", "max_new_tokens"):
         require_at_least(1, name, getattr(args, name))
     prompts = load_prompts(args.prompts)[: args.num_prompts]
@@ -55,12 +52,17 @@ def main() -> int:
         failed = False
         for size in args.tensor_parallel:
             found = our_answers(args.model, file, args.max_new_tokens, size)
-            equal = sum(found.get(id) == answer for id, answer in expected.items())
+            equal = sum(found.get(name) == answer for name, answer in expected.items())
             tokens = sum(map(len, expected.values()))
             text = f"{equal} of {len(expected)} responses ({tokens} tokens) are equal"
             print(f"tensor parallel {size}: {text}", flush=True)
             failed |= equal < len(expected)
     return int(failed)
+
+
+def numbers(text: str) -> list[int]:
+    """Returns numbers that were given with commas between them."""
+    return [int(part) for part in text.split(",")]
 
 
 def transformers_answers(

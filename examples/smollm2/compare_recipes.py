@@ -4,8 +4,8 @@
 
 The recipes stand in recipes.yaml beside this file: keys that differ from
 examples/configs/smollm2.yaml. DIR of --in is the folder of `smollm2.sh --prepare`. Every recipe is
-trained for N rollouts and measured; what is finished is kept, so the same command goes on where it
-was stopped. The table is OUT/table.md, all figures are in OUT/results.json.
+trained for N rollouts and measured; recipes that are finished are kept when the same command runs
+again. The table is OUT/table.md, all figures are in OUT/results.json.
 """
 
 from __future__ import annotations

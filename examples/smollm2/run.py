@@ -29,6 +29,7 @@ from parts import join, split  # noqa: E402
 from steps import Failed, Step, Steps, Stopped, require_settings  # noqa: E402
 from summary import write_summary  # noqa: E402
 
+from megatron_opdlm.checks import require  # noqa: E402
 from megatron_opdlm.config.run import load_config  # noqa: E402
 
 SCRIPTS = "examples/smollm2"
@@ -121,8 +122,9 @@ def checked_plan(args: argparse.Namespace) -> Plan:
     """
     import torch
 
-    if any(text.startswith("train_rollouts=") for text in args.overrides):
-        raise ValueError("train_rollouts must not be given: the plan sets it; use --rollouts N")
+    for text in args.overrides:
+        key, _, value = text.partition("=")
+        require(key != "train_rollouts", key, value, "is set by the plan", "use --rollouts N")
     plan = make_plan(GPU if torch.cuda.is_available() else CPU, args.minutes, args.rollouts)
     load_config(plan.machine.config, training_keys(args, plan))
     if args.run and not (args.out / "student").is_dir():

@@ -2,11 +2,14 @@
 
 A clean token attends to clean tokens before it, and nothing that comes later changes its output. So
 a system message that all prompts have, or a prompt with several samples, is computed once, whatever
-follows. The shared parts are a tree. A part has a number; the numbers of all that follows it are a
-range (tags DOCUMENT and LAST, see tags.py). Gradients of shared tokens are sums over all that
-follows, which is what autograd does with a row that is read several times.
+follows. The stream becomes a tree of parts. A part is a run of tokens that the same documents have
+in common; the last part of a document is its own. Parts are numbered so that the numbers of all
+parts that follow a part are a range, which the tags of its tokens say (DOCUMENT, LAST; tags.py).
+Gradients of shared tokens are sums over all that follows, as autograd makes them for a row that is
+read several times.
 
-Shape letters: S tokens of the documents, U tokens of the stream without repetition.
+Shape letters: S tokens of the documents, U tokens of the stream without repetition, P clean tokens
+of a document.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ from torch import Tensor
 from megatron_opdlm.diffusion.tags import BLOCK, DOCUMENT, LAST, NOISY, POSITION
 
 LEAST_SHARED = 16
-"""Fewest tokens that are split off as a part of their own: attention runs part by part on a CPU,
-and a few tokens are not worth another part."""
+"""Fewest tokens that become a part of their own: attention runs part by part on a CPU, and a few
+tokens are not worth another part."""
 
 Integers = NDArray[np.int64]
 
@@ -50,64 +53,103 @@ class SharedStream:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Tokens [start, end) of some documents, which are equal in all of them."""
 
     start: int
     end: int
     documents: Sequence[int]
-    children: Sequence[_Part]
+    """Indices of the documents."""
+    children: Sequence[Part]
+    """The parts that follow, in the order of their first documents."""
 
 
-def share_prefixes(token_ids: Tensor, tags: Tensor, *, from_token: int = 0) -> SharedStream:
+@dataclass(frozen=True)
+class _Prefix:
+    """The clean tokens of a document."""
+
+    ids: Integers
+    """[P] token ids."""
+    blocks: Integers
+    """[P] indices of their blocks."""
+    positions: Integers
+    """[P] their positions."""
+
+
+def share_prefixes(token_ids: Tensor, tags: Tensor, *, from_document: int = 0) -> SharedStream:
     """Finds the tokens that documents have in common at their beginning.
 
-    Clean tokens are shared in whole blocks, where token ids, blocks and positions are equal. The
-    documents keep their order as far as they share nothing.
+    Tokens are shared if token ids, blocks and positions are equal, in whole blocks, and only clean
+    ones. Documents that share nothing keep their order.
 
     Args:
-        token_ids: [S] int64, tokens of all documents, on the host.
-        tags: [S, 5] int64, their tags. A document is a run of tokens with one document tag, clean
-            tokens first.
+        token_ids: [S] int64, tokens of all documents one after the other, on the host.
+        tags: [S, 5] int64, their tags. The tags DOCUMENT and LAST are the document's index. Its
+            clean tokens come first.
+        from_document: the documents before this one share nothing.
+
+    Returns:
+        The stream. Its tags are those that were given if nothing is shared.
     """
-    documents = tags[:, DOCUMENT]
-    starts = (documents[from_token:].diff() != 0).nonzero()[:, 0] + from_token + 1
-    edges = [from_token, *starts.tolist(), len(tags)]
-    spans = list(itertools.pairwise(edges)) if from_token < len(tags) else []
-    prefixes = [_prefix(token_ids[start:end], tags[start:end]) for start, end in spans]
-    order = sorted(range(len(spans)), key=lambda i: prefixes[i][:, 0].astype(">i8").tobytes())
+    counts = torch.bincount(tags[:, DOCUMENT])
+    ends = counts.cumsum(0).tolist()
+    starts = [end - count for end, count in zip(ends, counts.tolist(), strict=True)]
+    spans = list(zip(starts, ends, strict=True))[from_document:]
+    parts = [] if len(spans) < 2 else find_parts([(token_ids[a:b], tags[a:b]) for a, b in spans])
+    if all(len(part.documents) == 1 for part in parts):
+        every = torch.arange(len(tags))
+        return SharedStream(kept=every, place=every, tags=tags)
+    return _lay_out(parts, spans, tags, from_document)
+
+
+def find_parts(documents: Sequence[tuple[Tensor, Tensor]]) -> list[Part]:
+    """Returns the tree of what documents share: the parts that begin them.
+
+    Args:
+        documents: at least one; token ids [S] and tags [S, 5] of each, on the host.
+    """
+    prefixes = [_prefix(*document) for document in documents]
+    # Prefixes that begin alike are neighbours in this order.
+    order = sorted(range(len(prefixes)), key=lambda i: prefixes[i].ids.tobytes())
     common = [_common(prefixes[one], prefixes[other]) for one, other in itertools.pairwise(order)]
-    lengths = [end - start for start, end in spans]
-    parts = _parts(order, [0, *common], lengths, 0) if spans else []
-    return _lay_out(parts, spans, tags, from_token)
+    return _parts(order, [0, *common], [len(token_ids) for token_ids, _ in documents], 0)
 
 
-def _prefix(token_ids: Tensor, tags: Tensor) -> Integers:
-    """Returns [P, 3] token ids, blocks and positions of a document's clean tokens."""
-    clean = int((tags[:, NOISY] == 0).int().cumprod(0).sum())
-    columns = (token_ids[:clean], tags[:clean, BLOCK], tags[:clean, POSITION])
-    values: Integers = torch.stack(columns, 1).numpy()
-    return values
+def repeated(parts: Sequence[Part]) -> Iterator[tuple[Part, int]]:
+    """Yields every part that several documents share, with how often the stream leaves it out."""
+    for part in parts:
+        if len(part.documents) > 1:
+            yield part, len(part.documents) - 1
+            yield from repeated(part.children)
 
 
-def _common(one: Integers, other: Integers) -> int:
+def _prefix(token_ids: Tensor, tags: Tensor) -> _Prefix:
+    is_noisy = tags[:, NOISY] != 0
+    clean = int(is_noisy.int().argmax()) if bool(is_noisy.any()) else len(tags)
+    columns = (token_ids, tags[:, BLOCK], tags[:, POSITION])
+    return _Prefix(*(column[:clean].numpy() for column in columns))
+
+
+def _common(one: _Prefix, other: _Prefix) -> int:
     """Returns how many tokens both prefixes have in common, in whole blocks."""
-    shorter = min(len(one), len(other))
-    differs = (one[:shorter] != other[:shorter]).any(1)
-    common = int(differs.argmax()) if differs.any() else shorter
+    common = min(len(one.ids), len(other.ids))
+    for name in ("ids", "blocks", "positions"):
+        differs = getattr(one, name)[:common] != getattr(other, name)[:common]
+        common = int(differs.argmax()) if differs.any() else common
     if common and not (_ends_block(one, common) and _ends_block(other, common)):
-        common = int(np.searchsorted(one[:common, 1], one[common - 1, 1]))
+        common = int(np.searchsorted(one.blocks[:common], one.blocks[common - 1]))
     return common
 
 
-def _ends_block(prefix: Integers, length: int) -> bool:
+def _ends_block(prefix: _Prefix, length: int) -> bool:
     """Whether the first `length` tokens are whole blocks, as far as the document has them."""
-    return length == len(prefix) or bool(prefix[length, 1] != prefix[length - 1, 1])
+    blocks = prefix.blocks
+    return length == len(blocks) or bool(blocks[length] != blocks[length - 1])
 
 
 def _parts(
     order: Sequence[int], common: Sequence[int], lengths: Sequence[int], start: int
-) -> list[_Part]:
+) -> list[Part]:
     """Splits documents that share their first `start` tokens into parts.
 
     Args:
@@ -124,40 +166,42 @@ def _parts(
     for first, end in zip([0, *cuts], [*cuts, len(order)], strict=True):
         documents = order[first:end]
         if len(documents) == 1:
-            parts.append(_Part(start, lengths[documents[0]], documents, ()))
+            parts.append(Part(start, lengths[documents[0]], documents, ()))
             continue
         shared = min(common[first + 1 : end])
         children = _parts(documents, common[first:end], lengths, shared)
-        parts.append(_Part(start, shared, documents, children))
+        parts.append(Part(start, shared, documents, children))
     return sorted(parts, key=lambda part: min(part.documents))
 
 
 def _lay_out(
-    roots: Sequence[_Part], spans: Sequence[tuple[int, int]], tags: Tensor, from_token: int
+    roots: Sequence[Part], spans: Sequence[tuple[int, int]], tags: Tensor, from_document: int
 ) -> SharedStream:
-    """Numbers the parts, each before those that follow it, and puts them one after the other."""
-    place = torch.arange(len(tags))
-    kept, numbers = [torch.arange(from_token)], [(0, 0, 0)]
-    length = from_token
-    first = int(tags[from_token, DOCUMENT]) if spans else 0
-    for number, (part, size) in enumerate(_in_order(roots), first):
+    """Numbers the parts, each before those that follow it, and puts them one after the other.
+
+    The documents before `from_document` stay at the start of the stream.
+    """
+    length = spans[0][0]
+    place, kept = torch.arange(len(tags)), [torch.arange(length)]
+    of_parts = list[tuple[int, int, int]]()  # number, last number that follows, tokens
+    for number, (part, size) in enumerate(_in_order(roots), from_document):
         tokens = part.end - part.start
         indices = torch.arange(length, length + tokens)
         for document in part.documents:
             start = spans[document][0]
             place[start + part.start : start + part.end] = indices
         kept.append(torch.arange(part.start, part.end) + spans[part.documents[0]][0])
-        numbers.append((number, number + size - 1, tokens))
+        of_parts.append((number, number + size - 1, tokens))
         length += tokens
-    of_parts = torch.tensor(numbers)
-    index = torch.cat(kept)
-    shared = tags[index]
-    for tag, column in ((DOCUMENT, 0), (LAST, 1)):
-        shared[from_token:, tag] = of_parts[:, column].repeat_interleave(of_parts[:, 2])
-    return SharedStream(kept=index, place=place, tags=shared)
+    every = torch.cat(kept)
+    shared = tags[every]
+    numbers, last, tokens_of = torch.tensor(of_parts).unbind(1)
+    shared[len(kept[0]) :, DOCUMENT] = numbers.repeat_interleave(tokens_of)
+    shared[len(kept[0]) :, LAST] = last.repeat_interleave(tokens_of)
+    return SharedStream(kept=every, place=place, tags=shared)
 
 
-def _in_order(parts: Sequence[_Part]) -> Iterator[tuple[_Part, int]]:
+def _in_order(parts: Sequence[Part]) -> Iterator[tuple[Part, int]]:
     """Yields every part before its children, with the number of parts of its subtree."""
     for part in parts:
         children = list(_in_order(part.children))

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_opdlm.diffusion.shared_prefixes import SharedStream, share_prefixes
+from megatron_opdlm.diffusion.shared_prefixes import (
+    SharedStream,
+    find_parts,
+    repeated,
+    share_prefixes,
+)
 from megatron_opdlm.diffusion.tags import BLOCK, DOCUMENT, LAST, NUM_TAGS, padding_tags
 
 
@@ -124,16 +129,21 @@ def packed_size(documents: Sequence[Document], *, multiple: int, block_size: int
         multiple: see `pack`.
         block_size: tokens per block; 1 for a causal model.
     """
-    _, stream = _joined(documents)
-    pairs = attention_pairs(stream.tags, block_size)
-    return StreamSize(num_tokens=aligned(len(stream), multiple), attention_pairs=pairs)
+    length = sum(len(document) for document in documents)
+    pairs = sum(attention_pairs(document.tags, block_size) for document in documents)
+    parts = find_parts([(d.token_ids, d.tags) for d in documents]) if documents else []
+    for part, times in repeated(parts):
+        tags = documents[part.documents[0]].tags[part.start : part.end]
+        length -= times * len(tags)
+        pairs -= times * attention_pairs(tags, block_size)
+    return StreamSize(num_tokens=aligned(length, multiple), attention_pairs=pairs)
 
 
 def attention_pairs(tags: Tensor, block_size: int) -> int:
     """Returns the number of (query, key) pairs that the predicate allows, per layer.
 
     A token of block b sees the same number of keys whether it is clean or noisy: those of b earlier
-    blocks and of its own.
+    blocks and of its own. Blocks must be whole, as training and decoding have them.
 
     Args:
         tags: [S, 5] int64 of tokens that are no padding.
@@ -144,9 +154,10 @@ def attention_pairs(tags: Tensor, block_size: int) -> int:
 
 def _joined(documents: Sequence[Document]) -> tuple[Tensor, SharedStream]:
     """Returns the token ids [S] of all documents, and how they share a stream."""
-    tags = [document.tags.clone() for document in documents]
-    for index, part in enumerate(tags):
-        part[:, DOCUMENT] = part[:, LAST] = index
     no_tokens = torch.empty(0, dtype=torch.int64)
     token_ids = torch.cat([no_tokens, *(document.token_ids for document in documents)])
-    return token_ids, share_prefixes(token_ids, torch.cat([padding_tags(0), *tags]))
+    tags = torch.cat([padding_tags(0), *(document.tags for document in documents)])
+    counts = torch.tensor([len(document) for document in documents], dtype=torch.int64)
+    numbers = torch.arange(len(documents)).repeat_interleave(counts)
+    tags[:, DOCUMENT] = tags[:, LAST] = numbers
+    return token_ids, share_prefixes(token_ids, tags)

@@ -3,16 +3,17 @@
 A stream is a flat sequence of tokens [S], which contains several documents one after the other,
 without padding between them. Five tags per token say everything that attention must know:
 
-    DOCUMENT  number of the document, or of the part of a document, that the token belongs to
+    DOCUMENT  number of the document that the token belongs to; what several documents have in
+              common at their beginning is in the stream once, as a part with a number of its own
+              (shared_prefixes.py)
     NOISY     0 in the clean part x_0; in the noisy part x_t (the doubled sequence of block
               diffusion, BD3-LM, arXiv 2503.09573) the number of the state, from 1: several noisy
               states may share the clean part
     BLOCK     index of its block on the grid anchored at absolute position 0
     POSITION  absolute position in its document, used by RoPE; a noisy token has the position of
               the clean one
-    LAST      number of the last document that the token is a part of: its own number, but the
-              beginning of several documents is in the stream once (shared_prefixes.py), and
-              belongs to all documents from DOCUMENT through LAST
+    LAST      largest number of a document or part that begins with the token's; its own number if
+              no other does. Those from DOCUMENT through LAST do
 
 A causal model is the case of block size 1: a clean token then sees the clean tokens at its own
 position and before it. So teacher, student, training and decoding all use `visible`.
@@ -36,8 +37,8 @@ def visible(query_tags: Tensor, key_tags: Tensor) -> Tensor:
 
     A clean query sees clean keys of its own block and of the blocks before it (block_causal). A
     noisy query sees clean keys of the blocks before its own (offset_block_causal), and the noisy
-    keys of its own block and state (block_diagonal). No query sees keys of another document; the
-    keys of a shared beginning belong to several.
+    keys of its own block and state (block_diagonal). No query sees keys of another document,
+    but all that begin with a shared part see its keys.
 
     Args:
         query_tags: [..., Q, 5] int, tags of the queries.

@@ -28,24 +28,24 @@ single piece may have more."""
 
 @dataclass(frozen=True)
 class _Path:
-    """The tokens of a document and, before them, those that it shares with others."""
+    """The tokens of a document, or of a part that documents share, after those that begin it."""
 
     first: int
     """Index of the first of them among the tokens of all paths."""
     tokens: Tensor
     """[L] int64, stream indices."""
     num_shared: int
-    """How many of them are shared, and are queries of another path."""
+    """How many of them begin it: these are queries of other paths."""
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A run of queries of one document."""
+    """A run of queries of one document, or of one part that documents share."""
 
     queries: Tensor
     """[Q] int64, stream indices."""
     path: _Path
-    """The document."""
+    """Where they are."""
     num_common: int
     """Number of tokens at the start of the path that are keys which every query sees."""
     others: Tensor
@@ -110,9 +110,8 @@ def make_tiles(tags: Tensor, *, query_tile: int = QUERY_TILE) -> list[Tile]:
     """Cuts a stream into tiles, so that no mask is larger than a tile.
 
     A document of at most `query_tile` tokens becomes one piece. A longer document is cut into runs
-    of queries; each becomes a piece with the keys that at least one of its queries sees. So does
-    what several documents share. Pieces of
-    similar size are computed in one tile.
+    of queries; each becomes a piece with the keys that at least one of its queries sees. A part
+    that documents share is cut in the same way. Pieces of similar size are computed in one tile.
 
     Args:
         tags: [S, 5] int64, tags; the tokens of a document are contiguous.
@@ -125,8 +124,9 @@ def make_tiles(tags: Tensor, *, query_tile: int = QUERY_TILE) -> list[Tile]:
     paths = _find_paths(cpu_tags)
     pieces: list[_Piece] = []
     for path in paths:
+        of_path = cpu_tags[path.tokens]
         runs = torch.arange(path.num_shared, len(path.tokens)).split(query_tile)
-        pieces += [_make_piece(cpu_tags[path.tokens], queries, path) for queries in runs]
+        pieces += [_make_piece(of_path, queries, path) for queries in runs]
     pieces.sort(key=lambda piece: piece.num_keys)
     of_all = torch.cat([path.tokens for path in paths]).to(tags.device)
     # Largest first: smaller tiles can then use the memory that it has freed.
@@ -139,10 +139,10 @@ def _find_paths(tags: Tensor) -> list[_Path]:
     starts = [0, *((documents[1:] != documents[:-1]).nonzero()[:, 0] + 1).tolist()]
     ends = [*starts[1:], len(documents)]
     found, total = list[_Path](), 0
-    above = list[tuple[int, Tensor]]()  # what the document begins with: last document, tokens
+    above = list[tuple[int, Tensor]]()  # parts that the document begins with: LAST, path tokens
     for start, end in zip(starts, ends, strict=True):
-        document, last = tags[start, DOCUMENT], int(tags[start, LAST])
-        while above and not above[-1][0] >= document >= 0:
+        document, last = int(tags[start, DOCUMENT]), int(tags[start, LAST])
+        while above and not 0 <= document <= above[-1][0]:
             above.pop()
         own = torch.arange(start, end)
         tokens = torch.cat([above[-1][1], own]) if above else own

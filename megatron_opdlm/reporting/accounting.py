@@ -66,6 +66,8 @@ class WorkCounters:
     """Work that all replicas have done so far: the same on every rank, and saved in checkpoints.
 
     Attention pairs are counted per layer, as the mask allows them, not as tiles execute them.
+    Prompts that begin alike are read once if they enter a pass, or are packed, together. So the
+    work depends on the data-parallel size, and that of rollouts on which replica was free.
     """
 
     response_tokens: int = 0
@@ -110,7 +112,7 @@ class WorkCounters:
             self.prompt_tokens += len(trajectory.prompt_ids)
 
     def add_teacher_decoding(self, prompt_tokens: int, response_tokens: int) -> None:
-        """Adds a response that the teacher decoded.
+        """Adds a response that the teacher decoded, as if it had been decoded alone.
 
         The prompt and every response token but the last enter the cache once. The LM head is
         applied to one row per response token.

@@ -136,7 +136,7 @@ class CachedAttention:
 
         Args:
             layout: attention layout of the pass.
-            inputs: `tags` [S with padding, 4] and the inputs of the attention layout.
+            inputs: `tags` [S with padding, 5] and the inputs of the attention layout.
         """
         self.layout, self._inputs = layout, inputs
         tags = inputs["tags"][: layout.num_tokens]
@@ -145,7 +145,8 @@ class CachedAttention:
         self._stream: AttentionPlan | None = None
         if layout.num_cached < layout.num_tokens:
             tags = F.pad(tags[layout.num_cached :], (0, 0, 0, layout.flex_padding))
-            tags[len(tags) - layout.flex_padding :, [DOCUMENT, LAST]] = PADDING_DOCUMENT
+            padding = tags[len(tags) - layout.flex_padding :]
+            padding[:, DOCUMENT] = padding[:, LAST] = PADDING_DOCUMENT
             self._stream = AttentionPlan(tags=tags)
 
     def attend(

@@ -120,8 +120,7 @@ def lay_out(
         num_cached += spare
     tags, ends = _tags(sequences, laid_out)
     token_ids = sequences.token_ids[laid_out[tags[:, DOCUMENT]], tags[:, POSITION]]
-    num_reading = int(ends[-1] - (ends[num_cached - 1] if num_cached else 0))
-    stream = share_prefixes(token_ids, tags, from_token=len(tags) - num_reading)
+    stream = share_prefixes(token_ids, tags, from_document=num_cached)
     layout = AttentionLayout(
         cache, tags, laid_out, stream, num_cached_rows=num_cached, block_size=size, device=device
     )

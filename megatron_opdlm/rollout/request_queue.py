@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch.distributed as dist
 
+from megatron_opdlm.diffusion.shared_prefixes import LEAST_SHARED
 from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.rollout.request import Request
 
@@ -30,11 +31,26 @@ class RequestQueue(Protocol):
     def take(self, most: int, most_tokens: int) -> list[int]:
         """Takes the next requests: at most `most`, and no more after `most_tokens` prompt tokens.
 
+        What a prompt has in common with the one before it is not counted: both are read together.
         Call on all ranks of a replica.
 
         Returns:
             Indices of the requests, the same on every rank of the replica.
         """
+
+
+def new_tokens(requests: Sequence[Request]) -> int:
+    """Returns how many prompt tokens the last of one or two requests adds to a pass.
+
+    Fewer than LEAST_SHARED tokens that both begin with count, as they are read twice.
+    """
+    last = requests[-1].prompt_ids
+    if len(requests) == 1:
+        return len(last)
+    other = requests[0].prompt_ids
+    shorter = min(len(last), len(other))
+    common = int((last[:shorter] == other[:shorter]).int().cumprod(0).sum())
+    return len(last) - (common if common >= LEAST_SHARED else 0)
 
 
 class LocalQueue:
@@ -59,7 +75,7 @@ class LocalQueue:
         """See `RequestQueue`."""
         first, num_tokens = self._next, 0
         while not self.is_empty and self._next - first < most and num_tokens < most_tokens:
-            num_tokens += len(self.requests[self._next].prompt_ids)
+            num_tokens += new_tokens(self.requests[max(first, self._next - 1) : self._next + 1])
             self._next += 1
         return list(range(first, self._next))
 
@@ -100,7 +116,7 @@ class SharedQueue:
                     self._is_empty = True
                     break
                 taken.append(index)
-                num_tokens += len(self.requests[index].prompt_ids)
+                num_tokens += new_tokens([self.requests[i] for i in taken[-2:]])
         taken, self._is_empty = self._parallel.from_replica_main((taken, self._is_empty))
         return taken
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_opdlm.diffusion.tags import BLOCK, DOCUMENT
 from megatron_opdlm.rollout import cached_attention
 from megatron_opdlm.rollout.cache import KVCache
 from megatron_opdlm.rollout.cached_attention import CachedAttention
@@ -77,7 +78,7 @@ def batched_dense(
     values = values.abs() if absolute else values
     of_head = torch.arange(query.shape[1], device=query.device) // cache.shared
     output = torch.empty_like(query, dtype=torch.float64)
-    for i, (row, _, block, _) in enumerate(tags.tolist()):
+    for i, (row, block) in enumerate(tags[:, [DOCUMENT, BLOCK]].tolist()):
         place = int(slots[row]), of_head, slice(0, (block + 1) * block_size)
         scores = torch.einsum("hd,hkd->hk", query[i].double(), keys[place].double())
         weights = (scores * scale).softmax(-1)
@@ -128,7 +129,7 @@ def test_control_wrong_arguments(kernel: DecodingKernel, damage: Callable[[Any],
     """The last key that a run sees has a large value, so that it counts among 500."""
     case = make_case(4, 512, 2)
     _, cache, tags, slots, _ = case
-    for row, _, block, _ in tags.tolist():
+    for row, block in tags[:, [DOCUMENT, BLOCK]].tolist():
         cache.layer(1)[1][int(slots[row]), :, 4 * block + 3] = 64
     scale = WIDTH**-0.5
     assert excess(attend(kernel, *case, scale=scale), case).max() < 1

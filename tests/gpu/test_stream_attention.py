@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm.diffusion.stream import Document, PackedStream, pack
-from megatron_opdlm.diffusion.tags import make_tags
+from megatron_opdlm.diffusion.tags import DOCUMENT, LAST, make_tags
 from megatron_opdlm.model.flex import flex_attention, make_block_mask
 from megatron_opdlm.model.tiles import make_tiles, tiled_attention
 from tests.gpu.needs import needs_gpu
@@ -38,14 +38,16 @@ def nothing_compiled() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def make_stream(sizes: tuple[tuple[int, int], ...]) -> PackedStream:
+def make_stream(sizes: tuple[tuple[int, int], ...], num_shared: int = 0) -> PackedStream:
+    """Documents that share nothing, or begin with the same `num_shared` tokens."""
     documents = []
-    for clean, noisy in sizes:
+    for index, (clean, noisy) in enumerate(sizes):
         positions = torch.arange(clean)
         parts = [(positions, 0), (positions[clean - noisy :], 1)]
         tags = torch.cat([make_tags(0, p, noisy=state, block_size=4) for p, state in parts])
-        nothing = torch.zeros(len(tags), dtype=torch.int64)
-        documents.append(Document(token_ids=nothing, tags=tags, loss_rows=nothing[:0]))
+        token_ids = torch.arange(len(tags)) + 10_000 * index
+        token_ids[:num_shared] = torch.arange(num_shared)
+        documents.append(Document(token_ids=token_ids, tags=tags, loss_rows=token_ids[:0]))
     return pack(documents, multiple=128)
 
 
@@ -100,8 +102,11 @@ def test_flex_attention_equals_tiles(heads: tuple[int, int], size: int, dtype: t
     """Compiled for the first stream, forward and backward, and for no other length again."""
     exact = torch.float64 if dtype is torch.float32 else torch.float32
     of_output, of_gradients = ROUNDING[dtype]
-    for number, sizes in enumerate(SEVERAL):
-        stream = make_stream(sizes)
+    alike = (SEVERAL[1], 64)
+    for number, case in enumerate([*((sizes, 0) for sizes in SEVERAL), alike]):
+        stream = make_stream(*case)
+        is_shared = bool((stream.tags[:, LAST] > stream.tags[:, DOCUMENT]).any())
+        assert is_shared == (case == alike)
         drawn = random_inputs(len(stream), heads, size, dtype)
         with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
             got = on_device(drawn, stream)

@@ -48,7 +48,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def tags_of(num_response: int) -> Tensor:
-    """[N, 4]: the stream; nobody sees the last clean block, so it is not there."""
+    """[N, 5]: the stream; nobody sees the last clean block, so it is not there."""
     end = PROMPT + num_response
     clean = make_tags(0, torch.arange(end - BLOCK), noisy=0, block_size=BLOCK)
     noisy = make_tags(0, torch.arange(PROMPT, end), noisy=1, block_size=BLOCK)

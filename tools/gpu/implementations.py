@@ -175,11 +175,10 @@ def _dense(case: DecodingCase) -> Attend:
     """What runs without a kernel."""
     device = torch.cuda.current_device()
     with replaced(cached_attention, "decoding_kernel", lambda *unused: None):
-        nothing_new = share_prefixes(
-            torch.zeros(len(case.tags), dtype=torch.int64), case.tags, from_token=len(case.tags)
-        )
+        no_ids = torch.zeros(len(case.tags), dtype=torch.int64)
+        stream = share_prefixes(no_ids, case.tags, from_document=len(case.slots))
         layout = AttentionLayout(
-            case.cache, case.tags, case.slots, nothing_new, num_cached_rows=len(case.slots),
+            case.cache, case.tags, case.slots, stream, num_cached_rows=len(case.slots),
             block_size=BLOCK, device=device,
         )  # fmt: skip
     attention = CachedAttention(layout, Staged({"tags": case.tags} | layout.inputs, device))

@@ -128,11 +128,11 @@ def test_documents_that_share_nothing_stay_as_they_are():
 def test_documents_at_the_start_can_be_left_alone():
     documents = [chat(i, 20, [i]) for i in range(4)]
     token_ids, tags = joined(documents)
-    stream = share_prefixes(token_ids, tags, from_token=42)
+    stream = share_prefixes(token_ids, tags, from_document=2)
     assert len(stream) == 42 + 20 + 1 + 1
     assert torch.equal(stream.tags[:42], tags[:42])
     check(documents, stream)
-    nothing = share_prefixes(token_ids, tags, from_token=len(tags))
+    nothing = share_prefixes(token_ids, tags, from_document=4)
     assert torch.equal(nothing.tags, tags) and not nothing.is_shared
 
 

@@ -38,16 +38,16 @@ def make_document(length, noisy_blocks, block_size, rows=(), num_states=1, first
 
 
 @st.composite
-def streams(draw, kinds=4):
+def streams(draw, alike=False):
     """Several documents, clean or doubled, of lengths off the block grid too, with padding.
 
-    Documents of a kind begin alike.
+    They share nothing, or are of two kinds that begin alike.
     """
     block_size = draw(st.integers(1, 8))
     documents = []
     for _ in range(draw(st.integers(0, 4))):
         length = draw(st.integers(1, 40))
-        kind = draw(st.integers(0, kinds - 1)) if kinds < 4 else len(documents)
+        kind = draw(st.integers(0, 1)) if alike else len(documents)
         blocks = draw(st.sets(st.integers(0, (length - 1) // block_size)))
         num_states = draw(st.integers(1, 3))
         size = length + num_states * sum(p // block_size in blocks for p in range(length))
@@ -57,7 +57,7 @@ def streams(draw, kinds=4):
 
 
 @settings(max_examples=60, deadline=None)
-@given(streams(kinds=2))
+@given(streams(alike=True))
 def test_visible_equals_brute_force(drawn):
     documents, block_size, multiple = drawn
     tags = pack(documents, multiple=multiple).tags
@@ -72,7 +72,7 @@ def mask_of(block_mask, length):
 
 
 @settings(max_examples=15, deadline=None)
-@given(streams(kinds=2))
+@given(streams(alike=True))
 def test_flex_attention_mask_equals_visible(drawn):
     documents, block_size, multiple = drawn
     tags = pack(documents, multiple=multiple).tags
@@ -154,7 +154,8 @@ def test_block_size_one_is_causal():
 @pytest.mark.parametrize("part", ["document", "noisy", "block", "last"])
 def test_control_every_tag_matters(part):
     """Brute force and predicate part as soon as a tag is lost."""
-    stream = pack([make_document(8, {1}, 4), make_document(6, {0}, 4)])
+    stream = pack([make_document(24, {5}, 4), make_document(26, {0}, 4)])
+    assert bool((stream.tags[:, LAST] > stream.tags[:, DOCUMENT]).any())
     broken = stream.tags.clone()
     broken[:, {"document": DOCUMENT, "noisy": NOISY, "block": BLOCK, "last": LAST}[part]] = 0
     assert not torch.equal(visible(broken, broken), dense_mask(stream.tags))
@@ -189,6 +190,22 @@ def test_pack(drawn):
     assert stream.loss_rows.tolist() == rows
     moved = stream.to("cpu")
     assert torch.equal(moved.tags, stream.tags) and moved.num_padding == stream.num_padding
+
+
+@settings(max_examples=60, deadline=None)
+@given(streams(alike=True))
+def test_pack_documents_that_begin_alike(drawn):
+    """Loss rows are the documents' own tokens, wherever these are now."""
+    documents, _, multiple = drawn
+    stream = pack(documents, multiple=multiple)
+    rows = [document.token_ids[document.loss_rows] for document in documents]
+    assert (
+        stream.token_ids[stream.loss_rows].tolist() == torch.cat([*rows, torch.empty(0)]).tolist()
+    )
+    positions = [document.tags[document.loss_rows, POSITION] for document in documents]
+    packed = stream.tags[stream.loss_rows, POSITION]
+    assert packed.tolist() == torch.cat([*positions, torch.empty(0)]).tolist()
+    assert len(stream) % multiple == 0 and stream.num_padding < max(multiple, 2)
 
 
 def test_padding_sees_itself_and_is_seen_by_nobody():

@@ -14,6 +14,7 @@ from megatron_opdlm.diffusion import shared_prefixes
 from megatron_opdlm.diffusion.example import make_example
 from megatron_opdlm.diffusion.state_selection import NoisyStates
 from megatron_opdlm.diffusion.stream import pack
+from megatron_opdlm.diffusion.tags import POSITION
 from megatron_opdlm.distill.batching import balance, fill, group, make_microbatches, plan_packing
 from megatron_opdlm.loss.reduction import LOSS_REDUCTIONS, row_weights
 from megatron_opdlm.train.trainer import Trainer, has_loss
@@ -205,7 +206,7 @@ def test_fill(lengths, budget):
 )
 @mock.patch.object(shared_prefixes, "LEAST_SHARED", 1000)
 def test_every_state_is_in_one_microbatch(states, dp_size, budget, multiple, reduction):
-    """Documents that begin alike are as long as others here: see test_shared_prefixes.py."""
+    """Nothing is shared here: see test_rows_are_aligned_where_prompts_are_shared."""
     weights = row_weights(states, reduction)
     runs = plan_packing([len(s.student) for s in states], dp_size=dp_size, token_budget=budget)
     expected = sorted(
@@ -322,3 +323,26 @@ def test_more_states_are_no_larger_sum():
     for reduction in LOSS_REDUCTIONS:
         (alone,), (doubled,) = (row_weights([state], reduction) for state in (one, two))
         assert alone * one.num_rows == pytest.approx(doubled * two.num_rows)
+
+
+def test_rows_are_aligned_where_prompts_are_shared():
+    """Two responses to one prompt of 40 tokens: what outputs predict, by position and token."""
+    examples = []
+    for number in range(2):
+        trajectory = make_trajectory(40, [0, 1, 2, 3] * 3, 4)
+        ids = trajectory.response_ids.roll(number)
+        trajectory = dataclasses.replace(trajectory, response_ids=ids)
+        states = NoisyStates(trajectory.commit_grid.unsqueeze(0) >= 1)
+        examples.append(make_example(trajectory, states, mask_token_id=MASK, include_eos=True))
+    (batch,) = make_microbatches(
+        examples, [[[0, 1]]], dp_rank=0, multiple=1, loss_reduction="sequence_mean"
+    )
+    teacher = pack([example.teacher for example in examples])
+    alone = [len(example.student) for example in examples]
+    assert len(batch.student) == sum(alone) - 40 and len(teacher) < sum(alone)
+    student_rows = batch.student.tags[batch.student.loss_rows, POSITION]
+    teacher_rows = teacher.tags[teacher.loss_rows, POSITION]
+    assert torch.equal(student_rows - 1, teacher_rows)
+    before = torch.cat([e.trajectory.token_ids[e.teacher.loss_rows] for e in examples])
+    assert torch.equal(teacher.token_ids[teacher.loss_rows], before)
+    assert bool((batch.student.token_ids[batch.student.loss_rows] == MASK).all())

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_opdlm import triton_support as kernel_support
+from megatron_opdlm.diffusion.tags import BLOCK, DOCUMENT, NOISY, make_tags
 from megatron_opdlm.rollout import decoding_kernels
 from megatron_opdlm.rollout.cache import KVCache
 from megatron_opdlm.rollout.decoding_kernels import (
@@ -44,15 +45,15 @@ def filled_cache(capacity, num_groups, shared, *, width=WIDTH, device="cpu", dty
 
 
 def mixed_pass(block_size, context):
-    """[S, 4] tags, and slots out of order: rows of one and of two blocks, the longest full."""
+    """[S, 5] tags, and slots out of order: rows of one and of two blocks, the longest full."""
     last = context // block_size - 1
     slots = torch.tensor([3, 0, 4, 1])
     tags = []
     for row, (first, end) in enumerate([(last, last), (0, 1), (last - 1, last), (last // 2,) * 2]):
-        blocks = torch.arange(first, end + 1).repeat_interleave(block_size)
         positions = torch.arange(first * block_size, (end + 1) * block_size)
-        noisy = (blocks == end).long()
-        tags.append(torch.stack([torch.full_like(blocks, row), noisy, blocks, positions], 1))
+        of_row = make_tags(row, positions, noisy=0, block_size=block_size)
+        of_row[:, NOISY] = of_row[:, BLOCK] == end
+        tags.append(of_row)
     return torch.cat(tags), slots
 
 
@@ -62,7 +63,7 @@ def dense(query, cache, tags, slots, block_size, *, scale=SCALE, absolute=False)
     values = values.abs() if absolute else values
     shared = query.shape[1] // keys.shape[1]
     output = torch.empty_like(query, dtype=torch.float64)
-    for i, (row, _, block, _) in enumerate(tags.tolist()):
+    for i, (row, block) in enumerate(tags[:, [DOCUMENT, BLOCK]].tolist()):
         seen = slice(0, (block + 1) * block_size)
         for head in range(query.shape[1]):
             place = int(slots[row]), head // shared, seen

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from megatron_opdlm.rollout import scheduler as scheduler_module
-from megatron_opdlm.rollout.request_queue import LocalQueue
+from megatron_opdlm.rollout.request_queue import LocalQueue, new_tokens
 from megatron_opdlm.rollout.scheduler import LEAST_SHARE_ADMITTED, Scheduler
 from megatron_opdlm.rollout.sequences import Sequences
-from tests.rollouts import MASK, make_request
+from tests.rollouts import MASK, alike_requests, make_request
 
 BLOCK = 4
 
@@ -41,6 +41,27 @@ def test_all_sequences_enter_together():
     assert scheduler.schedule() == [0]
     scheduler.retire([0], [0])
     assert scheduler.schedule() is None
+
+
+def test_prompts_that_begin_alike_enter_together(monkeypatch):
+    """Six prompts of 24 + 21 tokens, of which two each are equal: 45, 0, 21, 0, 21, 0 new ones."""
+    requests = alike_requests()
+    each = [new_tokens(requests[max(0, i - 1) : i + 1]) for i in range(len(requests))]
+    assert each == [45, 0, 21, 0, 21, 0]
+    monkeypatch.setattr(scheduler_module, "PREFILL_TOKENS", 46)
+    sequences = Sequences(num_slots=6, capacity=64, block_size=BLOCK, mask_token_id=MASK)
+    scheduler = Scheduler(
+        LocalQueue(requests), sequences, num_slots=6, num_stages=1, prompts_apart=False
+    )
+    assert scheduler.schedule() == [0, 1, 2]  # 66 tokens; alone they would be 90 after two
+
+
+def test_a_short_beginning_is_read_twice():
+    requests = [make_request(1, 30, BLOCK), make_request(2, 30, BLOCK)]
+    for request, common in zip([requests[0]] * 2, (15, 16), strict=True):
+        requests[1].prompt_ids[:common] = request.prompt_ids[:common]
+        requests[1].prompt_ids[common] = (request.prompt_ids[common] + 1) % 256
+        assert new_tokens(requests) == (30 if common == 15 else 14)
 
 
 @pytest.mark.parametrize("num_slots", [4, 16])

@@ -72,10 +72,10 @@ def test_control_keys_and_values_of_another_token(model, monkeypatch):
     """The first sequence gets those of its first token everywhere."""
     share = shared_prefixes.share_prefixes
 
-    def misplaced(token_ids, tags, *, from_token=0):
-        stream = share(token_ids, tags, from_token=from_token)
+    def misplaced(token_ids, tags, *, from_document=0):
+        stream = share(token_ids, tags, from_document=from_document)
         if stream.is_shared:
-            stream.place[from_token : from_token + 20] = stream.place[from_token]
+            stream.place[:20] = stream.place[0]
         return stream
 
     monkeypatch.setattr("megatron_opdlm.rollout.decode_pass.share_prefixes", misplaced)
