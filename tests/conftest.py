@@ -6,11 +6,16 @@ import os
 import signal
 import warnings
 
+import hypothesis
 import pytest
 import torch
 
 # Before any fork: the parent's OpenMP pool does not survive into a forked child, which then hangs.
 torch.set_num_threads(1)
+
+# A case takes milliseconds, but on a busy machine any of them may take seconds.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 # Triton reads this when it is imported, which megatron-core does. Where there is a GPU kernels are
 # compiled, and tests/gpu holds them against the same oracles.
