@@ -10,8 +10,6 @@ FEWEST_ROLLOUTS = 8
 """Below this the length ramp has no room, and the student says nothing."""
 RAMP_SHARE = 0.6
 """Of the rollouts, until responses have their full length."""
-MEASURED_SHARES = (0.25, 0.5)
-"""Of the rollouts, after which the student is measured on the way."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +23,11 @@ class Machine:
     """Conversion, all measures, export and checks: all but the rollouts with their training."""
     seconds_per_rollout: float
     """Decoding and training, mean over the ramp."""
+    measured_shares: tuple[float, ...] = ()
+    """Of the rollouts, after which the student is measured on the way."""
 
 
-CPU = Machine("2 CPU cores", "examples/configs/smollm2.yaml", 60, 16, 100)
+CPU = Machine("2 CPU cores", "examples/configs/smollm2.yaml", 60, 16, 100, (0.25, 0.5))
 GPU = Machine("a GPU", "examples/configs/smollm2_gpu.yaml", 8, 4, 6)
 """A guess: nothing has run on a GPU yet."""
 
@@ -48,7 +48,7 @@ class Plan:
     @property
     def stages(self) -> list[int]:
         """Numbers of rollouts after which the student is measured; the last is all of them."""
-        between = {round(share * self.rollouts) for share in MEASURED_SHARES}
+        between = {round(share * self.rollouts) for share in self.machine.measured_shares}
         return [*sorted(between - {0, self.rollouts}), self.rollouts]
 
     @property

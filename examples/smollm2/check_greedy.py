@@ -27,6 +27,27 @@ from megatron_opdlm.responses.prompts import Prompt, load_prompts
 
 def main() -> int:
     """Compares, prints, and returns the exit status."""
+    args = parse_arguments()
+    for size in args.tensor_parallel:
+        require_at_least(1, "tensor_parallel", size)
+    for name in ("num_prompts", "max_new_tokens"):
+        require_at_least(1, name, getattr(args, name))
+    prompts = load_prompts(args.prompts)[: args.num_prompts]
+    expected, closest = transformers_answers(args.hf, prompts, args.max_new_tokens)
+    print(f"transformers: the two likeliest tokens are never nearer than {closest:.1e} logits")
+    failed = False
+    for size in args.tensor_parallel:
+        found = our_answers(args.model, prompts, args.max_new_tokens, size)
+        equal = sum(found.get(name) == answer for name, answer in expected.items())
+        tokens = sum(map(len, expected.values()))
+        text = f"{equal} of {len(expected)} responses ({tokens} tokens) are equal"
+        print(f"tensor parallel {size}: {text}", flush=True)
+        failed |= equal < len(expected)
+    return int(failed)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -37,27 +58,7 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="default: 32")
     parser.add_argument("--tensor-parallel", type=numbers, default=[1], metavar="N,N",
                         help="default: 1")  # fmt: skip
-    args = parser.parse_args()
-    for size in args.tensor_parallel:
-        require_at_least(1, "tensor_parallel", size)
-    for name in ("num_prompts", "max_new_tokens"):
-        require_at_least(1, name, getattr(args, name))
-    prompts = load_prompts(args.prompts)[: args.num_prompts]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "prompts.jsonl"
-        lines = (json.dumps({"id": p.id, "messages": list(p.messages)}) for p in prompts)
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        expected, closest = transformers_answers(args.hf, prompts, args.max_new_tokens)
-        print(f"transformers: the two likeliest tokens are never nearer than {closest:.1e} logits")
-        failed = False
-        for size in args.tensor_parallel:
-            found = our_answers(args.model, file, args.max_new_tokens, size)
-            equal = sum(found.get(name) == answer for name, answer in expected.items())
-            tokens = sum(map(len, expected.values()))
-            text = f"{equal} of {len(expected)} responses ({tokens} tokens) are equal"
-            print(f"tensor parallel {size}: {text}", flush=True)
-            failed |= equal < len(expected)
-    return int(failed)
+    return parser.parse_args(argv)
 
 
 def numbers(text: str) -> list[int]:
@@ -88,27 +89,30 @@ def transformers_answers(
     return answers, closest
 
 
-def our_answers(model: str, prompts: Path, limit: int, size: int) -> dict[str, list[int]]:
+def our_answers(model: str, prompts: list[Prompt], limit: int, size: int) -> dict[str, list[int]]:
     """Returns the response of every prompt, decoded by `opdlm generate` on `size` processes.
 
     Raises:
         ValueError: the command failed.
     """
-    responses = prompts.with_name(f"responses_{size}.jsonl")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [
-        *launcher, f"--nproc-per-node={size}", "-m", "megatron_opdlm", "generate",
-        "--model", model, "--prompts", str(prompts), "--out", str(responses),
-        "--block-size", "1", "--denoising-steps", "1", "--prediction", "next_position",
-        "--max-new-tokens", str(limit), "--params-dtype", "float32",
-        "--tensor-model-parallel-size", str(size),
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        why = next((line for line in lines if "error:" in line), lines[-1] if lines else "")
-        raise ValueError(f"opdlm generate on {size} processes ended with: {why}")
-    records = map(json.loads, responses.read_text(encoding="utf-8").splitlines())
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    with tempfile.TemporaryDirectory() as folder:
+        file, responses = Path(folder) / "prompts.jsonl", Path(folder) / "responses.jsonl"
+        lines = (json.dumps({"id": p.id, "messages": list(p.messages)}) for p in prompts)
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        command = [
+            sys.executable, *(torchrun if size > 1 else []), "-m", "megatron_opdlm", "generate",
+            "--model", model, "--prompts", str(file), "--out", str(responses),
+            "--block-size", "1", "--denoising-steps", "1", "--prediction", "next_position",
+            "--max-new-tokens", str(limit), "--params-dtype", "float32",
+            "--tensor-model-parallel-size", str(size),
+        ]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            lines_of = [line for line in result.stderr.splitlines() if line.strip()]
+            why = next((text for text in lines_of if "error:" in text), "an error without a text")
+            raise ValueError(f"opdlm generate on {size} processes ended with: {why}")
+        records = [json.loads(line) for line in responses.read_text("utf-8").splitlines()]
     return {r["prompt_id"]: r["response_ids"][: r["tokens"]] for r in records}
 
 

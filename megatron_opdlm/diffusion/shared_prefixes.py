@@ -18,9 +18,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_opdlm.diffusion.tags import BLOCK, DOCUMENT, LAST, NOISY, POSITION
@@ -28,8 +26,6 @@ from megatron_opdlm.diffusion.tags import BLOCK, DOCUMENT, LAST, NOISY, POSITION
 LEAST_SHARED = 16
 """Fewest tokens that become a part of their own: attention runs part by part on a CPU, and a few
 tokens are not worth another part."""
-
-Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +64,12 @@ class Part:
 class _Prefix:
     """The clean tokens of a document."""
 
-    ids: Integers
-    """[P] token ids."""
-    blocks: Integers
-    """[P] indices of their blocks."""
-    positions: Integers
-    """[P] their positions."""
+    ids: Tensor
+    """[P] int64, token ids."""
+    blocks: Tensor
+    """[P] int64, indices of their blocks."""
+    positions: Tensor
+    """[P] int64, their positions."""
 
 
 def share_prefixes(token_ids: Tensor, tags: Tensor, *, from_document: int = 0) -> SharedStream:
@@ -110,7 +106,7 @@ def find_parts(documents: Sequence[tuple[Tensor, Tensor]]) -> list[Part]:
     """
     prefixes = [_prefix(*document) for document in documents]
     # Prefixes that begin alike are neighbours in this order.
-    order = sorted(range(len(prefixes)), key=lambda i: prefixes[i].ids.tobytes())
+    order = sorted(range(len(prefixes)), key=lambda i: prefixes[i].ids.tolist())
     common = [_common(prefixes[one], prefixes[other]) for one, other in itertools.pairwise(order)]
     return _parts(order, [0, *common], [len(token_ids) for token_ids, _ in documents], 0)
 
@@ -126,8 +122,7 @@ def repeated(parts: Sequence[Part]) -> Iterator[tuple[Part, int]]:
 def _prefix(token_ids: Tensor, tags: Tensor) -> _Prefix:
     is_noisy = tags[:, NOISY] != 0
     clean = int(is_noisy.int().argmax()) if bool(is_noisy.any()) else len(tags)
-    columns = (token_ids, tags[:, BLOCK], tags[:, POSITION])
-    return _Prefix(*(column[:clean].numpy() for column in columns))
+    return _Prefix(token_ids[:clean], tags[:clean, BLOCK], tags[:clean, POSITION])
 
 
 def _common(one: _Prefix, other: _Prefix) -> int:
@@ -135,9 +130,9 @@ def _common(one: _Prefix, other: _Prefix) -> int:
     common = min(len(one.ids), len(other.ids))
     for name in ("ids", "blocks", "positions"):
         differs = getattr(one, name)[:common] != getattr(other, name)[:common]
-        common = int(differs.argmax()) if differs.any() else common
+        common = int(differs.int().argmax()) if bool(differs.any()) else common
     if common and not (_ends_block(one, common) and _ends_block(other, common)):
-        common = int(np.searchsorted(one.blocks[:common], one.blocks[common - 1]))
+        common = int((one.blocks[:common] < one.blocks[common - 1]).sum())
     return common
 
 

@@ -1,51 +1,45 @@
 """examples/smollm2/check_greedy.py with a Llama that has the heads of SmolLM2: 9 and 3."""
 
-import subprocess
 import sys
 
 import pytest
 
-from tests.smollm2 import FOLDER
+from megatron_opdlm.responses.prompts import load_prompts
+from tests.smollm2 import module
 from tests.tiny import tiny_model, write_prompts
 
 SHAPE = {
     "family": "llama", "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36,
     "intermediate_size": 48, "num_hidden_layers": 2,
 }  # fmt: skip
+check_greedy = module("check_greedy")
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def test_three_processes_and_another_model(tmp_path, tmp_path_factory, monkeypatch, capsys):
+    """Three processes give what transformers gives, and another model does not."""
     folder = tmp_path_factory.getbasetemp()
-    return [tiny_model(folder, **SHAPE, seed=seed) for seed in (1, 2)]
+    one, other = (tiny_model(folder, **SHAPE, seed=seed) for seed in (1, 2))
+    file = str(write_prompts(tmp_path / "prompts.jsonl", count=4))
+    words = ["check_greedy.py", "--model", str(one.checkpoint), "--hf", str(one.hf)]
+    words += ["--prompts", file, "--max-new-tokens", "6", "--tensor-parallel", "3"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert check_greedy.main() == 0
+    assert "tensor parallel 3: 4 of 4 responses" in capsys.readouterr().out
+    wrong, _ = check_greedy.transformers_answers(other.hf, load_prompts(file), 6)
+    monkeypatch.setattr(check_greedy, "our_answers", lambda *unused: wrong)
+    assert check_greedy.main() == 1
+    assert "tensor parallel 3: 0 of 4 responses" in capsys.readouterr().out
 
 
-def check(model, hf, prompts, *options):
-    command = [sys.executable, FOLDER / "check_greedy.py", "--model", model, "--hf", hf]
-    command += ["--prompts", prompts, "--num-prompts", "4", "--max-new-tokens", "6", *options]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+def test_mistakes_are_refused_before_any_work(monkeypatch):
+    words = ["check_greedy.py", "--model", "m", "--hf", "h", "--prompts", "none.jsonl"]
+    for option, value in (("--tensor-parallel", "1,0"), ("--num-prompts", "0")):
+        monkeypatch.setattr(sys, "argv", [*words, option, value])
+        with pytest.raises(ValueError, match="=0 must be at least 1"):
+            check_greedy.main()
 
 
-def test_one_and_three_processes_and_another_model(models, tmp_path):
-    prompts = write_prompts(tmp_path / "prompts.jsonl")
-    one, other = models
-    same = check(one.checkpoint, one.hf, prompts, "--tensor-parallel", "1,3")
-    assert same.returncode == 0, same.stderr
-    for size in (1, 3):
-        assert f"tensor parallel {size}: 4 of 4 responses" in same.stdout
-    control = check(other.checkpoint, one.hf, prompts)
-    assert control.returncode == 1 and "tensor parallel 1: 0 of 4 responses" in control.stdout
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--tensor-parallel", "0"], "error: tensor_parallel=0 must be at least 1"),
-        (["--tensor-parallel", "a"], "invalid numbers value: 'a'"),
-        (["--tensor-parallel", "2"], "must divide"),
-    ],
-)
-def test_mistakes_are_one_line(models, tmp_path, options, words):
-    prompts = write_prompts(tmp_path / "prompts.jsonl")
-    done = check(models[0].checkpoint, models[0].hf, prompts, *options)
-    assert done.returncode == 2 and words in done.stderr.splitlines()[-1]
+def test_a_command_that_fails_says_why(tmp_path):
+    prompts = load_prompts(str(write_prompts(tmp_path / "prompts.jsonl", count=1)))
+    with pytest.raises(ValueError, match=r"1 processes ended with: .*error: .*no-such-model"):
+        check_greedy.our_answers(str(tmp_path / "no-such-model"), prompts, 4, 1)

@@ -169,7 +169,7 @@ def test_layouts_agree_with_one_process(layout, model_name, runs, tmp_path_facto
             assert len(got) == len(want) == 12 and all_same(got, want)
         torch.testing.assert_close(result["losses"], expected["losses"], rtol=0, atol=2e-6)
         torch.testing.assert_close(result["grad_norms"], expected["grad_norms"], rtol=1e-4, atol=0)
-        for counter in ("response_tokens", "teacher_head_rows", "student_attention_pairs"):
+        for counter in ("response_tokens", "teacher_head_rows", "student_head_rows"):
             assert result["work"][counter] == expected["work"][counter] > 0
     if "PP2" in layout:
         assert results[0]["microbatches"] > 1  # several in flight

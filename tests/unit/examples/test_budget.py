@@ -16,7 +16,10 @@ def budget():
 
 
 def test_a_plan_by_hand(budget):
-    machine = budget.Machine("a machine", "c.yaml", 60, fixed_minutes=10, seconds_per_rollout=90)
+    machine = budget.Machine(
+        "a machine", "c.yaml", 60, fixed_minutes=10, seconds_per_rollout=90,
+        measured_shares=(0.25, 0.5),
+    )  # fmt: skip
     plan = budget.make_plan(machine, None)
     assert (plan.minutes, plan.rollouts, plan.ramp) == (60, 33, 20)  # 50 min / 90 s = 33.3
     assert plan.expected_minutes == pytest.approx(59.5)
