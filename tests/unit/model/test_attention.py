@@ -45,10 +45,14 @@ def value_and_gradients(attention, inputs, *args):
 
 
 def make_stream(block_size=4, multiple=1, alike=True):
-    """One-token documents, short ones, and some longer than a tile of 16; some begin alike."""
+    """One-token documents, short ones, and some longer than a tile of 16.
+
+    If they are alike, the last four share 32 tokens and the last two 28 more.
+    """
     shapes = [
-        *((1, set()), (40, {8, 9}), (7, set()), (8, {1}), (1, {0}), (33, {0, 3}), (60, {2, 9})),
-    ]
+        (1, set()), (40, {8, 9}), (7, set()), (8, {1}), (1, {0}), (33, {0, 3}), (60, {2, 9}),
+        (64, {1, 15}),
+    ]  # fmt: skip
     documents = [
         make_document(length, noisy, block_size, first_id=0 if alike else 1000 * i)
         for i, (length, noisy) in enumerate(shapes)
