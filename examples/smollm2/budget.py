@@ -27,7 +27,7 @@ class Machine:
     """Of the rollouts, after which the student is measured on the way."""
 
 
-CPU = Machine("2 CPU cores", "examples/configs/smollm2.yaml", 60, 16, 100, (0.25, 0.5))
+CPU = Machine("2 CPU cores", "examples/configs/smollm2.yaml", 60, 24, 52, (0.25, 0.5))
 GPU = Machine("a GPU", "examples/configs/smollm2_gpu.yaml", 8, 4, 6)
 """A guess: nothing has run on a GPU yet."""
 
