@@ -145,7 +145,8 @@ def lay_out(
         noise_keys=staged["noise_keys"],
         plan=_plan(layout, model_inputs),
         is_whole_blocks=is_whole_blocks,
-        attention_pairs=attention_pairs(stream.tags, size),
+        # Blocks that fill the pass come last, and then nothing is shared.
+        attention_pairs=attention_pairs(stream.tags[: int(ends[-1])], size),
     )
 
 

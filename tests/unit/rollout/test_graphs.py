@@ -12,7 +12,7 @@ from megatron_opdlm.rollout.request_queue import LocalQueue
 from megatron_opdlm.rollout.staged import Staged
 from tests.helpers import run_ranks
 from tests.plain_kernels import PLAIN_FLAT
-from tests.rollouts import all_same, load, make_engine, make_request
+from tests.rollouts import alike_requests, all_same, load, make_engine, make_request
 from tests.tiny import tiny_model
 
 REQUESTS = [make_request(i, 1 + 2 * i, 9 + i) for i in range(7)]
@@ -43,14 +43,14 @@ def model(tmp_path_factory):
     return tiny_model(tmp_path_factory.getbasetemp(), num_hidden_layers=2)
 
 
-def decode(rank, checkpoint, layout, captured):
+def decode(rank, checkpoint, layout, captured, requests=REQUESTS, max_rows=4):
     """Trajectories and work, without graphs and with them."""
     model, parallel, _ = load(checkpoint, **layout)
-    engine = make_engine(model, parallel, SAMPLED, max_rows=4)
-    expected = engine.generate(REQUESTS)
+    engine = make_engine(model, parallel, SAMPLED, max_rows=max_rows)
+    expected, pairs = engine.generate(requests), engine.counts.attention_pairs
     cached_attention.decoding_kernel = lambda *where: PLAIN_FLAT
     engine.cuda_graphs = captured
-    return expected, engine.generate(REQUESTS), engine.counts, Repeat.captured
+    return expected, engine.generate(requests), pairs, engine.counts, Repeat.captured
 
 
 @pytest.mark.parametrize(
@@ -67,15 +67,31 @@ def test_captured_passes_decode_the_same(world_size, layout, model, monkeypatch)
     arguments = model.checkpoint, layout
     for captured in (False, True):
         for result in run_ranks(decode, world_size, *arguments, captured):
-            expected, got, counts, number = result
+            expected, got, pairs, counts, number = result
             assert all_same(got, expected) and len(got) == len(REQUESTS)
             assert (0 < number < counts.passes / 2) if captured else number == 0
+
+
+def test_captured_passes_after_prompts_that_begin_alike(model, monkeypatch):
+    monkeypatch.setattr(graphs, "CudaCapture", Repeat)
+    arguments = model.checkpoint, {}, True, [*REQUESTS, *alike_requests()]
+    ((expected, got, _, _, number),) = run_ranks(decode, 1, *arguments)
+    assert all_same(got, expected) and number > 0
+
+
+def test_blocks_that_fill_a_pass_are_not_counted(model, monkeypatch):
+    """Passes of 9 to 14 blocks are filled up to 10, 12 or 14."""
+    monkeypatch.setattr(graphs, "CudaCapture", Repeat)
+    arguments = model.checkpoint, {}, True, REQUESTS, len(REQUESTS)
+    ((expected, got, pairs, counts, number),) = run_ranks(decode, 1, *arguments)
+    assert all_same(got, expected) and number > 0
+    assert counts.attention_pairs == pairs
 
 
 def test_control_buffers_that_keep_the_first_pass(model, monkeypatch):
     monkeypatch.setattr(graphs, "CudaCapture", Repeat)
     monkeypatch.setattr(Staged, "copy_from", lambda *passes: None)
-    ((expected, got, _, _),) = run_ranks(decode, 1, model.checkpoint, {}, True)
+    ((expected, got, *_),) = run_ranks(decode, 1, model.checkpoint, {}, True)
     assert not all_same(got, expected)
 
 
