@@ -2,10 +2,11 @@
 
     compare_recipes.py --in DIR --out DIR [--recipes NAME,NAME] [--rollouts N] [--seed N] [--jobs N]
 
-The recipes stand in recipes.yaml beside this file: keys that differ from
-examples/configs/smollm2.yaml. DIR of --in is the folder of `smollm2.sh --prepare`. Every recipe is
-trained for N rollouts and measured; recipes that are finished are kept when the same command runs
-again. The table is OUT/table.md, all figures are in OUT/results.json.
+The recipes stand in recipes.yaml beside this file: keys that differ from the configuration of
+smollm2.sh on this kind of machine (examples/configs/smollm2.yaml, smollm2_gpu.yaml). DIR of --in is
+the folder of `smollm2.sh --prepare`. Every recipe is trained for N rollouts and measured; recipes
+that are finished are kept when the same command runs again. The table is OUT/table.md, all figures
+are in OUT/results.json.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from budget import CPU, GPU
 from measurement import Measurement
 
 from megatron_opdlm.checks import require, require_at_least
@@ -30,7 +33,7 @@ from megatron_opdlm.files.folders import read_json_object, replacing
 from megatron_opdlm.reporting.logger import read_metrics
 
 HERE = Path(__file__).resolve().parent
-CONFIG = HERE.parent / "configs" / "smollm2.yaml"
+CONFIG = HERE.parents[1] / (GPU if torch.cuda.is_available() else CPU).config
 COLUMNS = (
     *("recipe", "response tokens", "KL", "NLL above the teacher's", "static, %"),
     *("dynamic(0.9), %", "tokens per forward", "minutes of training"),

@@ -303,6 +303,8 @@ def measure_states(
 def text_of(pair: Pair, trajectories: Sequence[Trajectory]) -> list[str]:
     """Returns the text of every response, without special tokens."""
     ids = [trajectory.text_ids.tolist() for trajectory in trajectories]
+    if not ids:  # transformers would return one empty text
+        return []
     texts: list[str] = pair.student.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return texts
 

@@ -64,8 +64,10 @@ def test_kernels_equal_dense_float64(divergence) -> None:
     torch.testing.assert_close(got, expected, rtol=BOUND, atol=BOUND)
     rounded = by_kernels(logits, divergence, MASK, torch.bfloat16)
     assert torch.equal(rounded[0], values)
-    to_nearest = {"rtol": 1.01 * 2**-9, "atol": 1e-38}
+    to_nearest = {"rtol": 1.01 * 2**-8, "atol": 1e-38}  # half a unit in the last of 8 bits
     torch.testing.assert_close(rounded[1].float(), gradient, **to_nearest)
+    cut = (gradient.view(torch.int32) & -65536).view(torch.float32)  # control: towards zero
+    assert not torch.allclose(cut, gradient, **to_nearest)
     again = by_kernels(logits, divergence, MASK)
     assert torch.equal(again[0], values) and torch.equal(again[1], gradient)
     unmasked = by_kernels(logits, divergence)[0].double()  # control

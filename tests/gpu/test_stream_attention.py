@@ -102,7 +102,7 @@ def test_flex_attention_equals_tiles(heads: tuple[int, int], size: int, dtype: t
     """Compiled for the first stream, forward and backward, and for no other length again."""
     exact = torch.float64 if dtype is torch.float32 else torch.float32
     of_output, of_gradients = ROUNDING[dtype]
-    alike = (SEVERAL[1], 64)
+    alike = (SEVERAL[2], 64)
     for number, case in enumerate([*((sizes, 0) for sizes in SEVERAL), alike]):
         stream = make_stream(*case)
         is_shared = bool((stream.tags[:, LAST] > stream.tags[:, DOCUMENT]).any())

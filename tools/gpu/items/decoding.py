@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megatron_opdlm.distributed.process_groups import ParallelState
-from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions
+from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions, has_transformer_engine
 from megatron_opdlm.rollout.engine import RolloutEngine
 from megatron_opdlm.rollout.request import Request
 from tools.gpu.cases import (
@@ -42,6 +42,7 @@ from tools.gpu.engines import (
     release,
 )
 from tools.gpu.implementations import decoding_kernel_name
+from tools.gpu.items.training import FUSED, TE_BF16
 from tools.gpu.models import config, make_model
 from tools.gpu.record import Check, Context
 from tools.gpu.roofline import Shape, decoding_pass
@@ -70,12 +71,20 @@ class Pair:
 
 
 def small(context: Context) -> None:
-    """Qwen3-0.6B's shape, two contexts, with and without captured passes."""
+    """Qwen3-0.6B's shape, two contexts, with and without captured passes, and with fusions."""
     parallel, model = _model(context, SMALL)
     for length in SMALL_CONTEXTS:
         check = check_logits(context, model, parallel, length)
         for cuda_graphs in (False, True):
             measure(context, model, parallel, SMALL, SMALL_ROWS, length, cuda_graphs, check)
+    if not has_transformer_engine():
+        return
+    del model
+    model = make_model(config(SMALL), FUSED, parallel).requires_grad_(False)
+    for length in SMALL_CONTEXTS:
+        check = check_logits(context, model, parallel, length)
+        name = f"{SMALL}, fused"
+        measure(context, model, parallel, SMALL, SMALL_ROWS, length, True, check, name)
 
 
 def large(context: Context) -> None:
@@ -88,7 +97,7 @@ def large(context: Context) -> None:
 
 def _model(context: Context, name: str) -> tuple[ParallelState, BlockDiffusionModel]:
     parallel = begin_parallel(context)
-    options = BuildOptions(params_dtype=torch.bfloat16)
+    options = TE_BF16 if has_transformer_engine() else BuildOptions(params_dtype=torch.bfloat16)
     model = make_model(config(name), options, parallel).requires_grad_(False)
     return parallel, model
 
@@ -117,10 +126,11 @@ def measure(
     length: int,
     cuda_graphs: bool | None,
     check: Check,
+    shown_name: str | None = None,
 ) -> None:
     """One case: times, then kernels and waits in rollouts that are not timed."""
     titles = {True: ", graphs", False: ", no graphs", None: ""}
-    title = f"{name}, {rows} rows, context {length:,}{titles[cuda_graphs]}"
+    title = f"{shown_name or name}, {rows} rows, context {length:,}{titles[cuda_graphs]}"
     try:
         engine = make_engine(model, parallel, rows=rows, cuda_graphs=cuda_graphs)
     except ValueError as obstacle:

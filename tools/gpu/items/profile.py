@@ -54,8 +54,7 @@ def run(context: Context) -> None:
 
 def _passes(parallel: ParallelState) -> tuple[Total, int]:
     """Kernels of some decoding passes, and their number: a longer rollout less a shorter one."""
-    options = BuildOptions(params_dtype=torch.bfloat16)
-    model = make_model(config(SMALL), options, parallel).requires_grad_(False)
+    model = make_model(config(SMALL), _options(), parallel).requires_grad_(False)
     engine = make_engine(model, parallel, rows=SMALL_ROWS, cuda_graphs=None)
     short, long = (
         make_requests(SMALL_ROWS, SMALL_CONTEXTS[0], size) for size in (BLOCK, 2 * BLOCK)
@@ -71,9 +70,14 @@ def _passes(parallel: ParallelState) -> tuple[Total, int]:
     return _less(totals[1], totals[0]), works[1].passes - works[0].passes
 
 
+def _options() -> BuildOptions:
+    """What a run takes by itself."""
+    return TE_BF16 if has_transformer_engine() else BuildOptions(params_dtype=torch.bfloat16)
+
+
 def _step(parallel: ParallelState) -> Total:
     """Kernels of a training step."""
-    options = TE_BF16 if has_transformer_engine() else BuildOptions(params_dtype=torch.bfloat16)
+    options = _options()
     model = make_model(config(SMALL), options, parallel)
     student = make_optimizer(model)
     documents = make_documents(TRAINED_DOCUMENTS[SMALL], TRAINED_PROMPT, TRAINED_RESPONSE)

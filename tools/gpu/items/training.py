@@ -56,6 +56,10 @@ BF16_LIMITS = (1e-2, 0.1)
 FP8_LIMITS = (5e-2, 0.7)
 """Relative distance of loss and gradients from float32 on the short stream."""
 TE_BF16 = BuildOptions(layer_spec="transformer_engine", params_dtype=torch.bfloat16)
+FUSED = dataclasses.replace(
+    TE_BF16, apply_rope_fusion=True, bias_swiglu_fusion=True, gradient_accumulation_fusion=True
+)
+"""With every fusion that there is a setting for."""
 RECIPES = {"tensorwise": "hybrid", "delayed": "hybrid", "blockwise": "e4m3"}
 """The format of each recipe: blocks have e4m3 in both passes, as Transformer Engine wants it."""
 
@@ -88,10 +92,8 @@ def transformer_engine(context: Context) -> None:
 
 
 def fused(context: Context) -> None:
-    """Transformer Engine's layers with every fusion that there is a setting for."""
-    _run(context, SMALL, dataclasses.replace(
-        TE_BF16, apply_rope_fusion=True, bias_swiglu_fusion=True, gradient_accumulation_fusion=True
-    ))  # fmt: skip
+    """Transformer Engine's layers with all fusions."""
+    _run(context, SMALL, FUSED)
 
 
 def tensorwise(context: Context) -> None:
