@@ -5,8 +5,8 @@ numbers. `kernel_launch.py` starts the kernels; `kernel_passes.py` combines the 
 The terms of a divergence are those of `divergence.py`, written again in Triton's language.
 
 Columns that are in no softmax are left out: padding is not read, and the mask token's logits count
-as -inf. The tests run these kernels on a CPU in Triton's interpreter (TRITON_INTERPRET=1). They
-have not yet run on a GPU.
+as -inf. The tests run these kernels on a CPU in Triton's interpreter (TRITON_INTERPRET=1), and
+tests/gpu where there is a GPU; they ran on an H100.
 
 Numbers of a record (of two numbers the first is the student's, the second the teacher's):
     0, 1  the largest logit

@@ -9,7 +9,8 @@ key once instead of once per query head.
 No kernel may split its keys: the split, and with it the rounding, would depend on the other runs.
 With packed heads there are as many query heads as key heads, and then FlashAttention never splits.
 
-None of this has run on a GPU. On a CPU the arguments are tested with plain versions of the kernels.
+torch's operator on the flat cache has run on an H100; the other two kernels have not run on a GPU.
+On a CPU the arguments are tested with plain versions of the kernels.
 
 Shape letters: S stream tokens, B runs, N query heads, M key/value heads, g = N / M query heads of a
 key head, n slots, C capacity, D head size."""

@@ -299,7 +299,7 @@ def test_a_wrong_name_lists_the_names(tmp_path):
     done = run_survey("--out", tmp_path / "out", "--only", "machine,nothing")
     assert done.returncode == 2 and not (tmp_path / "out").exists()
     last = done.stderr.strip().splitlines()[-1]
-    assert "--only nothing: use names of machine, te-smoke," in last
+    assert "--only nothing: use names of machine, decoding-attention," in last
     assert all(item.name in last for item in ITEMS)
 
 

@@ -75,7 +75,8 @@ def small(context: Context) -> None:
     parallel, model = _model(context, SMALL)
     for length in SMALL_CONTEXTS:
         check = check_logits(context, model, parallel, length)
-        for cuda_graphs in (False, True):
+        # Without graphs the host bounds a pass, whatever the context.
+        for cuda_graphs in (True, False) if length == SMALL_CONTEXTS[0] else (True,):
             measure(context, model, parallel, SMALL, SMALL_ROWS, length, cuda_graphs, check)
     if not has_transformer_engine():
         return
