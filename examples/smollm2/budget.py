@@ -29,8 +29,8 @@ class Machine:
 
 CPU = Machine("2 CPU cores", "examples/configs/smollm2.yaml", 60, 24, 52, (0.25, 0.5))
 GPU = Machine("a GPU", "examples/configs/smollm2_gpu.yaml", 8, 4, 6)
-"""On an H100 a rollout took 4.5 s beside five other trainings, and the first one 24 s; the minutes of
-everything else are a guess.
+"""On an H100 a rollout took 4.5 s beside five other trainings, and the first one 24 s; the minutes
+of everything else are a guess.
 """
 
 
