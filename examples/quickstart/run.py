@@ -188,13 +188,7 @@ class Steps:
                     response_limit=self.config.rollout.max_response_tokens.end,
                 )
         self.seconds["check"] = time.monotonic() - start
-        found = self.exported
-        console.print(
-            f"logits under the block-causal mask: max |delta| = {found.max_delta:.1e} "
-            f"(control, causal mask: {found.control:.1e})\n"
-            f"generate(): {found.num_equal} of {found.num_questions} greedy responses are the same",
-            soft_wrap=True,
-        )
+        console.print(str(self.exported), soft_wrap=True)
 
     def report(self, memory: PeakMemory) -> None:
         """Writes the report folder and prints the table."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from megatron_opdlm.checks import require, require_at_least
+from megatron_opdlm.files.folders import read_json_object
 
 FEWEST_ROLLOUTS = 8
 """Below this the length ramp has no room, and the student says nothing."""
+WARM_UP_ROLLOUTS = 2
+"""Of the learning rate, in both configurations."""
 RAMP_SHARE = 0.6
 """Of the rollouts, until responses have their full length."""
 
@@ -22,7 +26,7 @@ class Machine:
     fixed_minutes: float
     """Conversion, all measures, export and checks: all but the rollouts with their training."""
     seconds_per_rollout: float
-    """Decoding and training, mean over the ramp."""
+    """Decoding and training, mean over the run."""
     measured_shares: tuple[float, ...] = ()
     """Of the rollouts, after which the student is measured on the way."""
 
@@ -58,10 +62,22 @@ class Plan:
         """By the estimate; at most `minutes`, unless the number of rollouts was given."""
         return self.machine.fixed_minutes + self.rollouts * self.machine.seconds_per_rollout / 60
 
+    def as_begun(self, settings: Path) -> Plan:
+        """The same, or with the rollouts of a run that was begun for as many minutes.
+
+        Args:
+            settings: what the run noted, if there is one; estimates may have changed since.
+        """
+        if not settings.exists():
+            return self
+        begun = read_json_object(settings)
+        is_same = begun.get("minutes") == self.minutes
+        return replace(self, rollouts=begun["rollouts"]) if is_same else self
+
     def overrides(self) -> list[str]:
         """Keys of the whole training."""
-        ramp = f"max_response_tokens.ramp_steps={self.ramp}"
-        return [f"train_rollouts={self.rollouts}", ramp]
+        keys = [f"train_rollouts={self.rollouts}", f"max_response_tokens.ramp_steps={self.ramp}"]
+        return [*keys, "lr_warmup_steps=1"] if self.rollouts < WARM_UP_ROLLOUTS else keys
 
     def __str__(self) -> str:
         return (

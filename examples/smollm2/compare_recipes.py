@@ -12,6 +12,7 @@ are in OUT/results.json.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -22,10 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import one_line
 import torch
 import yaml
-from budget import CPU, GPU
+from budget import CPU, GPU, make_plan
+from curves import share
 from measurement import Measurement
+from steps import require_settings
+from table import NONE
 
 from megatron_opdlm.checks import require, require_at_least
 from megatron_opdlm.config.run import load_config
@@ -33,7 +38,8 @@ from megatron_opdlm.files.folders import read_json_object, replacing
 from megatron_opdlm.reporting.logger import read_metrics
 
 HERE = Path(__file__).resolve().parent
-CONFIG = HERE.parents[1] / (GPU if torch.cuda.is_available() else CPU).config
+MACHINE = GPU if torch.cuda.is_available() else CPU
+CONFIG = HERE.parents[1] / MACHINE.config
 COLUMNS = (
     *("recipe", "response tokens", "KL", "NLL above the teacher's", "static, %"),
     *("dynamic(0.9), %", "tokens per forward", "minutes of training"),
@@ -56,18 +62,23 @@ class Trial:
 
     def training_keys(self) -> list[str]:
         """key=value of the training; the recipe's come last."""
-        ramp = f"max_response_tokens.ramp_steps={round(0.6 * self.rollouts)}"
         return [
             f"student={self.prepared / 'teacher'}",
             f"import_cache={self.folder.parent / 'imported'}",
             f"data={self.prepared / 'prompts' / 'train.jsonl'}",
-            f"save={self.folder / 'run'}", f"seed={self.seed}",
-            f"train_rollouts={self.rollouts}", ramp, "save_interval=0", *self.keys,
+            f"save={self.folder / 'run'}", f"seed={self.seed}", "save_interval=0",
+            *make_plan(MACHINE, None, self.rollouts).overrides(), *self.keys,
         ]  # fmt: skip
+
+    def settings(self) -> dict[str, Any]:
+        """What the figures depend on, besides the code."""
+        named = {"config": MACHINE.config, "rollouts": self.rollouts, "seed": self.seed}
+        return named | {"questions": self.questions, "keys": list(self.keys)}
 
     def result(self) -> dict[str, Any]:
         """Trains and measures what is not there yet; returns the figures."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        require_settings(self.folder, self.settings())
         measured = self.folder / "measured.json"
         if not measured.exists():
             self.run("-m", "megatron_opdlm", "train", str(CONFIG), *self.training_keys())
@@ -106,31 +117,25 @@ class Trial:
             "response_tokens": found.response_tokens,
             "kl": states["kl"],
             "nll_above_teacher": static["nll"] - teacher["nll"],
-            "static": static["agreement"]["share"],
-            "dynamic": dynamic["agreement"]["share"],
+            "static": share(static),
+            "dynamic": share(dynamic),
             "tokens_per_forward": dynamic["tokens_per_forward"],
             "minutes": sum(seconds) / 60,
         }
 
 
-def main() -> int:
-    """Runs everything; returns the exit status."""
-    try:
-        args = parse_arguments()
-        trials = make_trials(args)
-        for trial in trials:  # wrong keys are refused before the first hour
-            load_config(CONFIG, trial.training_keys())
-        with ThreadPoolExecutor(args.jobs) as pool:
-            results = list(pool.map(finished, trials))
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 2
+def main() -> None:
+    """Runs everything and writes the table."""
+    args = parse_arguments()
+    trials = make_trials(args)
+    require_different(trials)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = list(pool.map(finished, trials))
     table = format_table(results)
     for name, text in (("results.json", json.dumps(results, indent=2)), ("table.md", table)):
         with replacing(args.out / name) as partial:
             partial.write_text(text + "\n", encoding="utf-8")
     print(table)
-    return 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -181,6 +186,21 @@ def make_trials(args: argparse.Namespace) -> list[Trial]:
     ]
 
 
+def require_different(trials: list[Trial]) -> None:
+    """Refuses wrong keys before the first hour, and a recipe that is the base under another name.
+
+    Raises:
+        ValueError: see above.
+    """
+    for trial in trials:
+        base = dataclasses.replace(trial, keys=())
+        is_other = load_config(CONFIG, trial.training_keys()) != load_config(
+            CONFIG, base.training_keys()
+        )
+        rule = f"has the values of {MACHINE.config} and is no recipe of its own here"
+        require(is_other or not trial.keys, "--recipes", trial.name, rule, "leave it out")
+
+
 def finished(trial: Trial) -> dict[str, Any]:
     """Runs one, and says so."""
     start = time.monotonic()
@@ -199,12 +219,17 @@ def row(figures: dict[str, Any]) -> str:
     """A line of the table."""
     cells = [
         figures["recipe"], f"{figures['response_tokens']:,}", f"{figures['kl']:.2f}",
-        f"{figures['nll_above_teacher']:+.2f}", f"{100 * figures['static']:.0f}",
-        f"{100 * figures['dynamic']:.0f}", f"{figures['tokens_per_forward']:.2f}",
+        f"{figures['nll_above_teacher']:+.2f}", percent(figures["static"]),
+        percent(figures["dynamic"]), f"{figures['tokens_per_forward']:.2f}",
         f"{figures['minutes']:.0f}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
 
+def percent(value: float | None) -> str:
+    """A cell; None: the teacher gets no question right."""
+    return NONE if value is None else f"{value:.0f}"
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    one_line.run(main)

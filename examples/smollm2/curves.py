@@ -113,12 +113,14 @@ def _nll(axes: Any, measured: Measured) -> bool:
             measured, lambda m, t=temperature: _figure(m.find("static", t), "nll")
         )
         drawn |= _draw(axes, points, color, f"student, static, {name}")
-        teacher = measured.teacher(temperature)["nll"]
-        axes.axhline(teacher, color=color, linewidth=1.5, linestyle="--", label=f"teacher, {name}")
+        if teacher := measured.find_teacher(temperature):
+            label = f"teacher, {name}"
+            axes.axhline(teacher["nll"], color=color, linewidth=1.5, linestyle="--", label=label)
     title = "How likely the text is to the teacher"
     label_axes(axes, title, TRAINED, "nats per token under the teacher")
     _from_zero(axes)
-    axes.legend(frameon=False)
+    if drawn:
+        axes.legend(frameon=False)
     return drawn
 
 

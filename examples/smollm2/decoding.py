@@ -90,7 +90,8 @@ def decode(
         setting: who decodes, and how.
         prompts: tokenised prompts.
         limit: most response tokens.
-        seed: seed of the sampling. Equal seeds give teacher and student the same noise.
+        seed: seed of the sampling. Equal seeds give teacher and student the same
+            noise at the first denoising step of a block.
     """
     name = f"{setting.writer} {setting.name}, T={setting.options.temperature:g}"
     start, cpu_start = time.perf_counter(), time.process_time()

@@ -98,7 +98,7 @@ big ears?=elephant/elephants; Which sense do we use our ears for?=hearing/sound;
 Juliet?=Shakespeare; Which metal has the symbol Fe?=iron; Which gas do plants take in from the
 air?=carbon dioxide/CO2; What is the chemical symbol for water?=H2O; Which is the tallest animal in
 the world?=giraffe/giraffes; Which star is at the center of our solar system?=sun; Who was the first
-president of the United States?=Washington; What is the longest river in Africa?=Nile; Which insect
+president of the United States?=Washington; What is the longest river in Africa?=Nile; Which animal
 spins a web?=spider/spiders; Which bird cannot fly and lives in Antarctica?=penguin/penguins; What
 do we call a doctor for teeth?=dentist/dentists; What do caterpillars turn
 into?=butterfly/butterflies; Which fruit keeps the doctor away?=apple/apples; Which animal gives us

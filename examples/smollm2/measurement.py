@@ -89,16 +89,21 @@ class Measured:
         every = [self.before, *self.between, self.after]
         return sorted(every, key=lambda measurement: measurement.response_tokens)
 
-    def teacher(self, temperature: float = 0.0) -> Result:
-        """Returns the teacher's figures, from the first measurement that has them.
+    def teacher(self) -> Result:
+        """Returns the teacher's figures at temperature 0.
 
         Raises:
-            ValueError: none has.
+            ValueError: no measurement has them.
         """
-        for measurement in (self.after, self.before, *self.between):
-            if (result := measurement.find("autoregressive", temperature)) is not None:
-                return result
-        raise ValueError(f"{AFTER}: the teacher was not measured; run measure.py with teacher")
+        if (result := self.find_teacher(0.0)) is None:
+            raise ValueError(f"{AFTER}: the teacher was not measured; run measure.py with teacher")
+        return result
+
+    def find_teacher(self, temperature: float) -> Result | None:
+        """Returns the teacher's figures, from the first measurement that has them."""
+        every = (self.after, self.before, *self.between)
+        found = (m.find("autoregressive", temperature) for m in every)
+        return next((result for result in found if result is not None), None)
 
 
 def read_measured(folder: Path) -> Measured:

@@ -18,7 +18,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         with stopped_by_signals():
             status = main()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         status = 2
     sys.exit(status or 0)

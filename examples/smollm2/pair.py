@@ -14,15 +14,15 @@ from megatron_opdlm.checks import require
 from megatron_opdlm.config.run import load_config
 from megatron_opdlm.convert.import_cache import ImportCache
 from megatron_opdlm.convert.model_source import ModelSource
-from megatron_opdlm.diffusion.prediction import SAME_POSITION
+from megatron_opdlm.diffusion.prediction import SAME_POSITION, require_trained_prediction
 from megatron_opdlm.distill.load_teacher import load_teacher
 from megatron_opdlm.distill.student import Student, build_options, load_student
 from megatron_opdlm.distill.teacher import Teacher
 from megatron_opdlm.distributed import process_groups
 from megatron_opdlm.distributed.process_groups import ParallelState
-from megatron_opdlm.files.signals import stopped_by_signals
 from megatron_opdlm.generate.arguments import DEFAULT_BLOCK_SIZE
 from megatron_opdlm.generate.decoder import Decoder
+from megatron_opdlm.model.gpt import has_transformer_engine
 from megatron_opdlm.responses.teacher import teacher_decodable
 from megatron_opdlm.rollout.layout import RolloutLayout
 from megatron_opdlm.rollout.request import DecodingOptions
@@ -62,12 +62,11 @@ def student_options(
     Raises:
         ValueError: the student was trained with another block size or prediction.
     """
-    for name, trained, given in (
-        ("block_size", source.block_size, block_size),
-        ("prediction", source.prediction, prediction),
-    ):
-        rule = f"is not that of student={source.path}, which was trained with {trained}"
-        require(None in (trained, given) or trained == given, name, given, rule, "leave it out")
+    require_trained_prediction(prediction, source.prediction, source.path)
+    trained = source.block_size
+    rule = f"is not that of {source.path}, which was trained with {trained}"
+    is_right = None in (trained, block_size) or trained == block_size
+    require(is_right, "block_size", block_size, rule, "leave it out")
     size = source.block_size or block_size or DEFAULT_BLOCK_SIZE
     return DecodingOptions(
         block_size=size,
@@ -107,13 +106,15 @@ def open_pair(
         "data=none",
         "save=none",
         "train_rollouts=1",
+        "keep_kv_cache=true",  # the teacher's, too: it decodes several times
     ]
-    config = load_config(None, keys).resolved(cuda=torch.cuda.is_available())
+    config = load_config(None, keys).resolved(
+        cuda=torch.cuda.is_available(), transformer_engine=has_transformer_engine()
+    )
     parallel = process_groups.initialize()
     options = build_options(config.model, config.parallel)
     with contextlib.ExitStack() as stack:
         if import_cache is None:
-            stack.enter_context(stopped_by_signals())
             import_cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="opdlm_"))
         cache = ImportCache(folder=Path(import_cache), mask_token=config.model.mask_token)
         student_model = load_student(student, cache, options, parallel, mask_token=None)

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import one_line
 from curves import share, write_curves
 from measurement import Measured, Measurement, read_measured
 from samples import samples
@@ -31,24 +31,19 @@ EXPLANATION = """\
 Nats per token: minus log probability under the teacher of the decoded text, through its end of
 sequence, over all tokens of all responses, with the standard error over prompts; lower is likelier.
 Agreement: of the questions that the teacher's greedy answer gets right, those that the student gets
-right. Distinct-2: share of bigrams of all responses together that differ. First token, first four:
-responses that begin as the teacher's greedy ones. All but the second column is about greedy
-decoding. Tokens per second: all prompts in one batch, on this machine.
+right, with the standard error over questions. Distinct-2: share of bigrams of all responses
+together that differ. First token, first four: responses that begin as the teacher's greedy ones.
+All but the second column is about greedy decoding. Tokens per second: all prompts in one batch, on
+this machine.
 """
 
 
-def main() -> int:
-    """Writes the report; returns the exit status."""
+def main() -> None:
+    """Writes the report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the run")
-    args = parser.parse_args()
-    try:
-        folder = write_report(args.out)
-    except (ValueError, OSError, ImportError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 2
+    folder = write_report(parser.parse_args().out)
     print(f"report: {folder / MARKDOWN}\nwatch it decode: {folder / PAGE}")
-    return 0
 
 
 def write_report(out: Path) -> Path:
@@ -159,4 +154,4 @@ def shown(measured: Measured) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    one_line.run(main)

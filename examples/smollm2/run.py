@@ -26,7 +26,7 @@ from budget import CPU, GPU, Plan, make_plan  # noqa: E402
 from from_wheel import absolute, add_source_options, find_source  # noqa: E402
 from gguf_file import SMOLLM2, read_source, require_space  # noqa: E402
 from parts import join, split  # noqa: E402
-from steps import Failed, Step, Steps, Stopped, require_settings  # noqa: E402
+from steps import SETTINGS, Failed, Step, Steps, Stopped, require_settings  # noqa: E402
 from summary import write_summary  # noqa: E402
 
 from megatron_opdlm.checks import require  # noqa: E402
@@ -34,6 +34,13 @@ from megatron_opdlm.config.run import load_config  # noqa: E402
 
 SCRIPTS = "examples/smollm2"
 DEFAULT_OUT = "runs/smollm2"
+PLANNED = {
+    "train_rollouts": "use --rollouts N",
+    "seed": "use --seed N",
+    "save": "use --out DIR",
+    "student": "leave it out",
+}
+"""Keys of the training that the user may not give, and what to do instead."""
 RUN_BYTES = 6_000_000_000
 """Model directory, checkpoints of import and training with the optimizer, export."""
 
@@ -65,7 +72,7 @@ def main() -> int:
     except Failed as error:
         if error.status == 2:  # the command has said why, in one line
             return 2
-        sys.stderr.write(f"error: {error}; its output is above\n")
+        sys.stderr.write(f"error: {error}\n")
         return 1
     except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
@@ -124,12 +131,15 @@ def checked_plan(args: argparse.Namespace) -> Plan:
 
     for text in args.overrides:
         key, _, value = text.partition("=")
-        require(key != "train_rollouts", key, value, "is set by the plan", "use --rollouts N")
+        require(key not in PLANNED, key, value, "is set by the script", PLANNED.get(key, ""))
     plan = make_plan(GPU if torch.cuda.is_available() else CPU, args.minutes, args.rollouts)
+    plan = plan.as_begun(args.out / SETTINGS) if args.rollouts is None else plan
     load_config(plan.machine.config, training_keys(args, plan))
     if args.run and not (args.out / "student").is_dir():
         raise FileNotFoundError(f"--out {args.out} holds no student; run with --prepare first")
-    if not (args.out / "settings.json").exists():
+    if args.run and "verify" not in Steps(args.out).ended:
+        raise ValueError(f"--out {args.out}: its student is not verified; run with --prepare again")
+    if not (args.out / SETTINGS).exists():
         require_space(args.out, RUN_BYTES)
     print(plan, flush=True)
     return plan

@@ -10,7 +10,7 @@ import torch
 from pair import STUDENT, Pair
 from torch import Tensor
 
-from megatron_opdlm.diffusion.example import TrainingExample, make_example, teacher_row
+from megatron_opdlm.diffusion.example import TrainingExample, make_example, predicted_position
 from megatron_opdlm.diffusion.noising import select_states
 from megatron_opdlm.diffusion.stream import pack
 from megatron_opdlm.diffusion.trajectory import Trajectory
@@ -108,7 +108,7 @@ def _compare(pair: Pair, examples: Sequence[TrainingExample]) -> list[MaskedToke
             tp_group=pair.parallel.tp_group,
         )
         # The teacher's rows say which positions are predicted, whatever predicts them.
-        predicted = torch.cat([e.teacher.loss_rows for e in some]) - teacher_row(torch.tensor(0))
+        predicted = predicted_position(torch.cat([e.teacher.loss_rows for e in some]))
         num_masked = torch.cat([e.num_masked for e in some])
         parts.append(MaskedTokens(kl.double().cpu(), predicted % pair.block_size, num_masked))
     return parts

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from memory import PeakMemory
 
 from megatron_opdlm.files.folders import read_json_object, replacing, write_json
 
-RECORD = "steps.json"
+RECORD, SETTINGS = "steps.json", "settings.json"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,11 @@ class Failed(Exception):
     """A command ended with another status than 0."""
 
     def __init__(self, status: int, step: Step) -> None:
-        super().__init__(f"the step {step.name!r} ended with status {status}")
+        how = f"ended with status {status}; its output is above"
+        if status < 0:
+            how = f"was ended by {signal.Signals(-status).name}"
+            how += "; perhaps memory was full" if status == -signal.SIGKILL else ""
+        super().__init__(f"the step {step.name!r} {how}")
         self.status = status
 
 
@@ -51,9 +55,12 @@ class Stopped(Exception):
 
 
 class Steps:
-    """The steps of one folder, and the record of those that have ended.
+    """The steps of one folder, and their record: `steps.json`.
 
-    `steps.json` has the seconds of each, and the most memory.
+    Attributes:
+        ended: names of the steps that have ended.
+        seconds: of every step, all its attempts together.
+        peak_memory_gb: most memory of any attempt, in 10^9 bytes.
     """
 
     def __init__(self, out: Path) -> None:
@@ -63,11 +70,13 @@ class Steps:
             FileExistsError: the folder holds something else.
         """
         self.path = out / RECORD
+        self.ended: list[str] = []
         self.seconds: dict[str, float] = {}
         self.peak_memory_gb = 0.0
         if self.path.exists():
             record = read_json_object(self.path)
-            self.seconds, self.peak_memory_gb = record["seconds"], record["peak_memory_gb"]
+            self.ended, self.seconds = record["ended"], record["seconds"]
+            self.peak_memory_gb = record["peak_memory_gb"]
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FileExistsError(
                 f"--out {out} exists and is no run of this example; choose another folder"
@@ -78,12 +87,13 @@ class Steps:
 
     def write(self) -> None:
         """Replaces the record on the disk."""
+        names = ("ended", "seconds", "peak_memory_gb")
         with replacing(self.path) as partial:
-            write_json(partial, {"seconds": self.seconds, "peak_memory_gb": self.peak_memory_gb})
+            write_json(partial, {name: getattr(self, name) for name in names})
 
     def has_ended(self, step: Step) -> bool:
         """Whether its output is there or, if it has none, the record says that it has ended."""
-        return step.name in self.seconds if step.output is None else step.output.exists()
+        return step.name in self.ended if step.output is None else step.output.exists()
 
     def run(self, step: Step) -> None:
         """Runs one step unless it has ended.
@@ -99,10 +109,11 @@ class Steps:
         start = time.monotonic()
         with PeakMemory() as memory:
             status, number = run_command(command(step.words))
-        if status == 0:
-            self.seconds[step.name] = time.monotonic() - start
-            self.peak_memory_gb = max(self.peak_memory_gb, memory.gigabytes)
-            self.write()
+        spent = time.monotonic() - start
+        self.seconds[step.name] = self.seconds.get(step.name, 0.0) + spent
+        self.peak_memory_gb = max(self.peak_memory_gb, memory.gigabytes)
+        self.ended += [step.name] if status == 0 else []
+        self.write()
         if number is not None:
             text = f"stopped by {signal.Signals(number).name}; the same command goes on from here"
             raise Stopped(number, "" if status > 0 else text)  # then the command has said it
@@ -132,28 +143,38 @@ def run_command(words: list[str]) -> tuple[int, int | None]:
         The status, negative if a signal ended it, and the signal that this process received.
     """
     environment = {"PYTHONWARNINGS": "ignore"} | os.environ
-    process = subprocess.Popen(words, env=environment, start_new_session=True)
-    with passed_on(process) as received:
-        status = process.wait()
+    received: list[int] = []
+    begun: list[subprocess.Popen[bytes]] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) == 1:
+            end(begun)
+
+    with handled(stop):
+        begun.append(subprocess.Popen(words, env=environment, start_new_session=True))
+        if received:  # before the command was there to be ended
+            end(begun)
+        status = begun[0].wait()
     return status, received[0] if received else None
 
 
-@contextmanager
-def passed_on(process: subprocess.Popen[Any]) -> Iterator[list[int]]:
-    """Ends a process group when this process is told to end; yields the signals that came."""
-    received: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if not received and process.returncode is None:
+def end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Ends the groups of processes that still run."""
+    for process in processes:
+        if process.returncode is None:
             os.killpg(process.pid, signal.SIGTERM)
-        received.append(number)
 
+
+@contextmanager
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Gives a handler the signals that would end this process; ignored ones stay ignored."""
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     before = {n: old for n, old in before.items() if old != signal.SIG_IGN}  # nohup stays
     for number in before:
-        signal.signal(number, stop)
+        signal.signal(number, handler)
     try:
-        yield received
+        yield
     finally:
         for number, old in before.items():
             signal.signal(number, old)
@@ -165,7 +186,7 @@ def require_settings(out: Path, settings: dict[str, Any]) -> None:
     Raises:
         ValueError: the folder's run was begun with other settings.
     """
-    path = out / "settings.json"
+    path = out / SETTINGS
     if not path.exists():
         with replacing(path) as partial:
             write_json(partial, settings)

@@ -26,7 +26,7 @@ NONE = "-"
 
 def rows(measured: Measured) -> list[tuple[str, ...]]:
     """Returns the cells of every line: teacher, student before, student after."""
-    teacher, sampled = measured.teacher(), measured.teacher(1.0)
+    teacher, sampled = measured.teacher(), measured.find_teacher(1.0)
     lines = [cells("teacher, autoregressive", teacher, sampled)]
     for name, measurement in (("before", measured.before), ("after", measured.after)):
         for result in measurement.greedy:
@@ -77,11 +77,12 @@ def markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def agreement_text(result: Result) -> str:
-    """Returns the share of questions and their numbers, such as 62.5 (25 of 40)."""
+    """Returns the share of questions, its standard error, and the numbers: 62 ± 8 (25 of 40)."""
     found = result.get("agreement")
     if found is None or found["share"] is None:
         return NONE
-    return f"{100 * found['share']:.1f} ({found['right']} of {found['asked']})"
+    share, error = 100 * found["share"], 100 * found["standard_error"]
+    return f"{share:.0f} \u00b1 {error:.0f} ({found['right']} of {found['asked']})"
 
 
 def _with_error(result: Result) -> str:

@@ -100,13 +100,13 @@ class _Checkpoint:
 
 
 def _refuse_others(checkpoint: _Checkpoint, export_format: ExportFormat) -> None:
-    """Refuses models that predict the next token, and models that lack what a student needs."""
+    """Refuses models with keys of other codes, and models that lack what a student needs."""
     for record in (checkpoint.description.lineage, checkpoint.state):
         for key in SHIFT_KEYS:
             if record.get(key):
                 raise ConversionError(
-                    f"{checkpoint.folder}: {key}={record[key]!r}: logits that predict the next "
-                    "token cannot be exported; readers take position i to predict token i"
+                    f"{checkpoint.folder}: {key}={record[key]!r} is another code's key and does "
+                    "not say what predicts a block's first position; this package's is prediction"
                 )
     if export_format.for_students and checkpoint.description.mask_token_id is None:
         raise ConversionError(

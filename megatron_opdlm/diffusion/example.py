@@ -51,11 +51,16 @@ class TrainingExample:
 def teacher_row(position: Tensor) -> Tensor:
     """Returns the position whose causal logits predict `position`: the one before it.
 
-    The shift of the autoregressive teacher is applied only here; that of the student is a choice,
-    see `prediction.py`. Example: with block size 4 and a prompt of 6 tokens, the target of r0
-    (position 6) is the teacher's output at position 5.
+    The shift of the autoregressive teacher is applied only here and in `predicted_position`; that
+    of the student is a choice, see `prediction.py`. Example: with block size 4 and a prompt of 6
+    tokens, the target of r0 (position 6) is the teacher's output at position 5.
     """
     return position - 1
+
+
+def predicted_position(row: Tensor) -> Tensor:
+    """Returns the position that the teacher's output at `row` predicts: undoes `teacher_row`."""
+    return row + 1
 
 
 def make_example(

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_opdlm.checks import require
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
@@ -38,3 +40,19 @@ PREDICTIONS: dict[str, Prediction] = {
     ),
 }
 """All predictions, by the name that users give."""
+
+
+def require_trained_prediction(given: str | None, trained: str | None, student: str) -> None:
+    """Refuses another prediction than that of the training: outputs would be misread.
+
+    Args:
+        given: a name of PREDICTIONS; None takes that of the training.
+        trained: that of the training; None before it.
+        student: path of the student.
+
+    Raises:
+        ValueError: they differ.
+    """
+    rule = f"is not that of {student}, which was trained with {trained}"
+    is_right = trained is None or given in (None, trained)
+    require(is_right, "prediction", given, rule, f"use prediction={trained}")

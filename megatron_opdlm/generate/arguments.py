@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 from megatron_opdlm.checks import require, require_at_least
 from megatron_opdlm.config.annotations import ParametersOf
 from megatron_opdlm.config.schema import Key, parameter_keys, parse_text
-from megatron_opdlm.diffusion.prediction import PREDICTIONS, SAME_POSITION
+from megatron_opdlm.diffusion.prediction import (
+    PREDICTIONS,
+    SAME_POSITION,
+    require_trained_prediction,
+)
 from megatron_opdlm.diffusion.remasking import RULES, RemaskingRule
 
 if TYPE_CHECKING:
@@ -195,24 +199,24 @@ def decoding_options(
 
     Args:
         args: the arguments of `add_model_arguments`.
-        source: source of the student. The default block size is the one of its training.
+        source: source of the student. Block size and prediction are by default those of its
+            training.
         rule: the remasking rule.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is out of its range, or the student was trained with another prediction.
     """
     from megatron_opdlm.rollout.request import DecodingOptions
 
     trained = source.block_size or DEFAULT_BLOCK_SIZE
     block_size = trained if args.block_size is None else args.block_size
     steps = block_size if args.denoising_steps is None else args.denoising_steps
-    asked = (args.prediction, source.prediction, SAME_POSITION)
-    predictions = [prediction for prediction in asked if prediction is not None]
+    require_trained_prediction(args.prediction, source.prediction, source.path)
     given = {name: getattr(args, name) for name in ("top_k", "top_p")}
     return DecodingOptions(
         block_size=block_size,
         denoising_steps=steps,
-        prediction=predictions[0],
+        prediction=args.prediction or source.prediction or SAME_POSITION,
         rule=rule,
         temperature=args.temperature,
         **{name: value for name, value in given.items() if value is not None},

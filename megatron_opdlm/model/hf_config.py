@@ -214,8 +214,8 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
     for key in SHIFT_KEYS:
         if raw.get(key):
             raise ConversionError(
-                f"{key}={raw[key]!r}: logits that predict the next token are not implemented for "
-                "block diffusion; position i must predict token i"
+                f"{key}={raw[key]!r} is another code's key and does not say what predicts a "
+                "block's first position; this package's is prediction"
             )
     if (prediction := raw.get("prediction")) not in (None, *PREDICTIONS):
         raise ConversionError(

@@ -9,6 +9,7 @@ from megatron_opdlm.config.learning import DistillConfig
 from megatron_opdlm.config.run import Config
 from megatron_opdlm.config.sections import ModelConfig
 from megatron_opdlm.convert.model_source import ModelSource
+from megatron_opdlm.diffusion.prediction import require_trained_prediction
 from megatron_opdlm.distill.vocabulary import check_same_language
 from megatron_opdlm.distributed import process_groups
 from megatron_opdlm.evaluation.online import load_questions
@@ -55,6 +56,7 @@ def check(config: Config) -> Config:
     )
     student, teacher = _open_models(resolved.model)
     _require_mask_token(student)
+    require_trained_prediction(resolved.rollout.prediction, student.prediction, student.path)
     check_same_language(student, teacher, teacher.path)
     check_models(
         resolved,

@@ -1,5 +1,6 @@
 """How many rollouts a number of minutes buys."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ def test_a_plan_by_hand(budget):
     assert plan.stages == [8, 16, 33]
     few = budget.make_plan(machine, None, rollouts=1)
     assert (few.rollouts, few.stages, few.minutes) == (1, [1], 12)  # 11.5 minutes
+    assert few.overrides()[-1] == "lr_warmup_steps=1"
     with pytest.raises(ValueError, match="rollouts=0 must be at least 1"):
         budget.make_plan(machine, None, rollouts=0)
     assert budget.make_plan(machine, 22).rollouts == budget.FEWEST_ROLLOUTS == 8
@@ -51,6 +53,17 @@ def test_every_budget_keeps_its_promise_and_is_a_valid_configuration(budget, nam
         assert config.lr_decay_steps == plan.rollouts * config.optimizer_steps_per_rollout
         assert config.rollout.max_response_tokens.ramp_steps == plan.ramp
     assert budget.make_plan(machine, None).minutes == machine.default_minutes
+    for rollouts in (1, 2, 3):
+        plan = budget.make_plan(machine, None, rollouts)
+        assert load_config(ROOT / machine.config, plan.overrides()).train.train_rollouts == rollouts
+
+
+def test_a_run_keeps_its_rollouts_when_an_estimate_changes(budget, tmp_path):
+    plan, settings = budget.make_plan(budget.CPU, 60), tmp_path / "settings.json"
+    assert plan.as_begun(settings) is plan
+    settings.write_text('{"minutes": 60, "rollouts": 7}')
+    assert plan.as_begun(settings) == dataclasses.replace(plan, rollouts=7)
+    assert budget.make_plan(budget.CPU, 61).as_begun(settings).rollouts != 7  # control
 
 
 def test_a_gpu_has_eight_minutes(budget):

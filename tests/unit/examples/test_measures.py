@@ -237,8 +237,8 @@ def test_the_report_has_everything(out):
     }  # fmt: skip
     text = (folder / "report.md").read_text()
     assert (
-        "| student after, dynamic(0.9) | 1.00 \u00b1 0.05 | - | 62.5 (5 of 8) | 50 | 0.75 | 5.0 "
-        "| 25 | 12 | 1.50 | 10.0 | 5.0 |"
+        "| student after, dynamic(0.9) | 1.00 \u00b1 0.05 | - | 62 \u00b1 17 (5 of 8) "
+        "| 50 | 0.75 | 5.0 | 25 | 12 | 1.50 | 10.0 | 5.0 |"
     ) in text
     assert text.count("| teacher, autoregressive |") == 1
     assert "| student before, static | 6.00 \u00b1 0.05 | - | 0.0 (0 of 8) |" in text
@@ -290,17 +290,23 @@ def test_the_page_replays_open_prompts_without_a_verdict(out):
     assert "item.correct === null" in page and "<i>" not in page
 
 
+def status_of(main):
+    with pytest.raises(SystemExit) as ended:
+        smollm2.module("one_line").run(main)
+    return ended.value.code
+
+
 def test_a_missing_measurement_is_one_line(out, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report.py", "--out", str(out)])
     (out / "before.json").unlink()
-    assert report.main() == 2
+    assert status_of(report.main) == 2
     said = capsys.readouterr().err
     assert said == f"error: {out / 'before.json'}: file not found\n"
     assert not (out / "report").exists()
     (out / "before.json").write_text((out / "after.json").read_text())
-    assert report.main() == 0  # control
+    assert status_of(report.main) == 0  # control
     only = json.loads((out / "after.json").read_text())
     only["results"] = [r for r in only["results"] if r["writer"] == "student"]
     for name in ("before", "after"):
         (out / f"{name}.json").write_text(json.dumps(only))
-    assert report.main() == 2 and "the teacher was not measured" in capsys.readouterr().err
+    assert status_of(report.main) == 2 and "the teacher was not measured" in capsys.readouterr().err

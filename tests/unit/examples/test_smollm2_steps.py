@@ -21,6 +21,8 @@ log = pathlib.Path(os.environ["LOG"])
 with log.open("a") as file:
     file.write(" ".join(words) + "\\n")
 if len(log.read_text().splitlines()) == int(os.environ["FAIL"]):
+    if os.environ["KILLED"]:
+        os.kill(os.getpid(), 9)
     sys.exit(int(os.environ["STATUS"]))
 out = [pathlib.Path(b) for a, b in zip(words, words[1:]) if a == "--out"]
 out += [pathlib.Path(w[5:]) for w in words if w.startswith("save=")]
@@ -51,8 +53,9 @@ def smollm2(script, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(script, "RUN_BYTES", 0)
 
-    def run(*arguments, out=tmp_path / "out", fail=0, status=1):
+    def run(*arguments, out=tmp_path / "out", fail=0, status=1, killed=False):
         """Exit status, and the commands that were begun."""
+        monkeypatch.setenv("KILLED", "yes" * killed)
         monkeypatch.setenv("FAIL", str(fail))
         monkeypatch.setenv("STATUS", str(status))
         log.write_text("")
@@ -128,6 +131,9 @@ def test_mistakes_are_one_line_before_anything_begins(smollm2, tmp_path, capsys)
         (["--minutes", least - 1], "new", f"use {least} or more"),
         (["lrr=1"], "new", "lrr"),
         (["train_rollouts=3"], "new", "use --rollouts N"),
+        (["save=elsewhere"], "new", "save=elsewhere is set by the script; use --out DIR"),
+        (["seed=3"], "new", "use --seed N"),
+        (["student=other"], "new", "leave it out"),
         (["--rollouts", 0], "new", "rollouts=0 must be at least 1"),
         ([], "foreign", "is no run of this example"),
         (["--prepare", "--join", tmp_path / "no"], "new", "parts.json: file not found"),
@@ -143,7 +149,29 @@ def test_a_step_that_has_said_why_is_all_that_is_said(smollm2, capsys):
     assert smollm2(fail=3, status=2)[0] == 2
     assert capsys.readouterr().err == ""
     assert smollm2(fail=1, status=7)[0] == 1  # the import again
-    assert "the step 'import' ended with status 7" in capsys.readouterr().err
+    assert "the step 'import' ended with status 7; its output" in capsys.readouterr().err
+    assert smollm2(fail=1, status=7, killed=True)[0] == 1
+    said = "the step 'import' was ended by SIGKILL; perhaps memory was full"
+    assert said in capsys.readouterr().err
+
+
+def test_time_and_memory_of_every_attempt_count(smollm2, tmp_path):
+    steps, record = module("steps"), tmp_path / "out" / "steps.json"
+    smollm2(fail=6, status=7)  # the training
+    first = json.loads(record.read_text())
+    assert first["seconds"]["train to 10"] > 0 and "train to 10" not in first["ended"]
+    assert smollm2()[0] == 0
+    last = json.loads(record.read_text())
+    assert last["seconds"]["train to 10"] > first["seconds"]["train to 10"]
+    assert last["peak_memory_gb"] >= first["peak_memory_gb"] > 0
+    assert steps.Steps(tmp_path / "out").ended == last["ended"] and len(last["ended"]) == 14
+
+
+def test_a_student_that_was_not_verified_is_not_trained(smollm2, capsys):
+    assert smollm2("--prepare", fail=4)[0] == 1
+    assert smollm2("--run") == (2, [])
+    assert "its student is not verified; run with --prepare again" in capsys.readouterr().err
+    assert smollm2("--prepare")[0] == 0 and smollm2("--run")[0] == 0
 
 
 def test_a_gpu_takes_its_own_recipe(smollm2, monkeypatch, tmp_path):
@@ -207,13 +235,17 @@ def test_a_signal_ends_the_command_and_is_one_line(tmp_path, number):
     assert time.monotonic() - began < 30  # the child's minute did not pass
     assert process.returncode == 128 + number
     assert error == f"stopped by {number.name}; the same command goes on from here\n"
-    assert json.loads((tmp_path / "out" / "steps.json").read_text())["seconds"] == {}
+    record = json.loads((tmp_path / "out" / "steps.json").read_text())
+    assert record["ended"] == [] and record["seconds"]["sleep"] > 0
 
 
 def test_the_script_is_valid_and_explains_itself_without_an_environment(tmp_path):
     target = tmp_path / "clone" / "examples" / "smollm2.sh"
     target.parent.mkdir(parents=True)
     target.write_bytes((ROOT / "examples" / "smollm2.sh").read_bytes())
+    (target.parent / "smollm2").mkdir()
+    program = target.parent / "smollm2" / "run.py"
+    program.write_bytes((ROOT / "examples" / "smollm2" / "run.py").read_bytes())
     assert os.access(ROOT / "examples" / "smollm2.sh", os.X_OK)
     done = subprocess.run(["bash", target, "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "smollm2.sh [--minutes N]" in done.stdout

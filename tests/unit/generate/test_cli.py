@@ -279,13 +279,16 @@ def test_decoding_options_are_those_that_were_given(options_of):
     ("trained", "given", "used"),
     [
         ("next_position", [], "next_position"),
-        ("next_position", ["--prediction", "same_position"], "same_position"),
+        ("next_position", ["--prediction", "next_position"], "next_position"),
         ("same_position", [], "same_position"),
     ],
 )
 def test_a_student_predicts_as_it_was_trained(trained, given, used, options_of, tmp_path):
     (tmp_path / "config.json").write_text(f'{{"prediction": "{trained}"}}')
     assert options_of(*given).prediction == used
+    (other,) = {"next_position", "same_position"} - {trained}
+    with pytest.raises(ValueError, match=f"prediction={other} is not that of .* with {trained}"):
+        options_of("--prediction", other)
 
 
 @pytest.mark.parametrize("text", ['"previous"', "[]", "3", "true"])

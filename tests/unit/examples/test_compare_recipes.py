@@ -1,0 +1,95 @@
+"""examples/smollm2: the recipes, and the check of an export."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_opdlm.config.run import load_config
+from tests.smollm2 import FOLDER, module
+
+ROOT = FOLDER.parents[1]
+compare, budget, check = module("compare_recipes"), module("budget"), module("check")
+
+
+def trials(tmp_path, **changes):
+    (tmp_path / "in" / "teacher").mkdir(parents=True, exist_ok=True)
+    values = {
+        "prepared": tmp_path / "in", "out": tmp_path / "out", "recipes": None, "rollouts": 12,
+        "questions": 160, "seed": 0, "jobs": 1,
+    }  # fmt: skip
+    return compare.make_trials(argparse.Namespace(**(values | changes)))
+
+
+def test_every_recipe_is_a_configuration_of_its_own(tmp_path):
+    every = trials(tmp_path)
+    compare.require_different(every)
+    base = load_config(compare.CONFIG, every[0].training_keys())
+    assert every[0].name == "base" and base.train.train_rollouts == 12
+    assert base.rollout.max_response_tokens.ramp_steps == 7 and base.train.save_interval == 0
+    assert len({trial.folder for trial in every}) == len(every) > 15
+
+
+def test_a_recipe_that_is_the_base_under_another_name_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "MACHINE", budget.GPU)
+    monkeypatch.setattr(compare, "CONFIG", ROOT / budget.GPU.config)
+    with pytest.raises(ValueError, match="--recipes=rows_16 has the values of .*smollm2_gpu.yaml"):
+        compare.require_different(trials(tmp_path, recipes="base,rows_16"))
+    compare.require_different(trials(tmp_path, recipes="base,rows_4,long_from_the_start"))
+
+
+def test_figures_of_other_settings_are_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare.Trial, "run", lambda self, *words: None)
+    monkeypatch.setattr(compare.Trial, "figures", lambda self, measured: {"recipe": self.name})
+    (trial,) = trials(tmp_path, recipes="cold")
+    assert trial.result() == trial.result() == {"recipe": "cold"}
+    for change in ({"rollouts": 30}, {"questions": 328}, {"keys": ()}):
+        with pytest.raises(ValueError, match=f"was begun with {next(iter(change))}="):
+            dataclasses.replace(trial, **change).result()
+
+
+def test_a_table_without_a_question_that_the_teacher_gets_right():
+    figures = {
+        "recipe": "base", "response_tokens": 1234, "kl": 1.5, "nll_above_teacher": 0.5,
+        "static": None, "dynamic": 50.0, "tokens_per_forward": 1.0, "minutes": 9.6,
+    }  # fmt: skip
+    assert compare.row(figures) == "| base | 1,234 | 1.50 | +0.50 | - | 50 | 1.00 | 10 |"
+
+
+@pytest.fixture
+def checked(tmp_path, monkeypatch):
+    """Runs check.py on made-up differences; the path of its file."""
+    monkeypatch.setattr(sys, "path", [str(FOLDER.parent / "quickstart"), *sys.path])
+    from check_export import ExportCheck
+
+    def run(delta, control):
+        found = ExportCheck(max_delta=delta, control=control, num_equal=1, num_questions=1)
+        fake = SimpleNamespace(check_export=lambda *a, **k: found, ExportCheck=ExportCheck)
+        monkeypatch.setitem(sys.modules, "check_export", fake)
+        monkeypatch.setattr(check, "BlockCausal", lambda folder: None)
+        out = tmp_path / "check.json"
+        words = ["check.py", "--run", "r", "--export", "e", "--prompts", "p", "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", words)
+        check.main()
+        return Path(out)
+
+    monkeypatch.setattr(check.os, "environ", {})
+    return run
+
+
+@pytest.mark.parametrize("delta", [2e-3, float("nan"), float("inf")])
+def test_an_export_that_differs_leaves_no_file(checked, tmp_path, delta):
+    with pytest.raises(ValueError, match="logits of the export differ by"):
+        checked(delta, 5.0)
+    assert list(tmp_path.iterdir()) == []
+    assert json.loads(checked(1e-5, 5.0).read_text())["max_delta"] == 1e-5  # control
+
+
+def test_a_comparison_that_sees_nothing_is_no_check(checked, tmp_path):
+    with pytest.raises(ValueError, match="cannot tell the masks apart"):
+        checked(1e-5, 1e-5)
+    assert list(tmp_path.iterdir()) == []
