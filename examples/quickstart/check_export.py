@@ -16,6 +16,9 @@ from megatron_opdlm.generate.decoder import Decoder
 from megatron_opdlm.responses.prompts import load_prompts
 from megatron_opdlm.rollout.request import DecodingOptions
 
+TOLERANCE = 1e-3
+"""Of logits, in float32."""
+
 
 @dataclass(frozen=True)
 class ExportCheck:
@@ -36,6 +39,22 @@ class ExportCheck:
             f"causal mask: {self.control:.1e})\ngenerate(): {self.num_equal} of "
             f"{self.num_questions} greedy responses are the same"
         )
+
+    def require_equal(self) -> None:
+        """Refuses an export that is another model, and a comparison that would not see it.
+
+        Raises:
+            ValueError: with the difference.
+        """
+        if not self.max_delta <= TOLERANCE:
+            raise ValueError(
+                f"logits of the export differ by {self.max_delta:g}; at most {TOLERANCE:g}"
+            )
+        if not self.control > TOLERANCE:
+            raise ValueError(
+                f"under a causal mask logits differ by {self.control:g} only, so the comparison of "
+                "the export cannot tell the masks apart; use longer prompts"
+            )
 
 
 def load_export(export_dir: Path) -> Any:

@@ -189,6 +189,7 @@ class Steps:
                 )
         self.seconds["check"] = time.monotonic() - start
         console.print(str(self.exported), soft_wrap=True)
+        self.exported.require_equal()
 
     def report(self, memory: PeakMemory) -> None:
         """Writes the report folder and prints the table."""
