@@ -58,6 +58,9 @@ def main() -> int:
         except subprocess.CalledProcessError as error:
             console.print(f"stopped: the command above ended with status {error.returncode}")
             return 1
+        except ValueError as error:  # of the export's check
+            console.print(f"error: {error}", markup=False, soft_wrap=True)
+            return 1
         steps.report(memory)
     return 0
 

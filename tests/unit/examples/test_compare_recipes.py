@@ -68,7 +68,7 @@ def checked(tmp_path, monkeypatch):
 
     def run(delta, control):
         found = ExportCheck(max_delta=delta, control=control, num_equal=1, num_questions=1)
-        fake = SimpleNamespace(check_export=lambda *a, **k: found, ExportCheck=ExportCheck)
+        fake = SimpleNamespace(check_export=lambda *arguments, **named: found)
         monkeypatch.setitem(sys.modules, "check_export", fake)
         monkeypatch.setattr(check, "BlockCausal", lambda folder: None)
         out = tmp_path / "check.json"
