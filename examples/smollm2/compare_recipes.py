@@ -29,7 +29,7 @@ import yaml
 from budget import CPU, GPU, make_plan
 from curves import share
 from measurement import Measurement
-from steps import require_settings
+from settings import require_settings
 from table import NONE
 
 from megatron_opdlm.checks import require, require_at_least

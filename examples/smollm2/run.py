@@ -26,7 +26,8 @@ from budget import CPU, GPU, Plan, make_plan  # noqa: E402
 from from_wheel import absolute, add_source_options, find_source  # noqa: E402
 from gguf_file import SMOLLM2, read_source, require_space  # noqa: E402
 from parts import join, split  # noqa: E402
-from steps import SETTINGS, Failed, Step, Steps, Stopped, require_settings  # noqa: E402
+from settings import SETTINGS, require_settings  # noqa: E402
+from steps import Failed, Step, Steps, Stopped  # noqa: E402
 from summary import write_summary  # noqa: E402
 
 from megatron_opdlm.checks import require  # noqa: E402

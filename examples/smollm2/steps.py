@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -14,13 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from memory import PeakMemory
 
 from megatron_opdlm.files.folders import read_json_object, replacing, write_json
 
-RECORD, SETTINGS = "steps.json", "settings.json"
+RECORD = "steps.json"
 
 
 @dataclass(frozen=True)
@@ -178,21 +176,3 @@ def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-
-
-def require_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Notes the settings of a run, and refuses a folder with others.
-
-    Raises:
-        ValueError: the folder's run was begun with other settings.
-    """
-    path = out / SETTINGS
-    if not path.exists():
-        with replacing(path) as partial:
-            write_json(partial, settings)
-    elif (found := read_json_object(path)) != settings:
-        changed = [key for key in settings if found.get(key) != settings[key]]
-        begun = ", ".join(f"{key}={json.dumps(found.get(key))}" for key in changed)
-        raise ValueError(
-            f"--out {out} was begun with {begun}; use the same or choose another folder"
-        )

@@ -212,11 +212,12 @@ def decoding_options(
     block_size = trained if args.block_size is None else args.block_size
     steps = block_size if args.denoising_steps is None else args.denoising_steps
     require_trained_prediction(args.prediction, source.prediction, source.path)
+    prediction = args.prediction if source.prediction is None else source.prediction
     given = {name: getattr(args, name) for name in ("top_k", "top_p")}
     return DecodingOptions(
         block_size=block_size,
         denoising_steps=steps,
-        prediction=args.prediction or source.prediction or SAME_POSITION,
+        prediction=SAME_POSITION if prediction is None else prediction,
         rule=rule,
         temperature=args.temperature,
         **{name: value for name, value in given.items() if value is not None},

@@ -171,7 +171,10 @@ def record(setting, temperature=0.0, *, nll=1.0, right=None, speed=1.0, response
         "responses": list(responses), "page": [],
     }  # fmt: skip
     if right is not None:
-        found["agreement"] = {"asked": 8, "right": right, "share": right / 8}
+        share, error = right / 8, math.sqrt(right / 8 * (1 - right / 8) / 8)
+        found["agreement"] = {
+            "asked": 8, "right": right, "share": share, "standard_error": error
+        }  # fmt: skip
     return found
 
 
@@ -241,7 +244,7 @@ def test_the_report_has_everything(out):
         "| 50 | 0.75 | 5.0 | 25 | 12 | 1.50 | 10.0 | 5.0 |"
     ) in text
     assert text.count("| teacher, autoregressive |") == 1
-    assert "| student before, static | 6.00 \u00b1 0.05 | - | 0.0 (0 of 8) |" in text
+    assert "| student before, static | 6.00 \u00b1 0.05 | - | 0 \u00b1 0 (0 of 8) |" in text
     assert "| student after, static | 1.50 \u00b1 0.05 | 2.50 \u00b1 0.05 | 75.0 (6 of 8) |" in text
     assert "| position 1 of the block | 8.00 | 2.00 |" in text
     assert all(f"({path.name})" in text for path in folder.glob("*.png"))

@@ -163,7 +163,7 @@ def test_time_and_memory_of_every_attempt_count(smollm2, tmp_path):
     assert smollm2()[0] == 0
     last = json.loads(record.read_text())
     assert last["seconds"]["train to 10"] > first["seconds"]["train to 10"]
-    assert last["peak_memory_gb"] >= first["peak_memory_gb"] > 0
+    assert last["peak_memory_gb"] >= first["peak_memory_gb"] >= 0
     assert steps.Steps(tmp_path / "out").ended == last["ended"] and len(last["ended"]) == 14
 
 
@@ -248,7 +248,7 @@ def test_the_script_is_valid_and_explains_itself_without_an_environment(tmp_path
     program.write_bytes((ROOT / "examples" / "smollm2" / "run.py").read_bytes())
     assert os.access(ROOT / "examples" / "smollm2.sh", os.X_OK)
     done = subprocess.run(["bash", target, "--help"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "smollm2.sh [--minutes N]" in done.stdout
+    assert done.returncode == 0 and "smollm2.sh [--minutes N | --rollouts N]" in done.stdout
     assert not list(Path(tmp_path, "clone").rglob(".venv"))
 
 
