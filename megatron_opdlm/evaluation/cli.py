@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_opdlm.checks import require, require_at_least
-from megatron_opdlm.evaluation.kinds import DEFAULT_KIND, KINDS, find_kind
+from megatron_opdlm.evaluation.graders import DEFAULT_GRADER, GRADERS, find_grader
 from megatron_opdlm.evaluation.settings import add_setting_arguments, check_settings, chosen_rules
 from megatron_opdlm.generate.arguments import (
     MAX_ROWS,
@@ -24,8 +24,9 @@ from megatron_opdlm.generate.arguments import (
 )
 
 if TYPE_CHECKING:
-    from megatron_opdlm.evaluation.kinds.kind import TaskKind
-    from megatron_opdlm.evaluation.task import EvalResult, Task
+    from megatron_opdlm.evaluation.graders.grader import Grader
+    from megatron_opdlm.evaluation.result import EvalResult
+    from megatron_opdlm.evaluation.task import Task
     from megatron_opdlm.evaluation.teacher import Reference
     from megatron_opdlm.generate.decoder import Decoder
     from megatron_opdlm.rollout.request import DecodingOptions
@@ -39,17 +40,17 @@ def add_eval_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
         description="Decode questions and grade the responses, with static and with dynamic "
         "decoding unless another\nrule is given. It also runs under torchrun, with the same "
         "arguments.",
-        epilog=_describe_kinds(),
+        epilog=_describe_graders(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--task",
         action="append",
         required=True,
-        metavar="NAME[:KIND]=FILE",
-        help=f"prompt file with answers, under a name of your choice; KIND, one of "
-        f"{', '.join(KINDS)}, is the way to read and grade them; default: the KIND with the name "
-        f"NAME, else {DEFAULT_KIND.name}; may be given several times",
+        metavar="NAME[:GRADER]=FILE",
+        help=f"prompt file with answers, under a name of your choice; GRADER, one of "
+        f"{', '.join(GRADERS)}, is the way to grade them; default: {DEFAULT_GRADER.name}; may be "
+        "given several times",
     )
     add_model_arguments(parser)
     add_setting_arguments(parser)
@@ -87,8 +88,8 @@ def run_eval(args: argparse.Namespace) -> int:
 
     _check(args)
     tasks = [
-        load_task(name, path, args.num_questions, kind=kind)
-        for name, kind, path in map(_split_task, args.task)
+        load_task(name, path, args.num_questions, grader=grader)
+        for name, grader, path in map(_split_task, args.task)
     ]
     source = ModelSource.open(args.model)
     settings = [decoding_options(args, source, rule) for rule in chosen_rules(args)]
@@ -121,24 +122,24 @@ def _check(args: argparse.Namespace) -> None:
         require_folder(args.json, "--json")
 
 
-def _split_task(text: str) -> tuple[str, TaskKind, str]:
-    """Returns name, kind and file of a task."""
+def _split_task(text: str) -> tuple[str, Grader, str]:
+    """Returns name, grader and file of a task."""
     label, _, path = text.partition("=")
-    name, colon, kind = label.partition(":")
-    if not (name and path) or bool(colon) != bool(kind):
+    name, colon, grader = label.partition(":")
+    if not (name and path) or bool(colon) != bool(grader):
         raise ValueError(
-            f"--task {text} must be NAME=FILE or NAME:KIND=FILE, e.g. gsm8k=data/gsm8k.jsonl or "
-            f"gsm8k:{DEFAULT_KIND.name}=data/gsm8k.jsonl"
+            f"--task {text} must be NAME=FILE or NAME:GRADER=FILE, e.g. sums=data/sums.jsonl or "
+            f"cities:exact=data/cities.jsonl"
         )
-    return name, find_kind(name, kind or None), path
+    return name, find_grader(grader, f"of task {name}") if grader else DEFAULT_GRADER, path
 
 
-def _describe_kinds() -> str:
-    """Returns the list of kinds for the help text."""
-    lines = ["kinds of tasks:"]
-    for kind in KINDS.values():
-        text = f"an entry has {kind.reads}; a response is correct if {kind.accepts}"
-        lines.append(textwrap.fill(text, 96, initial_indent=f"  {kind.name}: ",
+def _describe_graders() -> str:
+    """Returns the list of graders for the help text."""
+    lines = ["graders:"]
+    for grader in GRADERS.values():
+        text = f"an entry has {grader.reads}; a response is correct if {grader.accepts}"
+        lines.append(textwrap.fill(text, 96, initial_indent=f"  {grader.name}: ",
                                    subsequent_indent="      "))  # fmt: skip
     return "\n".join(lines)
 

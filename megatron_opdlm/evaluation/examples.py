@@ -34,7 +34,7 @@ def example_record(answer: Answer, tokenizer: Any) -> dict[str, Any]:
         "id": answer.question.id,
         "question": answer.question.messages[-1]["content"],
         "reference": str(answer.question.reference),
-        "response": answer.response,
+        "response": answer.text,
         "correct": answer.correct,
         "ended": answer.ended,
         "num_tokens": answer.num_tokens,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from megatron_opdlm.rollout.request import DecodingOptions
 
 if TYPE_CHECKING:
-    from megatron_opdlm.evaluation.task import EvalResult
+    from megatron_opdlm.evaluation.result import EvalResult
 
 TEACHER = "teacher"
 
@@ -23,13 +23,11 @@ class _Detail(NamedTuple):
     """Whether a label omits the option, unless the results differ in it."""
 
 
-def setting_name(options: DecodingOptions | None) -> str:
-    """Returns the short name of a remasking rule with its parameters, or "teacher" for None.
+def setting_name(options: DecodingOptions) -> str:
+    """Returns the short name of a remasking rule with its parameters.
 
     Examples are static, dynamic(0.9) and entropy(0.35).
     """
-    if options is None:
-        return TEACHER
     values = dataclasses.asdict(options.rule).values()
     text = ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
     return f"{options.rule.label}({text})" if text else options.rule.label
@@ -52,7 +50,7 @@ def labels(results: Sequence[EvalResult]) -> list[str]:
     return [
         ", ".join(
             [
-                setting_name(result.options),
+                result.setting,
                 *(
                     detail.text
                     for name, detail in each.items()
@@ -67,10 +65,12 @@ def labels(results: Sequence[EvalResult]) -> list[str]:
 def _details(result: EvalResult) -> dict[str, _Detail]:
     """Returns the options of a result. Only a student's result has options of remasking."""
     limit, thinks = result.response_limit, result.enable_thinking
-    details = {
-        "response_limit": _Detail(limit, f"{limit} tokens", True),
-        "enable_thinking": _Detail(thinks, "thinking" if thinks else "no thinking", not thinks),
-    }
+    details = {}
+    if limit is not None:
+        details["response_limit"] = _Detail(limit, f"{limit} tokens", True)
+    if thinks is not None:
+        text = "thinking" if thinks else "no thinking"
+        details["enable_thinking"] = _Detail(thinks, text, not thinks)
     if (options := result.options) is None:
         return details
     steps, size = options.denoising_steps, options.block_size

@@ -102,11 +102,13 @@ class OnlineEvaluation:
                 response_limit=self.response_limit,
                 enable_thinking=self.enable_thinking,
             )
+            tokens_per_forward = result.tokens_per_forward
+            assert tokens_per_forward is not None, "the passes of a student are known"
             metrics[f"eval/accuracy_{name}"] = result.accuracy
-            metrics[f"eval/tokens_per_forward_{name}"] = result.tokens_per_forward
+            metrics[f"eval/tokens_per_forward_{name}"] = tokens_per_forward
             said.append(
                 f"{setting_name(options)} {100 * result.accuracy:.1f} % correct, "
-                f"{result.tokens_per_forward:.2f} tokens per forward"
+                f"{tokens_per_forward:.2f} tokens per forward"
             )
         if self.decoder.parallel.is_main:
             logger.info("evaluation, %d questions: %s", result.num_questions, "; ".join(said))

@@ -9,8 +9,11 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.distributed.process_groups import from_main
+from megatron_opdlm.evaluation.grading import grade_all
 from megatron_opdlm.evaluation.labels import setting_name
-from megatron_opdlm.evaluation.task import Answer, EvalResult, Task
+from megatron_opdlm.evaluation.result import EvalResult
+from megatron_opdlm.evaluation.task import Answer, Response, Task
 from megatron_opdlm.generate.decoder import Decoder
 from megatron_opdlm.responses.prompts import PromptTokens
 from megatron_opdlm.rollout.request import DecodingOptions
@@ -33,7 +36,7 @@ def evaluate(
 
     Args:
         decoder: the student.
-        task: the questions, with their kind.
+        task: the questions.
         options: decoding options.
         response_limit: most response tokens.
         seed: seed of the sampling; greedy decoding does not depend on it.
@@ -58,33 +61,41 @@ def evaluate(
             on_progress=lambda done: bar.update(done - bar.n),
         )
     seconds = time.perf_counter() - start
+    responses = _responses(task, prompts, trajectories, decoder.student.tokenizer)
+    is_main = decoder.parallel.is_main
+    grades = from_main(lambda: grade_all(responses, progress=show), is_main=is_main)
     return EvalResult(
         task=task.name,
-        kind=task.kind.name,
+        grader=task.grader,
         options=options,
         response_limit=response_limit,
         enable_thinking=enable_thinking,
         seed=seed,
-        answers=_grade_all(task, prompts, trajectories, decoder.student.tokenizer),
-        num_passes=sum(trajectory.num_passes for trajectory in trajectories),
+        answers=list(map(Answer.of, responses, grades)),
         seconds=seconds,
     )
 
 
-def _grade_all(
+def _responses(
     task: Task, prompts: Sequence[PromptTokens], trajectories: Sequence[Trajectory], tokenizer: Any
-) -> list[Answer]:
-    """Returns one answer per question, in order; an empty one if its prompt was not decoded."""
+) -> list[Response]:
+    """Returns one response per question, in order; an empty one if its prompt was not decoded."""
     texts = tokenizer.batch_decode(
         [trajectory.text_ids.tolist() for trajectory in trajectories], skip_special_tokens=True
     )
-    answers = [task.grade(question, "", num_tokens=0, ended=False) for question in task.questions]
+    responses = [
+        Response(
+            question=question, text="", num_tokens=0, num_passes=0, ended=False, prompt_fits=False
+        )
+        for question in task.questions
+    ]
     for prompt, trajectory, text in zip(prompts, trajectories, texts, strict=True):
-        answers[prompt.index] = task.grade(
-            task.questions[prompt.index],
-            text,
+        responses[prompt.index] = Response(
+            question=task.questions[prompt.index],
+            text=text,
             num_tokens=trajectory.num_response_tokens,
+            num_passes=trajectory.num_passes,
             ended=trajectory.ended,
             trajectory=trajectory,
         )
-    return answers
+    return responses

@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_opdlm.evaluation.labels import labels
-from megatron_opdlm.evaluation.task import Answer, EvalResult
+from megatron_opdlm.evaluation.result import EvalResult
+from megatron_opdlm.evaluation.task import Answer
 
 HEADER = (
     *("task", "decoding", "accuracy", "tokens/forward", "tokens/s"),
@@ -39,7 +40,7 @@ def example_text(label: str, answer: Answer) -> Text:
     """Returns a question with its response and the verdict."""
     verdict = "correct" if answer.correct else f"wrong, the answer is {answer.question.reference}"
     text = Text(f"[{label}] {answer.question.messages[-1]['content']}\n", style="dim")
-    text.append(f"    {answer.response}\n", style="default")
+    text.append(f"    {answer.text}\n", style="default")
     text.append(f"    {verdict}", style="green" if answer.correct else "red")
     return text
 
@@ -62,10 +63,16 @@ def _row(label: str, group: Sequence[EvalResult]) -> tuple[str, ...]:
         first.task,
         label,
         accuracy_text(group),
-        f"{statistics.mean(result.tokens_per_forward for result in group):.2f}",
-        f"{statistics.mean(result.tokens_per_second for result in group):.0f}",
-        f"{statistics.mean(result.response_tokens_mean for result in group):.1f}",
-        f"{statistics.mean(result.eos_rate for result in group):.2f}",
+        _mean([result.tokens_per_forward for result in group], ".2f"),
+        _mean([result.tokens_per_second for result in group], ".0f"),
+        _mean([result.response_tokens_mean for result in group], ".1f"),
+        _mean([result.eos_rate for result in group], ".2f"),
         str(first.num_questions),
         ", ".join(str(result.seed) for result in group),
     )
+
+
+def _mean(values: Sequence[float | None], spec: str) -> str:
+    """Returns the mean of the values that are known, as text; "-" if none is."""
+    known = [value for value in values if value is not None]
+    return format(statistics.mean(known), spec) if known else "-"

@@ -17,7 +17,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_opdlm.convert.model_source import ModelSource
-from megatron_opdlm.evaluation.task import Answer, EvalResult, Question, Task
+from megatron_opdlm.distributed.process_groups import from_main
+from megatron_opdlm.evaluation.grading import grade_all
+from megatron_opdlm.evaluation.labels import TEACHER
+from megatron_opdlm.evaluation.result import EvalResult
+from megatron_opdlm.evaluation.task import Answer, Question, Response, Task
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.files.path_kind import describe
 
@@ -58,6 +62,10 @@ def load_reference(hf_dir: str) -> Reference:
     return Reference(model, tokenizer)
 
 
+_Said = tuple[str, int, bool]
+"""Text of a response, its number of tokens, and whether it ended."""
+
+
 @torch.no_grad()
 def evaluate_teacher(
     teacher: Reference,
@@ -72,7 +80,7 @@ def evaluate_teacher(
 
     Args:
         teacher: the teacher, from `load_reference`.
-        task: the questions, with their kind.
+        task: the questions.
         response_limit: most response tokens.
         enable_thinking: passed to the chat template.
         batch_size: number of questions decoded at once. Questions are sorted by length, and padded
@@ -88,39 +96,45 @@ def evaluate_teacher(
     start = time.perf_counter()
     mine = list(range(rank, task_size := len(task.questions), world_size))
     mine.sort(key=lambda index: len(task.questions[index].messages[-1]["content"]))
-    answers: dict[int, Answer] = {}
+    found: dict[int, _Said] = {}
     show = progress and rank == 0
     with tqdm(total=len(mine), desc=f"{task.name} teacher", disable=not show) as bar:
         for first in range(0, len(mine), batch_size):
             batch = mine[first : first + batch_size]
             questions = [task.questions[index] for index in batch]
-            found = _answer(teacher, task, questions, response_limit, enable_thinking)
-            answers |= dict(zip(batch, found, strict=True))
+            texts = _respond(teacher, questions, response_limit, enable_thinking)
+            found |= dict(zip(batch, texts, strict=True))
             bar.update(len(batch))
     parts: list[Any] = [None] * world_size
-    dist.all_gather_object(parts, answers)
-    everyone = {index: answer for part in parts for index, answer in part.items()}
-    ordered = [everyone[index] for index in range(task_size)]
+    dist.all_gather_object(parts, found)
+    seconds = time.perf_counter() - start
+    everyone = {index: said for part in parts for index, said in part.items()}
+    responses = [
+        Response(question=question, text=text, num_tokens=length, num_passes=length, ended=ended)
+        for question, (text, length, ended) in zip(
+            task.questions, (everyone[index] for index in range(task_size)), strict=True
+        )
+    ]
+    grades = from_main(lambda: grade_all(responses, progress=show), is_main=rank == 0)
     return EvalResult(
         task=task.name,
-        kind=task.kind.name,
+        grader=task.grader,
         options=None,
+        decoded_by=TEACHER,
         response_limit=response_limit,
         enable_thinking=enable_thinking,
         seed=0,
-        answers=ordered,
-        num_passes=sum(answer.num_tokens for answer in ordered),
-        seconds=time.perf_counter() - start,
+        answers=list(map(Answer.of, responses, grades)),
+        seconds=seconds,
     )
 
 
-def _answer(
+def _respond(
     teacher: Reference,
-    task: Task,
     questions: Sequence[Question],
     response_limit: int,
     enable_thinking: bool,
-) -> list[Answer]:
+) -> list[_Said]:
     model, tokenizer = teacher.model, teacher.tokenizer
     inputs = tokenizer.apply_chat_template(
         [question.messages for question in questions],
@@ -137,10 +151,10 @@ def _answer(
     responses = output[:, prompts.shape[1] :].cpu()
     stops = model.generation_config.eos_token_id
     is_stop = torch.isin(responses, torch.tensor(stops).flatten())
-    answers = []
-    for question, ids, stop in zip(questions, responses, is_stop, strict=True):
+    said = []
+    for ids, stop in zip(responses, is_stop, strict=True):
         ended = bool(stop.any())
         length = int(stop.nonzero()[0]) + 1 if ended else len(ids)
         text = tokenizer.decode(ids[:length].tolist(), skip_special_tokens=True)
-        answers.append(task.grade(question, text, num_tokens=length, ended=ended))
-    return answers
+        said.append((text, length, ended))
+    return said

@@ -215,8 +215,8 @@ def test_the_table_of_extensions_is_right() -> None:
     text = (REPOSITORY / "docs" / "architecture.md").read_text()
     assert wrong_seams(text) == []
     assert wrong_seams(text.replace("`METHODS`", "`METHOD`")) == ["a method"]  # controls
-    elsewhere = text.replace("`tests/distributed/evaluation/test_toy_kind.py`", "`tests/tiny.py`")
-    assert wrong_seams(elsewhere) == ["a kind of task (grader)"]
+    elsewhere = text.replace("`tests/distributed/evaluation/test_toy_grader.py`", "`tests/tiny.py`")
+    assert wrong_seams(elsewhere) == ["a grader"]
 
 
 @pages

@@ -211,7 +211,7 @@ def reference_figures(rank, hf_dir, questions, folder):
     Every third question has a reference that is not the response.
     """
     from megatron_opdlm.distributed import process_groups as parallel
-    from megatron_opdlm.evaluation.kinds.text import TEXT
+    from megatron_opdlm.evaluation.graders.exact import EXACT
     from megatron_opdlm.evaluation.task import load_task
     from megatron_opdlm.evaluation.teacher import evaluate_teacher, load_reference
 
@@ -231,7 +231,7 @@ def reference_figures(rank, hf_dir, questions, folder):
     path = folder / f"{rank}.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     teacher.tokenizer.chat_template += "{% if enable_thinking %}think{% endif %}"
-    task = load_task("t", str(path), kind=TEXT)
+    task = load_task("t", str(path), grader=EXACT)
     result = evaluate_teacher(
         teacher, task, response_limit=LIMIT, batch_size=4, enable_thinking=True
     )

@@ -49,7 +49,7 @@ def write_task(path, references):
 
 def graded(rank, model, folder):
     """By setting: the result as JSON, its answers, and what the oracle says of every question."""
-    from megatron_opdlm.evaluation.kinds.text import TEXT
+    from megatron_opdlm.evaluation.graders.exact import EXACT
     from megatron_opdlm.evaluation.runner import evaluate
     from megatron_opdlm.evaluation.task import load_task
     from megatron_opdlm.rollout.request import DecodingOptions
@@ -66,10 +66,10 @@ def graded(rank, model, folder):
         references |= {name: f"not {references[name]}" for name in WRONG}
         references |= dict.fromkeys(LONG, "anything")
         path = write_task(folder / f"{setting}.jsonl", references)
-        task = load_task("t", str(path), kind=TEXT)
+        task = load_task("t", str(path), grader=EXACT)
         result = evaluate(decoder, task, options, response_limit=LIMIT, seed=seed)
         answers = [
-            {"id": a.question.id, "text": a.response, "tokens": a.num_tokens, "ended": a.ended,
+            {"id": a.question.id, "text": a.text, "tokens": a.num_tokens, "ended": a.ended,
              "correct": a.correct, "decoded": a.trajectory is not None}
             for a in result.answers
         ]  # fmt: skip

@@ -49,7 +49,7 @@ def oracle(rank, model):
 
 def answer_all(decoder, count, **choice):
     from megatron_opdlm.diffusion.remasking import make_rule
-    from megatron_opdlm.evaluation.kinds.number import final_number
+    from megatron_opdlm.evaluation.graders.number import final_number
     from megatron_opdlm.rollout.request import DecodingOptions
 
     found = {}

@@ -4,8 +4,8 @@ from fractions import Fraction
 
 import pytest
 
-from megatron_opdlm.evaluation.kinds.number import final_number, is_correct, parse_number
-from megatron_opdlm.evaluation.kinds.text import is_same_text
+from megatron_opdlm.evaluation.graders.exact import grade_exact
+from megatron_opdlm.evaluation.graders.number import final_number, grade_number, parse_number
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_no_final_number(text):
 
 
 def test_a_marker_without_a_number_does_not_fall_back_to_the_working():
-    assert not is_correct("12+5=17. The answer is", "17")
+    assert not grade_number("12+5=17. The answer is", "17").correct
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_marker_without_a_number_does_not_fall_back_to_the_working():
     ],
 )
 def test_numbers_are_compared_exactly(response, answer, verdict):
-    assert is_correct(response, answer) is verdict
+    assert grade_number(response, answer).correct is verdict
 
 
 @pytest.mark.parametrize("text", ["12 apples", "", "1,2", "a", "1 2", "1e", "e5", "1e5 2", "nan"])
@@ -117,4 +117,4 @@ def test_a_reference_is_a_number_and_nothing_else(text):
     ],
 )
 def test_a_text_is_the_whole_response(response, answer, verdict):
-    assert is_same_text(response, answer) is verdict
+    assert grade_exact(response, answer).correct is verdict

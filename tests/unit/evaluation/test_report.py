@@ -7,12 +7,15 @@ import re
 import pytest
 
 from megatron_opdlm.diffusion.remasking import LowConfidenceDynamic, Sequential
+from megatron_opdlm.evaluation.graders.grader import Grade
+from megatron_opdlm.evaluation.graders.number import NUMBER
 from megatron_opdlm.evaluation.html import render_page, script_json
 from megatron_opdlm.evaluation.labels import labels
 from megatron_opdlm.evaluation.plots import smooth
 from megatron_opdlm.evaluation.report import SUMMARY_KEYS, ReportRow, write_report
+from megatron_opdlm.evaluation.result import EvalResult
 from megatron_opdlm.evaluation.table import HEADER, accuracy_text, result_rows
-from megatron_opdlm.evaluation.task import Answer, EvalResult, Question, load_task
+from megatron_opdlm.evaluation.task import Answer, Question, load_task
 from megatron_opdlm.rollout.request import DecodingOptions
 
 EVIL = "</script><img src=x onerror=alert(1)> & @DATA@ @TABLE@ \u2028"
@@ -111,15 +114,16 @@ def result(correct, seed=0, limit=64, thinking=False, **options):
     """A result with one answer per entry of `correct`, of 10 tokens each in 5 passes."""
     answers = [
         Answer(
-            question=Question(id=str(i), messages=[], reference="1", where=f"q.jsonl:{i}"),
-            response="", correct=bool(good), num_tokens=10, ended=bool(good),
+            question=Question(
+                id=str(i), messages=[], reference="1", where=f"q.jsonl:{i}", grader=NUMBER
+            ),
+            text="", grade=Grade(correct=bool(good)), num_tokens=10, num_passes=5, ended=bool(good),
         )
         for i, good in enumerate(correct)
     ]  # fmt: skip
     return EvalResult(
-        task="t", kind="number", options=DecodingOptions(**options), response_limit=limit,
-        enable_thinking=thinking, seed=seed, answers=answers, num_passes=5 * len(answers),
-        seconds=1.0,
+        task="t", grader="number", options=DecodingOptions(**options), response_limit=limit,
+        enable_thinking=thinking, seed=seed, answers=answers, seconds=1.0,
     )  # fmt: skip
 
 
@@ -145,7 +149,7 @@ DYNAMIC = {"rule": LowConfidenceDynamic()}
 
 def test_plain_settings_have_short_labels():
     runs = [result([1]), result([1], **DYNAMIC), result([1], rule=Sequential())]
-    runs.append(dataclasses.replace(runs[0], options=None))
+    runs.append(dataclasses.replace(runs[0], options=None, decoded_by="teacher"))
     assert labels(runs) == ["static", "dynamic(0.9)", "sequential", "teacher"]
 
 

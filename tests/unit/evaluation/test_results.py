@@ -7,36 +7,42 @@ import torch
 
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.evaluation.examples import choose, example_record
+from megatron_opdlm.evaluation.graders.grader import Grade
+from megatron_opdlm.evaluation.graders.number import NUMBER
 from megatron_opdlm.evaluation.report import ReportRow
+from megatron_opdlm.evaluation.result import EvalResult
 from megatron_opdlm.evaluation.table import HEADER, result_rows
-from megatron_opdlm.evaluation.task import Answer, EvalResult, Question, load_task
+from megatron_opdlm.evaluation.task import Answer, Question, load_task
 from megatron_opdlm.rollout.request import DecodingOptions
 
 
-def answer(name, correct, tokens=1, ended=True, trajectory=None):
+def answer(name, correct, tokens=1, ended=True, trajectory=None, passes=1):
     question = Question(
         id=name,
         messages=[{"role": "user", "content": f"{name}?"}],
         reference=name,
         where="q.jsonl:1",
+        grader=NUMBER,
     )
     return Answer(
-        question=question, response=f"{name}!", correct=correct, num_tokens=tokens, ended=ended,
-        trajectory=trajectory,
+        question=question, text=f"{name}!", grade=Grade(correct=correct), num_tokens=tokens,
+        num_passes=passes, ended=ended, trajectory=trajectory,
     )  # fmt: skip
 
 
-def result(answers, seed, passes, seconds):
+def result(answers, seed, seconds):
     return EvalResult(
-        task="t", kind="number", options=DecodingOptions(temperature=1.0), response_limit=9,
-        enable_thinking=False, seed=seed, answers=answers, num_passes=passes, seconds=seconds,
+        task="t", grader="number", options=DecodingOptions(temperature=1.0), response_limit=9,
+        enable_thinking=False, seed=seed, answers=answers, seconds=seconds,
     )  # fmt: skip
 
 
 def test_the_row_of_several_seeds_holds_their_means():
     """Every figure differs between the seeds."""
-    first = result([answer("a", True, 6), answer("b", True, 2)], 1, 4, 2.0)
-    other = result([answer("a", False, 3), answer("b", True, 3, ended=False)], 2, 6, 1.0)
+    first = result([answer("a", True, 6, passes=3), answer("b", True, 2)], 1, 2.0)
+    other = result(
+        [answer("a", False, 3, passes=2), answer("b", True, 3, ended=False, passes=4)], 2, 1.0
+    )
     (row,) = result_rows([first, other])
     cells = dict(zip(HEADER, row, strict=True))
     assert cells["accuracy"] == "75.0 \u00b1 35.4 (std of seeds)"
@@ -48,13 +54,14 @@ def test_the_row_of_several_seeds_holds_their_means():
 
 
 def test_figures_of_one_result():
-    found = result([answer("a", True, 6), answer("b", False, 2, ended=False)], 1, 5, 4.0).to_json()
+    answers = [answer("a", True, 6, passes=4), answer("b", False, 2, ended=False)]
+    found = result(answers, 1, 4.0).to_json()
     assert found["correct_ids"] == ["a"]
     assert (found["accuracy"], found["eos_rate"], found["num_questions"]) == (0.5, 0.5, 2)
     assert (found["tokens_per_forward"], found["tokens_per_second"]) == (1.6, 2.0)
     assert (found["response_tokens_mean"], found["seconds"], found["seed"]) == (4.0, 4.0, 1)
     assert found["standard_error"] == pytest.approx(0.125**0.5)
-    assert (found["task"], found["kind"], found["enable_thinking"]) == ("t", "number", False)
+    assert (found["task"], found["grader"], found["enable_thinking"]) == ("t", "number", False)
     row = ReportRow.from_result("student", found, 7)
     assert row.cells() == ("student", "50.0 \u00b1 35.4", "1.60", "2", "7")
 

@@ -1,4 +1,4 @@
-"""A kind of task that this file alone defines runs through `opdlm eval`."""
+"""A grader that this file alone defines runs through `opdlm eval`."""
 
 import contextlib
 import io
@@ -8,8 +8,8 @@ import warnings
 import pytest
 
 from megatron_opdlm import cli
-from megatron_opdlm.evaluation.kinds import KINDS
-from megatron_opdlm.evaluation.kinds.kind import TaskKind
+from megatron_opdlm.evaluation.graders import GRADERS
+from megatron_opdlm.evaluation.graders.grader import Grade, Grader
 from tests.helpers import run_ranks
 from tests.tiny import tiny_model
 
@@ -23,28 +23,22 @@ def read_most(entry):
     return most
 
 
-def ask_with_choices(entry):
-    choices = " or ".join(entry.values["choices"])
-    return [{"role": "user", "content": f"{entry.text('stem')} {choices}?"}]
+def grade_length(response, most):
+    return Grade(correct=len(response) <= most, extracted=str(len(response)))
 
 
-def is_short(response, most):
-    return len(response) <= most
-
-
-SHORT = TaskKind(
+SHORT = Grader(
     name="short",
     reads="`most`, a number of characters",
     accepts="it has at most so many characters",
     read=read_most,
-    grade=is_short,
-    messages=ask_with_choices,
+    grade=grade_length,
 )
 ENTRIES = [
     # Every response has at least one character and at most LIMIT bytes.
-    {"id": "long", "stem": "Ann", "choices": ["x", "y"], "most": LIMIT},
-    {"id": "none", "stem": "Bob", "choices": ["y", "zz"], "most": 0},
-    {"id": "any", "stem": "Cid", "choices": ["u"], "most": 1000},
+    {"id": "long", "prompt": "Ann x or y?", "most": LIMIT},
+    {"id": "none", "prompt": "Bob y or zz?", "most": 0},
+    {"id": "any", "prompt": "Cid u?", "most": 1000},
 ]
 ASKED = ["Ann x or y?", "Bob y or zz?", "Cid u?"]
 
@@ -56,8 +50,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Registers the kind, and writes a task's file."""
-    monkeypatch.setitem(KINDS, SHORT.name, SHORT)
+    """Registers the grader, and writes a task's file."""
+    monkeypatch.setitem(GRADERS, SHORT.name, SHORT)
 
     def write_entries(entries, name="q.jsonl"):
         path = tmp_path / name
@@ -88,16 +82,16 @@ def evaluate(model, *argv):
     return run_ranks(command_of_rank, 1, *argv, *options)[0]
 
 
-def test_a_toy_kind_reads_asks_and_grades(model, write, tmp_path):
+def test_a_toy_grader_reads_and_grades(model, write, tmp_path):
     path, out = write(ENTRIES), tmp_path / "figures.json"
     status, printed, _ = evaluate(
-        model, "--task", f"short={path}", "--task", f"named:short={path}", "--static",
+        model, "--task", f"one:short={path}", "--task", f"two:short={path}", "--static",
         "--teacher", str(model.hf), "--json", str(out), "--examples", "3",
     )  # fmt: skip
     assert status == 0
     results = json.loads(out.read_text())["results"]
-    assert [(r["task"], r["kind"], r["setting"]) for r in results] == [
-        (task, "short", setting) for task in ("short", "named") for setting in ("teacher", "static")
+    assert [(r["task"], r["grader"], r["setting"]) for r in results] == [
+        (task, "short", setting) for task in ("one", "two") for setting in ("teacher", "static")
     ]
     for result in results:
         assert result["correct_ids"] == ["long", "any"]
@@ -111,35 +105,35 @@ def test_a_toy_kind_reads_asks_and_grades(model, write, tmp_path):
     assert "wrong, the answer is 0" in printed
 
 
-def test_control_another_kind_does_not_read_these_entries(write):
+def test_control_another_grader_does_not_read_these_entries(write):
     path = write(ENTRIES)
-    status, _, said = command("--task", f"short:number={path}", "--model", "nowhere")
+    status, _, said = command("--task", f"t:number={path}", "--model", "nowhere")
     assert status != 0
-    assert f"{path}:1: needs exactly one of prompt, messages, question; found none" in said
+    assert f"{path}:1: answer=null must be a number" in said
 
 
-def test_what_a_toy_kind_refuses_ends_the_command(write):
+def test_what_a_toy_grader_refuses_ends_the_command(write):
     path = write([ENTRIES[0], ENTRIES[1] | {"most": "two"}])
-    status, _, said = command("--task", f"short={path}", "--model", "nowhere")
+    status, _, said = command("--task", f"t:short={path}", "--model", "nowhere")
     assert status != 0
     fix = 'write e.g. "most": 3'
     assert said == f'error: {path}:2: most="two" must be a number of characters; {fix}\n'
 
 
-def test_help_and_errors_know_a_toy_kind(write, capsys):
+def test_help_and_errors_know_a_toy_grader(write, capsys):
     with pytest.raises(SystemExit):
         cli.main(["eval", "--help"])
     described = " ".join(capsys.readouterr().out.split())
     assert (
         f"short: an entry has {SHORT.reads}; a response is correct if {SHORT.accepts}" in described
     )
-    assert "KIND, one of number, text, short, is the way to read and grade them" in described
+    assert f"GRADER, one of {', '.join(GRADERS)}, is the way to grade them" in described
     status, _, said = command("--task", "t:shorter=f", "--model", "nowhere")
     assert status != 0
-    assert "kind=shorter of task t must be one of number, text, short" in said
+    assert "grader=shorter of task t must be one of" in said and "did you mean short?" in said
 
 
-def test_the_toy_kind_is_gone_without_this_file():
+def test_the_toy_grader_is_gone_without_this_file():
     status, _, said = command("--task", "t:short=f", "--model", "nowhere")
     assert status != 0
-    assert "kind=short of task t must be one of number, text;" in said
+    assert "grader=short of task t must be one of number, " in said

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import unicodedata
 
-from megatron_opdlm.evaluation.kinds.kind import TaskKind
+from megatron_opdlm.evaluation.graders.grader import Grade, Grader
 from megatron_opdlm.responses.entries import Entry
 
 
-def is_same_text(response: str, answer: str) -> bool:
-    r"""Returns whether two texts are equal apart from white space and composition of characters.
+def grade_exact(response: str, answer: str) -> Grade:
+    r"""Compares two texts, apart from white space and composition of characters.
 
-    >>> is_same_text(" Caf\u00e9\n au  lait", "Cafe\u0301 au lait"), is_same_text("Yes", "yes")
-    (True, False)
+    >>> grade_exact(" Caf\u00e9\n au  lait", "Cafe\u0301 au lait").correct
+    True
+    >>> grade_exact("Yes", "yes").correct
+    False
     """
-    return _normal(response) == _normal(answer)
+    said = _normal(response)
+    return Grade(correct=said == _normal(answer), extracted=said or None)
 
 
 def _read(entry: Entry) -> str:
@@ -28,11 +31,11 @@ def _normal(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-TEXT = TaskKind(
-    name="text",
+EXACT = Grader(
+    name="exact",
     reads="`answer`, a text",
     accepts="the whole response is the answer; white space and the way in which characters are "
     "composed do not count, case and punctuation do",
     read=_read,
-    grade=is_same_text,
+    grade=grade_exact,
 )

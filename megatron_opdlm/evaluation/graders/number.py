@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from megatron_opdlm.evaluation.kinds.kind import TaskKind
+from megatron_opdlm.evaluation.graders.grader import Grade, Grader
 from megatron_opdlm.responses.entries import Entry
 
 # A minus sign after a digit, a letter or a bracket is a subtraction: "17-3" contains 17 and 3.
@@ -56,15 +56,16 @@ def parse_number(text: str) -> Fraction | None:
     return None if match is None else _value(match)
 
 
-def is_correct(response: str, answer: str) -> bool:
-    """Returns whether the final number of a response equals the reference answer.
+def grade_number(response: str, answer: str) -> Grade:
+    """Compares the final number of a response with the reference answer.
 
     Args:
         response: text of the response.
         answer: reference answer; a text that stands for a number.
     """
-    reference = parse_number(answer)
-    return reference is not None and final_number(response) == reference
+    reference, number = parse_number(answer), final_number(response)
+    extracted = None if number is None else str(number)
+    return Grade(correct=reference is not None and number == reference, extracted=extracted)
 
 
 def _pick(text: str, *, last: bool) -> Fraction | None:
@@ -104,11 +105,11 @@ def _read(entry: Entry) -> str:
     return answer
 
 
-NUMBER = TaskKind(
+NUMBER = Grader(
     name="number",
     reads="`answer`, a number",
     accepts="its number equals the answer exactly; its number is the one after the last "
     '"answer is", "answer:", "####" or `\\boxed`, or its last number if it has none of these',
     read=_read,
-    grade=is_correct,
+    grade=grade_number,
 )

@@ -1,0 +1,69 @@
+"""A grader: how it reads a question's reference, and how it grades a response."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_opdlm.responses.entries import Entry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grade:
+    """The verdict on one response."""
+
+    correct: bool
+    """Whether the response is correct. False if it could not be graded."""
+    extracted: str | None = None
+    """The answer as the grader read it in the response; None if it read none."""
+    error: str | None = None
+    """Why the response could not be graded, such as a time limit of the grader. Such responses
+    count as wrong, and reports count them apart."""
+
+
+def _needs_nothing() -> None:
+    """The check of a grader that runs anywhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grader:
+    """How responses are graded.
+
+    `--help`, error texts, docs/evaluation.md and the JSON file use the names and texts of graders.
+    """
+
+    name: str
+    """Name that users give: `--task NAME:GRADER=FILE` or `--grader GRADER`."""
+    reads: str
+    """The keys that an entry must have: the end of a sentence that begins with "an entry has"."""
+    accepts: str
+    """The rule for correct responses: the end of a sentence that begins with "a response is correct
+    if"."""
+    read: Callable[[Entry], Any]
+    """Function that returns the reference of an entry, or raises `Entry.refusal` if it has none.
+    Reports show `str(reference)`, and processes send the reference to each other by pickle."""
+    grade: Callable[[str, Any], Grade]
+    """Function from the text of a response and the reference to the verdict. Where `runs_in` is
+    "processes" it is a function of a module, because processes find it by name."""
+    require: Callable[[], None] = _needs_nothing
+    """Function that raises, with a fix, if this machine lacks what the grader needs. It is called
+    before a model is loaded."""
+    runs_in: Literal["place", "processes", "threads"] = "place"
+    """Where responses are graded. "place": one after the other, in the calling thread. "processes":
+    side by side in worker processes; one that takes longer than `seconds` is stopped. "threads":
+    side by side; the grader starts a process of its own per response and bounds it."""
+    seconds: float | None = None
+    """Most seconds per response where `runs_in` is "processes"."""
+
+
+def grade_safely(grade: Callable[[str, Any], Grade], text: str, reference: Any) -> Grade:
+    """Grades a response; an exception of the grader becomes the grade's `error`.
+
+    A response is a stranger's text. What it breaks is its own grade, not the evaluation. This
+    function stands here because worker processes find it by name, and this file needs no torch.
+    """
+    try:
+        return grade(text, reference)
+    except Exception as error:
+        return Grade(correct=False, error=f"{type(error).__name__}: {error}"[:200])

@@ -1,0 +1,91 @@
+"""Grades responses, in this thread, in worker processes or in threads, as their graders ask."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as OverTime
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_opdlm.evaluation.graders.grader import Grade, Grader, grade_safely
+from megatron_opdlm.evaluation.task import Response
+
+_WORKER_BYTES = 4 * 2**30
+"""Address space of a worker process. A response that wants more has a grade with an error."""
+_Pair = tuple[str, Any]
+"""Text of a response, and the reference."""
+
+
+def grade_all(
+    responses: Sequence[Response], *, workers: int | None = None, progress: bool = False
+) -> list[Grade]:
+    """Grades responses. Grades do not depend on how many are graded side by side.
+
+    Args:
+        responses: responses to questions with any graders.
+        workers: processes or threads at once; None for as many as this process has cores.
+        progress: whether to show a progress bar.
+
+    Returns:
+        One grade per response, in order. A response that a grader cannot grade, or not in time, has
+        a grade with an `error`.
+    """
+    workers = workers or len(os.sched_getaffinity(0))
+    by_grader: dict[str, list[int]] = {}
+    for place, response in enumerate(responses):
+        by_grader.setdefault(response.question.grader.name, []).append(place)
+    grades: dict[int, Grade] = {}
+    with tqdm(total=len(responses), desc="grading", disable=not progress, delay=1) as bar:
+        for places in by_grader.values():
+            grader = responses[places[0]].question.grader
+            pairs = [(responses[i].text, responses[i].question.reference) for i in places]
+            found = _WAYS[grader.runs_in](grader, pairs, workers)
+            for place, grade in zip(places, found, strict=True):
+                grades[place] = grade
+                bar.update()
+    return [grades[place] for place in range(len(responses))]
+
+
+def _in_place(grader: Grader, pairs: Iterable[_Pair], workers: int) -> Iterator[Grade]:
+    return (grade_safely(grader.grade, *pair) for pair in pairs)
+
+
+def _in_threads(grader: Grader, pairs: Iterable[_Pair], workers: int) -> Iterator[Grade]:
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(lambda pair: grade_safely(grader.grade, *pair), pairs)
+
+
+def _in_processes(grader: Grader, pairs: Iterable[_Pair], workers: int) -> Iterator[Grade]:
+    """A worker that exceeds its time, or dies, is replaced; only its own response has an error."""
+    from pebble import ProcessExpired, ProcessPool
+
+    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of torch
+    pool = ProcessPool(workers, initializer=_limit_memory, context=context)
+    try:
+        running = [
+            pool.schedule(grade_safely, args=(grader.grade, *pair), timeout=grader.seconds)
+            for pair in pairs
+        ]
+        for future in running:
+            try:
+                yield future.result()
+            except OverTime:
+                yield Grade(correct=False, error=f"grading took more than {grader.seconds:g} s")
+            except ProcessExpired as error:
+                yield Grade(correct=False, error=f"the grader's process ended: {error}")
+    finally:
+        pool.stop()
+        pool.join()
+
+
+_WAYS = {"place": _in_place, "threads": _in_threads, "processes": _in_processes}
+"""How responses are graded, by `Grader.runs_in`."""
+
+
+def _limit_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (_WORKER_BYTES, _WORKER_BYTES))
