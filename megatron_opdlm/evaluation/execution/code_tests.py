@@ -23,7 +23,7 @@ class FunctionTests:
     setup: str = ""
     """Code that runs before the tests, and may use the solution."""
     seconds: float = _SECONDS
-    """Most CPU time of the solution in all tests, rounded up to whole seconds."""
+    """Most CPU time of the solution in all tests."""
 
     def __str__(self) -> str:
         return f"{_number(len(self.tests), 'test')} of {self.entry_point or 'a function'}"
@@ -46,7 +46,7 @@ class CallTests:
     prelude: str = ""
     """Code that stands before the solution, such as imports."""
     seconds: float = _SECONDS
-    """Most CPU time of a call, rounded up to whole seconds."""
+    """Most CPU time of a call."""
 
     def __str__(self) -> str:
         return f"{_number(len(self.inputs), 'call')} of {self.entry_point}"
@@ -67,7 +67,7 @@ class ProgramTests:
     prelude: str = ""
     """Code that stands before the program, such as imports."""
     seconds: float = _SECONDS
-    """Most CPU time of a run, rounded up to whole seconds."""
+    """Most CPU time of a run."""
 
     def __str__(self) -> str:
         return f"{_number(len(self.inputs), 'run')} of a program"

@@ -71,12 +71,13 @@ def limit(*, seconds: float, file_bytes: int, own_user: bool) -> None:
     """Sets the other limits of this process.
 
     Args:
-        seconds: most CPU time, rounded up to whole seconds; after it the process is killed.
+        seconds: most CPU time. The process is killed half a second to two seconds after it: the
+            kernel counts whole seconds, and it counts roughly.
         file_bytes: largest file.
         own_user: whether the user has no other processes, so that threads can be counted.
     """
     bounds = {
-        resource.RLIMIT_CPU: max(1, int(-(-seconds // 1))),
+        resource.RLIMIT_CPU: int(-(-(seconds + 0.5) // 1)),
         resource.RLIMIT_FSIZE: file_bytes,
         resource.RLIMIT_NOFILE: _OPEN_FILES,
         resource.RLIMIT_MEMLOCK: 0,

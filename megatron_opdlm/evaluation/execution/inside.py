@@ -54,6 +54,7 @@ def main() -> None:
     hide_memory()
     sys.path.remove(job["package"])
     sys.path += job["libraries"]
+    sys.argv = ["solution.py"]
     vars(builtins)["exit"] = vars(builtins)["quit"] = sys.exit  # by site, which takes its time
     module = type(sys)("__main__" if job["kind"] == "program" else "solution")
     sys.modules[module.__name__] = module

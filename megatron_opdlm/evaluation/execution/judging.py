@@ -88,8 +88,8 @@ def _judge_function(session: Session, tests: FunctionTests) -> Verdict:
         status, reason, seconds = session.receive(_wall_seconds(tests))
     except OutOfTimeError:
         return Verdict(status="failed", reason=_too_long("wall", _wall_seconds(tests)))
-    if status == "failed" and seconds >= tests.seconds:
-        reason = _too_long("CPU", tests.seconds)
+    if status != "ungraded" and seconds > tests.seconds:
+        status, reason = "failed", _too_long("CPU", tests.seconds)
     return Verdict(status=status, reason=reason, seconds=seconds)
 
 
@@ -114,9 +114,11 @@ def _judge_outputs(session: Session, tests: CallTests | ProgramTests) -> Verdict
 
 
 def _end_of(status: int, seconds: float, error: str, tests: CodeTests) -> str | None:
-    """Returns why a process ended before its time; None if it did not."""
+    """Returns why a process ended as it should not have; None if it did not."""
+    if seconds > tests.seconds:
+        return _too_long("CPU", tests.seconds)
     if status < 0:
-        return _too_long("CPU", tests.seconds) if seconds >= tests.seconds else f"signal {-status}"
+        return f"signal {-status}"
     # A program may end itself with any status, as in LiveCodeBench's harness; 70 stands for an
     # exception, and 120 is Python's for output that could not be written.
     return error or f"exit status {status}" if status in (70, 120) else None

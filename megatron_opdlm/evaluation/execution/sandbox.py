@@ -136,7 +136,12 @@ class Sandbox:
         )
         # Without the user's and the site's packages, and without this folder: a fast start.
         python = [str(_interpreter()), "-s", "-S", "-P", "-B", "-c", start]
-        return [*_bubblewrap(self.tmp_bytes), *python] if self.isolated else python
+        if not self.isolated:
+            return python
+        bubblewrap = shutil.which("bwrap")
+        if bubblewrap is None:
+            raise SandboxError("there is no command bwrap on PATH")
+        return [bubblewrap, *_walls(self.tmp_bytes, _takes_sizes(bubblewrap)), *python]
 
 
 class Session:
@@ -244,9 +249,9 @@ def _problem(sandbox: Sandbox) -> str | None:
     return None
 
 
-def _bubblewrap(tmp_bytes: int) -> list[str]:
-    """Returns the command before the interpreter's."""
-    command = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+def _walls(tmp_bytes: int, takes_sizes: bool) -> list[str]:
+    """Returns bubblewrap's arguments before the interpreter's command."""
+    command = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     command += ["--hostname", "sandbox"]
     for path in _SYSTEM:
         if os.path.islink(path):
@@ -254,7 +259,7 @@ def _bubblewrap(tmp_bytes: int) -> list[str]:
         else:
             command += ["--ro-bind-try", path, path]
     python = _interpreter()
-    library = Path(sysconfig.get_path("stdlib")).parent
+    library = Path(sysconfig.get_path("stdlib")).resolve().parent
     for folder in (str(python), str(library), *_library_folders()):
         command += ["--ro-bind", folder, folder]
     for name in ("null", "zero", "urandom"):
@@ -266,7 +271,7 @@ def _bubblewrap(tmp_bytes: int) -> list[str]:
     for name in ("numpy", "numpy.libs"):
         if numpy is not None:
             command += ["--ro-bind-try", f"{numpy}/{name}", f"{_LIBRARIES}/{name}"]
-    if _takes_sizes():
+    if takes_sizes:
         command += ["--size", str(tmp_bytes), "--tmpfs", "/tmp"]
     else:
         command += ["--dir", "/tmp"]
@@ -280,9 +285,9 @@ def _compile() -> None:
 
 
 @functools.cache
-def _takes_sizes() -> bool:
+def _takes_sizes(bubblewrap: str) -> bool:
     """Says whether bubblewrap can bound a folder in memory, which it can since 0.7."""
-    words = subprocess.run(["bwrap", "--help"], capture_output=True, text=True, check=False)
+    words = subprocess.run([bubblewrap, "--help"], capture_output=True, text=True, check=False)
     return "--size" in words.stdout + words.stderr
 
 
