@@ -110,6 +110,17 @@ def test_control_an_honest_solution_passes(sandbox):
     assert run_function(HONEST, TEST, sandbox=sandbox).status == "passed"
 
 
+def test_no_file_of_the_sandbox_is_inherited(sandbox):
+    """A program has its input, output and errors; a function the channel to its tester, too."""
+    code = (
+        "import os\ndef files():\n  found = []\n  for fd in range(256):\n"
+        "    try: found.append((os.fstat(fd), fd)[1])\n    except OSError: pass\n  return found\n"
+    )
+    assert run_program(code + "print(files())", sandbox, expected="[0, 1, 2]").status == "passed"
+    found = run_function(code, "assert files() == [0, 1, 2, 3, 4], files()", sandbox=sandbox)
+    assert found.status == "passed", found
+
+
 def test_the_expected_output_of_a_program_is_nowhere_in_the_sandbox(sandbox):
     """It finds its input, which is the control, and not what it should write."""
     code = (

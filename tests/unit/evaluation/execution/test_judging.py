@@ -139,6 +139,13 @@ def test_time_counts_where_the_solution_spends_it():
     assert run(slow, dataclasses.replace(tests, seconds=5.0), SANDBOX).status == "passed"
 
 
+def test_the_time_of_a_run_is_bounded():
+    code = "import time\nend = float(input())\nwhile time.process_time() < end: pass"
+    tests = ProgramTests(inputs=("0.4", "0"), outputs=("", ""), seconds=0.3)
+    assert run(code, tests, SANDBOX).reason == "more than 0.3 s of CPU time"
+    assert run(code, dataclasses.replace(tests, seconds=2.0), SANDBOX).status == "passed"
+
+
 @pytest.mark.parametrize(
     "tests",
     [FunctionTests(tests=("assert f(1)",), entry_point="f"),

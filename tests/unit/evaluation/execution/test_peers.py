@@ -215,16 +215,26 @@ def test_an_object_that_equals_everything_passes_nothing(test):
     assert verdict("def f(x): return 4", test)[0] in ("passed", "failed")
 
 
+def test_a_solution_that_is_gone_passes_no_test_that_catches_everything():
+    """It ends while it is called, here by a message that is none."""
+    gone = (
+        "import os, gc\ndef f(x):\n"
+        "  peer = [p for p in gc.get_objects() if type(p).__name__ == 'Solution'][-1]\n"
+        "  os.write(peer._outbox, b'\\xff' * 8)"
+    )
+    test = "try: f(1)\nexcept BaseException: pass"
+    status, reason = verdict(gone, test)
+    assert status == "failed" and reason.startswith("its process sent a message of 184467440737")
+    assert verdict("def f(x): raise KeyError", test) == ("passed", "")  # control
+
+
 def test_control_such_an_object_fools_one_process():
     assert [in_one_process(LIAR, test) for test in LIED_TO].count("passed") >= 6
 
 
 def test_names_of_the_tester_are_not_the_solutions():
-    """The solution has its own `isinstance`, `math` and `g`; the tests use theirs."""
-    solution = (
-        "import math\nmath.floor = lambda x: 4\nisinstance = lambda *x: True\n"
-        "def g(x): return 4\ndef f(x): return 'x'"
-    )
+    """The solution has its own `isinstance` and `g`; the tests use theirs."""
+    solution = "isinstance = lambda *x: True\ndef g(x): return 4\ndef f(x): return 'x'"
     prelude = "def g(x): return x\ndef f(x): pass"
     for test in ("assert isinstance(f(1), int)", "assert g(f(1)) == 4"):
         assert verdict(solution, test, prelude=prelude, entry_point="f")[0] == "failed"
