@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _HEADER = struct.Struct("<Q")
 _DOUBLE = struct.Struct("<d")
+_FEW = 8
+"""Fewer values than this are written one by one."""
 _LARGEST = 2**26
 """Most bytes of a message. A result of more is refused."""
 
@@ -206,11 +208,53 @@ def count(number: int) -> bytes:
 
 def _many(letter: bytes) -> Callable[[Wire, Any, list[bytes]], None]:
     def write(wire: Wire, value: Any, out: list[bytes]) -> None:
+        packed = _packed(value) if len(value) >= _FEW else None
+        if packed is not None:
+            out.append(b"P" + letter + packed)
+            return
         out.append(letter + count(len(value)))
         for item in value:
             wire.write(item, out)
 
     return write
+
+
+def _packed(values: Any) -> bytes | None:
+    """Returns the bytes of numbers or texts of one type, at a tenth of the time, or None.
+
+    Texts are one text after the numbers of their characters.
+    """
+    kinds = set(map(type, values))
+    if kinds == {float}:
+        return b"f" + count(len(values)) + struct.pack(f"<{len(values)}d", *values)
+    if kinds == {str}:
+        sizes = struct.pack(f"<{len(values)}q", *map(len, values))
+        text = "".join(values).encode("utf-8", "surrogatepass")
+        return b"s" + count(len(values)) + sizes + count(len(text)) + text
+    if kinds == {int}:
+        try:
+            return b"i" + count(len(values)) + struct.pack(f"<{len(values)}q", *values)
+        except struct.error:  # one is larger than 64 bits
+            return None
+    return None
+
+
+def _read_packed(reader: Reader) -> Any:
+    kind, letter = _CONTAINERS[reader.take(1)], reader.take(1)
+    size = reader.number()
+    if letter == b"f":
+        return kind(struct.unpack(f"<{size}d", reader.take(8 * size)))
+    numbers = struct.unpack(f"<{size}q", reader.take(8 * size))
+    if letter == b"i":
+        return kind(numbers)
+    text = reader.sized().decode("utf-8", "surrogatepass")
+    if letter != b"s" or min(numbers) < 0 or sum(numbers) != len(text):
+        raise WireError("texts of other sizes")
+    texts, place = [], 0
+    for number in numbers:
+        texts.append(text[place : place + number])
+        place += number
+    return kind(texts)
 
 
 def _write_dict(wire: Wire, value: dict[Any, Any], out: list[bytes]) -> None:
@@ -297,7 +341,9 @@ _READERS: dict[bytes, Callable[[Reader], Any]] = {
     b"d": _read_dict,
     b"K": _read_library,
     b"n": _read_named_tuple,
+    b"P": _read_packed,
 }
+_CONTAINERS: dict[bytes, Any] = {b"l": list, b"t": tuple, b"e": set, b"z": frozenset}
 
 _BASES: tuple[Any, ...] = (
     int,

@@ -9,6 +9,7 @@ import pytest
 from tests.unit.evaluation.execution.sandboxes import (
     ISOLATED,
     PLAIN,
+    problem,
     run_function,
     run_program,
     skip_unless_isolated,
@@ -76,12 +77,20 @@ OTHERS = {
 HONEST = "def f(x): return 'the answer ' + '4711'"
 
 
-@pytest.fixture(params=["isolated", "plain"])
-def sandbox(request):
-    if request.param == "plain":
-        return PLAIN
-    skip_unless_isolated()
-    return ISOLATED
+both = pytest.mark.parametrize("isolated", [True, False], ids=["isolated", "plain"])
+
+
+@pytest.fixture
+def isolated():
+    """The better that this machine has, where a test does not ask for both."""
+    return problem() is None
+
+
+@pytest.fixture
+def sandbox(isolated):
+    if isolated:
+        skip_unless_isolated()
+    return ISOLATED if isolated else PLAIN
 
 
 def in_one_process(code):
@@ -92,6 +101,7 @@ def in_one_process(code):
 
 
 @pytest.mark.parametrize("code", (ATTACKS | OTHERS).values(), ids=ATTACKS | OTHERS)
+@both
 def test_a_solution_that_solves_nothing_fails(code, sandbox):
     if "/proc/" in code and not sandbox.isolated:
         pytest.skip("without isolation a solution of root reads the memory of any process")
@@ -105,11 +115,13 @@ def test_control_it_fools_a_harness_of_one_process(code):
     assert in_one_process(code)
 
 
+@both
 def test_control_an_honest_solution_passes(sandbox):
     assert not in_one_process("def f(x): return 3")
     assert run_function(HONEST, TEST, sandbox=sandbox).status == "passed"
 
 
+@both
 def test_no_file_of_the_sandbox_is_inherited(sandbox):
     """A program has its input, output and errors; a function the channel to its tester, too."""
     code = (
@@ -121,6 +133,7 @@ def test_no_file_of_the_sandbox_is_inherited(sandbox):
     assert found.status == "passed", found
 
 
+@both
 def test_the_expected_output_of_a_program_is_nowhere_in_the_sandbox(sandbox):
     """It finds its input, which is the control, and not what it should write."""
     code = (

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import time
 from collections import Counter, OrderedDict, deque, namedtuple
 from decimal import Decimal
 from enum import IntEnum
@@ -42,6 +43,41 @@ def with_types(value):
 @given(values)
 def test_a_value_comes_back_with_its_types(value):
     assert with_types(wire.loads(wire.dumps(value))) == with_types(value)
+
+
+MANY = {
+    "whole numbers": range(-20, 20), "large numbers": [2**63 - 1, -(2**63)] * 9,
+    "larger numbers": [2**63, 1] * 9, "fractions": [0.5, -0.0, float("inf")] * 9,
+    "texts": ["a", "", "\u00e9\U0001f600", "\ud800", "\n"] * 9, "truths": [True, False] * 9,
+    "mixed": [1, 1.0, True, "1"] * 9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [list, tuple, set, frozenset])
+@pytest.mark.parametrize("items", MANY.values(), ids=MANY)
+def test_many_values_of_one_type_come_back(kind, items):
+    value = kind(items)
+    assert with_types(wire.loads(wire.dumps(value))) == with_types(value)
+
+
+def test_many_values_take_a_small_part_of_the_time():
+    def seconds(value):
+        start = time.process_time()
+        wire.loads(wire.dumps(value))
+        return time.process_time() - start
+
+    plain = seconds([*range(200_000), None])
+    assert seconds(list(range(200_000))) < plain / 4
+
+
+@pytest.mark.parametrize(
+    "message",
+    [b"Pls8;" + bytes(64) + b"1;a", b"Pls8;" + b"\xff" * 64 + b"1;a", b"Plsffffffffffffff;",
+     b"Pdi8;" + bytes(64), b"Plx8;" + bytes(64) + b"0;", b"Plf9;" + bytes(64)]
+)  # fmt: skip
+def test_packed_values_of_a_stranger_are_checked(message):
+    with pytest.raises(WireError):
+        wire.loads(message)
 
 
 @pytest.mark.parametrize(
