@@ -36,6 +36,24 @@ def result_table(results: Sequence[EvalResult]) -> Table:
     return table
 
 
+def markdown_table(results: Sequence[EvalResult]) -> str:
+    """Returns the rows as Markdown."""
+    return markdown(HEADER, result_rows(results), left=2)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Returns a table as Markdown.
+
+    Args:
+        header: names of the columns.
+        rows: cells, row by row.
+        left: number of columns, from the left, whose text begins at the left.
+    """
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in [header, rule, *cells])
+
+
 def example_text(label: str, answer: Answer) -> Text:
     """Returns a question with its response and the verdict."""
     verdict = "correct" if answer.correct else f"wrong, the answer is {answer.question.reference}"

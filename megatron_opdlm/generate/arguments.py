@@ -30,11 +30,17 @@ DEFAULT_BLOCK_SIZE = 4
 Parsers = argparse._SubParsersAction  # the type of argparse's `subparsers`
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that `generate` and `eval` share: the student, and how it decodes."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Adds the arguments that `generate` and `eval` share: the student, and how it decodes.
+
+    Args:
+        parser: parser of a command.
+        required: whether the command cannot do without a model. If it can, the response limit is
+            None by default.
+    """
     parser.add_argument(
         "--model",
-        required=True,
+        required=required,
         metavar="DIR_OR_CKPT",
         help="run folder, checkpoint, or Hugging Face directory",
     )
@@ -59,7 +65,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         f"training, {SAME_POSITION} before it. {choices}",
     )
     _add_sampling_arguments(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=256 if required else None,
+        metavar="N",
+        help="most tokens of a response; default: "
+        + ("256" if required else "the benchmark's, else 256"),
+    )
     parser.add_argument(
         "--enable-thinking", action="store_true", help="tell the chat template to ask for thoughts"
     )
@@ -153,11 +166,10 @@ def check_arguments(args: argparse.Namespace, seeds: str) -> None:
     Raises:
         ValueError: an argument is wrong; the message names argument, value, rule and fix.
     """
-    require_at_least(1, "max_new_tokens", args.max_new_tokens)
     for name in ("model", "import_cache"):
         given = getattr(args, name)
         require(given != "", name, "''", "must be a path", "name a folder, or leave it out")
-    for name in ("block_size", "denoising_steps", "max_rows"):
+    for name in ("max_new_tokens", "block_size", "denoising_steps", "max_rows"):
         if (value := getattr(args, name)) is not None:
             require_at_least(1, name, value)
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
