@@ -58,6 +58,7 @@ def regrade(args: argparse.Namespace) -> int:
     source = Path(args.regrade)
     about, lines = read_folder(source)
     asked = args if args.task else task_arguments.from_json(about)
+    asked.unsafe_code_execution = args.unsafe_code_execution
     tasks = {task.name: task for task in task_arguments.load_tasks(asked)}
     again = {"regraded": args.regrade, "model": about.get("model")}
     again |= task_arguments.to_json(asked, list(tasks.values()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_opdlm.diffusion.trajectory import Trajectory
@@ -93,6 +93,14 @@ class Task:
             question.grader.name: question.grader for question in self.questions
         }.values():
             grader.require()
+
+    def graded_by(self, grader: Grader) -> Task:
+        """Returns the task with this grader in place of the one that has its name."""
+        questions = [
+            replace(question, grader=grader) if question.grader.name == grader.name else question
+            for question in self.questions
+        ]
+        return replace(self, questions=questions)
 
 
 def load_task(

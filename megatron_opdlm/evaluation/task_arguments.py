@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_opdlm.checks import require, require_at_least
 from megatron_opdlm.evaluation.benchmarks import BENCHMARKS
+from megatron_opdlm.evaluation.execution.sandbox import Sandbox
 from megatron_opdlm.evaluation.graders import DEFAULT_GRADER, GRADERS, find_grader
+from megatron_opdlm.evaluation.graders.code import code_grader
 
 if TYPE_CHECKING:
     from megatron_opdlm.evaluation.task import Task
@@ -75,6 +77,11 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="get the files of benchmarks that are given without =FILE from the Hugging Face hub",
     )
+    parser.add_argument(
+        "--unsafe-code-execution",
+        action="store_true",
+        help="run generated code without bubblewrap: as you, with your files and your network",
+    )
 
 
 def check_task_arguments(args: argparse.Namespace) -> None:
@@ -122,6 +129,8 @@ def load_tasks(args: argparse.Namespace) -> list[Task]:
             chosen = argument.grader or args.grader
             grader = DEFAULT_GRADER if chosen is None else GRADERS[chosen]
             task = load_task(argument.name, path, args.num_questions, grader=grader)
+        if args.unsafe_code_execution:
+            task = task.graded_by(code_grader(Sandbox(isolated=False)))
         task.require_graders()
         tasks.append(task)
     return tasks
@@ -142,6 +151,7 @@ def from_json(values: dict[str, Any]) -> argparse.Namespace:
         task=values["tasks"],
         grader=values["grader"],
         num_questions=values["num_questions"],
+        unsafe_code_execution=False,  # every command must allow it anew
         from_hub=False,
     )
 

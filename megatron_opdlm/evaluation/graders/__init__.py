@@ -3,11 +3,12 @@
 import difflib
 
 from megatron_opdlm.checks import require
+from megatron_opdlm.evaluation.graders.code import CODE
 from megatron_opdlm.evaluation.graders.exact import EXACT
 from megatron_opdlm.evaluation.graders.grader import Grader
 from megatron_opdlm.evaluation.graders.number import NUMBER
 
-GRADERS: dict[str, Grader] = {grader.name: grader for grader in (NUMBER, EXACT)}
+GRADERS: dict[str, Grader] = {grader.name: grader for grader in (NUMBER, EXACT, CODE)}
 DEFAULT_GRADER = NUMBER
 
 
