@@ -17,6 +17,7 @@ from megatron_opdlm.evaluation.benchmarks.benchmark import (
 from megatron_opdlm.evaluation.benchmarks.fields import texts
 from megatron_opdlm.evaluation.benchmarks.private_tests import private_tests
 from megatron_opdlm.evaluation.benchmarks.wording import CONTEST, program
+from megatron_opdlm.evaluation.execution.code_tests import COMPETITION_PRELUDE
 from megatron_opdlm.responses.entries import Entry
 
 _LIMIT = 4_000  # of the paper's launchers, for HumanEval and MBPP
@@ -33,7 +34,7 @@ def _humaneval(entry: Entry) -> Asked:
         )
     return Asked(
         text=program(prompt),
-        answer={"tests": [f"{test}\ncheck({name})"], "entry_point": name, "completes": prompt},
+        answer={"tests": [f"{test}\ncheck({name})"], "entry_point": name, "prelude": prompt},
         id=entry.label("task_id"),
     )
 
@@ -94,7 +95,7 @@ def _with_docstring(entry: Entry, key: str, setup: str) -> Asked:
     tests = texts(entry, "test_list")
     return Asked(
         text=program(f'"""\n{entry.text(key)}\n{tests[0]}\n"""'),
-        answer={"setup": setup, "tests": tests},
+        answer={"tests": tests} | ({"setup": setup} if setup.strip() else {}),
         id=entry.label("task_id"),
     )
 
@@ -219,21 +220,32 @@ def contest_tests(entry: Entry, function: str | None) -> dict[str, Any]:
     Raises:
         ValueError: the tests are damaged, or hold anything but texts.
     """
-    pairs = []
+    inputs: list[Any] = []
+    outputs: list[Any] = []
     for key in ("public_test_cases", "private_test_cases"):
         try:
             tests = private_tests(entry.text(key))
         except ValueError as error:
             raise entry.refusal(key, f"cannot be read: {error}", "get the file anew") from None
-        pairs += [_pair(entry, key, test) for test in tests]
-    if not pairs:
+        for given, wanted in (_pair(entry, key, test) for test in tests):
+            if function is None:
+                inputs.append(given)
+                outputs.append(wanted)
+            else:  # a line of JSON for each argument
+                inputs.append([_value(entry, key, line) for line in given.split("\n")])
+                outputs.append(_value(entry, key, wanted))
+    if not inputs:
         raise entry.refusal("public_test_cases", "must hold a test", "get the file anew")
-    if function is None:
-        return {"cases": [{"input": given, "output": wanted} for given, wanted in pairs]}
-    return {
-        "entry_point": function,
-        "calls": [{"arguments": given.splitlines(), "result": wanted} for given, wanted in pairs],
-    }
+    call = {} if function is None else {"entry_point": function}
+    return {"inputs": inputs, "outputs": outputs, "prelude": COMPETITION_PRELUDE, **call}
+
+
+def _value(entry: Entry, key: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        rule = "must hold arguments and results in JSON, because a function is called"
+        raise entry.refusal(key, rule, "get the file anew") from None
 
 
 def _pair(entry: Entry, key: str, test: Any) -> tuple[str, str]:
@@ -274,7 +286,8 @@ def _codeforces(entry: Entry) -> Asked | LeftOut:
     return Asked(
         text=CONTEST.format(question=_statement(entry)),
         answer={
-            "cases": _examples(entry, "official_tests"),
+            "inputs": [test["input"] for test in _examples(entry, "official_tests")],
+            "outputs": [test["output"] for test in _examples(entry, "official_tests")],
             # As the paper's evaluation: Python has three times the limit, and a second to start.
             "seconds": math.ceil(3 * float(entry.values.get("time_limit") or 1)) + 1,
         },

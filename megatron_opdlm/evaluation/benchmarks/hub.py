@@ -24,7 +24,7 @@ def fetch_from_hub(benchmark: Benchmark) -> str:
     fix = f"get it from {benchmark.source}"
     require(hub is not None, "benchmark", benchmark.name, "is not on the Hugging Face hub", fix)
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError
 
     folder = Path(constants.HF_HOME) / "opdlm_benchmarks" / benchmark.name
     for part in hub or ():
@@ -42,7 +42,7 @@ def fetch_from_hub(benchmark: Benchmark) -> str:
                 f"{name} asks for its terms to be accepted; do so at "
                 f"https://huggingface.co/datasets/{part.repository}, then run `hf auth login`"
             ) from None
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        except OSError as error:  # as are all errors of the hub
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"{name} cannot be downloaded: {reason}; {fix}") from None
         names = [file.relative_to(place).as_posix() for file in place.rglob("*")]

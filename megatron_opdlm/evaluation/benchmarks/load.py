@@ -71,12 +71,13 @@ def print_benchmarks() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False)
     table = Table(*COLUMNS, box=None, pad_edge=False)
     for row in list_table():
         table.add_row(*row)
-    # Programs read piped output, so it must not be wrapped.
-    console.print(table, width=None if console.is_terminal else 400)
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:  # programs read piped output, so it must not be wrapped
+        console = Console(highlight=False, markup=False, width=400)
+    console.print(table)
 
 
 class _Reader:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from megatron_opdlm.evaluation.benchmarks.benchmark import Asked, Form, LeftOut
 from megatron_opdlm.evaluation.benchmarks.fields import answer_text
-from megatron_opdlm.evaluation.benchmarks.wording import CHOOSE, LETTERS, choice_answer, reasoned
+from megatron_opdlm.evaluation.benchmarks.wording import CHOOSE, LETTERS, reasoned
 from megatron_opdlm.responses.entries import Entry
 
 _KEYS = ("question", "ground_truth_answer")
@@ -77,6 +77,6 @@ def _choice(entry: Entry, question: str) -> Asked:
         raise entry.refusal("ground_truth_answer", rule, "get the file")
     return Asked(
         text=f"{question}\n{CHOOSE}",
-        answer=choice_answer(letter, count),
+        answer={"answer": letter},
         domain=entry.label("subdivision"),
     )

@@ -48,14 +48,9 @@ def ask_choice(question: str, options: Sequence[str], place: int, **more: Any) -
     lines = [f"{letter}. {option.strip()}" for letter, option in zip(letters, options, strict=True)]
     return Asked(
         text="\n".join([question.strip(), *lines, CHOOSE]),
-        answer=choice_answer(letters[place], len(options)),
+        answer={"answer": letters[place]},
         **more,
     )
-
-
-def choice_answer(letter: str, num_options: int) -> dict[str, Any]:
-    """Returns what the grader `choice` reads: the correct letter and the number of options."""
-    return {"answer": letter, "choices": num_options}
 
 
 def program(problem: str) -> str:

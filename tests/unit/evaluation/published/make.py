@@ -1,7 +1,7 @@
 """Small synthetic files in the schemas of published benchmarks that are not at hand.
 
-Every text in them is made up here; the keys and the kinds of values are those that the sources named
-in docs/benchmarks.md describe.
+Every text in them is made up here; the keys and the kinds of values are those that the sources
+named in docs/benchmarks.md describe.
 """
 
 import base64
@@ -29,7 +29,7 @@ class Synthetic:
     """Name of the case, if a benchmark has several."""
 
     def write(self, folder: Path) -> Path:
-        """Writes the files below a folder; returns the one to give: a single file, or the folder."""
+        """Writes the files below a folder; returns what to give, one file or the folder."""
         for name, entries in self.files.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ FILES = [
         "id": 59 + n, "problem": f"Find {n}.", "solution": "...", "answer": "033",
         "url": "https://example.org/2024_AIME_I_Problems/Problem_1", "year": "2024"})}, 2, "year"),
     Synthetic("aime_24", {"synthetic.csv": many(lambda n: {
-        "ID": f"2024-II-{n}", "Problem": f"Find {n}.", "Solution": "...", "Answer": 204})}, 2, "ID"),
+        "ID": f"2024-II-{n}", "Problem": f"Find {n}.", "Solution": "", "Answer": 204})}, 2, "ID"),
     Synthetic("aime_24", {"synthetic.jsonl": many(lambda n: {
         "id": n, "problem": f"Find {n}.", "solution": r"So \boxed{25}. \boxed{204}",
         "url": "https://example.org/2024_AIME_II_Problems/Problem_4"})}, 2, "boxed"),
@@ -240,10 +240,11 @@ FILES = [
         "question": f"Which {n}?", "option_a": "a", "option_b": "b", "option_c": "c",
         "option_d": "d", "answer": "B", "cultural_sensitivity_label": "CS"})
         for language in ("de", "en")}, 4),
-    Synthetic("include_lite", {f"{language}/test-00000-of-00001.parquet": many(lambda n: {
+    Synthetic("include_lite", {f"{language}/test-00000-of-00001.parquet": [{
         "language": language, "country": "X", "domain": "d", "subject": "s",
         "regional_feature": "r", "level": "l", "question": f"Which {n}?",
-        "choices": ["a", "b", "c", "d"], "answer": 3}) for language in ("Greek", "Hindi")}, 4),
+        "choices": ["a", "b", "c", "d"], "answer": 3} for n in (1, 2)]
+        for language in ("Greek", "Hindi")}, 4),
     Synthetic("mt_aime_2024", {"synthetic-mt-aime2024.parquet": many(lambda n: {
         "answer": 200 + n, "en": f"Find {n}.", "fr": f"Trouvez {n}.", "ko": f"K {n}",
         "zh-cn": f"Z {n}"})}, 8),

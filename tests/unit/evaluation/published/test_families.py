@@ -3,12 +3,13 @@
 import logging
 
 import pytest
-from tests.unit.evaluation.published.make import FILES, GRID, Synthetic, gpqa
 
 from megatron_opdlm.evaluation.benchmarks import BENCHMARKS
 from megatron_opdlm.evaluation.benchmarks.knowledge import shuffled
 from megatron_opdlm.evaluation.benchmarks.load import load_benchmark
+from megatron_opdlm.evaluation.execution.code_tests import COMPETITION_PRELUDE
 from megatron_opdlm.evaluation.graders import GRADERS
+from tests.unit.evaluation.published.make import FILES, GRID, Synthetic, gpqa
 
 REASON = "Please reason step by step, and put your final answer within \\boxed{}."
 CHOOSE = (
@@ -37,55 +38,55 @@ FIRST = {
     "lmb_hard": ("synthetic_hard_cn/1", "cn", f"Find 1.\n{REASON}", {"answer": r"$2\sqrt{3}$"}),
     "zebra_logic released": ("1", None, "Solve.", {"answer": GRID}),
     "mmlu hub": ("1", "law", f"Which 1?\nA. a\nB. b\nC. c\nD. d\n{CHOOSE}",
-                 {"answer": "C", "choices": 4}),
+                 {"answer": "C"}),
     "mmlu CSV": ("art/1", "art", f"Which 3?\nA. a\nB. b\nC. c\nD. d\n{CHOOSE}",
-                 {"answer": "D", "choices": 4}),
+                 {"answer": "D"}),
     "mmlu released": ("1", "law", f"Which?\nA. yes\nB. no\nC. (maybe)\n{CHOOSE}",
-                      {"answer": "C", "choices": 3}),
+                      {"answer": "C"}),
     "mmlu_pro": ("70", "law",
                  "Which 1?\nA. a\nB. b\nC. c\nD. d\nE. e\nF. f\nG. g\nH. h\nI. i\nJ. j\n" + CHOOSE,
-                 {"answer": "J", "choices": 10}),
+                 {"answer": "J"}),
     "ceval": ("art/0", "art", f"?\nA. a0\nB. b0\nC. c0\nD. d0\n{CHOOSE}",
-              {"answer": "D", "choices": 4}),
+              {"answer": "D"}),
     "ceval hub": ("law/0", "law", f"?\nA. a0\nB. b0\nC. c0\nD. d0\n{CHOOSE}",
-                  {"answer": "B", "choices": 4}),
+                  {"answer": "B"}),
     "live_bench": ("q1", "math/math_comp", "Do math_comp 1.", {"answer": "B", "task": "math_comp"}),
     "ifeval": ("1", None, "No commas 1.",
                {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}),
     "humaneval": ("HumanEval/1", None, f'{EVALPLUS}def f(x):\n    """Next."""\n```\n',
                   {"tests": ["def check(candidate):\n    assert candidate(1) == 2\n\ncheck(f)"],
-                   "entry_point": "f", "completes": 'def f(x):\n    """Next."""\n'}),
+                   "entry_point": "f", "prelude": 'def f(x):\n    """Next."""\n'}),
     "mbpp EvalPlus": ("Mbpp/1", None, f'{EVALPLUS}"""\nWrite f.\nassert f(1) == 2\n"""\n```\n',
                       {"tests": ["\nassert f(1) == 2\nassert f(2) == 3\n"], "entry_point": "f"}),
     "mbpp EvalPlus on the hub": (
         "1", None, f'{EVALPLUS}"""\nWrite f.\nassert f(1) == 2\n"""\n```\n',
         {"setup": "import math", "tests": ["assert f(1) == 2", "assert f(2) == 3"]}),
     "mbpp sanitized": ("11", None, f'{EVALPLUS}"""\nWrite f.\nassert f(1) == 2\n"""\n```\n',
-                       {"setup": "", "tests": ["assert f(1) == 2"]}),
+                       {"tests": ["assert f(1) == 2"]}),
     "live_code_bench_v6": (
         "abc2_a", "easy",
         "### Question:\nAdd, 2.\n\n### Format: Read the inputs from stdin solve the problem and "
         "write the answer to stdout (do not directly test on the sample inputs). Enclose your code "
         "within delimiters as follows.\n```python\n# YOUR CODE HERE\n```\n\n### Answer: (use the "
         "provided format with backticks)\n\n",
-        {"cases": [{"input": "2\n2", "output": "4"}, {"input": "5\n6", "output": "11"}]}),
+        {"inputs": ["2\n2", "5\n6"], "outputs": ["4", "11"], "prelude": COMPETITION_PRELUDE}),
     "codeforces": (
         "1/A", None,
         "This is the problem:\nNext\n\nGiven $n$, print $n+1$.\n\nInput\nOne integer $n$.\n\n"
         "Output\nOne integer.\n\nExamples\n\nInput\n1\nOutput\n2\n\nNote\nEasy.\nYou should put "
         "your code in ```python ```. Use input() to read input and print() to produce output in "
         "your script. ",
-        {"cases": [{"input": "1\n", "output": "2\n"}], "seconds": 7}),
+        {"inputs": ["1\n"], "outputs": ["2\n"], "seconds": 7}),
     "mmmlu_lite": ("de/law/test/1", "de", f"Which 1?\nA. a\nB. b\nC. c\nD. d\n{CHOOSE}",
-                   {"answer": "B", "choices": 4}),
+                   {"answer": "B"}),
     "include_lite": ("Greek/1", "Greek", f"Which 1?\nA. a\nB. b\nC. c\nD. d\n{CHOOSE}",
-                     {"answer": "D", "choices": 4}),
+                     {"answer": "D"}),
     "mt_aime_2024": ("en/1", "en", f"Find 1.\n{REASON}", {"answer": "201"}),
     "mlogiqa": ("en/1", "en", f"All cats run.\nWhich 1?\nA. a\nB. b\nC. c\nD. d\n{CHOOSE}",
-                {"answer": "A", "choices": 4}),
+                {"answer": "A"}),
     "mlogiqa OpenCompass": (
         "en/1", "en", f"All cats run.\nWhich 1?\nA. a\nB. b\nC. c\nD. d\n{CHOOSE}",
-        {"answer": "D", "choices": 4}),
+        {"answer": "D"}),
 }  # fmt: skip
 LEFT_OUT = {
     "live_bench": "4 of 9 entries are left out: olympiad (1), plot_unscrambling (1), zebra_puzzle "
@@ -194,10 +195,9 @@ def test_functions_of_livecodebench_are_called_with_json(made, kept):
     ).questions[1]
     assert question.reference == {
         "entry_point": "add",
-        "calls": [
-            {"arguments": ["3", "2"], "result": "5"},
-            {"arguments": ["5", "6"], "result": "11"},
-        ],
+        "inputs": [[3, 2], [5, 6]],
+        "outputs": [5, 11],
+        "prelude": COMPETITION_PRELUDE,
     }
     assert "```python\nclass Solution:\n```" in question.messages[-1]["content"]
 

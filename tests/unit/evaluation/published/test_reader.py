@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.unit.evaluation.published.make import write
 
 from megatron_opdlm.evaluation.benchmarks.published import find_files, read_published
+from tests.unit.evaluation.published.make import write
 
 ENTRIES = [{"a": "x", "n": 1}, {"a": 'say "no",\nthen', "n": 2}, {"a": "\u00e9\u4e2d", "n": 3}]
 

@@ -25,9 +25,9 @@ FILES = {
 }
 FIRST = {
     "gsm8k": """\
-Janet\u2019s ducks lay 16 eggs per day. She eats three for breakfast every morning and bakes muffins \
-for her friends every day with four. She sells the remainder at the farmers' market daily for $2 per \
-fresh duck egg. How much in dollars does she make every day at the farmers' market?
+Janet\u2019s ducks lay 16 eggs per day. She eats three for breakfast every morning and bakes \
+muffins for her friends every day with four. She sells the remainder at the farmers' market daily \
+for $2 per fresh duck egg. How much in dollars does she make every day at the farmers' market?
 Please reason step by step, and put your final answer within \\boxed{}.""",
     "humaneval": '''\
 Please provide a self-contained Python script that solves the following problem in a markdown code block:
@@ -56,14 +56,13 @@ assert remove_Occ("hello","l") == "heo"
 ''',  # noqa: E501
     "ifeval": """\
 Write a 300+ word summary of the wikipedia page \
-"https://en.wikipedia.org/wiki/Raymond_III,_Count_of_Tripoli". Do not use any commas and highlight at \
-least 3 sections that has titles in markdown format, for example *highlighted section part 1*, \
+"https://en.wikipedia.org/wiki/Raymond_III,_Count_of_Tripoli". Do not use any commas and highlight \
+at least 3 sections that has titles in markdown format, for example *highlighted section part 1*, \
 *highlighted section part 2*, *highlighted section part 3*.""",
 }
 ANSWERS = {
     "gsm8k": {"answer": "18"},
     "mbpp": {
-        "setup": "",
         "tests": [
             'assert remove_Occ("hello","l") == "heo"',
             'assert remove_Occ("abcda","a") == "bcd"',
@@ -105,13 +104,14 @@ def test_the_first_question_word_by_word(name, kept):
 
 def test_the_tests_of_humaneval_are_those_of_the_file(kept):
     path = DATA / FILES["humaneval"][0]
-    entries = [json.loads(line) for line in gzip.open(path)]
+    with gzip.open(path) as file:
+        entries = [json.loads(line) for line in file]
     for question, entry in zip(
         load_benchmark(BENCHMARKS["humaneval"], path).questions, entries, strict=True
     ):
         (test,) = question.reference["tests"]
         assert test.startswith(entry["test"]) and test.endswith(f"check({entry['entry_point']})")
-        assert question.reference["completes"] == entry["prompt"]
+        assert question.reference["prelude"] == entry["prompt"]
 
 
 def test_every_answer_of_gsm8k_is_a_number():
