@@ -170,7 +170,7 @@ def _require_name(name: str) -> None:
     """Refuses a name that is nearly that of a benchmark: its file would be read as one's own."""
     if name in BENCHMARKS:
         return
-    near = difflib.get_close_matches(name.lower(), BENCHMARKS, n=1, cutoff=0.8)
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), BENCHMARKS, n=1, cutoff=0.8)
     if near:
         raise ValueError(
             f"task={name} is not a benchmark, but its name is near {near[0]}; write {near[0]}, or "
