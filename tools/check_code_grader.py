@@ -1,9 +1,9 @@
 """check_code_grader.py --humaneval FILE --mbpp FILE: grades canonical solutions and mutants.
 
 Every canonical solution must pass, as a fenced block and, of HumanEval, as the body that it is. A
-mutant is the solution with one change; it should fail, and if a problem's tests let all mutants
-pass, the problem is listed: the tests cannot tell. Then the times: that of the grading, and that of
-the same code and tests in this interpreter, one after the other.
+mutant is the solution with one change, and has 2 s. It should fail. If a problem's tests let all of
+its mutants pass, the problem is listed: they cannot tell. The own time is that of the same code and
+tests in one process, one problem after the other.
 
 --workers N: problems at once (default: cores); --unsafe: without bubblewrap; --limit N: the first N
 """
@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_opdlm.evaluation.execution.code_tests import FunctionTests
 from megatron_opdlm.evaluation.execution.sandbox import Sandbox
@@ -178,7 +178,8 @@ def check(problems: list[Problem], sandbox: Sandbox, workers: int) -> None:
         verdicts, seconds = grade_many(bodies, sandbox, workers)
         print(f"as a body: {sum(verdicts)} of {len(verdicts)} pass, in {seconds:.1f} s")
     cases = [(p, name, code) for p in problems for name, code in mutants(p).items()]
-    verdicts, seconds = grade_many([(fenced(c), p.tests) for p, _, c in cases], sandbox, workers)
+    pairs = [(fenced(code), replace(p.tests, seconds=2.0)) for p, _, code in cases]
+    verdicts, seconds = grade_many(pairs, sandbox, workers)
     killed, made = Counter[str](), Counter[str]()
     failed: set[str] = set()
     for (problem, name, _), passed in zip(cases, verdicts, strict=True):

@@ -62,7 +62,7 @@ class Solution(Peer):
                 operation, *arguments = self.hear()
             except EOFError:
                 return
-            self.answer(OPERATIONS.get(operation) or getattr(self, f"do_{operation}"), *arguments)
+            self._do(operation, arguments)
 
     def do_call(self, target: Any, sent: Sequence[bytes], named: Mapping[str, Any]) -> Any:
         """Calls a function; returns the result, and the arguments that it changed by place."""
@@ -119,6 +119,9 @@ class Solution(Peer):
             return self._callback(reader.number())
         return super().read_other(letter, reader)
 
+    def _do(self, operation: str, arguments: Sequence[Any]) -> None:
+        self.answer(OPERATIONS.get(operation) or getattr(self, f"do_{operation}"), *arguments)
+
     def _is_shared(self, value: Any) -> bool:
         return isinstance(value, type) and self.class_of(value.__name__) is value
 
@@ -128,10 +131,13 @@ class Solution(Peer):
 
         def callback(*arguments: Any, **named: Any) -> Any:
             self.tell("callback", number, arguments, named)
-            kind, *content = self.hear()
-            if kind == "value":
-                return content[0]
-            raise nearest_exception(*content)
+            while True:
+                kind, *content = self.hear()
+                if kind == "value":
+                    return content[0]
+                if kind == "raise":
+                    raise nearest_exception(*content)
+                self._do(kind, content)  # the test's function calls the solution
 
         self._callbacks[number] = callback
         return callback

@@ -191,7 +191,7 @@ def _forward(name: str) -> Callable[..., Any]:
 
 
 def _forward_pair(name: str) -> Callable[..., Any]:
-    """The same for an operator, only between two of the solution's objects. See the file's top."""
+    """The same for an operator, only between two of the solution's objects. See peers.py."""
 
     def method(self: Remote, other: Any) -> Any:
         if type(other) is not Remote:
