@@ -104,7 +104,8 @@ def _details(result: HasSetting) -> dict[str, _Detail]:
     temperature, top_k, top_p = options.temperature, options.top_k, options.top_p
     return {
         "block_size": _Detail(size, f"block {size}", True),
-        "denoising_steps": _Detail(steps, f"{steps} steps", steps == size),
+        # One step per token is the same choice at every block size.
+        "denoising_steps": _Detail(steps if steps < size else 0, f"{steps} steps", steps == size),
         "prediction": _Detail(options.prediction, options.prediction, True),
         "temperature": _Detail(temperature, f"T={temperature:g}", temperature == 0),
         "top_k": _Detail(top_k, f"top-k {top_k}" if top_k else "all tokens", top_k == 0),

@@ -266,6 +266,22 @@ def decoding_options(
     )
 
 
+def prompt_room(positions: int, response_limit: int, block_size: int) -> int:
+    """Returns the most tokens that a prompt may have in a model of so many positions.
+
+    Raises:
+        ValueError: there is no room for a prompt.
+    """
+    room = positions - response_limit - (block_size - 1)
+    if room < 1:
+        raise ValueError(
+            f"max_new_tokens={response_limit} with block_size={block_size} leaves no "
+            f"room for a prompt in the model's {positions} positions; use "
+            f"{max(1, positions // 2)} or less"
+        )
+    return room
+
+
 def open_decoder(args: argparse.Namespace, *, max_rows: int) -> Decoder:
     """Loads the student that the arguments name. Call on all ranks."""
     from megatron_opdlm.generate.decoder import Decoder
