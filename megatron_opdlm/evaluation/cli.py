@@ -6,7 +6,11 @@ import argparse
 from pathlib import Path
 
 from megatron_opdlm.checks import require, require_at_least
-from megatron_opdlm.evaluation.settings import add_setting_arguments, check_settings
+from megatron_opdlm.evaluation.settings import (
+    add_setting_arguments,
+    check_settings,
+    require_no_repeats,
+)
 from megatron_opdlm.evaluation.task_arguments import (
     add_task_arguments,
     check_task_arguments,
@@ -16,7 +20,6 @@ from megatron_opdlm.generate.arguments import (
     Parsers,
     add_model_arguments,
     check_arguments,
-    parameter_users,
     require_folder,
 )
 
@@ -131,9 +134,4 @@ def _check(args: argparse.Namespace) -> None:
 def _check_decoding(args: argparse.Namespace) -> None:
     check_arguments(args, "seeds")
     check_settings(args)
-    for name, values in (
-        ("seeds", args.seeds),
-        *((name, getattr(args, name)) for name in parameter_users()),
-    ):
-        for value in values or ():
-            require(values.count(value) == 1, name, value, "is given twice", "give it once")
+    require_no_repeats(args, ("seeds",))

@@ -44,18 +44,20 @@ def require_new(folder: Path) -> None:
 class EvaluationFolder:
     """Writes results as they come. Only the main rank has one."""
 
-    def __init__(self, folder: Path, *, about: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, *, about: Mapping[str, Any], table: bool = True) -> None:
         """Makes the folder.
 
         Args:
             folder: the folder; see `require_new`.
             about: what else to write at the top of results.json: the model, and the tasks as
                 `task_arguments.to_json` returns them.
+            table: whether to write table.md, too.
         """
         require_new(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._about = dict(about)
+        self._table = table
         self._results: list[EvalResult] = []
 
     def add(self, result: EvalResult) -> None:
@@ -74,8 +76,9 @@ class EvaluationFolder:
             for each, label in zip(self._results, labels(self._results), strict=True)
         ]
         write_json(self.folder / RESULTS, self._about | {"results": figures})
-        with replacing(self.folder / TABLE) as partial:
-            partial.write_text(markdown_table(self._results), encoding="utf-8")
+        if self._table:
+            with replacing(self.folder / TABLE) as partial:
+                partial.write_text(markdown_table(self._results), encoding="utf-8")
 
 
 def response_record(answer: Answer, place: int, result: EvalResult) -> dict[str, Any]:
