@@ -82,6 +82,10 @@ class Task:
     """Questions, in the order of the file."""
     path: str
     """File or folder of the questions."""
+    response_limit: int = 256
+    """Most response tokens, unless the user gives another number."""
+    seeds: int = 1
+    """Number of seeds of sampled decoding, unless the user gives seeds."""
 
     def require_graders(self) -> None:
         """Raises, with a fix, if this machine lacks what a grader needs."""

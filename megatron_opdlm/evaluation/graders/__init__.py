@@ -6,9 +6,12 @@ from megatron_opdlm.checks import require
 from megatron_opdlm.evaluation.graders.code import CODE
 from megatron_opdlm.evaluation.graders.exact import EXACT
 from megatron_opdlm.evaluation.graders.grader import Grader
+from megatron_opdlm.evaluation.graders.grid import GRID
+from megatron_opdlm.evaluation.graders.livebench import LIVEBENCH
 from megatron_opdlm.evaluation.graders.number import NUMBER
 
-GRADERS: dict[str, Grader] = {grader.name: grader for grader in (NUMBER, EXACT, CODE)}
+_ALL = (NUMBER, EXACT, CODE, GRID, LIVEBENCH)
+GRADERS: dict[str, Grader] = {grader.name: grader for grader in _ALL}
 DEFAULT_GRADER = NUMBER
 
 

@@ -21,6 +21,12 @@ EXAMPLES = {
     # grader: entry, a correct response, a wrong one
     "number": ({"answer": 1e-5}, "The answer is 0.00001", "The answer is 0.0001"),
     "exact": ({"answer": "a b"}, " a\nb", "a b c"),
+    "grid": (
+        {"answer": {"header": ["House", "Pet"], "rows": [["1", "cat"], ["2", "dog"]]}},
+        '{"solution": {"House 1": {"Pet": "cat"}, "House 2": {"Pet": "dog"}}}',
+        '{"solution": {"House 1": {"Pet": "dog"}, "House 2": {"Pet": "cat"}}}',
+    ),
+    "livebench": ({"answer": "B", "task": "math_comp"}, "BBBBB", "AAAAA"),
     "code": (
         {"tests": ["assert double(2) == 4"]},
         "```python\ndef double(x):\n    return x * 2\n```",
@@ -121,7 +127,7 @@ def test_a_number_is_needed_where_numbers_are_graded(answer, tmp_path):
 @pytest.mark.parametrize(
     "text", ["0.00001", "1e-5", "1E5", "-0.0", "12345678901234567890", "1e400"]
 )
-@graders_of_answers
+@pytest.mark.parametrize("grader", [GRADERS["number"], GRADERS["exact"]], ids=lambda g: g.name)
 def test_a_number_in_json_is_graded_as_it_is_written(grader, text, tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text(f'{{"prompt": "a", "answer": {text}}}\n')
