@@ -57,8 +57,8 @@ def find_program(response: str, tests: CodeTests) -> Extracted:
 def judge(program: Extracted, tests: CodeTests, sandbox: Sandbox) -> Verdict:
     """Runs a program against tests.
 
-    The wall time of a test is bounded by twice its CPU time and 5 s, so that a busy machine does
-    not change a verdict, and a program that sleeps does not stop the evaluation.
+    The wall time of a test is bounded by four times its CPU time and 10 s, so that a busy machine
+    does not change a verdict, and a program that sleeps does not stop the evaluation.
     """
     job = {
         "kind": _KINDS[type(tests)],
@@ -208,7 +208,7 @@ def _plain(code: str) -> str:
 
 
 def _wall_seconds(tests: CodeTests) -> float:
-    return 2 * tests.seconds + 5
+    return 4 * tests.seconds + 10
 
 
 def _too_long(kind: str, seconds: float) -> str:
