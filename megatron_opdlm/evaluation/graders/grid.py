@@ -127,8 +127,8 @@ def _is_texts(value: Any) -> bool:
 
 GRID = Grader(
     name="grid",
-    reads='`answer`, an object with `header`, ["House", names of columns ...], and `rows`, lists '
-    "of cells",
+    reads='a grid in `answer`, an object with `header`, ["House", names of columns ...], and '
+    "`rows`, lists of cells",
     accepts="its last JSON object has all cells of all houses right; case and white space do not "
     "count",
     read=_read,
