@@ -3,11 +3,16 @@
 import difflib
 
 from megatron_opdlm.checks import require
+from megatron_opdlm.evaluation.graders.choice import CHOICE
+from megatron_opdlm.evaluation.graders.contains import CONTAINS
 from megatron_opdlm.evaluation.graders.exact import EXACT
 from megatron_opdlm.evaluation.graders.grader import Grader
+from megatron_opdlm.evaluation.graders.math import MATH
 from megatron_opdlm.evaluation.graders.number import NUMBER
 
-GRADERS: dict[str, Grader] = {grader.name: grader for grader in (NUMBER, EXACT)}
+GRADERS: dict[str, Grader] = {
+    grader.name: grader for grader in (NUMBER, MATH, CHOICE, EXACT, CONTAINS)
+}
 DEFAULT_GRADER = NUMBER
 
 
