@@ -26,6 +26,7 @@ _SUBCOMMANDS: tuple[tuple[str, str], ...] = (
     ("megatron_opdlm.convert.cli", "add_convert_parser"),
     ("megatron_opdlm.generate.cli", "add_generate_parser"),
     ("megatron_opdlm.evaluation.cli", "add_eval_parser"),
+    ("megatron_opdlm.evaluation.sweep.cli", "add_sweep_parser"),
 )
 """Modules that add their own subcommand. They import torch and others only when it runs."""
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         _set_up_logging(launch)
         status: int | None = args.run(args)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; a training run goes on when started again with its save\n")
+        sys.stderr.write("interrupted; a training run or a sweep goes on when started again\n")
         return 130
     except (
         ValueError,

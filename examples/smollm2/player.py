@@ -9,6 +9,8 @@ from decoding import Decoding
 from pair import TEACHER
 
 from megatron_opdlm.evaluation.examples import example_record
+from megatron_opdlm.evaluation.graders.exact import EXACT
+from megatron_opdlm.evaluation.graders.grader import Grade
 from megatron_opdlm.evaluation.task import Answer, Question
 from megatron_opdlm.responses.prompts import Prompt
 
@@ -34,10 +36,11 @@ def page_records(
     for prompt, trajectory in list(zip(prompts, decoding.trajectories, strict=True))[:SHOWN]:
         ids = trajectory.text_ids.tolist()
         answer = Answer(
-            question=Question(**vars(prompt), reference=""),
-            response=tokenizer.decode(ids, skip_special_tokens=True),
-            correct=False,
+            question=Question(**vars(prompt), reference="", grader=EXACT),
+            text=tokenizer.decode(ids, skip_special_tokens=True),
+            grade=Grade(correct=False),
             num_tokens=len(ids),
+            num_passes=trajectory.num_passes,
             ended=trajectory.ended,
             trajectory=trajectory,
         )

@@ -1,4 +1,4 @@
-"""Plots of a run, as PNG files."""
+"""Plots of a run, as PNG or SVG files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def draw_plots(directory: Path, plots: Mapping[str, Drawing]) -> list[Path]:
 
     Args:
         directory: folder for the files.
-        plots: the drawing of each file, by the file's name.
+        plots: the drawing of each file, by the file's name, which ends in .png or .svg.
 
     Returns:
         The files, in order. A plot without data is left out.
@@ -68,9 +68,18 @@ def draw_plots(directory: Path, plots: Mapping[str, Drawing]) -> list[Path]:
         axes = figure.subplots()
         if draw(axes):
             _finish(axes)
-            figure.savefig(directory / name)
+            _save(figure, directory / name)
             written.append(directory / name)
     return written
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Writes a figure, with the same bytes each time: an SVG has neither date nor random names."""
+    from matplotlib import rc_context
+
+    metadata = {"Date": None} if path.suffix == ".svg" else {}
+    with rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(path, metadata=metadata)
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:

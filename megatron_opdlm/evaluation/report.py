@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_opdlm.evaluation.html import render_page
 from megatron_opdlm.evaluation.plots import write_plots
+from megatron_opdlm.evaluation.table import markdown
 from megatron_opdlm.reporting.logger import read_metrics
 
 SUMMARY_KEYS = (
@@ -109,8 +110,7 @@ def write_report(
 
 def markdown_table(rows: Sequence[ReportRow]) -> str:
     """Returns the table as Markdown."""
-    lines = [COLUMNS, ("---", *["---:"] * (len(COLUMNS) - 1)), *(row.cells() for row in rows)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return markdown(COLUMNS, [row.cells() for row in rows])
 
 
 def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -28,6 +28,7 @@ def evaluate(
     seed: int = 0,
     enable_thinking: bool = False,
     progress: bool = False,
+    on_progress: Callable[[int], None] | None = None,
 ) -> EvalResult:
     """Decodes and grades every question of a task. Call on all ranks with the same arguments.
 
@@ -42,6 +43,7 @@ def evaluate(
         seed: seed of the sampling; greedy decoding does not depend on it.
         enable_thinking: passed to the chat template.
         progress: whether to show a progress bar.
+        on_progress: called now and then with the number of prompts that are decoded.
 
     Returns:
         The graded answers; the same on every rank.
@@ -53,12 +55,18 @@ def evaluate(
     start = time.perf_counter()
     show = progress and decoder.parallel.is_main
     with tqdm(total=len(prompts), desc=f"{task.name} {name}", disable=not show) as bar:
+
+        def count(done: int) -> None:
+            bar.update(done - bar.n)
+            if on_progress is not None:
+                on_progress(done)
+
         trajectories = decoder.decode(
             prompts,
             options,
             response_limit=response_limit,
             seed=seed,
-            on_progress=lambda done: bar.update(done - bar.n),
+            on_progress=count,
         )
     seconds = time.perf_counter() - start
     responses = _responses(task, prompts, trajectories, decoder.student.tokenizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 from megatron_opdlm.checks import require
 from megatron_opdlm.diffusion.remasking import RULES, RemaskingRule, make_rule
@@ -54,6 +55,18 @@ def check_settings(args: argparse.Namespace) -> None:
         about = " or ".join(_flag(name) for name in users)
         given = getattr(args, parameter)
         require_used(is_used, parameter, given, about, "the decoding asked for")
+
+
+def require_no_repeats(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Refuses a value that is given twice, of the named arguments and of the rules' parameters.
+
+    Raises:
+        ValueError: the message names argument, value, rule and fix.
+    """
+    for name in (*names, *parameter_users()):
+        values = getattr(args, name) or ()
+        for value in values:
+            require(values.count(value) == 1, name, value, "is given twice", "give it once")
 
 
 def chosen_rules(args: argparse.Namespace) -> list[RemaskingRule]:

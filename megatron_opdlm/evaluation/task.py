@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_opdlm.diffusion.trajectory import Trajectory
@@ -82,6 +82,10 @@ class Task:
     """Questions, in the order of the file."""
     path: str
     """File or folder of the questions."""
+    response_limit: int = 256
+    """Most response tokens, unless the user gives another number."""
+    seeds: int = 1
+    """Number of seeds of sampled decoding, unless the user gives seeds."""
 
     def require_graders(self) -> None:
         """Raises, with a fix, if this machine lacks what a grader needs."""
@@ -89,6 +93,14 @@ class Task:
             question.grader.name: question.grader for question in self.questions
         }.values():
             grader.require()
+
+    def graded_by(self, grader: Grader) -> Task:
+        """Returns the task with this grader in place of the one that has its name."""
+        questions = [
+            replace(question, grader=grader) if question.grader.name == grader.name else question
+            for question in self.questions
+        ]
+        return replace(self, questions=questions)
 
 
 def load_task(

@@ -47,10 +47,7 @@ def load_reference(hf_dir: str) -> Reference:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    source = ModelSource.open(hf_dir)
-    if not source.is_hf:
-        raise ConversionError(f"teacher={hf_dir}: {describe(Path(hf_dir))}")
-    source.response_ends.require(hf_dir)
+    source = open_reference(hf_dir)
     tokenizer = AutoTokenizer.from_pretrained(hf_dir, trust_remote_code=False)
     tokenizer.padding_side = "left"
     model = AutoModelForCausalLM.from_pretrained(hf_dir, trust_remote_code=False).eval()
@@ -60,6 +57,19 @@ def load_reference(hf_dir: str) -> Reference:
         pad_token_id=tokenizer.pad_token_id,
     )
     return Reference(model, tokenizer)
+
+
+def open_reference(hf_dir: str) -> ModelSource:
+    """Returns the source of a teacher that `load_reference` can load.
+
+    Raises:
+        ConversionError: `hf_dir` is not a Hugging Face directory, or no token ends a response.
+    """
+    source = ModelSource.open(hf_dir)
+    if not source.is_hf:
+        raise ConversionError(f"teacher={hf_dir}: {describe(Path(hf_dir))}")
+    source.response_ends.require(hf_dir)
+    return source
 
 
 _Said = tuple[str, int, bool]

@@ -30,23 +30,45 @@ DEFAULT_BLOCK_SIZE = 4
 Parsers = argparse._SubParsersAction  # the type of argparse's `subparsers`
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that `generate` and `eval` share: the student, and how it decodes."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Adds the arguments that `generate` and `eval` share: the student, and how it decodes.
+
+    Args:
+        parser: parser of a command.
+        required: whether the command cannot do without a model. If it can, the response limit is
+            None by default.
+    """
     parser.add_argument(
         "--model",
-        required=True,
+        required=required,
         metavar="DIR_OR_CKPT",
         help="run folder, checkpoint, or Hugging Face directory",
     )
+    add_decoding_arguments(parser, limit=256 if required else None)
     parser.add_argument(
-        "--import-cache",
-        metavar="DIR",
-        help="folder in which a Hugging Face directory is converted, once for all commands that "
-        "name the same DIR (training: import_cache); default: a temporary folder, removed when the "
-        "model is loaded",
+        "--enable-thinking", action="store_true", help="tell the chat template to ask for thoughts"
     )
+    add_machine_arguments(parser)
+
+
+def add_decoding_arguments(
+    parser: argparse.ArgumentParser, *, limit: int | None, several: bool = False
+) -> None:
+    """Adds the arguments that say how a student decodes, without rules and thinking.
+
+    Args:
+        parser: parser of a command.
+        limit: default of the response limit; None: the benchmark's.
+        several: whether block size, temperature and response limit take lists of values.
+    """
+    lists: dict[str, Any] = {"nargs": "+"} if several else {}
+    more = "; several values make several settings" if several else ""
     parser.add_argument(
-        "--block-size", type=int, metavar="K", help="default: the student's block size in training"
+        "--block-size",
+        type=int,
+        metavar="K",
+        help=f"default: the student's block size in training{more}",
+        **lists,
     )
     parser.add_argument(
         "--denoising-steps", type=int, metavar="N", help="most steps per block; default: K"
@@ -58,10 +80,34 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="which output of the student predicts a masked position; default: as in the student's "
         f"training, {SAME_POSITION} before it. {choices}",
     )
-    _add_sampling_arguments(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
     parser.add_argument(
-        "--enable-thinking", action="store_true", help="tell the chat template to ask for thoughts"
+        "--temperature",
+        type=float,
+        default=[0.0] if several else 0.0,
+        metavar="T",
+        help=f"default: 0, greedy{more}",
+        **lists,
+    )
+    _add_filter_arguments(parser)
+    default = "the benchmark's, else 256" if limit is None else limit
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=limit,
+        metavar="N",
+        help=f"most tokens of a response; default: {default}{more}",
+        **lists,
+    )
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that say how a student is loaded and held on this machine."""
+    parser.add_argument(
+        "--import-cache",
+        metavar="DIR",
+        help="folder in which a Hugging Face directory is converted, once for all commands that "
+        "name the same DIR (training: import_cache); default: a temporary folder, removed when the "
+        "model is loaded",
     )
     parser.add_argument(
         "--max-rows",
@@ -92,10 +138,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
 
 
-def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="default: 0, greedy"
-    )
+def _add_filter_arguments(parser: argparse.ArgumentParser) -> None:
     # The default is None for arguments that have an effect only together with others.
     parser.add_argument(
         "--top-k", type=int, metavar="K", help="with a temperature; default: 0, all tokens"
@@ -153,11 +196,10 @@ def check_arguments(args: argparse.Namespace, seeds: str) -> None:
     Raises:
         ValueError: an argument is wrong; the message names argument, value, rule and fix.
     """
-    require_at_least(1, "max_new_tokens", args.max_new_tokens)
     for name in ("model", "import_cache"):
         given = getattr(args, name)
         require(given != "", name, "''", "must be a path", "name a folder, or leave it out")
-    for name in ("block_size", "denoising_steps", "max_rows"):
+    for name in ("max_new_tokens", "block_size", "denoising_steps", "max_rows"):
         if (value := getattr(args, name)) is not None:
             require_at_least(1, name, value)
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
@@ -222,6 +264,22 @@ def decoding_options(
         temperature=args.temperature,
         **{name: value for name, value in given.items() if value is not None},
     )
+
+
+def prompt_room(positions: int, response_limit: int, block_size: int) -> int:
+    """Returns the most tokens that a prompt may have in a model of so many positions.
+
+    Raises:
+        ValueError: there is no room for a prompt.
+    """
+    room = positions - response_limit - (block_size - 1)
+    if room < 1:
+        raise ValueError(
+            f"max_new_tokens={response_limit} with block_size={block_size} leaves no "
+            f"room for a prompt in the model's {positions} positions; use "
+            f"{max(1, positions // 2)} or less"
+        )
+    return room
 
 
 def open_decoder(args: argparse.Namespace, *, max_rows: int) -> Decoder:

@@ -21,6 +21,7 @@ from megatron_opdlm.distill.student import DTYPES, Student, load_student
 from megatron_opdlm.distributed import process_groups
 from megatron_opdlm.distributed.process_groups import ParallelState, from_main
 from megatron_opdlm.files.signals import stopped_by_signals
+from megatron_opdlm.generate.arguments import prompt_room
 from megatron_opdlm.model.gpt import BuildOptions, has_transformer_engine
 from megatron_opdlm.responses.prompts import (
     Prompt,
@@ -132,13 +133,7 @@ class Decoder:
             ValueError: no prompt leaves room, or the response alone is too long.
         """
         positions = self.student.model.max_sequence_length
-        room = positions - response_limit - (options.block_size - 1)
-        if room < 1:
-            raise ValueError(
-                f"max_new_tokens={response_limit} with block_size={options.block_size} leaves no "
-                f"room for a prompt in the model's {positions} positions; use "
-                f"{max(1, positions // 2)} or less"
-            )
+        room = prompt_room(positions, response_limit, options.block_size)
         return tokenize_prompts(
             prompts,
             self.student.tokenizer,

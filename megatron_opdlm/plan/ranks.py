@@ -159,18 +159,7 @@ def format_totals(config: Config, plans: list[RankPlan], *, cuda: bool = True) -
         plans: one rank plan per rank, made with the same `cuda`.
         cuda: whether the ranks are GPUs.
     """
-    curriculum = config.rollout.max_response_tokens
-    limits = [
-        response_limit(
-            step,
-            start=curriculum.start,
-            end=curriculum.end,
-            ramp_steps=curriculum.ramp_steps,
-            curve=curriculum.curve,
-        )
-        for step in range(config.train.train_rollouts)
-    ]
-    tokens = sum(limits) * config.rows_per_rollout
+    tokens = most_response_tokens(config)
     dp_size = 1 + max(plan.dp_rank for plan in plans)
     largest = max(plan.total_bytes for plan in plans)
     cache = plans[0].kv_cache
@@ -190,6 +179,22 @@ def format_totals(config: Config, plans: list[RankPlan], *, cuda: bool = True) -
         f"{config.total_optimizer_steps} optimizer steps of {config.train.rows_per_optimizer_step} "
         f"rows, at most {tokens:,} response tokens\n"
     )
+
+
+def most_response_tokens(config: Config) -> int:
+    """Returns the most response tokens that a run trains on."""
+    curriculum = config.rollout.max_response_tokens
+    limits = [
+        response_limit(
+            step,
+            start=curriculum.start,
+            end=curriculum.end,
+            ramp_steps=curriculum.ramp_steps,
+            curve=curriculum.curve,
+        )
+        for step in range(config.train.train_rollouts)
+    ]
+    return sum(limits) * config.rows_per_rollout
 
 
 def _plan_rank(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _TEXT_KEYS = ("prompt", "messages", "question")
 _ROLES = ("system", "user", "assistant", "tool")
@@ -37,6 +39,8 @@ class Entry:
     """Line in a JSONL file, or position in a JSON list; counted from 1."""
     values: dict[str, Any]
     """The JSON object."""
+    path: Path | None = None
+    """The file; its name may say what the entry is about."""
 
     def refusal(self, key: str, rule: str, fix: str) -> ValueError:
         """Returns the error for an entry whose `key` breaks a rule.
@@ -115,47 +119,130 @@ def read_entries(path: str | Path) -> list[Entry]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"prompt file {path} does not exist")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from None
-    read = _read_list if text.lstrip()[:1] == "[" else _read_lines
-    entries = list(read(path, text))
+    with path.open("rb") as file:
+        entries = list(parse_entries(file, path))
     if not entries:
         raise ValueError(f"{path}: holds no prompt; write one JSON object per line")
     return entries
 
 
-def _read_list(path: Path, text: str) -> Iterator[Entry]:
+def parse_entries(file: IO[bytes], path: Path) -> Iterator[Entry]:
+    """Yields the entries of an open file, JSONL or one JSON list, in file order.
+
+    JSONL is read line by line, so a file may be larger than the memory.
+
+    Args:
+        file: file in UTF-8, at its start.
+        path: name of the file, for messages and for `Entry.path`.
+
+    Raises:
+        ValueError: see `read_entries`. If several lines are broken, the message has their number
+            and the error of the first.
+    """
+    head: list[bytes] = []
+    for line in file:
+        head.append(line if head else line.removeprefix(codecs.BOM_UTF8))
+        if head[-1].strip():
+            break
+    if head and head[-1].lstrip()[:1] == b"[":
+        yield from _read_list(path, b"".join(head) + file.read())
+    else:
+        yield from _read_lines(path, chain(head, file))
+
+
+def parse_document(data: bytes, path: Path) -> Any:
+    """Returns the value of a whole JSON file.
+
+    Raises:
+        ValueError: it is not UTF-8 text, or not valid JSON; the message names file and line.
+    """
+    text = decode_text(data, path, 1)
     try:
-        values = _parse(text)
+        return _parse(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     except _UNREADABLE as error:
         raise ValueError(f"{path}: JSON that cannot be read: {error}") from None
-    for number, value in enumerate(values, 1):
-        yield _entry(f"{path}: entry {number}", number, value)
 
 
-def _read_lines(path: Path, text: str) -> Iterator[Entry]:
-    lines = text.split("\n")  # not splitlines(): JSON strings may contain other line separators
-    if lines[-1] == "":
-        lines.pop()
+def make_entry(path: Path, number: int, value: Any) -> Entry:
+    """Returns an entry of a list in a file.
+
+    Args:
+        path: file that holds the list.
+        number: position in the list, counted from 1.
+        value: the entry.
+
+    Raises:
+        ValueError: the entry is not an object.
+    """
+    return _entry(f"{path}: entry {number}", number, value, path)
+
+
+def _read_list(path: Path, data: bytes) -> Iterator[Entry]:
+    for number, value in enumerate(parse_document(data, path), 1):
+        yield make_entry(path, number, value)
+
+
+def _read_lines(path: Path, lines: Iterator[bytes]) -> Iterator[Entry]:
     for number, line in enumerate(lines, 1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            raise ValueError(f"{where}: empty line; every line must hold a prompt; remove it")
         try:
-            value = _parse(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{where}: not valid JSON: {error.msg} at column {error.colno}; "
-                'write one object per line, e.g. {"prompt": "..."}'
-            ) from None
-        except _UNREADABLE as error:
-            raise ValueError(f"{where}: JSON that cannot be read: {error}") from None
-        yield _entry(where, number, value)
+            entry = _read_line(path, number, line)
+        except ValueError as error:
+            raise ValueError(_with_count(str(error), path, number, lines)) from None
+        yield entry
+
+
+def _with_count(error: str, path: Path, number: int, rest: Iterator[bytes]) -> str:
+    """Returns the error of a line, with the number of broken lines if the rest has more."""
+    broken, total = 1, number
+    for line in rest:
+        total += 1
+        try:
+            _read_line(path, total, line)
+        except ValueError:
+            broken += 1
+    if broken == 1:
+        return error
+    return f"{path}: {broken:,} of {total:,} lines cannot be read; the first: {error}"
+
+
+def _read_line(path: Path, number: int, line: bytes) -> Entry:
+    where = f"{path}:{number}"
+    if not line.strip():
+        raise ValueError(f"{where}: empty line; every line must hold a prompt; remove it")
+    text = decode_text(line.removesuffix(b"\n"), path, number)
+    try:
+        value = _parse(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where}: not valid JSON: {error.msg} at column {error.colno}; "
+            'write one object per line, e.g. {"prompt": "..."}'
+        ) from None
+    except _UNREADABLE as error:
+        raise ValueError(f"{where}: JSON that cannot be read: {error}") from None
+    return _entry(where, number, value, path)
+
+
+def decode_text(data: bytes, path: Path, first_line: int) -> str:
+    """Returns the text of bytes of a file.
+
+    Args:
+        data: bytes of the file.
+        path: name of the file, for messages.
+        first_line: number of the line at which they begin.
+
+    Raises:
+        ValueError: they are not UTF-8 text; the message names file and line.
+    """
+    place = data.find(b"\0")  # UTF-16 is full of zero bytes, and valid UTF-8 if it is English
+    if place < 0:
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            place = error.start
+    line = first_line + data[:place].count(b"\n")
+    raise ValueError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8")
 
 
 # Python raises these for an integer of more than 4300 digits, and for very deeply nested lists.
@@ -166,10 +253,10 @@ def _parse(text: str) -> Any:
     return json.loads(text, parse_float=WrittenFloat)
 
 
-def _entry(where: str, number: int, value: Any) -> Entry:
+def _entry(where: str, number: int, value: Any, path: Path) -> Entry:
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: got {_short(value)}; an entry must be an object with prompt")
-    return Entry(where, number, value)
+        raise ValueError(f"{where}: got {_short(value)}; an entry must be an object with keys")
+    return Entry(where, number, value, path)
 
 
 def _parse_messages(value: Any, where: str) -> Messages:

@@ -6,6 +6,7 @@ Shape letters: P prompt tokens, K block size.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,13 @@ from torch import Tensor
 
 from megatron_opdlm.config.annotations import ParametersOf
 from megatron_opdlm.diffusion.prediction import PREDICTIONS, SAME_POSITION
-from megatron_opdlm.diffusion.remasking import RULES, LowConfidenceStatic, RemaskingRule, rule_name
+from megatron_opdlm.diffusion.remasking import (
+    RULES,
+    LowConfidenceStatic,
+    RemaskingRule,
+    make_rule,
+    rule_name,
+)
 from megatron_opdlm.rollout.sampler import Sampling
 
 MAX_DENOISING_STEPS = 256  # the random key of a draw has eight bits for the step
@@ -77,6 +84,21 @@ class DecodingOptions:
             values |= {field.name: field.default for _, _, field in ParametersOf(RULES).fields()}
             values |= dataclasses.asdict(self.rule)
         return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> DecodingOptions:
+        """Returns the options that `to_json` returned.
+
+        Raises:
+            ValueError: a value is out of its range.
+        """
+        names = {option.name for option in dataclasses.fields(cls)}
+        rule = RULES[values["remasking"]]
+        parameters = {field.name: values[field.name] for field in dataclasses.fields(rule)}
+        return cls(
+            rule=make_rule(values["remasking"], **parameters),
+            **{name: value for name, value in values.items() if name in names},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

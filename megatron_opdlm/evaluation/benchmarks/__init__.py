@@ -1,5 +1,51 @@
 """The benchmarks of the paper. A new one is a record in the file of its family."""
 
+import difflib
+
+from megatron_opdlm.checks import require
+from megatron_opdlm.evaluation.benchmarks import (
+    coding,
+    instructions,
+    knowledge,
+    livebench,
+    mathematics,
+    multilingual,
+    reasoning,
+)
 from megatron_opdlm.evaluation.benchmarks.benchmark import Benchmark
 
-BENCHMARKS: dict[str, Benchmark] = {}
+_FAMILIES = (mathematics, reasoning, knowledge, livebench, instructions, coding, multilingual)
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark for family in _FAMILIES for benchmark in family.BENCHMARKS
+}
+COLUMNS = ("name", "benchmark", "questions", "grader", "limit", "seeds", "licence", "source")
+"""Heads of the columns of `list_table`."""
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """Returns the benchmark of a name.
+
+    Raises:
+        ValueError: there is no such benchmark; the message has the nearest names.
+    """
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), BENCHMARKS, n=2)
+    fix = f"did you mean {' or '.join(near)}?" if near else "choose one of them"
+    require(name in BENCHMARKS, "benchmark", name, f"must be one of {', '.join(BENCHMARKS)}", fix)
+    return BENCHMARKS[name]
+
+
+def list_table() -> list[tuple[str, ...]]:
+    """Returns a row of texts per benchmark, in the order of the paper's appendix B.2."""
+    return [
+        (
+            benchmark.name,
+            benchmark.title,
+            "not fixed" if benchmark.size is None else f"{benchmark.size:,}",
+            benchmark.grader,
+            f"{benchmark.response_limit:,}",
+            str(benchmark.seeds),
+            benchmark.licence,
+            benchmark.source,
+        )
+        for benchmark in BENCHMARKS.values()
+    ]

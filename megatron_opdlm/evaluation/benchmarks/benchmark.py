@@ -1,4 +1,9 @@
-"""A benchmark: the file that its authors published, how its questions are asked, and the grader."""
+"""A benchmark: the files that its authors published, how its questions are asked, and the grader.
+
+A form of a benchmark translates published entries into what an entry of a prompt file has: a
+question, and the keys that a grader reads. So all graders take published questions and a user's own
+alike.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_opdlm.evaluation.graders.grader import Grader
 from megatron_opdlm.responses.entries import Entry
 
 
@@ -16,12 +20,29 @@ class Asked:
 
     text: str
     """Text of the user's turn, with the instruction of the benchmark."""
-    reference: Any
-    """Value that the grader compares a response with."""
+    answer: Mapping[str, Any]
+    """The keys that the grader reads, as an entry of a prompt file has them: `{"answer": "14"}`."""
     id: str | None = None
-    """Id that the file gives; None if it gives none, and the entry's number is used."""
+    """Id that the file gives; None if it gives none, and the entry's place is used."""
     domain: str | None = None
     """Subject, category or language, for reports."""
+    system: str | None = None
+    """Text of the system's turn; None for none."""
+    grader: str | None = None
+    """Name of the grader; None for that of the benchmark."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """An entry that is not asked. Reports count such entries by reason."""
+
+    reason: str
+    """Why: the end of a sentence that begins with "entries are left out:"."""
+
+
+Ask = Callable[[Entry], Asked | LeftOut | Sequence[Asked]]
+"""Function that makes a question of an entry, or one per language, or leaves it out. It raises
+`Entry.refusal` for an entry that breaks the schema."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,18 +53,26 @@ class Form:
     """Where this form is found, such as "openai/grade-school-math, test.jsonl"."""
     keys: tuple[str, ...]
     """Keys that every entry has. They tell this form from the benchmark's other forms."""
-    ask: Callable[[Entry], Asked]
-    """Function that makes a question of an entry, or raises `Entry.refusal`."""
+    ask: Ask
+    """How questions are made."""
+    absent: tuple[str, ...] = ()
+    """Keys that no entry has. They tell this form from those of other benchmarks."""
+    is_whole: bool = False
+    """Whether entries have no other keys than these."""
+    size: int | None = None
+    """Number of questions that this form asks; None for that of the benchmark."""
+    headless: bool = False
+    """Whether this form is a CSV file without a header, whose columns are `keys`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubFiles:
-    """Where the questions lie on the Hugging Face hub."""
+    """Where questions lie on the Hugging Face hub."""
 
     repository: str
     """Dataset repository, such as "openai/gsm8k"."""
     files: tuple[str, ...]
-    """Files in it, of one form."""
+    """Patterns of the names of its files, such as "main/test-*.parquet"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +89,21 @@ class Benchmark:
     """Licence of the questions."""
     split: str
     """Split that is reported, such as "test"."""
-    size: int
-    """Number of questions in that split."""
+    size: int | None
+    """Number of questions in that split; None if its authors do not fix it."""
     other_splits: Mapping[str, int] = field(default_factory=dict)
     """Number of questions of each other split that has the same form. A file of such a size is
     refused, because it is the wrong split."""
-    hub: HubFiles | None = None
-    """Where `--from-hub` gets the questions; None if they are not on the hub, or not free."""
-    grader: Grader
-    """The way to grade responses."""
+    files: tuple[str, ...] = ("*",)
+    """Patterns of the split's files in a folder that also has others. If none fits, all are
+    read."""
+    hub: tuple[HubFiles, ...] | None = None
+    """Where `--from-hub` gets the questions; None if they are not there."""
+    grader: str
+    """Name of the grader; it is looked up when questions are loaded."""
     forms: Sequence[Form]
-    """The ways in which the questions were published."""
+    """The ways in which the questions were published. An entry has the first form that fits."""
     response_limit: int
     """Most response tokens, unless the user gives another number."""
     seeds: int = 1
-    """Number of seeds over which sampled accuracy is averaged, unless the user gives seeds (paper:
-    32 for AIME, 8 for GPQA-Diamond)."""
+    """Number of seeds over which sampled accuracy is averaged, unless the user gives seeds."""

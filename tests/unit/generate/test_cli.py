@@ -85,7 +85,7 @@ def test_flags_of_eval_name_settings(argv, expected):
         ["generate", "--prompt", "p"],
         ["generate", "--model", "m", "--prompt", "p", "--prompts", "f"],
         ["generate", "--model", "m", "--prompt", "p", "--remasking", "other"],
-        ["eval", "--model", "m"],
+        ["eval", "--model"],
     ],
 )
 def test_wrong_usage(argv, capsys):
@@ -100,7 +100,7 @@ def test_wrong_usage(argv, capsys):
         (["generate", "--prompt", " "], "--prompt is empty"),
         (["generate", "--prompt", "p", "--out", "no/such/x.jsonl"], "--out=.*no folder no/such"),
         (["generate", "--prompt", "p", "--max-new-tokens", "0"], "max_new_tokens=0 must be"),
-        (["eval", "--task", "name"], "--task name must be NAME=FILE"),
+        (["eval", "--task", "name"], "--task=name must name a file"),
         (["eval", "--task", "=f"], "--task =f must be NAME=FILE"),
         (["eval", "--task", "t=f", "--examples", "-1"], "examples=-1 must be at least 0; use 0"),
         (["eval", "--task", "t=f", "--task", "t=g"], "task=t is given twice; give it once"),

@@ -1,0 +1,1 @@
+"""Runs generated code against tests: bounded, and without trusting a word of what it says."""

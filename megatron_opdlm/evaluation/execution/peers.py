@@ -1,0 +1,114 @@
+"""Tests and the solution that they test, in two processes.
+
+A test such as `assert f(2) == 4` runs in the tester, which is the process that has the verdict. The
+solution runs in a process of its own, confined. The tester sends the arguments, gets the result as
+a plain value, and compares it where no line of the solution runs. So these change no verdict: an
+exit, a replaced builtin or `assert`, an object that equals everything, reading the expected values
+or the verdict's channel, atexit handlers and threads.
+
+An object that is no plain value, such as an instance of the solution's class, stays with the
+solution; the tester has a `Remote` of it. What a test does with it happens there, except that it
+is never compared with, added to or searched for a value of the tester. So the solution's code does
+not see what a test compares its results with. It does see the arguments, and if a test compares
+two objects of the solution's own class, that class says whether they are equal.
+
+Arguments that the solution changes in place are changed in the tester, too. Functions in arguments
+are called back. An instance of a class of the prelude is copied, because both sides have the class.
+"""
+
+from __future__ import annotations
+
+import builtins
+import sys
+
+from megatron_opdlm.evaluation.execution.wire import Reader, Wire, WireError, receive, send
+
+TYPE_CHECKING = False  # typing takes longer to import than most solutions take to run
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any
+
+_DEPTH = 10_000
+"""Recursion limit while values are read and written: a few frames per level of nesting."""
+
+
+def call_deep(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function with a recursion limit that is high enough for nested values."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, _DEPTH))
+    try:
+        return function(*arguments)
+    finally:
+        sys.setrecursionlimit(before)
+
+
+class Peer(Wire):
+    """One of the two processes.
+
+    Attributes:
+        shared: classes of the prelude, by name. Their instances are copied.
+    """
+
+    def __init__(self, inbox: int, outbox: int, shared: Mapping[str, type]) -> None:
+        self.shared = shared
+        self._inbox = inbox
+        self._outbox = outbox
+
+    def tell(self, *message: Any) -> None:
+        """Sends a message."""
+        send(self._outbox, call_deep(self.dumps, message))
+
+    def hear(self) -> Any:
+        """Returns the next message."""
+        return call_deep(self.loads, receive(self._inbox))
+
+    def write_other(self, value: Any, out: list[bytes]) -> bool:
+        """Appends the bytes of an instance of a class of the prelude."""
+        name = type(value).__name__
+        if self.class_of(name) is not type(value) or not hasattr(value, "__dict__"):
+            return False
+        out.append(b"o")
+        self.write((name, vars(value)), out)
+        return True
+
+    def read_other(self, letter: bytes, reader: Reader) -> Any:
+        """Returns the copy of such an instance."""
+        if letter != b"o":
+            return super().read_other(letter, reader)
+        name, state = reader.value()
+        kind = self.class_of(name)
+        if kind is None:
+            raise WireError(f"no class {name}")
+        copy = kind.__new__(kind)
+        vars(copy).update(state)
+        return copy
+
+    def class_of(self, name: str) -> Any:
+        """Returns the class that both sides have under this name; None if they have none."""
+        return self.shared.get(name)
+
+
+def is_builtin(value: Any) -> bool:
+    """Says whether a value is a function or class of Python itself."""
+    return callable(value) and vars(builtins).get(getattr(value, "__name__", "")) is value
+
+
+def describe(error: BaseException) -> tuple[list[str], str]:
+    """Returns the names of an exception's classes, nearest first, and its text."""
+    try:
+        text = str(error.args[0] if len(error.args) == 1 else error)
+    except Exception:
+        text = "an exception that has no text"
+    return [kind.__name__ for kind in type(error).__mro__], text[:1000]
+
+
+def nearest_exception(names: Sequence[str], text: str) -> BaseException:
+    """Returns the nearest builtin exception."""
+    for name in names:
+        kind = vars(builtins).get(name)
+        if isinstance(kind, type) and issubclass(kind, BaseException):
+            try:
+                return kind(text)
+            except TypeError:  # UnicodeDecodeError wants five arguments
+                continue
+    return Exception(text)

@@ -1,0 +1,182 @@
+"""Tables of accuracies: all settings, benchmarks, thinking, seeds, training, and speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from megatron_opdlm.evaluation.sweep.digests import file_stem
+from megatron_opdlm.evaluation.sweep.group import MISSING, Group
+from megatron_opdlm.evaluation.sweep.pareto import Point, front
+from megatron_opdlm.evaluation.sweep.tables import Table
+from megatron_opdlm.evaluation.sweep.training import TrainingCost
+
+ERRORS = (
+    "Accuracies are in %. After \u00b1 stands the binomial standard error, or for several seeds "
+    "the standard deviation over seeds."
+)
+
+
+def result_table(groups: Sequence[Group]) -> Table:
+    """Returns the table of all cells, one row per model, task and setting."""
+    return Table(
+        name="results",
+        title="All settings",
+        note=f"{ERRORS} Tokens per forward are response tokens per denoising pass. Ungraded "
+        "responses and too long prompts are counted over all seeds, and count as wrong.",
+        header=(
+            *("model", "task", "decoding", "accuracy", "tokens/forward", "tokens", "eos"),
+            *("questions", "seeds", "ungraded", "too long"),
+        ),
+        rows=[_result_row(group) for group in groups],
+        left=3,
+    )
+
+
+def benchmark_table(groups: Sequence[Group], costs: Mapping[str, TrainingCost]) -> Table:
+    """Returns tasks against models (Table 1), with tokens and FLOPs of the training if known."""
+    columns = list(dict.fromkeys(map(_column, groups)))
+    by_place = {(group.cell.task, _column(group)): group for group in groups}
+    rows = []
+    for name, attribute in (("training tokens", "tokens"), ("training FLOPs", "flops")):
+        known = [getattr(costs.get(model), attribute, None) for model, _ in columns]
+        if any(value is not None for value in known):
+            rows.append([name, *map(amount, known)])
+    for task in dict.fromkeys(group.cell.task for group in groups):
+        row = [by_place.get((task, column)) for column in columns]
+        rows.append([task, *("-" if group is None else group.accuracy_text() for group in row)])
+    return Table(
+        name="benchmarks",
+        title="Benchmarks",
+        note=ERRORS,
+        header=("", *(f"{model}, {label}" for model, label in columns)),
+        rows=rows,
+    )
+
+
+def seed_table(groups: Sequence[Group]) -> Table | None:
+    """Returns mean and standard deviation of settings with several seeds (Table 9), if any."""
+    several = [group for group in groups if len(group.cells) > 1]
+    if not several:
+        return None
+    tasks = list(dict.fromkeys(group.cell.task for group in several))
+    by_place = {(_column(group), group.cell.task): group for group in several}
+    rows = []
+    for column in dict.fromkeys(map(_column, several)):
+        row = [by_place.get((column, task)) for task in tasks]
+        texts = ["-" if group is None else _seeds_text(group) for group in row]
+        rows.append([*column, *texts])
+    return Table(
+        name="seeds",
+        title="Several seeds",
+        note="Accuracies in %, mean \u00b1 standard deviation over N seeds.",
+        header=("model", "decoding", *tasks),
+        rows=rows,
+        left=2,
+    )
+
+
+def training_table(task: str, points: Sequence[Point]) -> Table:
+    """Returns what is on the Pareto front of accuracy against training tokens (Fig. 1)."""
+    best = set(front(points))
+    return Table(
+        name=f"pareto_{file_stem(task)}",
+        title=f"{task}: accuracy against training tokens",
+        note=f"{ERRORS} A run is dominated if another one has at least its accuracy with at most "
+        "its tokens, and is better in one of both.",
+        header=("model", "decoding", "training tokens", "training FLOPs", "accuracy", "front"),
+        rows=[
+            [
+                point.group.cell.model.label,
+                point.group.label,
+                amount(point.cost.tokens),
+                amount(point.cost.flops),
+                point.group.accuracy_text(),
+                "on the front" if point in best else "dominated",
+            ]
+            for point in sorted(points, key=lambda point: (point.tokens, -point.accuracy))
+        ],
+        left=2,
+    )
+
+
+def speed_table(groups: Sequence[Group]) -> Table:
+    """Returns wall times, which no two sweeps have alike."""
+    return Table(
+        name="speed",
+        title="Speed",
+        note="It depends on the machine and on what ran beside the sweep, so a second sweep has "
+        "other figures here, and only here.",
+        header=("model", "task", "decoding", "tokens/s", "seconds"),
+        rows=[
+            [
+                group.cell.model.label,
+                group.cell.task,
+                group.label,
+                _number(group.mean("tokens_per_second"), ".0f"),
+                _number(group.mean("seconds"), ".1f"),
+            ]
+            for group in groups
+        ],
+        left=3,
+    )
+
+
+def amount(value: int | None) -> str:
+    """Returns a large number with three digits.
+
+    >>> amount(71323), amount(66_000_000), amount(4_200_000_000_000_000_000), amount(None)
+    ('71.3K', '66.0M', '4.20e18', '-')
+    """
+    if value is None:
+        return "-"
+    for unit, letter in ((1e12, ""), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= unit:
+            return (
+                f"{value:.2e}".replace("e+", "e") if not letter else f"{value / unit:.1f}{letter}"
+            )
+    return str(value)
+
+
+def all_tables(groups: Sequence[Group], costs: Mapping[str, TrainingCost]) -> Iterator[Table]:
+    """Yields the tables of accuracies alone."""
+    yield result_table(groups)
+    yield benchmark_table(groups, costs)
+    if (seeds := seed_table(groups)) is not None:
+        yield seeds
+
+
+def _result_row(group: Group) -> list[str]:
+    cell = group.cell
+    name = [cell.model.label, cell.task, group.label, group.accuracy_text()]
+    seeds = ", ".join(str(each.seed) for each in group.cells)
+    if not group.results:
+        return [*name, *[MISSING] * 3, str(cell.num_questions), seeds, *[MISSING] * 2]
+    return [
+        *name,
+        _number(group.mean("tokens_per_forward"), ".2f"),
+        _number(group.mean("response_tokens_mean"), ".1f"),
+        _number(group.mean("eos_rate"), ".2f"),
+        str(cell.num_questions),
+        seeds,
+        str(group.count("ungraded_ids")),
+        str(group.count("too_long_ids")),
+    ]
+
+
+def _column(group: Group) -> tuple[str, str]:
+    return group.cell.model.label, group.label
+
+
+def _seeds_text(group: Group) -> str:
+    count = f"N={len(group.cells)}"
+    if not group.is_complete:
+        count = f"{len(group.results)} of {count}"
+    return (
+        f"{MISSING} ({count})"
+        if not group.results
+        else (f"{100 * group.accuracy:.1f} \u00b1 {100 * group.error:.1f} ({count})")
+    )
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
