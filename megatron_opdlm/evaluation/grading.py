@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import resource
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as OverTime
@@ -18,6 +20,7 @@ from megatron_opdlm.evaluation.task import Response
 
 _WORKER_BYTES = 4 * 2**30
 """Address space of a worker process. A response that wants more has a grade with an error."""
+_PR_SET_PDEATHSIG = 1
 _Pair = tuple[str, Any]
 """Text of a response, and the reference."""
 
@@ -118,7 +121,9 @@ _WAYS = {"place": _in_place, "threads": _in_threads, "processes": _in_processes}
 
 
 def _begin_worker(require: Callable[[], None]) -> None:
-    """Limits the memory of a worker, and imports what its grader needs."""
+    """Limits memory and life of a worker, and imports what its grader needs."""
+    # A killed evaluation leaves no worker behind that simplifies an expression for ever.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     limit = _WORKER_BYTES if most == resource.RLIM_INFINITY else min(_WORKER_BYTES, most)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -66,5 +66,5 @@ def grade_safely(grade: Callable[[str, Any], Grade], text: str, reference: Any) 
     """
     try:
         return grade(text, reference)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Grade(correct=False, error=f"{type(error).__name__}: {error}"[:200])
