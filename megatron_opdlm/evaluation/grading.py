@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import resource
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as OverTime
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from tqdm import tqdm
@@ -17,6 +20,7 @@ from megatron_opdlm.evaluation.task import Response
 
 _WORKER_BYTES = 4 * 2**30
 """Address space of a worker process. A response that wants more has a grade with an error."""
+_PR_SET_PDEATHSIG = 1
 _Pair = tuple[str, Any]
 """Text of a response, and the reference."""
 
@@ -62,22 +66,51 @@ def _in_threads(grader: Grader, pairs: Iterable[_Pair], workers: int) -> Iterato
 
 def _in_processes(grader: Grader, pairs: Iterable[_Pair], workers: int) -> Iterator[Grade]:
     """A worker that exceeds its time, or dies, is replaced; only its own response has an error."""
+    left = list(pairs)
+    while left:
+        graded = 0
+        for grade in _in_pool(grader, left, workers):
+            yield grade
+            graded += 1
+        if graded == 0:
+            # Not even one: new processes would fare no better.
+            error = f"the processes of the grader {grader.name} do not start"
+            yield from (Grade(correct=False, error=error) for _ in left)
+            return
+        left = left[graded:]
+
+
+def _in_pool(grader: Grader, pairs: Sequence[_Pair], workers: int) -> Iterator[Grade]:
+    """Yields grades until all responses are graded, or the pool breaks.
+
+    It breaks if a worker dies while it grades nothing.
+    """
     from pebble import ProcessExpired, ProcessPool
 
-    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of torch
-    pool = ProcessPool(workers, initializer=_limit_memory, context=context)
+    pool = ProcessPool(
+        min(workers, len(pairs)),
+        initializer=_begin_worker,
+        initargs=(grader.require,),
+        # a fork would copy the threads' locks of torch
+        context=multiprocessing.get_context("spawn"),
+    )
     try:
         running = [
             pool.schedule(grade_safely, args=(grader.grade, *pair), timeout=grader.seconds)
             for pair in pairs
         ]
         for future in running:
+            while not wait([future], timeout=1).done:
+                if not pool.active:
+                    return
             try:
                 yield future.result()
             except OverTime:
                 yield Grade(correct=False, error=f"grading took more than {grader.seconds:g} s")
             except ProcessExpired as error:
                 yield Grade(correct=False, error=f"the grader's process ended: {error}")
+            except BrokenProcessPool:
+                return
     finally:
         pool.stop()
         pool.join()
@@ -87,5 +120,11 @@ _WAYS = {"place": _in_place, "threads": _in_threads, "processes": _in_processes}
 """How responses are graded, by `Grader.runs_in`."""
 
 
-def _limit_memory() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (_WORKER_BYTES, _WORKER_BYTES))
+def _begin_worker(require: Callable[[], None]) -> None:
+    """Limits memory and life of a worker, and imports what its grader needs."""
+    # A killed evaluation leaves no worker behind that simplifies an expression for ever.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = _WORKER_BYTES if most == resource.RLIM_INFINITY else min(_WORKER_BYTES, most)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    require()

@@ -48,7 +48,8 @@ class Grader:
     "processes" it is a function of a module, because processes find it by name."""
     require: Callable[[], None] = _needs_nothing
     """Function that raises, with a fix, if this machine lacks what the grader needs. It is called
-    before a model is loaded."""
+    before a model is loaded, and in every worker process before the first response: a library that
+    it imports does not count in `seconds`."""
     runs_in: Literal["place", "processes", "threads"] = "place"
     """Where responses are graded. "place": one after the other, in the calling thread. "processes":
     side by side in worker processes; one that takes longer than `seconds` is stopped. "threads":
@@ -65,5 +66,5 @@ def grade_safely(grade: Callable[[str, Any], Grade], text: str, reference: Any) 
     """
     try:
         return grade(text, reference)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Grade(correct=False, error=f"{type(error).__name__}: {error}"[:200])

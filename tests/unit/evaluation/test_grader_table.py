@@ -20,7 +20,10 @@ DOCS = Path(__file__).parents[3] / "docs" / "evaluation.md"
 EXAMPLES = {
     # grader: entry, a correct response, a wrong one
     "number": ({"answer": 1e-5}, "The answer is 0.00001", "The answer is 0.0001"),
+    "math": ({"answer": r"\frac{3}{4}"}, r"So \boxed{0.75}", r"So \boxed{\frac{3}{5}}"),
+    "choice": ({"answer": "c"}, '{"answer": "C"}', '{"answer": "C, D"}'),
     "exact": ({"answer": "a b"}, " a\nb", "a b c"),
+    "contains": ({"answer": ["Rome", "Roma"]}, "In ROMA.", "In Romania."),
     "grid": (
         {"answer": {"header": ["House", "Pet"], "rows": [["1", "cat"], ["2", "dog"]]}},
         '{"solution": {"House 1": {"Pet": "cat"}, "House 2": {"Pet": "dog"}}}',
@@ -127,13 +130,39 @@ def test_a_number_is_needed_where_numbers_are_graded(answer, tmp_path):
 @pytest.mark.parametrize(
     "text", ["0.00001", "1e-5", "1E5", "-0.0", "12345678901234567890", "1e400"]
 )
-@pytest.mark.parametrize("grader", [GRADERS["number"], GRADERS["exact"]], ids=lambda g: g.name)
-def test_a_number_in_json_is_graded_as_it_is_written(grader, text, tmp_path):
+@pytest.mark.parametrize("name", ["number", "math", "exact", "contains"])
+def test_a_number_in_json_is_graded_as_it_is_written(name, text, tmp_path):
+    grader = GRADERS[name]
     path = tmp_path / "q.jsonl"
     path.write_text(f'{{"prompt": "a", "answer": {text}}}\n')
     task = load_task("t", str(path), grader=grader)
     assert task.questions[0].reference == text
     assert grader.grade(text, text).correct
+
+
+@pytest.mark.parametrize("answer", ["CD", "1", "C.", "\u0416", 3])
+def test_a_letter_is_needed_where_choices_are_graded(answer, tmp_path):
+    path = write(tmp_path / "q.jsonl", answer=answer)
+    with pytest.raises(ValueError) as refused:
+        load_task("t", path, grader=GRADERS["choice"])
+    line = f'{path}:1: answer={json.dumps(answer)} must be one letter; write e.g. "answer": "C"'
+    assert str(refused.value) == line
+
+
+@pytest.mark.parametrize("answer", ["{", r"\frac{1}{2", "x" * 1001, "$ $", "}{}"])
+def test_latex_is_needed_where_mathematics_is_graded(answer, tmp_path):
+    path = write(tmp_path / "q.jsonl", answer=answer)
+    with pytest.raises(ValueError, match=rf"{path}:1: answer=.* must be .*LaTeX.*; write e.g. "):
+        load_task("t", path, grader=GRADERS["math"])
+    write(tmp_path / "q.jsonl", answer=r"\{1, 2\}")  # control
+    load_task("t", path, grader=GRADERS["math"])
+
+
+@pytest.mark.parametrize("answer", [[], [""], ["a", " "], ["a", 1], {"a": 1}])
+def test_texts_are_needed_where_they_are_looked_for(answer, tmp_path):
+    path = write(tmp_path / "q.jsonl", answer=answer)
+    with pytest.raises(ValueError, match=rf"{path}:1: answer=.* must be "):
+        load_task("t", path, grader=GRADERS["contains"])
 
 
 @pytest.mark.parametrize("task", ["t:=f", ":number=f", "t:number", "t:number="])
