@@ -41,11 +41,11 @@ def render_page(
     )
     parts = {
         "TITLE": html.escape(title),
-        "STYLE": _STYLE,
-        "TABLE": _table(columns, rows),
+        "STYLE": STYLE,
+        "TABLE": table_html(columns, rows),
         "FACTS": facts_html,
         "PLAYER": _PLAYER if examples else "",
-        "PLOTS": "".join(map(_image, plots)),
+        "PLOTS": "".join(map(image_html, plots)),
         "DATA": script_json(list(examples)),
         "SCRIPT": _SCRIPT,
     }
@@ -59,7 +59,8 @@ def script_json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table_html(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table of escaped text."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
@@ -67,10 +68,17 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _image(path: Path) -> str:
+def image_html(path: Path, name: str | None = None) -> str:
+    """Returns an image that is part of the page.
+
+    Args:
+        path: PNG or SVG file. A script in an SVG does not run, because it is shown as an image.
+        name: text for readers who do not see it; None for the file's name.
+    """
     data = base64.b64encode(path.read_bytes()).decode("ascii")
-    name = html.escape(path.stem.replace("_", " "))
-    return f'<img alt="{name}" src="data:image/png;base64,{data}">'
+    alt = html.escape(path.stem.replace("_", " ") if name is None else name)
+    kind = {".svg": "image/svg+xml", ".png": "image/png"}[path.suffix]
+    return f'<img alt="{alt}" src="data:{kind};base64,{data}">'
 
 
 _PAGE = """<!doctype html>
@@ -96,7 +104,7 @@ _PAGE = """<!doctype html>
 </html>
 """
 
-_STYLE = """
+STYLE = """
 :root { --ink: #111827; --soft: #6b7280; --line: #e5e7eb; --page: #ffffff; --card: #f9fafb;
   --good: #15803d; --bad: #b91c1c; }
 * { box-sizing: border-box; }

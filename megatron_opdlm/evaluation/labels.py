@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 from megatron_opdlm.rollout.request import DecodingOptions
 
-if TYPE_CHECKING:
-    from megatron_opdlm.evaluation.result import EvalResult
-
 TEACHER = "teacher"
+
+
+class HasSetting(Protocol):
+    """A result, or one that is still to come, with the setting that a label describes."""
+
+    @property
+    def setting(self) -> str:
+        """Short name of the setting, such as dynamic(0.9)."""
+
+    @property
+    def options(self) -> DecodingOptions | None:
+        """Decoding options; None for a teacher, and for responses from a file."""
+
+    @property
+    def response_limit(self) -> int | None:
+        """Most response tokens; None if it is not known."""
+
+    @property
+    def enable_thinking(self) -> bool | None:
+        """Value that is passed to the chat template; None if it is not known."""
 
 
 class _Detail(NamedTuple):
@@ -33,11 +50,26 @@ def setting_name(options: DecodingOptions) -> str:
     return f"{options.rule.label}({text})" if text else options.rule.label
 
 
-def labels(results: Sequence[EvalResult]) -> list[str]:
+def labels(results: Sequence[HasSetting]) -> list[str]:
     """Returns one label per result.
 
-    A label has the short name, every option with an unusual value, and every option in which the
-    results differ. Task, questions and seed are not in it, because they have their own columns.
+    A label has the short name and the texts of `label_parts`. Task, questions and seed are not in
+    it, because they have their own columns.
+
+    Args:
+        results: all results of one table.
+    """
+    return [
+        ", ".join([result.setting, *parts.values()])
+        for result, parts in zip(results, label_parts(results), strict=True)
+    ]
+
+
+def label_parts(results: Sequence[HasSetting]) -> list[dict[str, str]]:
+    """Returns, for each result, texts of its options by name, without the rule.
+
+    There is one for every option with an unusual value, and for every option in which the results
+    differ.
 
     Args:
         results: all results of one table.
@@ -48,21 +80,16 @@ def labels(results: Sequence[EvalResult]) -> list[str]:
         for name, detail in each.items():
             values.setdefault(name, set()).add(detail.value)
     return [
-        ", ".join(
-            [
-                result.setting,
-                *(
-                    detail.text
-                    for name, detail in each.items()
-                    if not detail.is_usual or len(values[name]) > 1
-                ),
-            ]
-        )
-        for result, each in zip(results, details, strict=True)
+        {
+            name: detail.text
+            for name, detail in each.items()
+            if not detail.is_usual or len(values[name]) > 1
+        }
+        for each in details
     ]
 
 
-def _details(result: EvalResult) -> dict[str, _Detail]:
+def _details(result: HasSetting) -> dict[str, _Detail]:
     """Returns the options of a result. Only a student's result has options of remasking."""
     limit, thinks = result.response_limit, result.enable_thinking
     details = {}

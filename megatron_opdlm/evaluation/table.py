@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
+from typing import Protocol
 
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +18,21 @@ HEADER = (
     *("task", "decoding", "accuracy", "tokens/forward", "tokens/s"),
     *("tokens", "eos", "questions", "seed"),
 )
+
+_MARKS = re.compile(r"[\\`*\[\]|~$<&]|(?<![^\W_])_|_(?![^\W_])")
+"""Characters that are markup in Markdown; an underscore within a word is not."""
+
+
+class Scored(Protocol):
+    """A result with an accuracy."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct answers, from 0 to 1."""
+
+    @property
+    def standard_error(self) -> float:
+        """Binomial standard error of the accuracy."""
 
 
 def result_rows(results: Sequence[EvalResult]) -> list[tuple[str, ...]]:
@@ -50,8 +67,18 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int 
         left: number of columns, from the left, whose text begins at the left.
     """
     rule = ["---"] * left + ["---:"] * (len(header) - left)
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in [header, rule, *cells])
+    lines = [[markdown_text(cell) for cell in row] for row in [header, *rows]]
+    lines.insert(1, rule)
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def markdown_text(text: str) -> str:
+    """Returns text that Markdown shows as it is, in one line, also in a cell of a table.
+
+    >>> markdown_text("a|b *c* snake_case <d>")
+    'a\\\\|b \\\\*c\\\\* snake_case \\\\<d>'
+    """
+    return _MARKS.sub(r"\\\g<0>", " ".join(text.split()))
 
 
 def example_text(label: str, answer: Answer) -> Text:
@@ -63,7 +90,7 @@ def example_text(label: str, answer: Answer) -> Text:
     return text
 
 
-def accuracy_text(results: Sequence[EvalResult]) -> str:
+def accuracy_text(results: Sequence[Scored]) -> str:
     """Returns the accuracy in %, with its error.
 
     The error of one run is the binomial standard error over its questions. For several seeds the

@@ -44,15 +44,31 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
         metavar="DIR_OR_CKPT",
         help="run folder, checkpoint, or Hugging Face directory",
     )
+    add_decoding_arguments(parser, limit=256 if required else None)
     parser.add_argument(
-        "--import-cache",
-        metavar="DIR",
-        help="folder in which a Hugging Face directory is converted, once for all commands that "
-        "name the same DIR (training: import_cache); default: a temporary folder, removed when the "
-        "model is loaded",
+        "--enable-thinking", action="store_true", help="tell the chat template to ask for thoughts"
     )
+    add_machine_arguments(parser)
+
+
+def add_decoding_arguments(
+    parser: argparse.ArgumentParser, *, limit: int | None, several: bool = False
+) -> None:
+    """Adds the arguments that say how a student decodes, without rules and thinking.
+
+    Args:
+        parser: parser of a command.
+        limit: default of the response limit; None: the benchmark's.
+        several: whether block size, temperature and response limit take lists of values.
+    """
+    lists: dict[str, Any] = {"nargs": "+"} if several else {}
+    more = "; several values make several settings" if several else ""
     parser.add_argument(
-        "--block-size", type=int, metavar="K", help="default: the student's block size in training"
+        "--block-size",
+        type=int,
+        metavar="K",
+        help=f"default: the student's block size in training{more}",
+        **lists,
     )
     parser.add_argument(
         "--denoising-steps", type=int, metavar="N", help="most steps per block; default: K"
@@ -64,17 +80,34 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
         help="which output of the student predicts a masked position; default: as in the student's "
         f"training, {SAME_POSITION} before it. {choices}",
     )
-    _add_sampling_arguments(parser)
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=[0.0] if several else 0.0,
+        metavar="T",
+        help=f"default: 0, greedy{more}",
+        **lists,
+    )
+    _add_filter_arguments(parser)
+    default = "the benchmark's, else 256" if limit is None else limit
     parser.add_argument(
         "--max-new-tokens",
         type=int,
-        default=256 if required else None,
+        default=limit,
         metavar="N",
-        help="most tokens of a response; default: "
-        + ("256" if required else "the benchmark's, else 256"),
+        help=f"most tokens of a response; default: {default}{more}",
+        **lists,
     )
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that say how a student is loaded and held on this machine."""
     parser.add_argument(
-        "--enable-thinking", action="store_true", help="tell the chat template to ask for thoughts"
+        "--import-cache",
+        metavar="DIR",
+        help="folder in which a Hugging Face directory is converted, once for all commands that "
+        "name the same DIR (training: import_cache); default: a temporary folder, removed when the "
+        "model is loaded",
     )
     parser.add_argument(
         "--max-rows",
@@ -105,10 +138,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
 
 
-def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="default: 0, greedy"
-    )
+def _add_filter_arguments(parser: argparse.ArgumentParser) -> None:
     # The default is None for arguments that have an effect only together with others.
     parser.add_argument(
         "--top-k", type=int, metavar="K", help="with a temperature; default: 0, all tokens"

@@ -4,11 +4,7 @@ rollouts/, and teacher_responses.jsonl if the teacher wrote responses.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ from typing import Any
 from megatron_opdlm.config.run import Config, load_config
 from megatron_opdlm.config.schema import collect_keys
 from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.files.folder_lock import LOCK_FILE, FolderLock
 from megatron_opdlm.files.folders import replacing
 from megatron_opdlm.files.path_kind import CHECKPOINTS
 from megatron_opdlm.train.identity import RunIdentity
@@ -25,7 +22,6 @@ IDENTITY_FILE = "identity.json"
 ROLLOUTS = "rollouts"
 TEACHER_RESPONSES = "teacher_responses.jsonl"
 IMPORTED = "imported"
-LOCK_FILE = ".lock"
 
 
 class RunFolder:
@@ -35,7 +31,7 @@ class RunFolder:
         """Remembers the folder; writes nothing."""
         self.root = Path(root)
         self.checkpoints = self.root / CHECKPOINTS
-        self._undo: weakref.finalize[..., RunFolder] | None = None
+        self._lock: FolderLock | None = None
 
     def imported(self, config: Config) -> Path:
         """Returns the folder of imported checkpoints.
@@ -82,41 +78,12 @@ class RunFolder:
     def lock(self) -> None:
         """Keeps other jobs out of the folder until this process ends. Main process only.
 
-        The files and folders made here are removed with this object or at the end of the process,
-        unless `claim` was called before. So a refused start leaves nothing behind.
+        What is made here is removed again unless `claim` is called, see `FolderLock`.
 
         Raises:
             ValueError: another job is running there, or the file system has no locks.
         """
-        root = self.root.absolute()
-        path = root / LOCK_FILE
-        made = [p for p in (path, root, *root.parents) if not p.exists()]
-        root.mkdir(parents=True, exist_ok=True)
-        self._lock = open(path, "w")  # noqa: SIM115  held until the process ends
-        self._undo = weakref.finalize(self, _remove, made, os.getpid())
-        if not self._try_lock(path):
-            self._undo.detach()  # everything there belongs to the other job
-            raise ValueError(
-                f"save={self.root} is in use by another job that is still running; "
-                "wait for it, stop it, or choose another folder"
-            )
-
-    def _try_lock(self, path: Path) -> bool:
-        """Tries to take the lock.
-
-        Returns:
-            Whether this process has it now: no other job held it, and no job has removed the file.
-        """
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            raise ValueError(
-                f"save={self.root}: no locks on this file system ({error.strerror}); choose a "
-                "folder where flock works"
-            ) from error
-        return path.exists() and os.path.samestat(path.stat(), os.fstat(self._lock.fileno()))
+        self._lock = FolderLock(self.root, "save")
 
     def check_identity(self, identity: RunIdentity, config: Config) -> None:
         """Refuses to go on with a run that was computed from something else. Main process only.
@@ -148,8 +115,8 @@ class RunFolder:
 
         Main process only.
         """
-        if self._undo is not None:
-            self._undo.detach()
+        if self._lock is not None:
+            self._lock.keep()
         (self.root / ROLLOUTS).mkdir(parents=True, exist_ok=True)
         identity.write(self.root / IDENTITY_FILE)
         with replacing(self.root / CONFIG_FILE) as partial:
@@ -193,12 +160,3 @@ class RunFolder:
                     "commit_step": trajectory.commit_step.tolist(),
                 }
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def _remove(made: Sequence[Path], process_id: int) -> None:
-    """Removes the lock file, and then the folders that are empty. A child process does nothing."""
-    if os.getpid() != process_id:
-        return
-    for path in made:
-        with contextlib.suppress(OSError):  # another process has put something there
-            path.rmdir() if path.is_dir() else path.unlink()

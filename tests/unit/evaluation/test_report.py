@@ -66,7 +66,7 @@ def test_the_folder_holds_everything(report):
     assert (report / "table.md").read_text().splitlines() == [
         "|  | accuracy, % | tokens per forward | questions | seed |",
         "| --- | ---: | ---: | ---: | ---: |",
-        "| student <b> | 50.0 \u00b1 10.0 | 2.00 | 4 | 7 |",
+        "| student \\<b> | 50.0 \u00b1 10.0 | 2.00 | 4 | 7 |",
     ]
 
 
