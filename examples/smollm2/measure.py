@@ -34,8 +34,10 @@ from decoding import (
 )
 from figures import figures
 from likelihood import Likelihood
+from measurement import SHAPE as MEASUREMENT
 from pair import STUDENT, TEACHER, Pair, open_pair
 from player import page_records
+from shape import require_shape
 from states import divergences
 
 from megatron_opdlm.checks import require, require_at_least
@@ -99,6 +101,8 @@ def main() -> None:
     report_progress(f"loaded in {time.perf_counter() - started:.1f} s")
     found = header(args, pair) | measure(pair, work)
     found["seconds"] |= {"total": time.perf_counter() - started}
+    fix = "look at the student's training: its outputs are no numbers"
+    require_shape(found, MEASUREMENT, args.out, fix)
     with replacing(args.out) as partial:
         partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
@@ -169,6 +173,7 @@ def header(args: argparse.Namespace, pair: Pair) -> dict[str, Any]:
     return {
         "teacher": args.teacher,
         "student": args.student,
+        "teacher_weights": str(pair.teacher.fingerprint),
         "parameters": pair.teacher.fingerprint.num_parameters,
         "response_tokens": state.get("work", {}).get("response_tokens", 0),
         "optimizer_steps": state.get("optimizer_steps", 0),
