@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from child import ends_with_parent
 from digests import file_digest
 from memory import PeakMemory
 from shape import DIGEST, FLAG, NUMBER, TEXT, read_shaped
@@ -277,7 +278,8 @@ def command(words: list[str]) -> list[str]:
 def run_command(words: list[str]) -> tuple[int, int | None]:
     """Runs a command.
 
-    Signals that would stop this process stop the command and all that it started, by SIGTERM.
+    Signals that would stop this process stop the command and all that it started, by SIGTERM. If
+    this process is killed, the command ends as well.
 
     Returns:
         The status, negative if a signal ended it, and the signal that this process received.
@@ -292,7 +294,10 @@ def run_command(words: list[str]) -> tuple[int, int | None]:
             end(begun)
 
     with handled(stop):
-        begun.append(subprocess.Popen(words, env=environment, start_new_session=True))
+        tie = ends_with_parent()
+        begun.append(
+            subprocess.Popen(words, env=environment, start_new_session=True, preexec_fn=tie)
+        )
         if received:  # before the command was there to be ended
             end(begun)
         status = begun[0].wait()

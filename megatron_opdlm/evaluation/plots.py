@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_opdlm.files.folders import replacing
+
 Records = Sequence[dict[str, Any]]
 Drawing = Callable[[Any], bool]
 """A function that draws on matplotlib's axes, and returns whether there was anything to draw."""
@@ -68,7 +70,8 @@ def draw_plots(directory: Path, plots: Mapping[str, Drawing]) -> list[Path]:
         axes = figure.subplots()
         if draw(axes):
             _finish(axes)
-            figure.savefig(directory / name)
+            with replacing(directory / name) as partial:
+                figure.savefig(partial, format="png")
             written.append(directory / name)
     return written
 
