@@ -40,6 +40,7 @@ from megatron_opdlm.checks import require, require_at_least
 from megatron_opdlm.config.annotations import PATH
 from megatron_opdlm.config.run import Config, load_config
 from megatron_opdlm.config.schema import collect_keys
+from megatron_opdlm.files.folder_lock import FolderLock
 from megatron_opdlm.files.folders import replacing
 from megatron_opdlm.reporting.logger import read_metrics
 from megatron_opdlm.responses.entries import read_entries
@@ -103,8 +104,16 @@ class Trial:
         """Trains and measures what is not there yet; returns the figures."""
         settings = self.settings()
         require_same_settings(self.folder, settings)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        note_settings(self.folder, settings)
+        lock = FolderLock(self.folder, "--out")
+        lock.keep()
+        try:
+            note_settings(self.folder, settings)
+            return self.figures(self.measured())
+        finally:
+            lock.close()
+
+    def measured(self) -> Path:
+        """Trains and measures, unless the measurement is there; returns its file."""
         measured = self.folder / "measured.json"
         if not measured.exists():
             self.run("-m", "megatron_opdlm", "train", str(CONFIG), *self.training_keys())
@@ -116,7 +125,7 @@ class Trial:
                 "--num-questions", str(self.questions), "--seed", str(self.seed), "--greedy-only",
                 "--out", str(measured),
             )  # fmt: skip
-        return self.figures(measured)
+        return measured
 
     def require_measured(self, found: Measurement, path: Path) -> None:
         """Refuses a measurement of something else than this trial.

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_opdlm.config.run import load_config
+from megatron_opdlm.files.folder_lock import FolderLock
 from tests.smollm2 import FOLDER, module
 from tests.unit.examples.test_measures import record, values
 
@@ -157,3 +158,11 @@ def test_a_comparison_that_sees_nothing_is_no_check(checked, tmp_path):
     with pytest.raises(ValueError, match="cannot tell the masks apart"):
         checked(1e-5, 1e-5)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_comparisons_of_one_trial_at_once_are_refused(kept):
+    lock = FolderLock(kept.folder, "--out")
+    with pytest.raises(ValueError, match="is in use by another job"):
+        kept.result()
+    lock.close()
+    assert kept.result()["recipe"] == "cold"  # control

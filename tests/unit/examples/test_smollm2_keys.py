@@ -159,3 +159,10 @@ def test_commands_that_differ_in_their_order_alone_differ():
     assert difference(["x", "--a", "1", "b=1"], ["x", "--a", "2", "b=1"]) == ("--a 1", "--a 2")
     assert difference(["lr=1", "lr=2"], ["lr=2", "lr=1"]) == ("lr=1 lr=2", "lr=2 lr=1")
     assert difference(["--flag", "--a", "1"], ["--a", "1"]) == ("--flag", "")
+
+
+@pytest.mark.parametrize("text", ["{}", '{"max_delta": "0", "control": 1.0}', "[]"])
+def test_an_edited_check_is_one_line(smollm2, out, capsys, text):
+    assert smollm2(*KEPT)[0] == 0
+    (out / "check.json").write_text(text)
+    assert "check.json: " in refused(smollm2, capsys, *KEPT)
