@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_opdlm.config.annotations import PATH
 from megatron_opdlm.config.learning import DistillConfig, TrainConfig
 from megatron_opdlm.config.methods import METHODS
 from megatron_opdlm.config.run import PRESETS, Config, load_config
@@ -464,7 +465,7 @@ def test_every_text_survives_saving(tmp_path, text):
     """`${` names another key in a file that a person writes; in a path it is a path."""
     names = [
         name for name, key in collect_keys(Config).items()
-        if key.annotation in (str, str | None) and not key.marks or "path" in str(key.marks)
+        if PATH in key.marks or (key.annotation in (str, str | None) and not key.marks)
     ]  # fmt: skip
     given = {name: text for name in names if name not in ("eval_data", "teacher_responses")}
     assert {"student", "save", "mask_token", "import_cache"} <= given.keys()

@@ -126,8 +126,11 @@ def test_a_table_without_a_question_that_the_teacher_gets_right():
 
 
 @pytest.fixture
-def checked(tmp_path, monkeypatch):
+def checked(tmp_path, tmp_path_factory, monkeypatch):
     """Runs check.py on made-up differences; the path of its file."""
+    given = tmp_path_factory.mktemp("given")
+    (given / "prompts").touch()
+    (given / "config.json").write_text('{"auto_map": {"AutoModelForMaskedLM": "x.y"}}')
     monkeypatch.setattr(sys, "path", [str(FOLDER.parent / "quickstart"), *sys.path])
     from check_export import ExportCheck
 
@@ -137,7 +140,8 @@ def checked(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "check_export", fake)
         monkeypatch.setattr(check, "BlockCausal", lambda folder: None)
         out = tmp_path / "check.json"
-        words = ["check.py", "--run", "r", "--export", "e", "--prompts", "p", "--out", str(out)]
+        words = ["check.py", "--run", "r", "--export", str(given), "--out", str(out)]
+        words += ["--prompts", str(given / "prompts")]
         monkeypatch.setattr(sys, "argv", words)
         check.main()
         return Path(out)
