@@ -214,3 +214,21 @@ def test_bad_questions_name_file_line_and_fix(tmp_path, line, count, rule):
     path.write_text(line + "\n")
     with pytest.raises(ValueError, match=rule):
         load_task("t", str(path), count)
+
+
+def test_a_plot_that_could_not_be_written_stays_as_it_was(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    from megatron_opdlm.evaluation.plots import draw_plots
+
+    (path,) = draw_plots(tmp_path, {"a.png": lambda axes: True})
+    before = path.read_bytes()
+    assert before.startswith(b"\x89PNG")
+
+    def fill_the_disk(self, target, **options):
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure, "savefig", fill_the_disk)
+    with pytest.raises(OSError, match="make room, or choose another disk: .*a.png"):
+        draw_plots(tmp_path, {"a.png": lambda axes: True})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
