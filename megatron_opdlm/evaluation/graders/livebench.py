@@ -191,7 +191,7 @@ def _read(entry: Entry) -> LiveBenchAnswer:
     answer: Any = entry.written("answer")
     if answer is None or not answer.strip():
         raise entry.refusal("answer", "must be text, and not empty", 'write e.g. "answer": "B"')
-    task = entry.values.get("task")
+    task: Any = entry.values.get("task")
     if task not in RULES:
         rule = f"must be one of {', '.join(RULES)}"
         raise entry.refusal("task", rule, "choose another grader for other tasks")

@@ -5,7 +5,7 @@ A figure has the finished groups of one task. What is missing is left out, never
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def _lines(
     return {label: points for label, points in several.items() if len(points) > 1}
 
 
-def _first(point: tuple[float, Group]) -> Hashable:
+def _first(point: tuple[float, Group]) -> float:
     return point[0]
 
 
