@@ -30,18 +30,22 @@ _VERDICT = re.compile(
     r"(?P<before>\b(?:or|and|nor|of)\s+|[A-Z]\)?\s*[,/&]\s*)?(?:\b[Oo]ption\s+|\b[Cc]hoice\s+)?"
     r"(?<![^\W_])(?P<letter>\(?[A-Z]\)?)\**\s+is\s+(?:the\s+)?(?:most\s+)?"
     r"(?:correct|right|best|answer)\b"
+    r"|(?P<joined>[A-Z]\s*[\u548c\u6216\u3001])?(?<![A-Za-z])(?P<only>[A-Z])\s*\u9879?\u662f?\u6b63\u786e"
 )
 _NOISE = re.compile(
     r"\\(?:text|mathrm|mathbf|mathsf|mbox|textit|textrm|textsf|textbf|bf|rm)(?![A-Za-z])|\\[ ,;:!]"
     r"|[*`\"\u2018\u201c\u201d\u3010\u3011$\\{}\[\]]|(?<![A-Za-z])['_]|['_](?!\w)"
 )
 _LEAD = re.compile(
-    r"(?:\W|\b(?:the|is|be|options?|choices?|letters?|correct|right|best|answer|clearly|therefore|"
+    r"(?:\W|\b(?:the|is|be|options?|choices?|letters?|statement|alternative|la|le|el|die|correct|right|best|answer|clearly|therefore|"
     r"thus|hence|obviously|definitely|likely|most|probably|indeed|simply|just|final)\b)*",
     re.IGNORECASE,
 )
+_NOT_BUT = re.compile(r"\W*not\s+\(?[A-Z]\)?\s*,?\s*but\s+(?:rather\s+)?", re.IGNORECASE)
+_NOT = re.compile(r"\W*not\b|\W*\u4e0d", re.IGNORECASE)
+_CLAUSE = re.compile(r"[^.!?\n\u3002]*")
 _NO_CHOICE = re.compile(
-    r"\W*(?:not|neither|either|both|between|none|one\s+of|any\s+of|all\s+of)\b|\W*\u4e0d",
+    r"\W*(?:neither|either|both|between|none|one\s+of|any\s+of|all\s+of)\b",
     re.IGNORECASE,
 )
 _LETTER = re.compile(
@@ -52,15 +56,15 @@ _SECOND = re.compile(
     r"(?:[\s,(]|\b(?:or|and|rather|maybe|options?|choice)\b)*"
     r"(?P<letter>[A-Z])(?![A-Za-z0-9'])(?P<after>\s+[a-z])?"
 )
-_FORMULA = re.compile(r"\s*[+*/^=<>\u00d7]")
+_FORMULA = re.compile(r"\s*[+*/^=\u00d7]|\s+[<>]")
 _ARTICLE = re.compile(r"\s+(?!(?:because|since|as|is|for|due|which|that|with)\b)[a-z]")
 _END = re.compile(r"[\s.,;:!?)\u3002]*(?:\n|$)|\)")
 _NAMED = re.compile(r"\((?P<bracketed>[A-Z])\)|\b(?:[Oo]ption|[Cc]hoice)\s+(?P<named>[A-Z])\b")
-_AT_END = re.compile(r"\b(?:is|be|with)\s+(?P<letter>[A-Z])\W*$")
+_AT_END = re.compile(r"(?:\b(?:is|be|with)|'s)\s+(?P<letter>[A-Z])\W*$")
 _NEGATION = re.compile(
     r"\b(?:not|neither|none|wrong|incorrect|false|or)\b|n['\u2019]t\b|\u4e0d", re.IGNORECASE
 )
-_OPTION_LINE = re.compile(r"^\W*(?P<letter>[A-Z])[).:]\s*\S", re.MULTILINE)
+_OPTION_LINE = re.compile(r"^\W*(?:[Oo]ption\s+)?(?P<letter>[A-Z])[).:]\s*\S", re.MULTILINE)
 _SENTENCE_END = re.compile(r"[.!?\u3002](?=\s+[A-Z(])")
 _MOST = 20
 """Most places of a kind that are looked at, from the last one back."""
@@ -87,26 +91,30 @@ def grade_choice(response: str, answer: str) -> Grade:
 def chosen_letter(response: str) -> str | None:
     """Returns the upper-case letter that a response chooses; None if it chooses none."""
     found: list[tuple[int, str | None]] = []
+    rest = 0
     for statement in statements(response):
+        # What follows "the answer is" is looked at again, but not what follows "is not".
+        negated = _NOT.match(statement.text) and _CLAUSE.match(response, statement.end)
+        rest = max(rest, negated.end() if negated else statement.end)
         found.append((statement.end, letter_of(statement.text[:_SENTENCE])))
     for match in deque(_CHOOSING.finditer(response), _MOST):
         found.append((match.end(), letter_of(response[match.end() : match.end() + 100])))
     for match in deque(_VERDICT.finditer(response), _MOST):
-        found.append((match.end(), "" if match["before"] else match["letter"].strip("()")))
+        letter = (match["letter"] or match["only"]).strip("()")
+        found.append((match.end(), "" if match["before"] or match["joined"] else letter))
     for _, letter in sorted(found, key=lambda each: each[0], reverse=True):
         if letter is not None:
             return letter or None
-    rest = max((place for place, _ in found), default=0)
-    return _letter_of_last_line(response[rest:]) or None
+    return _letter_of_a_line(response[rest:]) or None
 
 
 def letter_of(text: str) -> str | None:
     """Returns the letter that a statement chooses, "" for none, and None if it says nothing."""
-    text = _plain(text)
-    if _NO_CHOICE.match(text):
-        return ""
+    text = _NOT_BUT.sub("", _plain(text), count=1)
     lead = _LEAD.match(text)
     rest = text[lead.end() if lead else 0 :]
+    if _NOT.match(rest):
+        return None
     if _NO_CHOICE.match(rest):
         return ""
     match = _LETTER.match(rest)
@@ -141,24 +149,47 @@ def _named_letter(sentence: str) -> str | None:
     return letters.pop() if len(letters) == 1 and not _NEGATION.search(sentence) else ""
 
 
-def _letter_of_last_line(text: str) -> str:
-    text = text.rstrip()
-    line = text[text.rfind("\n") + 1 :][-_SENTENCE:]
+def _letter_of_a_line(text: str) -> str:
+    """Returns the letter of the last line, or of the first one if the last says nothing."""
+    lines = [line for line in text.strip().split("\n") if line.strip()]
+    if not lines:
+        return ""
+    options = {match["letter"] for match in _OPTION_LINE.finditer(text)}
+    letter = _letter_of_line(lines[-1][-_SENTENCE:], are_listed=len(options) > 1)
+    if letter or len(lines) == 1:
+        return letter
+    first = _plain(lines[0][:_SENTENCE])
+    return _letter_at_start(first, are_listed=len(options) > 1) or ""
+
+
+def _letter_of_line(line: str, *, are_listed: bool) -> str:
     plain = _plain(line)
-    lead = _LEAD.match(plain)
-    rest = plain[lead.end() if lead else 0 :]
-    match = _LETTER.match(rest)
-    if match is not None:
-        options = {each["letter"] for each in _OPTION_LINE.finditer(text)}
-        is_alone = re.match(r"\s*[).:\]]|\W*$", rest[match.end() :]) is not None
-        if not is_alone or (len(options) > 1 and _OPTION_LINE.match(line)):
-            return ""
-        return _judged(match["letter"], rest[match.end() :], bracketed=_is_bracketed(plain, lead))
+    letter = _letter_at_start(plain, are_listed=are_listed and bool(_OPTION_LINE.match(line)))
+    if letter is not None:
+        return letter
     sentence = _SENTENCE_END.split(plain)[-1]
     at_end = _AT_END.search(sentence)
     if at_end is not None and not _NEGATION.search(sentence):
         return at_end["letter"]
     return _named_letter(sentence) or ""
+
+
+def _letter_at_start(plain: str, *, are_listed: bool) -> str | None:
+    """Returns the letter that a line begins with, "" if that is no choice, None for no letter.
+
+    Args:
+        plain: the line, without signs of LaTeX and Markdown.
+        are_listed: whether the line belongs to a list of options.
+    """
+    lead = _LEAD.match(plain)
+    rest = plain[lead.end() if lead else 0 :]
+    match = _LETTER.match(rest)
+    if match is None:
+        return None
+    after = rest[match.end() :]
+    if are_listed or re.match(r"\s*[).:\]]|\W*$", after) is None:
+        return ""
+    return _judged(match["letter"], after, bracketed=_is_bracketed(plain, lead))
 
 
 def _plain(text: str) -> str:

@@ -27,7 +27,7 @@ _ANSWER = (
 """The word "answer" in English, German, French, Spanish, Portuguese, Italian, Indonesian, Russian,
 Arabic (two), Bengali, Chinese, Japanese (two), Korean, Chinese again, and Thai."""
 _IS = (
-    r"(?:(?<![^\W_])(?:is|are|was|be|equals?|isn['\u2019]t|ist|est|es|\u00e9|\u00e8|adalah)(?![^\W_])"
+    r"(?:(?<![^\W_])(?:is|are|was|be|equals?|isn['\u2019]t|ist|lautet|est|es|\u00e9|\u00e8|adalah)(?![^\W_])"
     r"|\u662f|\u4e3a|\u70ba|\u306f|\uc740|\ub294|\u0e04\u0e37\u0e2d|\u9009|\u9078|[:\uff1a=])"
 )
 _MARKER = re.compile(
@@ -35,13 +35,14 @@ _MARKER = re.compile(
     re.IGNORECASE,
 )
 _ANNOUNCING = re.compile(
-    rf"[*_\"'`]*\s+[-\u2013\u2014]\s|[^.\n:\uff1a=?!\u3002]{{0,60}}?{_IS}|(?P<heading>[*_ \t]*$)",
+    rf"(?<=<answer)>|[*_\"'`]*\s+[-\u2013\u2014]\s|[^.\n:\uff1a=?!\u3002]{{0,60}}?{_IS}"
+    r"|(?P<heading>[*_ \t]*$)",
     re.IGNORECASE | re.MULTILINE,
 )
 """What follows the word "answer" where it announces one: "to this question is", ":", or nothing
 else on the line."""
 _BEFORE_HEADING = re.compile(r"[#>*_\s]*(?:[^\W\d_]{1,12}\s+){0,3}\Z")
-_NOT = re.compile(r"\bnot\b|n['\u2019]t\b|\u4e0d", re.IGNORECASE)
+_NOT = re.compile(r"not\b|n['\u2019]t\b|\u4e0d", re.IGNORECASE)
 _OPENING = re.compile(r"(?:\n[ \t]*[-*\u2022][ \t]+|[\s*_>`:\uff1a]|\\\[|\\\(|\$\$)*")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _BETWEEN_BOXES = re.compile(
@@ -157,4 +158,4 @@ def _first_line(text: str) -> str:
     """Returns the first line that says something, without what opens it."""
     opening = _OPENING.match(text)
     text = text[opening.end() if opening else 0 :]
-    return text.partition("\n")[0]
+    return text.partition("\n")[0].partition("</")[0]

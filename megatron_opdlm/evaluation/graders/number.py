@@ -210,7 +210,10 @@ def _stands_alone(tokens: list[Token], first: int) -> bool:
         return not (is_joiner or is_variable or before.end == number.start) and (
             before.text.lower() not in _MAKING_A_PART
         )
-    return not (before.text in ",:;&" and earlier[-1:] == [True])
+    if before.text == ":":  # 2:14 and 3 : 14, but not "Step 3: 14"
+        left = before.start - tokens[first - 2].end if first > 1 else 0
+        return earlier[-1:] != [True] or left != number.start - before.end
+    return not (before.text in ",;&" and earlier[-1:] == [True])
 
 
 _MAKING_A_PART = {"not", "than", "sqrt", "log", "ln", "sin", "cos", "tan", "between", "from"}

@@ -42,7 +42,7 @@ _OPERATIONS = _words(
 )
 """Words behind a number that make it a part of an expression."""
 _STOPPING = _words(
-    "because since as so for with at by after on within when if while every each than until during "
+    "because since as so for with at after on within when if while every each than until during "
     "before which where namely per is was are were has have had makes make left"
 )
 """Words behind a number after which another number is not a part of it."""
@@ -202,7 +202,9 @@ class QuantityReader(Reader):
             return values + tuple(value * _SCALES[word] for value in values)
         if word in ("out", "of", "in"):
             return self._share(values, words)
-        if word in _OPERATIONS or (word in _BOUNDS and then == "than" and self._number_at(2)):
+        if word in _OPERATIONS or (word == "by" and self._number_at(1)):
+            return ()
+        if word in _BOUNDS and then == "than" and self._number_at(2):
             return ()
         if _is_variable(token) and not (word == "a" and following is not None):
             return ()
@@ -262,7 +264,9 @@ class QuantityReader(Reader):
             if is_bound or (_is_variable(token) and token.text.lower() != "a"):
                 return ()
         token = self.peek()
-        if token is None or not (self._at_operand() or token.text in "+-"):
+        is_number = token is not None and (self._at_operand() or token.text in "+-")
+        share = self.peek(1)
+        if not is_number or (share is not None and share.text == "of"):  # 18, 3 of them brown
             self.place = start
             return None
         other = self._nested(self.side) or ()

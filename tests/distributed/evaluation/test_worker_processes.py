@@ -97,11 +97,11 @@ def run_and_signal(folder, texts, act, workers):
     script = folder / "grading_script.py"
     script.write_text(
         textwrap.dedent(f"""
-        from pathlib import Path
-        from tests.distributed.evaluation.test_worker_processes import grade
-        from tests.distributed.evaluation.worker_graders import bad_grader
+        if __name__ == "__main__":  # workers import this file, and need no torch
+            from pathlib import Path
+            from tests.distributed.evaluation.test_worker_processes import grade
+            from tests.distributed.evaluation.worker_graders import bad_grader
 
-        if __name__ == "__main__":
             grades = grade(bad_grader(seconds=90.0), {texts!r}, workers={workers})
             lines = [str(each.correct) for each in grades]
             Path({str(folder / "grades")!r}).write_text("\\n".join(lines))
