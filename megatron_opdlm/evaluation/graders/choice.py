@@ -64,7 +64,7 @@ _AT_END = re.compile(r"(?:\b(?:is|be|with)|'s)\s+(?P<letter>[A-Z])\W*$")
 _NEGATION = re.compile(
     r"\b(?:not|neither|none|wrong|incorrect|false|or)\b|n['\u2019]t\b|\u4e0d", re.IGNORECASE
 )
-_OPTION_LINE = re.compile(r"^\W*(?:[Oo]ption\s+)?(?P<letter>[A-Z])[).:]\s*\S", re.MULTILINE)
+_OPTION_LINE = re.compile(r"^[^\w\n]*(?:[Oo]ption\s+)?(?P<letter>[A-Z])[).:]\s*\S", re.MULTILINE)
 _SENTENCE_END = re.compile(r"[.!?\u3002](?=\s+[A-Z(])")
 _MOST = 20
 """Most places of a kind that are looked at, from the last one back."""
