@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import multiprocessing
 import os
 import resource
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as OverTime
 from typing import Any
@@ -46,9 +48,20 @@ def grade_all(
             pairs = [(responses[i].text, responses[i].question.reference) for i in places]
             found = _WAYS[grader.runs_in](grader, pairs, workers)
             for place, grade in zip(places, found, strict=True):
-                grades[place] = grade
+                grades[place] = _whole(grade, responses[place])
                 bar.update()
     return [grades[place] for place in range(len(responses))]
+
+
+def _whole(grade: Grade, response: Response) -> Grade:
+    """Returns a grade with all its verdicts; those of a response that was not graded are false.
+
+    Otherwise a response that breaks the grader would leave the denominator of a figure.
+    """
+    if grade.error is None:
+        return grade
+    counts = response.question.grader.count_verdicts(response.question.reference)
+    return dataclasses.replace(grade, verdicts={name: (False,) * n for name, n in counts.items()})
 
 
 def _in_place(grader: Grader, pairs: Iterable[_Pair], workers: int) -> Iterator[Grade]:
@@ -65,7 +78,7 @@ def _in_processes(grader: Grader, pairs: Iterable[_Pair], workers: int) -> Itera
     from pebble import ProcessExpired, ProcessPool
 
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of torch
-    pool = ProcessPool(workers, initializer=_limit_memory, context=context)
+    pool = ProcessPool(workers, initializer=_prepare, initargs=(grader.require,), context=context)
     try:
         running = [
             pool.schedule(grade_safely, args=(grader.grade, *pair), timeout=grader.seconds)
@@ -87,5 +100,8 @@ _WAYS = {"place": _in_place, "threads": _in_threads, "processes": _in_processes}
 """How responses are graded, by `Grader.runs_in`."""
 
 
-def _limit_memory() -> None:
+def _prepare(require: Callable[[], None]) -> None:
+    """Bounds a worker's memory, and imports what the grader needs."""
     resource.setrlimit(resource.RLIMIT_AS, (_WORKER_BYTES, _WORKER_BYTES))
+    with contextlib.suppress(Exception):  # the grades will say it
+        require()

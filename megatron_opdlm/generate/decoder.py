@@ -116,6 +116,28 @@ class Decoder:
             cuda_graphs=cuda_graphs,
         )
 
+    def prompt_room(
+        self, options: DecodingOptions, response_limit: int, *, key: str = "max_new_tokens"
+    ) -> int:
+        """Returns the length of the longest prompt that leaves room for a response.
+
+        Args:
+            options: decoding options.
+            response_limit: most response tokens.
+            key: the user's name of `response_limit`, for messages.
+
+        Raises:
+            ValueError: the response alone is too long for the model's positions.
+        """
+        positions = self.student.model.max_sequence_length
+        room = positions - response_limit - (options.block_size - 1)
+        if room < 1:
+            raise ValueError(
+                f"{key}={response_limit} with block_size={options.block_size} leaves no room for a "
+                f"prompt in the model's {positions} positions; use {max(1, positions // 2)} or less"
+            )
+        return room
+
     def tokenize(
         self,
         prompts: Sequence[Prompt],
@@ -131,14 +153,7 @@ class Decoder:
         Raises:
             ValueError: no prompt leaves room, or the response alone is too long.
         """
-        positions = self.student.model.max_sequence_length
-        room = positions - response_limit - (options.block_size - 1)
-        if room < 1:
-            raise ValueError(
-                f"max_new_tokens={response_limit} with block_size={options.block_size} leaves no "
-                f"room for a prompt in the model's {positions} positions; use "
-                f"{max(1, positions // 2)} or less"
-            )
+        room = self.prompt_room(options, response_limit)
         return tokenize_prompts(
             prompts,
             self.student.tokenizer,

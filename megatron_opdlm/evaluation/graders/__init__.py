@@ -5,9 +5,11 @@ import difflib
 from megatron_opdlm.checks import require
 from megatron_opdlm.evaluation.graders.exact import EXACT
 from megatron_opdlm.evaluation.graders.grader import Grader
+from megatron_opdlm.evaluation.graders.gsm8k import GSM8K
+from megatron_opdlm.evaluation.graders.ifeval import IFEVAL
 from megatron_opdlm.evaluation.graders.number import NUMBER
 
-GRADERS: dict[str, Grader] = {grader.name: grader for grader in (NUMBER, EXACT)}
+GRADERS: dict[str, Grader] = {grader.name: grader for grader in (NUMBER, EXACT, GSM8K, IFEVAL)}
 DEFAULT_GRADER = NUMBER
 
 

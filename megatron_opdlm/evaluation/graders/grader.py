@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_opdlm.responses.entries import Entry
@@ -20,6 +20,14 @@ class Grade:
     error: str | None = None
     """Why the response could not be graded, such as a time limit of the grader. Such responses
     count as wrong, and reports count them apart."""
+    verdicts: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
+    """Further verdicts by the name of a figure, such as one on every instruction of a prompt.
+    Reports show the share of true ones among those of all responses."""
+
+
+def _has_no_verdicts(reference: Any) -> Mapping[str, int]:
+    """The verdicts of a grader that says only whether a response is correct."""
+    return {}
 
 
 def _needs_nothing() -> None:
@@ -48,7 +56,11 @@ class Grader:
     "processes" it is a function of a module, because processes find it by name."""
     require: Callable[[], None] = _needs_nothing
     """Function that raises, with a fix, if this machine lacks what the grader needs. It is called
-    before a model is loaded."""
+    before a model is loaded, and by every worker process before its first response; so the time of
+    what it imports is not that of a response."""
+    count_verdicts: Callable[[Any], Mapping[str, int]] = _has_no_verdicts
+    """Function from the reference to the number of verdicts of each name. A response that cannot be
+    graded has as many, all false."""
     runs_in: Literal["place", "processes", "threads"] = "place"
     """Where responses are graded. "place": one after the other, in the calling thread. "processes":
     side by side in worker processes; one that takes longer than `seconds` is stopped. "threads":
