@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import multiprocessing
 import os
-import resource
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as OverTime
 from typing import Any
 
 from tqdm import tqdm
 
-from megatron_opdlm.evaluation.graders.grader import Grade, Grader, grade_safely
+from megatron_opdlm.evaluation.graders.grader import Grade, Grader, grade_safely, prepare_worker
 from megatron_opdlm.evaluation.task import Response
 
 _WORKER_BYTES = 4 * 2**30
@@ -78,7 +76,12 @@ def _in_processes(grader: Grader, pairs: Iterable[_Pair], workers: int) -> Itera
     from pebble import ProcessExpired, ProcessPool
 
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of torch
-    pool = ProcessPool(workers, initializer=_prepare, initargs=(grader.require,), context=context)
+    pool = ProcessPool(
+        workers,
+        initializer=prepare_worker,
+        initargs=(grader.require, _WORKER_BYTES),
+        context=context,
+    )
     try:
         running = [
             pool.schedule(grade_safely, args=(grader.grade, *pair), timeout=grader.seconds)
@@ -98,10 +101,3 @@ def _in_processes(grader: Grader, pairs: Iterable[_Pair], workers: int) -> Itera
 
 _WAYS = {"place": _in_place, "threads": _in_threads, "processes": _in_processes}
 """How responses are graded, by `Grader.runs_in`."""
-
-
-def _prepare(require: Callable[[], None]) -> None:
-    """Bounds a worker's memory, and imports what the grader needs."""
-    resource.setrlimit(resource.RLIMIT_AS, (_WORKER_BYTES, _WORKER_BYTES))
-    with contextlib.suppress(Exception):  # the grades will say it
-        require()

@@ -229,7 +229,7 @@ class StudentLM(LM):
         graded = cut(text, generation.until)
         counts.stopped += len(kept) < len(ids) or graded != text
         if graded != text:
-            kept = kept[: _length_of(self.tokenizer, kept, len(graded))]
+            kept = kept[: _length_of(self.tokenizer, kept, graded)]
         counts.tokens += len(ids)
         counts.tokens_cut += len(ids) - len(kept)
         counts.passes += trajectory.num_passes
@@ -249,10 +249,13 @@ def _special_stop(tokenizer: Any, ids: Sequence[int], until: Sequence[str]) -> i
     return next(places, len(ids))
 
 
-def _length_of(tokenizer: Any, ids: Sequence[int], length: int) -> int:
-    """Returns how many of the first tokens are needed for the first `length` characters."""
+def _length_of(tokenizer: Any, ids: Sequence[int], text: str) -> int:
+    """Returns how many of the first tokens are needed for the first part of their text.
+
+    A character may have several tokens, and fewer of them are another text.
+    """
     return bisect.bisect_left(
         range(len(ids)),
-        length,
-        key=lambda count: len(tokenizer.decode(ids[:count], skip_special_tokens=True)),
+        True,
+        key=lambda count: tokenizer.decode(ids[:count], skip_special_tokens=True).startswith(text),
     )

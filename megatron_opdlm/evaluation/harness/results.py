@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class HarnessResult:
             "seconds": self.seconds,
             "counts": {task: counts.to_json() for task, counts in self.counts.items()},
             "lm_eval": {name: self.figures[name] for name in kept if name in self.figures},
-            "lm_eval_version": self.figures.get("lm_eval_version"),
+            "lm_eval_version": importlib.metadata.version("lm_eval"),
             "generation_kwargs": {
                 task: config.get("generation_kwargs")
                 for task, config in self.figures["configs"].items()

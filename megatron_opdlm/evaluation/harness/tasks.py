@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.util
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +40,15 @@ def require_lm_eval() -> None:
 
 @contextlib.contextmanager
 def repeatable() -> Iterator[None]:
-    """Runs lm-eval without what would make a result depend on the day.
+    """Runs lm-eval without what would make a result depend on the day, or takes long for nothing.
 
-    Metrics of some tasks download NLTK's data when they are imported, and langdetect draws samples.
+    Metrics of some tasks download NLTK's data when they are imported, langdetect draws samples, and
+    lm-eval runs pip and compilers to describe the machine.
     """
+    from lm_eval import evaluator
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_replaced(evaluator, "add_env_info", lambda storage: None))
         if importlib.util.find_spec("nltk") is not None:
             import nltk
 
@@ -82,17 +87,41 @@ def load_tasks(names: Sequence[str], include: Sequence[str]) -> HarnessTasks:
     for folder in include:
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"--harness-include={folder} is not a folder")
-    # lm-eval reads all its YAML files for an index, some seconds, unless only files are asked for.
-    files_only = all(map(_is_file_name, names)) and not include
-    manager = TaskManager(include_path=list(include) or None, include_defaults=not files_only)
-    for name in names:
-        _require_known(name, manager)
-    loaded = manager.load(list(names))
+    # An index of all of lm-eval's tasks takes a quarter of a minute, and few evaluations need it.
+    manager = TaskManager(include_path=list(include) or None, include_defaults=False)
+    specs = [_spec(name, manager) for name in names]
+    if None in specs:
+        manager = TaskManager(include_path=list(include) or None)
+        for name in names:
+            _require_known(name, manager)
+        specs = list(names)
+    loaded = manager.load(specs)
     for name, task in loaded["tasks"].items():
         _require_possible(name, task)
     # Loaded tasks need not be loaded again; groups do, because lm-eval takes them whole by name.
-    specs = list(names) if loaded.get("groups") else list(loaded["tasks"].values())
+    if not loaded.get("groups"):
+        specs = list(loaded["tasks"].values())
     return HarnessTasks(manager=manager, specs=specs, names=list(loaded["tasks"]))
+
+
+def _spec(name: str, manager: Any) -> Any:
+    """Returns what a manager without lm-eval's own tasks can load; None if it cannot load it.
+
+    lm-eval's own task is loaded from its file, if just one file has a task of this name.
+    """
+    if name in manager.all_tasks:
+        return name
+    if _is_file_name(name):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"--harness: there is no file {name}")
+        return name
+    import lm_eval.tasks
+
+    pattern = re.compile(rf"^(task|group):[ ]*[\"']?{re.escape(name)}[\"']?[ ]*$", re.MULTILINE)
+    found = []
+    for path in Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"):
+        found += [(m[1], path) for m in pattern.finditer(path.read_text(errors="replace"))]
+    return str(found[0][1]) if [kind for kind, _ in found] == ["task"] else None
 
 
 def _is_file_name(name: str) -> bool:
@@ -100,11 +129,7 @@ def _is_file_name(name: str) -> bool:
 
 
 def _require_known(name: str, manager: Any) -> None:
-    if name in manager.all_tasks:
-        return
-    if _is_file_name(name):
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"--harness: there is no file {name}")
+    if name in manager.all_tasks or Path(name).is_file():
         return
     near = difflib.get_close_matches(name, manager.all_tasks, n=3)
     fix = f"did you mean {' or '.join(near)}?" if near else "see lm_eval ls tasks"
