@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
+import dataclasses
 import multiprocessing
 import os
-import resource
-import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as OverTime
 from concurrent.futures.process import BrokenProcessPool
@@ -15,12 +13,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_opdlm.evaluation.graders.grader import Grade, Grader, grade_safely
+from megatron_opdlm.evaluation.graders.grader import Grade, Grader, grade_safely, prepare_worker
 from megatron_opdlm.evaluation.task import Response
 
 _WORKER_BYTES = 4 * 2**30
 """Address space of a worker process. A response that wants more has a grade with an error."""
-_PR_SET_PDEATHSIG = 1
 _Pair = tuple[str, Any]
 """Text of a response, and the reference."""
 
@@ -50,9 +47,20 @@ def grade_all(
             pairs = [(responses[i].text, responses[i].question.reference) for i in places]
             found = _WAYS[grader.runs_in](grader, pairs, workers)
             for place, grade in zip(places, found, strict=True):
-                grades[place] = grade
+                grades[place] = _whole(grade, responses[place])
                 bar.update()
     return [grades[place] for place in range(len(responses))]
+
+
+def _whole(grade: Grade, response: Response) -> Grade:
+    """Returns a grade with all its verdicts; those of a response that was not graded are false.
+
+    Otherwise a response that breaks the grader would leave the denominator of a figure.
+    """
+    if grade.error is None:
+        return grade
+    counts = response.question.grader.count_verdicts(response.question.reference)
+    return dataclasses.replace(grade, verdicts={name: (False,) * n for name, n in counts.items()})
 
 
 def _in_place(grader: Grader, pairs: Iterable[_Pair], workers: int) -> Iterator[Grade]:
@@ -89,8 +97,8 @@ def _in_pool(grader: Grader, pairs: Sequence[_Pair], workers: int) -> Iterator[G
 
     pool = ProcessPool(
         min(workers, len(pairs)),
-        initializer=_begin_worker,
-        initargs=(grader.require,),
+        initializer=prepare_worker,
+        initargs=(grader.require, _WORKER_BYTES),
         # a fork would copy the threads' locks of torch
         context=multiprocessing.get_context("spawn"),
     )
@@ -118,13 +126,3 @@ def _in_pool(grader: Grader, pairs: Sequence[_Pair], workers: int) -> Iterator[G
 
 _WAYS = {"place": _in_place, "threads": _in_threads, "processes": _in_processes}
 """How responses are graded, by `Grader.runs_in`."""
-
-
-def _begin_worker(require: Callable[[], None]) -> None:
-    """Limits memory and life of a worker, and imports what its grader needs."""
-    # A killed evaluation leaves no worker behind that simplifies an expression for ever.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    limit = _WORKER_BYTES if most == resource.RLIM_INFINITY else min(_WORKER_BYTES, most)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    require()

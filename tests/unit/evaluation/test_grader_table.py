@@ -14,6 +14,7 @@ from megatron_opdlm.evaluation.cli import add_eval_parser, run_eval
 from megatron_opdlm.evaluation.graders import DEFAULT_GRADER, GRADERS, find_grader
 from megatron_opdlm.evaluation.graders.grader import Grader, grade_safely
 from megatron_opdlm.evaluation.task import load_task
+from tests.ifeval import missing_checkers
 from tests.unit.evaluation.execution.sandboxes import problem
 
 DOCS = Path(__file__).parents[3] / "docs" / "evaluation.md"
@@ -35,7 +36,15 @@ EXAMPLES = {
         "```python\ndef double(x):\n    return x * 2\n```",
         "```python\ndef double(x):\n    return x + 1\n```",
     ),
+    "gsm8k": ({"answer": "1,200"}, "It is $1200.00.", "It is $1200.01."),
+    "ifeval": (
+        {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+        "The sea; the land.",
+        "The sea, the land.",
+    ),
 }
+MISSING = {"ifeval": missing_checkers(), "code": problem()}
+"""Why a grader cannot run on this machine; None if it can."""
 
 all_graders = pytest.mark.parametrize("grader", GRADERS.values(), ids=list(GRADERS))
 _OF_ANSWERS = [grader for grader in GRADERS.values() if grader.reads.startswith("`answer`")]
@@ -55,12 +64,12 @@ def write(path, **values):
 
 def test_every_file_is_listed_under_its_name():
     files = {module.name for module in pkgutil.iter_modules(graders.__path__)} - {"grader"}
-    found = [
+    found = {  # one grader may be made of another, which its file imports
         value
-        for name in sorted(files)
+        for name in files
         for value in vars(importlib.import_module(f"{graders.__name__}.{name}")).values()
         if isinstance(value, Grader)
-    ]
+    }
     assert sorted(grader.name for grader in found) == sorted(GRADERS)
     assert all(GRADERS[grader.name] is grader for grader in found)
 
@@ -77,8 +86,8 @@ def test_a_grader_without_an_implementation_is_no_grader(missing):
 
 @all_graders
 def test_graders_grade_what_their_files_say(grader, tmp_path):
-    if grader.name == "code" and problem() is not None:
-        pytest.skip(problem())
+    if (reason := MISSING.get(grader.name)) is not None:
+        pytest.skip(reason)
     entry, good, bad = EXAMPLES[grader.name]
     task = load_task("t", write(tmp_path / "q.jsonl", **entry), grader=grader)
     (question,) = task.questions
