@@ -192,7 +192,7 @@ def _read(entry: Entry) -> LiveBenchAnswer:
     if answer is None or not answer.strip():
         raise entry.refusal("answer", "must be text, and not empty", 'write e.g. "answer": "B"')
     task: Any = entry.values.get("task")
-    if task not in RULES:
+    if not isinstance(task, str) or task not in RULES:
         rule = f"must be one of {', '.join(RULES)}"
         raise entry.refusal("task", rule, "choose another grader for other tasks")
     if task == "web_of_lies_v2" and not _TRUTH_WORD.search(answer.lower()):

@@ -109,6 +109,7 @@ def test_a_reference_has_an_answer_and_a_task():
         ({"answer": " ", "task": "cta"}, 'answer=" " must be text, and not empty'),
         ({"answer": "a", "task": "web_of_lies_v2"}, 'answer="a" must be words such as yes, no'),
         ({"answer": "a"}, "task=null must be one of math_comp, web_of_lies_v2"),
+        ({"answer": "a", "task": ["cta"]}, "task=.* must be one of"),
         ({"answer": "a", "task": "olympiad"}, 'task="olympiad" must be one of'),
     ],
     ids=str,
