@@ -12,8 +12,10 @@ FOLDER = Path(__file__).parents[1] / "examples/smollm2"
 
 def module(name: str) -> ModuleType:
     """Imports one of them, as the scripts do."""
-    sys.path.insert(0, str(FOLDER))
+    folders = [str(FOLDER), str(FOLDER.parent / "quickstart")]
+    sys.path[:0] = folders
     try:
         return importlib.import_module(name)
     finally:
-        sys.path.remove(str(FOLDER))
+        for folder in folders:
+            sys.path.remove(folder)

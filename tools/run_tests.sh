@@ -4,6 +4,8 @@ set -euo pipefail
 case " $* " in *" --help "* | *" -h "*) sed -n '2s/^# //p' "${BASH_SOURCE[0]}"; exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 tools/setup_venv.sh --extra gguf # for the tests that read a GGUF
+tools/setup_venv.sh --extra eval # for graders and lm-eval's tasks
+.venv/bin/python tools/get_punkt.py # NLTK's model of sentences, for IFEval
 bin=.venv/bin
 $bin/ruff check .
 $bin/ruff format --check .

@@ -20,6 +20,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from child import ends_with_parent
 from memory import PeakMemory
 from rich.console import Console
 from rich.table import Table
@@ -153,7 +154,7 @@ class Steps:
         environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | os.environ
         start = time.monotonic()
         command = [sys.executable, *launcher, "-m", "megatron_opdlm", *arguments]
-        subprocess.run(command, check=True, env=environment)
+        subprocess.run(command, check=True, env=environment, preexec_fn=ends_with_parent())
         name = " ".join(arguments[: 2 if arguments[0] == "convert" else 1])
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from shape import COUNT, read_shaped
+
 from megatron_opdlm.checks import require, require_at_least
-from megatron_opdlm.files.folders import read_json_object
 
 FEWEST_ROLLOUTS = 8
 """Below this the length ramp has no room, and the student says nothing."""
 WARM_UP_ROLLOUTS = 2
 """Of the learning rate, in both configurations."""
+MOST_MINUTES, MOST_ROLLOUTS = 1_000_000, 1_000_000
+"""Two years; what is more is a slip."""
 RAMP_SHARE = 0.6
 """Of the rollouts, until responses have their full length."""
 
@@ -72,8 +75,9 @@ class Plan:
         """
         if not settings.exists():
             return self
-        begun = read_json_object(settings)
-        is_same = begun.get("minutes") == self.minutes
+        fix = "choose another --out; the file was edited, or is of an earlier version"
+        begun = read_shaped(settings, {"minutes": COUNT, "rollouts": COUNT}, fix)
+        is_same = begun["minutes"] == self.minutes
         return replace(self, rollouts=begun["rollouts"]) if is_same else self
 
     def overrides(self) -> list[str]:
@@ -99,13 +103,17 @@ def make_plan(machine: Machine, minutes: int | None, rollouts: int | None = None
         rollouts: how many instead of those that fit into the minutes.
 
     Raises:
-        ValueError: too few minutes or rollouts.
+        ValueError: too few minutes or rollouts, or absurdly many.
     """
     if rollouts is not None:
-        require_at_least(1, "rollouts", rollouts)
+        require_at_least(1, "--rollouts", rollouts)
+        fix = f"use at most {MOST_ROLLOUTS}"
+        require(rollouts <= MOST_ROLLOUTS, "--rollouts", rollouts, "is too many", fix)
         seconds = machine.fixed_minutes * 60 + rollouts * machine.seconds_per_rollout
         return Plan(machine, -int(-seconds // 60), rollouts)
     minutes = machine.default_minutes if minutes is None else minutes
+    fix = f"use at most {MOST_MINUTES}"
+    require(minutes <= MOST_MINUTES, "--minutes", minutes, "is too many", fix)
     rollouts = int((minutes - machine.fixed_minutes) * 60 / machine.seconds_per_rollout)
     least = least_minutes(machine)
     rule = f"must be at least {least} on {machine.name}: {FEWEST_ROLLOUTS} rollouts"

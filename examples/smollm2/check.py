@@ -19,8 +19,14 @@ from typing import Any
 
 import one_line
 import torch
+from paths import require_file
 
-from megatron_opdlm.files.folders import replacing, write_json
+from megatron_opdlm.checks import require, require_at_least
+from megatron_opdlm.files.folders import read_json_object, replacing, write_json
+from megatron_opdlm.generate.arguments import require_folder
+
+MODEL_CLASS = "AutoModelForMaskedLM"
+"""By which transformers finds the model of an a2d export."""
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "quickstart"))
 
@@ -57,6 +63,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=8, help="default: 8")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="default: 32")
     args = parser.parse_args()
+    check(args)
     with tempfile.TemporaryDirectory() as modules:
         os.environ |= {
             # transformers copies the export's code there; the user's cache stays as it is.
@@ -78,6 +85,23 @@ def main() -> None:
     with replacing(args.out) as partial:
         write_json(partial, dataclasses.asdict(found))
     print(found)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses wrong arguments before any model is loaded.
+
+    Raises:
+        ValueError: the message names argument, value, rule and fix.
+    """
+    for name in ("--num-prompts", "--max-new-tokens"):
+        require_at_least(1, name, getattr(args, name[2:].replace("-", "_")))
+    require_file("--prompts", args.prompts)
+    require_folder(str(args.out), "--out")
+    fix = "give what `opdlm convert export --format a2d` wrote"
+    require(args.export.is_dir(), "--export", args.export, "is no folder", fix)
+    names = read_json_object(args.export / "config.json").get("auto_map")
+    is_export = isinstance(names, dict) and MODEL_CLASS in names
+    require(is_export, "--export", args.export, f"has no {MODEL_CLASS} of its own", fix)
 
 
 if __name__ == "__main__":

@@ -20,18 +20,18 @@ from typing import Any
 
 import one_line
 import torch
+from lists import list_of
+from paths import require_file
 
-from megatron_opdlm.checks import require_at_least
+from megatron_opdlm.checks import require, require_at_least
+from megatron_opdlm.files.folders import read_json_object
 from megatron_opdlm.responses.prompts import Prompt, load_prompts
 
 
 def main() -> int:
     """Compares, prints, and returns the exit status."""
     args = parse_arguments()
-    for size in args.tensor_parallel:
-        require_at_least(1, "tensor_parallel", size)
-    for name in ("num_prompts", "max_new_tokens"):
-        require_at_least(1, name, getattr(args, name))
+    check(args)
     prompts = load_prompts(args.prompts)[: args.num_prompts]
     expected, closest = transformers_answers(args.hf, prompts, args.max_new_tokens)
     print(f"transformers: the two likeliest tokens are never nearer than {closest:.1e} logits")
@@ -56,14 +56,31 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", required=True, help="prompt file")
     parser.add_argument("--num-prompts", type=int, default=20, metavar="N", help="default: 20")
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="default: 32")
-    parser.add_argument("--tensor-parallel", type=numbers, default=[1], metavar="N,N",
-                        help="default: 1")  # fmt: skip
+    sizes = list_of(int, "numbers")
+    parser.add_argument(
+        "--tensor-parallel", type=sizes, default=[1], metavar="N,N", help="default: 1"
+    )
     return parser.parse_args(argv)
 
 
-def numbers(text: str) -> list[int]:
-    """Returns numbers that were given with commas between them."""
-    return [int(part) for part in text.split(",")]
+def check(args: argparse.Namespace) -> None:
+    """Refuses wrong arguments before any model is loaded.
+
+    Raises:
+        ValueError: the message names argument, value, rule and fix.
+    """
+    for name in ("--num-prompts", "--max-new-tokens"):
+        require_at_least(1, name, getattr(args, name[2:].replace("-", "_")))
+    require_file("--prompts", args.prompts)
+    config = read_json_object(args.hf / "config.json")
+    heads = config.get("num_key_value_heads", config.get("num_attention_heads"))
+    for size in args.tensor_parallel:
+        require_at_least(1, "--tensor-parallel", size)
+        if isinstance(heads, int):
+            rule = f"must divide the {heads} key/value heads of {args.hf}"
+            sizes = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+            fix = f"use some of {', '.join(sizes)}"
+            require(heads % size == 0, "--tensor-parallel", size, rule, fix)
 
 
 def transformers_answers(

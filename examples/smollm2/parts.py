@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from gguf_file import GgufFile, require_content
+from shape import COUNT, DIGEST, TEXT, read_shaped
 
-from megatron_opdlm.files.folders import (
-    atomic_directory,
-    read_json_object,
-    replacing,
-    write_json,
-)
+from megatron_opdlm.files.folders import atomic_directory, replacing, write_json
 
 PART_BYTES = 32 * 2**20
 LIST = "parts.json"
+SHAPE = {"parts": [{"name": TEXT, "size": COUNT, "sha256": DIGEST}]}
 
 
 def split(
@@ -71,31 +68,43 @@ def join(gguf: GgufFile, folder: Path, target: Path) -> None:
             file.write(content)
 
 
-def read(folder: Path) -> Iterator[bytes]:
-    """The contents of the parts in order, each checked."""
-    listed = read_json_object(folder / LIST)
-    parts = listed.get("parts")
-    if not isinstance(parts, list) or not parts:
+def parts_of(folder: Path) -> list[dict[str, Any]]:
+    """The list of a folder of parts: name, size and sha256 of each.
+
+    Raises:
+        ValueError: there is no list, it lists nothing or something else, or a part is missing.
+    """
+    parts: list[dict[str, Any]] = read_shaped(folder / LIST, SHAPE, "split the file anew")["parts"]
+    if not parts:
         raise ValueError(f"{folder / LIST} lists no parts; split the file anew")
     for part in parts:
+        if not part_path(folder, part).is_file():
+            raise ValueError(f"{part_path(folder, part)} is missing; bring it here")
+    return parts
+
+
+def part_path(folder: Path, part: dict[str, Any]) -> Path:
+    """Where a part is: in the folder, whatever its name says."""
+    return folder / Path(part["name"]).name
+
+
+def read(folder: Path) -> Iterator[bytes]:
+    """The contents of the parts in order, each checked."""
+    for part in parts_of(folder):
         yield read_part(folder, part)
 
 
-def read_part(folder: Path, part: Any) -> bytes:
+def read_part(folder: Path, part: dict[str, Any]) -> bytes:
     """One part.
 
     Raises:
-        ValueError: it is missing, or size or digest differ from the list's.
+        ValueError: size or digest differ from the list's.
     """
-    try:
-        path, size, sha256 = folder / Path(part["name"]).name, part["size"], part["sha256"]
-    except (TypeError, KeyError):
-        raise ValueError(f"{folder / LIST} is no list of parts; split the file anew") from None
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; bring it here")
+    path, size = part_path(folder, part), part["size"]
+    found = path.stat().st_size  # before all of a wrong file is read
+    if found != size:
+        raise ValueError(f"{path} has {found:,} bytes, not {size:,}; bring it here again")
     content = path.read_bytes()
-    if len(content) != size:
-        raise ValueError(f"{path} has {len(content):,} bytes, not {size:,}; bring it here again")
-    if hashlib.sha256(content).hexdigest() != sha256:
+    if hashlib.sha256(content).hexdigest() != part["sha256"]:
         raise ValueError(f"{path} has another sha256 than {LIST} says; bring it here again")
     return content

@@ -19,12 +19,12 @@ import re
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import facts
 import one_line
 import sums
+from paths import folder
 from sentences import PERSONS, SENTENCE_LISTS, TIMES, build, parse_clauses
 from templates import TEMPLATES
 from words import LISTS, split_list
@@ -230,7 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", required=True, type=Path, help="folder for the three files")
+    parser.add_argument("--out", required=True, type=folder, help="folder for the three files")
     parser.add_argument("--seed", type=int, default=0, help="of the choice; default: 0")
     args = parser.parse_args()
     made = make_prompts(args.seed)

@@ -17,6 +17,7 @@ from typing import Any
 import one_line
 from curves import share, write_curves
 from measurement import Measured, Measurement, read_measured
+from paths import folder
 from samples import samples
 from table import COLUMNS, STATES_COLUMNS, markdown, rows, states_rows
 
@@ -41,9 +42,11 @@ this machine.
 def main() -> None:
     """Writes the report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the run")
-    folder = write_report(parser.parse_args().out)
-    print(f"report: {folder / MARKDOWN}\nwatch it decode: {folder / PAGE}")
+    parser.add_argument(
+        "--out", required=True, type=folder, metavar="DIR", help="folder of the run"
+    )
+    written = write_report(parser.parse_args().out)
+    print(f"report: {written / MARKDOWN}\nwatch it decode: {written / PAGE}")
 
 
 def write_report(out: Path) -> Path:
@@ -55,9 +58,9 @@ def write_report(out: Path) -> Path:
     """
     measured = read_measured(out)
     lines, states = rows(measured), states_rows(measured.before, measured.after)
-    folder = out / "report"
-    folder.mkdir(exist_ok=True)
-    plots = write_curves(folder, measured)
+    target = out / "report"
+    target.mkdir(exist_ok=True)
+    plots = write_curves(target, measured)
     page = render_page(
         TITLE, COLUMNS, lines, facts=facts(measured.after), plots=plots, examples=shown(measured)
     )
@@ -75,9 +78,9 @@ def write_report(out: Path) -> Path:
         PAGE: page,
     }
     for name, text in texts.items():
-        with replacing(folder / name) as partial:
+        with replacing(target / name) as partial:
             partial.write_text(text, encoding="utf-8")
-    return folder
+    return target
 
 
 def summary(measured: Measured) -> dict[str, Any]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from budget import Plan
+from shape import COUNT, NUMBER, read_shaped
 from steps import Steps
 
-from megatron_opdlm.files.folders import read_json_object, replacing, write_json
+from megatron_opdlm.files.folders import replacing, write_json
+
+CHECK = {"max_delta": NUMBER, "control": NUMBER, "num_equal": COUNT, "num_questions": COUNT}
+"""What check.py writes."""
 
 
 def write_summary(out: Path, plan: Plan, steps: Steps) -> str:
@@ -25,7 +29,7 @@ def write_summary(out: Path, plan: Plan, steps: Steps) -> str:
         "seconds": seconds,
         "seconds_by_step": steps.seconds,
         "peak_memory_gb": steps.peak_memory_gb,
-        "export": read_json_object(out / "check.json"),
+        "export": read_shaped(out / "check.json", CHECK, "compare again with check.py"),
     }
     with replacing(out / "summary.json") as partial:
         write_json(partial, summary)

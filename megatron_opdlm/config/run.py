@@ -7,6 +7,7 @@ In YAML and on the command line every key is flat and unique (`lr`, `block_size`
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,6 +204,7 @@ class Config:
 
         nested: dict[str, Any] = {}
         for name, value in self.to_flat_dict().items():
+            value = _escape(value) if isinstance(value, str) else value
             parent, _, inner = name.rpartition(".")
             (nested.setdefault(parent, {}) if parent else nested)[inner] = value
         return OmegaConf.to_yaml(OmegaConf.create(nested))
@@ -271,8 +273,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             raise unknown_key_error(name, keys)
     for override in overrides:
         name, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(f"override {override} is not key=value; write e.g. lr=1e-5")
+        if not equals or not name or name != name.strip():
+            shown = override if override.strip() == override != "" else repr(override)
+            raise ValueError(f"override {shown} is not key=value; write e.g. lr=1e-5")
         if name not in keys:
             raise unknown_key_error(name, keys)
         given[name] = parse_text(name, text, keys[name].annotation)
@@ -301,6 +304,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `key: value` lines, got a {type(values).__name__}")
     return flatten(values, collect_keys(Config))
+
+
+def _escape(text: str) -> str:
+    """Returns a text that OmegaConf reads as it is: `${` would name another key."""
+    return re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", text)
 
 
 def _divisor_fix(rows: int, near: int) -> str:

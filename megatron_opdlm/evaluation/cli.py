@@ -6,6 +6,10 @@ import argparse
 from pathlib import Path
 
 from megatron_opdlm.checks import require, require_at_least
+from megatron_opdlm.evaluation.harness.arguments import (
+    add_harness_arguments,
+    require_no_harness_arguments,
+)
 from megatron_opdlm.evaluation.settings import (
     add_setting_arguments,
     check_settings,
@@ -42,6 +46,7 @@ def add_eval_parser(subparsers: Parsers[argparse.ArgumentParser]) -> None:
     _add_file_arguments(parser)
     add_model_arguments(parser, required=False)
     add_setting_arguments(parser)
+    add_harness_arguments(parser)
     parser.add_argument(
         "--teacher", metavar="HF_DIR", help="also decode this model, greedily, with transformers"
     )
@@ -92,6 +97,11 @@ def run_eval(args: argparse.Namespace) -> int:
 
         print_benchmarks()
         return 0
+    if args.harness is not None:
+        from megatron_opdlm.evaluation.harness.run import run_harness
+
+        return run_harness(args)
+    require_no_harness_arguments(args)
     _check(args)
     if args.responses is not None:
         from megatron_opdlm.evaluation.grade_files import grade_responses

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
-import resource
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as OverTime
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from tqdm import tqdm
 
-from megatron_opdlm.evaluation.graders.grader import Grade, Grader, grade_safely
+from megatron_opdlm.evaluation.graders.grader import Grade, Grader, grade_safely, prepare_worker
 from megatron_opdlm.evaluation.task import Response
 
 _WORKER_BYTES = 4 * 2**30
@@ -46,9 +47,20 @@ def grade_all(
             pairs = [(responses[i].text, responses[i].question.reference) for i in places]
             found = _WAYS[grader.runs_in](grader, pairs, workers)
             for place, grade in zip(places, found, strict=True):
-                grades[place] = grade
+                grades[place] = _whole(grade, responses[place])
                 bar.update()
     return [grades[place] for place in range(len(responses))]
+
+
+def _whole(grade: Grade, response: Response) -> Grade:
+    """Returns a grade with all its verdicts; those of a response that was not graded are false.
+
+    Otherwise a response that breaks the grader would leave the denominator of a figure.
+    """
+    if grade.error is None:
+        return grade
+    counts = response.question.grader.count_verdicts(response.question.reference)
+    return dataclasses.replace(grade, verdicts={name: (False,) * n for name, n in counts.items()})
 
 
 def _in_place(grader: Grader, pairs: Iterable[_Pair], workers: int) -> Iterator[Grade]:
@@ -62,22 +74,51 @@ def _in_threads(grader: Grader, pairs: Iterable[_Pair], workers: int) -> Iterato
 
 def _in_processes(grader: Grader, pairs: Iterable[_Pair], workers: int) -> Iterator[Grade]:
     """A worker that exceeds its time, or dies, is replaced; only its own response has an error."""
+    left = list(pairs)
+    while left:
+        graded = 0
+        for grade in _in_pool(grader, left, workers):
+            yield grade
+            graded += 1
+        if graded == 0:
+            # Not even one: new processes would fare no better.
+            error = f"the processes of the grader {grader.name} do not start"
+            yield from (Grade(correct=False, error=error) for _ in left)
+            return
+        left = left[graded:]
+
+
+def _in_pool(grader: Grader, pairs: Sequence[_Pair], workers: int) -> Iterator[Grade]:
+    """Yields grades until all responses are graded, or the pool breaks.
+
+    It breaks if a worker dies while it grades nothing.
+    """
     from pebble import ProcessExpired, ProcessPool
 
-    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of torch
-    pool = ProcessPool(workers, initializer=_limit_memory, context=context)
+    pool = ProcessPool(
+        min(workers, len(pairs)),
+        initializer=prepare_worker,
+        initargs=(grader.require, _WORKER_BYTES),
+        # a fork would copy the threads' locks of torch
+        context=multiprocessing.get_context("spawn"),
+    )
     try:
         running = [
             pool.schedule(grade_safely, args=(grader.grade, *pair), timeout=grader.seconds)
             for pair in pairs
         ]
         for future in running:
+            while not wait([future], timeout=1).done:
+                if not pool.active:
+                    return
             try:
                 yield future.result()
             except OverTime:
                 yield Grade(correct=False, error=f"grading took more than {grader.seconds:g} s")
             except ProcessExpired as error:
                 yield Grade(correct=False, error=f"the grader's process ended: {error}")
+            except BrokenProcessPool:
+                return
     finally:
         pool.stop()
         pool.join()
@@ -85,7 +126,3 @@ def _in_processes(grader: Grader, pairs: Iterable[_Pair], workers: int) -> Itera
 
 _WAYS = {"place": _in_place, "threads": _in_threads, "processes": _in_processes}
 """How responses are graded, by `Grader.runs_in`."""
-
-
-def _limit_memory() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (_WORKER_BYTES, _WORKER_BYTES))

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_opdlm.files.folders import replacing
+
 Records = Sequence[dict[str, Any]]
 Drawing = Callable[[Any], bool]
 """A function that draws on matplotlib's axes, and returns whether there was anything to draw."""
@@ -74,12 +76,15 @@ def draw_plots(directory: Path, plots: Mapping[str, Drawing]) -> list[Path]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Writes a figure, with the same bytes each time: an SVG has neither date nor random names."""
+    """Writes a figure whole, and with the same bytes each time.
+
+    So an SVG has neither a date nor random names.
+    """
     from matplotlib import rc_context
 
     metadata = {"Date": None} if path.suffix == ".svg" else {}
-    with rc_context({"svg.hashsalt": path.stem}):
-        figure.savefig(path, metadata=metadata)
+    with rc_context({"svg.hashsalt": path.stem}), replacing(path) as partial:
+        figure.savefig(partial, format=path.suffix.removeprefix("."), metadata=metadata)
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:

@@ -44,11 +44,21 @@ def show_results(
         for answer in choose(result.answers, args.examples):
             console.print(example_text(label, answer))
     console.print(result_table(results))
-    for line in notes(results):
+    for line in (*further_figures(results), *notes(results)):
         console.print(line)
     console.print(f"responses and figures: {folder.folder}")
     if args.json is not None:
         write_results(args.json, args.model, results, tokenizer, args.examples)
+
+
+def further_figures(results: Sequence[EvalResult]) -> list[str]:
+    """Returns a line for every result whose grader has further verdicts, with their shares in %."""
+    return [
+        f"{result.task}, {label}, seed {result.seed}: "
+        + ", ".join(f"{name} {100 * share:.1f}" for name, share in result.verdicts.items())
+        for result, label in zip(results, labels(results), strict=True)
+        if result.verdicts
+    ]
 
 
 def notes(results: Sequence[EvalResult]) -> list[str]:

@@ -75,6 +75,15 @@ class EvalResult:
         return math.sqrt(self.accuracy * (1 - self.accuracy) / self.num_questions)
 
     @property
+    def verdicts(self) -> dict[str, float]:
+        """Further figures of the grader: by name, the share of true verdicts of all answers."""
+        pooled: dict[str, list[bool]] = {}
+        for answer in self.answers:
+            for name, verdicts in answer.grade.verdicts.items():
+                pooled.setdefault(name, []).extend(verdicts)
+        return {name: sum(verdicts) / len(verdicts) for name, verdicts in pooled.items()}
+
+    @property
     def num_tokens(self) -> int | None:
         """Number of tokens of all responses."""
         return _sum(answer.num_tokens for answer in self.answers)
@@ -120,6 +129,7 @@ class EvalResult:
             "seed": self.seed,
             "accuracy": self.accuracy,
             "standard_error": self.standard_error,
+            "verdicts": self.verdicts,
             "num_questions": self.num_questions,
             "tokens_per_forward": self.tokens_per_forward,
             "tokens_per_second": self.tokens_per_second,

@@ -1,6 +1,7 @@
 """Directories that appear only when they are complete, and JSON read with clear errors."""
 
 import contextlib
+import errno
 import gc
 import glob
 import json
@@ -20,6 +21,9 @@ from megatron_opdlm.files.signals import raise_if_stopped
 logger = logging.getLogger(__name__)
 
 _LFS_START = b"version https://git-lfs"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_ERRORS = (*_FULL, errno.EFBIG, errno.EIO)
+_MAKE_ROOM = "; make room, or choose another disk"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -122,14 +126,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Args:
         path: the file; its folder exists.
+
+    Raises:
+        OSError: it cannot be written, or the block raised an OSError; it names `path`.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
         yield partial
         _sync_path(partial)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        _name_output(error, partial, path)
         raise
 
 
@@ -193,9 +201,23 @@ def atomic_directory(out_dir: Path) -> Iterator[Path]:
         os.rename(partial, out_dir)  # replaces an empty directory, fails on any other
     except BaseException as error:  # also for Ctrl-C: no incomplete output stays behind
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and isinstance(error.filename, str):
-            error.filename = error.filename.replace(str(partial), str(given))
+        _name_output(error, partial, given)
         raise
+
+
+def _name_output(error: BaseException, partial: Path, out: Path) -> None:
+    """Makes an OSError name the output instead of the temporary path, or instead of nothing.
+
+    A full disk shows itself when bytes are written, and Python then names no file.
+    """
+    if not isinstance(error, OSError):
+        return
+    if isinstance(error.filename, str):
+        error.filename = error.filename.replace(str(partial), str(out))
+    elif error.filename is None and error.errno in _DISK_ERRORS:
+        error.filename = str(out)
+    if error.errno in _FULL and error.strerror and _MAKE_ROOM not in error.strerror:
+        error.strerror += _MAKE_ROOM
 
 
 def _create(partial: Path, prefix: str, out_dir: Path) -> None:

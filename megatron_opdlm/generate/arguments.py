@@ -266,8 +266,16 @@ def decoding_options(
     )
 
 
-def prompt_room(positions: int, response_limit: int, block_size: int) -> int:
+def prompt_room(
+    positions: int, response_limit: int, block_size: int, *, key: str = "max_new_tokens"
+) -> int:
     """Returns the most tokens that a prompt may have in a model of so many positions.
+
+    Args:
+        positions: number of positions of the model.
+        response_limit: most response tokens.
+        block_size: tokens per block.
+        key: the user's name of `response_limit`, for messages.
 
     Raises:
         ValueError: there is no room for a prompt.
@@ -275,7 +283,7 @@ def prompt_room(positions: int, response_limit: int, block_size: int) -> int:
     room = positions - response_limit - (block_size - 1)
     if room < 1:
         raise ValueError(
-            f"max_new_tokens={response_limit} with block_size={block_size} leaves no "
+            f"{key}={response_limit} with block_size={block_size} leaves no "
             f"room for a prompt in the model's {positions} positions; use "
             f"{max(1, positions // 2)} or less"
         )

@@ -117,6 +117,22 @@ class Decoder:
             cuda_graphs=cuda_graphs,
         )
 
+    def prompt_room(
+        self, options: DecodingOptions, response_limit: int, *, key: str = "max_new_tokens"
+    ) -> int:
+        """Returns the length of the longest prompt that leaves room for a response.
+
+        Args:
+            options: decoding options.
+            response_limit: most response tokens.
+            key: the user's name of `response_limit`, for messages.
+
+        Raises:
+            ValueError: the response alone is too long for the model's positions.
+        """
+        positions = self.student.model.max_sequence_length
+        return prompt_room(positions, response_limit, options.block_size, key=key)
+
     def tokenize(
         self,
         prompts: Sequence[Prompt],
@@ -132,8 +148,7 @@ class Decoder:
         Raises:
             ValueError: no prompt leaves room, or the response alone is too long.
         """
-        positions = self.student.model.max_sequence_length
-        room = prompt_room(positions, response_limit, options.block_size)
+        room = self.prompt_room(options, response_limit)
         return tokenize_prompts(
             prompts,
             self.student.tokenizer,

@@ -6,6 +6,7 @@ import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedIOBase
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -126,7 +127,7 @@ def read_entries(path: str | Path) -> list[Entry]:
     return entries
 
 
-def parse_entries(file: IO[bytes], path: Path) -> Iterator[Entry]:
+def parse_entries(file: IO[bytes] | BufferedIOBase, path: Path) -> Iterator[Entry]:
     """Yields the entries of an open file, JSONL or one JSON list, in file order.
 
     JSONL is read line by line, so a file may be larger than the memory.

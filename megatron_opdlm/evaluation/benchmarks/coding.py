@@ -249,7 +249,9 @@ def _value(entry: Entry, key: str, text: str) -> Any:
 
 
 def _pair(entry: Entry, key: str, test: Any) -> tuple[str, str]:
-    pair = (test.get("input"), test.get("output")) if isinstance(test, Mapping) else (None, None)
+    pair: Any = (None, None)
+    if isinstance(test, Mapping):
+        pair = (test.get("input"), test.get("output"))
     if not all(isinstance(item, str) for item in pair):
         rule = "must hold tests with input and output, which are texts"
         raise entry.refusal(key, rule, "get the file anew")

@@ -42,11 +42,11 @@ def pickled_text(pickled: bytes) -> str:
     Raises:
         ValueError: the pickle holds anything else, or is damaged.
     """
-    texts = []
+    texts: list[str] = []
     try:
         for operation, argument, _ in pickletools.genops(pickled):
             if operation.name in _TEXT:
-                texts.append(argument)
+                texts.append(str(argument))
             elif operation.name not in _HARMLESS:
                 raise ValueError(f"the pickle holds {operation.name}; only a text is allowed")
     except (ValueError, EOFError, UnicodeError, OverflowError) as error:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_opdlm.responses.entries import (
     Entry,
@@ -31,6 +31,7 @@ from megatron_opdlm.responses.entries import (
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _GZIP_MAGIC = b"\x1f\x8b"
+_Bytes = io.BufferedIOBase
 
 
 def find_files(path: Path, patterns: Sequence[str]) -> list[Path]:
@@ -101,7 +102,7 @@ def _known_suffixes() -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
+def _opened(path: Path) -> Iterator[_Bytes]:
     """Opens a text file, compressed or not, and refuses a damaged one with one line."""
     with path.open("rb") as raw:
         is_gzip = raw.read(2) == _GZIP_MAGIC
@@ -115,7 +116,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         raise ValueError(f"{path}: damaged gzip file ({error}); get it anew") from None
 
 
-def _read_json(file: IO[bytes], path: Path, split: str) -> Iterator[Entry]:
+def _read_json(file: _Bytes, path: Path, split: str) -> Iterator[Entry]:
     """Reads a list, an object that holds one, or JSON Lines under the name .json."""
     data = file.read()
     first, _, rest = data.strip().partition(b"\n")
@@ -149,7 +150,7 @@ def _is_json(text: bytes) -> bool:
 
 
 def _read_table(
-    file: IO[bytes],
+    file: _Bytes,
     path: Path,
     keys: Sequence[Sequence[str]],
     headless: Sequence[str],
@@ -173,7 +174,7 @@ def _read_table(
         yield Entry(f"{path}:{line}", number, dict(zip(columns, row, strict=True)), path)
 
 
-def _lines(file: IO[bytes], path: Path) -> Iterator[str]:
+def _lines(file: _Bytes, path: Path) -> Iterator[str]:
     for number, line in enumerate(file, 1):
         yield decode_text(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, path, number)
 

@@ -3,14 +3,19 @@
 import difflib
 
 from megatron_opdlm.checks import require
+from megatron_opdlm.evaluation.graders.choice import CHOICE
 from megatron_opdlm.evaluation.graders.code import CODE
+from megatron_opdlm.evaluation.graders.contains import CONTAINS
 from megatron_opdlm.evaluation.graders.exact import EXACT
 from megatron_opdlm.evaluation.graders.grader import Grader
 from megatron_opdlm.evaluation.graders.grid import GRID
+from megatron_opdlm.evaluation.graders.gsm8k import GSM8K
+from megatron_opdlm.evaluation.graders.ifeval import IFEVAL
 from megatron_opdlm.evaluation.graders.livebench import LIVEBENCH
+from megatron_opdlm.evaluation.graders.math import MATH
 from megatron_opdlm.evaluation.graders.number import NUMBER
 
-_ALL = (NUMBER, EXACT, CODE, GRID, LIVEBENCH)
+_ALL = (NUMBER, MATH, CHOICE, EXACT, CONTAINS, CODE, GRID, LIVEBENCH, GSM8K, IFEVAL)
 GRADERS: dict[str, Grader] = {grader.name: grader for grader in _ALL}
 DEFAULT_GRADER = NUMBER
 

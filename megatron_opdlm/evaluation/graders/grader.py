@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+import ctypes
+import resource
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_opdlm.responses.entries import Entry
+
+_PR_SET_PDEATHSIG = 1  # Linux, include/uapi/linux/prctl.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +26,14 @@ class Grade:
     error: str | None = None
     """Why the response could not be graded, such as a time limit of the grader. Such responses
     count as wrong, and reports count them apart."""
+    verdicts: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
+    """Further verdicts by the name of a figure, such as one on every instruction of a prompt.
+    Reports show the share of true ones among those of all responses."""
+
+
+def _has_no_verdicts(reference: Any) -> Mapping[str, int]:
+    """The verdicts of a grader that says only whether a response is correct."""
+    return {}
 
 
 def _needs_nothing() -> None:
@@ -48,7 +62,11 @@ class Grader:
     "processes" it is a function of a module, because processes find it by name."""
     require: Callable[[], None] = _needs_nothing
     """Function that raises, with a fix, if this machine lacks what the grader needs. It is called
-    before a model is loaded."""
+    before a model is loaded, and in every worker process before the first response: a library that
+    it imports does not count in `seconds`."""
+    count_verdicts: Callable[[Any], Mapping[str, int]] = _has_no_verdicts
+    """Function from the reference to the number of verdicts of each name. A response that cannot be
+    graded has as many, all false."""
     runs_in: Literal["place", "processes", "threads"] = "place"
     """Where responses are graded. "place": one after the other, in the calling thread. "processes":
     side by side in worker processes; one that takes longer than `seconds` is stopped. "threads":
@@ -65,5 +83,19 @@ def grade_safely(grade: Callable[[str, Any], Grade], text: str, reference: Any) 
     """
     try:
         return grade(text, reference)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Grade(correct=False, error=f"{type(error).__name__}: {error}"[:200])
+
+
+def prepare_worker(require: Callable[[], None], most_bytes: int) -> None:
+    """Bounds memory and life of a worker process, and imports what its grader needs.
+
+    It stands here for the same reason.
+    """
+    # A killed evaluation leaves no worker behind that simplifies an expression for ever.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = most_bytes if most == resource.RLIM_INFINITY else min(most_bytes, most)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    with contextlib.suppress(Exception):  # the grades will say it
+        require()

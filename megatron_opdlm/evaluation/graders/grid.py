@@ -113,7 +113,8 @@ def _read(entry: Entry) -> Grid:
     fix = 'write e.g. "answer": {"header": ["House", "Name"], "rows": [["1", "Mia"]]}'
     if not isinstance(answer, Mapping):
         raise entry.refusal("answer", "must be an object with header and rows", fix)
-    header, rows = answer.get("header"), answer.get("rows")
+    header: Any = answer.get("header")
+    rows: Any = answer.get("rows")
     if not _is_texts(header) or len(header) < 2 or not isinstance(rows, list) or not rows:
         raise entry.refusal("answer", "must have a header of 2 columns or more, and rows", fix)
     if not all(_is_texts(row) and len(row) == len(header) for row in rows):
@@ -127,8 +128,8 @@ def _is_texts(value: Any) -> bool:
 
 GRID = Grader(
     name="grid",
-    reads='`answer`, an object with `header`, ["House", names of columns ...], and `rows`, lists '
-    "of cells",
+    reads='a grid in `answer`, an object with `header`, ["House", names of columns ...], and '
+    "`rows`, lists of cells",
     accepts="its last JSON object has all cells of all houses right; case and white space do not "
     "count",
     read=_read,

@@ -92,7 +92,7 @@ def _lies(response: str, truth: str) -> _Found:
     places = [_tag(response), " ".join(_BOLD.findall(response)), _box(response), response]
     for place in places:
         words = _TRUTH_WORD.findall((place or "").lower())
-        if len(words) >= len(wanted):
+        if wanted and len(words) >= len(wanted):
             said = words[-len(wanted) :]
             return _Found(", ".join(said), said == wanted)
     return _Found(None, False)
@@ -191,16 +191,18 @@ def _read(entry: Entry) -> LiveBenchAnswer:
     answer: Any = entry.written("answer")
     if answer is None or not answer.strip():
         raise entry.refusal("answer", "must be text, and not empty", 'write e.g. "answer": "B"')
-    task = entry.values.get("task")
-    if task not in RULES:
+    task: Any = entry.values.get("task")
+    if not isinstance(task, str) or task not in RULES:
         rule = f"must be one of {', '.join(RULES)}"
         raise entry.refusal("task", rule, "choose another grader for other tasks")
+    if task == "web_of_lies_v2" and not _TRUTH_WORD.search(answer.lower()):
+        raise entry.refusal("answer", "must be words such as yes, no, yes", "get the file anew")
     return LiveBenchAnswer(task=task, truth=answer)
 
 
 LIVEBENCH = Grader(
     name="livebench",
-    reads=f"`answer`, a text, and `task`, one of {', '.join(RULES)}",
+    reads=f"`task`, one of {', '.join(RULES)}, and `answer`, a text",
     accepts="LiveBench's rule for the task gives it more than half a point",
     read=_read,
     grade=grade_livebench,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from megatron_opdlm.evaluation.sweep.cell import Cell
 from megatron_opdlm.evaluation.sweep.comparisons import (
     DECODING,
     LEVEL,
@@ -133,7 +134,7 @@ def _text(group: Group | None) -> str:
     return "-" if group is None else group.accuracy_text()
 
 
-def _delta(pair: Pair | None, deltas: dict[tuple[str, object, object], Comparison]) -> str:
+def _delta(pair: Pair | None, deltas: dict[tuple[str, Cell, Cell], Comparison]) -> str:
     if pair is None:
         return "-"
     kind, reference, group = pair

@@ -5,7 +5,7 @@ A figure has the finished groups of one task. What is missing is left out, never
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,47 +42,42 @@ def figures_of(groups: Sequence[Group], costs: Mapping[str, TrainingCost]) -> It
             yield _pareto_figure(task, points[task])
 
 
-def write_figures(folder: Path, figures: Sequence[Figure]) -> list[Figure]:
+def write_figures(folder: Path, figures: Sequence[Figure]) -> None:
     """Draws figures.
 
     Args:
         folder: folder of the files.
         figures: what to draw.
 
-    Returns:
-        Those that have something to show; the others have no files.
-
     Raises:
         ImportError: matplotlib is not installed.
     """
-    plots = {f"{figure.name}.{kind}": figure.draw for figure in figures for kind in KINDS}
-    written = {path.stem for path in draw_plots(folder, plots)}
-    return [figure for figure in figures if figure.name in written]
+    draw_plots(folder, {f"{each.name}.{kind}": each.draw for each in figures for kind in KINDS})
 
 
 def _speed_figures(task: str, groups: Sequence[Group]) -> Iterator[Figure]:
     students = [g for g in groups if g.is_complete and g.cell.options is not None]
     teachers = [g for g in groups if g.is_complete and g.cell.options is None]
     stem = file_stem(task)
-    by_block = _lines(students, _block_line, _threshold)
-    yield Figure(
-        f"by_block_size_{stem}",
-        f"{task}: accuracy against tokens per forward, one line per block size; the numbers at the "
-        "points are confidence thresholds, 1 is static decoding (Figures 3a and 5).",
-        lambda axes: _speed(axes, task, by_block, teachers),
-    )
-    by_threshold = _lines(students, _threshold_line, _block_size)
-    yield Figure(
-        f"by_threshold_{stem}",
-        f"{task}: accuracy against tokens per forward, one line per threshold; the numbers at the "
-        "points are block sizes (Figures 3b and 4).",
-        lambda axes: _speed(axes, task, by_threshold, teachers),
-    )
-    yield Figure(
-        f"accuracy_by_threshold_{stem}",
-        f"{task}: accuracy at each confidence threshold; 1 is static decoding.",
-        lambda axes: _by_threshold(axes, task, by_block, teachers),
-    )
+    if by_block := _lines(students, _block_line, _threshold):
+        yield Figure(
+            f"by_block_size_{stem}",
+            f"{task}: accuracy against tokens per forward, one line per block size; the numbers at "
+            "the points are confidence thresholds, 1 is static decoding (Figures 3a and 5).",
+            lambda axes: _speed(axes, task, by_block, teachers),
+        )
+        yield Figure(
+            f"accuracy_by_threshold_{stem}",
+            f"{task}: accuracy at each confidence threshold; 1 is static decoding.",
+            lambda axes: _by_threshold(axes, task, by_block, teachers),
+        )
+    if by_threshold := _lines(students, _threshold_line, _block_size):
+        yield Figure(
+            f"by_threshold_{stem}",
+            f"{task}: accuracy against tokens per forward, one line per threshold; the numbers at "
+            "the points are block sizes (Figures 3b and 4).",
+            lambda axes: _speed(axes, task, by_threshold, teachers),
+        )
 
 
 _Lines = dict[str, list[tuple[float, Group]]]
@@ -104,7 +99,7 @@ def _lines(
     return {label: points for label, points in several.items() if len(points) > 1}
 
 
-def _first(point: tuple[float, Group]) -> Hashable:
+def _first(point: tuple[float, Group]) -> float:
     return point[0]
 
 
@@ -134,35 +129,27 @@ def _threshold_line(group: Group) -> str | None:
 
 
 def _speed(axes: Any, task: str, lines: _Lines, teachers: Sequence[Group]) -> bool:
-    drawn = False
     for number, (label, points) in enumerate(lines.items()):
-        known = [(at, g) for at, g in points if g.mean("tokens_per_forward") is not None]
-        if not known:
-            continue
-        groups = [group for _, group in known]
-        speeds = [group.mean("tokens_per_forward") for group in groups]
-        _errorbar(axes, speeds, groups, number, label)
-        for (at, group), speed in zip(known, speeds, strict=True):
+        speeds = [group.mean("tokens_per_forward") for _, group in points]
+        _errorbar(axes, speeds, [group for _, group in points], number, label)
+        for (at, group), speed in zip(points, speeds, strict=True):
             axes.annotate(
-                f"{at:g}", (speed, 100 * group.accuracy), xytext=(4, 4), textcoords="offset points",
-                fontsize=7, color=_color(number),
+                f"{at:g}", (speed, 100 * group.accuracy), xytext=(4, 4),
+                textcoords="offset points", fontsize=7, color=_color(number),
             )  # fmt: skip
-        drawn = True
-    if drawn:
-        _teacher_lines(axes, teachers)
-        label_axes(axes, _shown(task), "response tokens per forward", "correct answers, %")
-        axes.legend(frameon=False, fontsize=8)
-    return drawn
+    _teacher_lines(axes, teachers)
+    label_axes(axes, _shown(task), "response tokens per forward", "correct answers, %")
+    axes.legend(frameon=False, fontsize=8)
+    return True
 
 
 def _by_threshold(axes: Any, task: str, lines: _Lines, teachers: Sequence[Group]) -> bool:
     for number, (label, points) in enumerate(lines.items()):
         _errorbar(axes, [at for at, _ in points], [group for _, group in points], number, label)
-    if lines:
-        _teacher_lines(axes, teachers)
-        label_axes(axes, _shown(task), "confidence threshold (1: static)", "correct answers, %")
-        axes.legend(frameon=False, fontsize=8)
-    return bool(lines)
+    _teacher_lines(axes, teachers)
+    label_axes(axes, _shown(task), "confidence threshold (1: static)", "correct answers, %")
+    axes.legend(frameon=False, fontsize=8)
+    return True
 
 
 def _pareto_figure(task: str, points: Sequence[Point]) -> Figure:

@@ -117,7 +117,7 @@ class SweepFolder:
             result: its responses and figures.
             asked: the task as `task_arguments.to_json` returns it.
         """
-        about = {"cell": cell.to_json(), "model": cell.model.path} | asked
+        about = {"cell": cell.to_json(), "model": cell.model.path, **asked}
         with atomic_directory(self._place(cell)) as partial:
             EvaluationFolder(partial, about=about, table=False).add(result)
 

@@ -110,7 +110,11 @@ main { max-width: 76rem; }
 h3 { font-size: 1rem; margin: 2rem 0 .25rem; } h4 { font-size: .85rem; margin: 0 0 .5rem; }
 nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; padding: 0; list-style: none; }
 a { color: var(--link); }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; background: linear-gradient(to right, var(--page) 1.5rem, transparent)
+    local 0 0 / 3rem 100%, linear-gradient(to left, var(--page) 1.5rem, transparent) local 100% 0 /
+    3rem 100%, linear-gradient(to right, var(--line), transparent) 0 0 / 1rem 100%,
+    linear-gradient(to left, var(--line), transparent) 100% 0 / 1rem 100%;
+  background-repeat: no-repeat; }
 .scroll table { width: auto; min-width: 60%; }
 .scroll th, .scroll td { white-space: nowrap; }
 .left-2 :is(th, td):nth-child(-n+2), .left-3 :is(th, td):nth-child(-n+3) { text-align: left; }
@@ -126,6 +130,11 @@ figure { margin: 0; } figcaption { color: var(--soft); font-size: .85rem; }
 .verdict { font-weight: 600; margin: .75rem 0 0; }
 .correct { color: var(--good); } .wrong { color: var(--bad); }
 :root { --link: #1d4ed8; color-scheme: light dark; }
+@media (max-width: 40rem) {
+  main { padding: 1rem .75rem 3rem; }
+  .scroll th, .scroll td { padding: .35rem .4rem; font-size: .85rem; }
+  .scroll th, .scroll td:nth-child(-n+3) { white-space: normal; }
+}
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e5e7eb; --soft: #9ca3af; --line: #374151; --page: #111827; --card: #1f2937;
     --good: #4ade80; --bad: #f87171; --link: #93c5fd; }

@@ -104,7 +104,8 @@ class ReportFolder:
             write_json(partial / RESULTS, _figures_as_json(groups, found))
             _write_tables(partial / TABLES, [*tables, speed_table(groups)])
             (partial / FIGURES).mkdir()
-            figures = write_figures(partial / FIGURES, list(figures_of(groups, plan.costs)))
+            figures = list(figures_of(groups, plan.costs))
+            write_figures(partial / FIGURES, figures)
             page = Page(
                 title=TITLE,
                 facts=_facts(groups, found, figures),

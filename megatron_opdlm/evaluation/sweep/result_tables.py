@@ -44,12 +44,11 @@ def benchmark_table(groups: Sequence[Group], costs: Mapping[str, TrainingCost]) 
     for task in dict.fromkeys(group.cell.task for group in groups):
         row = [by_place.get((task, column)) for column in columns]
         rows.append([task, *("-" if group is None else group.accuracy_text() for group in row)])
+    lines = [["", *(f"{model}, {label}" for model, label in columns)], *rows]
+    if len(columns) > len(rows):  # what is more goes down
+        lines = [list(line) for line in zip(*lines, strict=True)]
     return Table(
-        name="benchmarks",
-        title="Benchmarks",
-        note=ERRORS,
-        header=("", *(f"{model}, {label}" for model, label in columns)),
-        rows=rows,
+        name="benchmarks", title="Benchmarks", note=ERRORS, header=lines[0], rows=lines[1:]
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
@@ -28,6 +29,7 @@ from megatron_opdlm.evaluation.task import Task
 from megatron_opdlm.evaluation.teacher import evaluate_teacher, load_reference
 from megatron_opdlm.generate.arguments import MAX_ROWS, open_decoder
 
+_REFRESH_SECONDS = 1.0
 _T = TypeVar("_T")
 Compute = Callable[[Cell, Task, Callable[[int], None]], EvalResult]
 """A function of a loaded model: it answers a task as a cell says, and calls back with the number of
@@ -142,8 +144,13 @@ def _show(bar: tqdm, cell: Cell) -> Callable[[int], None]:
     """Makes the bar say what runs now, and how many of its questions are done."""
     bar.set_description_str(f"{cell.model.label}, {cell.task}, {cell.setting}, seed {cell.seed}")
 
+    shown_at = 0.0
+
     def show(done: int) -> None:
-        bar.set_postfix_str(f"{done}/{cell.num_questions} questions")
+        nonlocal shown_at
+        if done == cell.num_questions or time.monotonic() - shown_at > _REFRESH_SECONDS:
+            shown_at = time.monotonic()
+            bar.set_postfix_str(f"{done}/{cell.num_questions} questions")
 
     show(0)
     return show
@@ -174,11 +181,13 @@ def _teacher(args: argparse.Namespace, path: str) -> Compute:
     _join(args)
 
     def compute(cell: Cell, task: Task, on_progress: Callable[[int], None]) -> EvalResult:
-        return evaluate_teacher(
+        result = evaluate_teacher(
             reference,
             task,
             response_limit=cell.response_limit,
             enable_thinking=cell.enable_thinking,
         )
+        on_progress(cell.num_questions)
+        return result
 
     return compute

@@ -31,12 +31,11 @@ def choose_samples(folder: SweepFolder, groups: Sequence[Group], count: int) -> 
 
     Args:
         folder: folder of the sweep.
-        groups: groups of the sweep; the first seed of the first ones is shown.
+        groups: groups of the sweep; the first seed of some of them is shown.
         count: questions per task.
     """
     for task in dict.fromkeys(group.cell.task for group in groups):
-        shown = [group for group in groups if group.cell.task == task and group.results]
-        shown = shown[:MOST_CELLS]
+        shown = _spread([g for g in groups if g.cell.task == task and g.results])
         if not shown or count < 1:
             continue
         questions = folder.questions(shown[0].cell)
@@ -50,6 +49,13 @@ def choose_samples(folder: SweepFolder, groups: Sequence[Group], count: int) -> 
                 reference=questions[name]["reference"],
                 responses=[(who, said[name]) for who, said in zip(names, lines, strict=True)],
             )
+
+
+def _spread(groups: Sequence[Group]) -> list[Group]:
+    """Returns at most MOST_CELLS groups: the first, the last, and others between them."""
+    if len(groups) <= MOST_CELLS:
+        return list(groups)
+    return [groups[i * (len(groups) - 1) // (MOST_CELLS - 1)] for i in range(MOST_CELLS)]
 
 
 def _choose(groups: Sequence[Group], ids: Sequence[str], count: int) -> list[str]:

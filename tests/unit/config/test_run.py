@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_opdlm.config.annotations import PATH
 from megatron_opdlm.config.learning import DistillConfig, TrainConfig
 from megatron_opdlm.config.methods import METHODS
 from megatron_opdlm.config.run import PRESETS, Config, load_config
@@ -453,3 +454,28 @@ def test_the_example_configurations_load(size):
     assert config.optimizer.lr_warmup_steps == 5 * config.optimizer_steps_per_rollout
     tp_size = config.parallel.tensor_model_parallel_size
     assert config.parallel.sequence_parallel == (tp_size > 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["${a}", r"\${a}", r"\\${a}", "a${b}c${d}", "${", "$", "a\\", "???", "1e5", "null?", "yes",
+     "${oc.env:HOME}", "$${a}", "a: b # c", "'q'", "x\n", "1:30", ".inf", "é ${ü}"],
+)  # fmt: skip
+def test_every_text_survives_saving(tmp_path, text):
+    """`${` names another key in a file that a person writes; in a path it is a path."""
+    names = [
+        name for name, key in collect_keys(Config).items()
+        if PATH in key.marks or (key.annotation in (str, str | None) and not key.marks)
+    ]  # fmt: skip
+    given = {name: text for name in names if name not in ("eval_data", "teacher_responses")}
+    assert {"student", "save", "mask_token", "import_cache"} <= given.keys()
+    config = load_config(None, [*REQUIRED, *(f"{name}={text}" for name in given)])
+    config.save_yaml(tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert config.model.student == config.train.save == text
+
+
+@pytest.mark.parametrize("override", [" seed=1", "=", "=1", "seed =1", "", " "])
+def test_an_override_without_a_key_is_no_key_value(override):
+    with pytest.raises(ValueError, match="override .* is not key=value; write e.g. lr=1e-5"):
+        load_config(None, [*REQUIRED, override])

@@ -14,13 +14,17 @@ from megatron_opdlm.evaluation.cli import add_eval_parser, run_eval
 from megatron_opdlm.evaluation.graders import DEFAULT_GRADER, GRADERS, find_grader
 from megatron_opdlm.evaluation.graders.grader import Grader, grade_safely
 from megatron_opdlm.evaluation.task import load_task
+from tests.ifeval import missing_checkers
 from tests.unit.evaluation.execution.sandboxes import problem
 
 DOCS = Path(__file__).parents[3] / "docs" / "evaluation.md"
 EXAMPLES = {
     # grader: entry, a correct response, a wrong one
     "number": ({"answer": 1e-5}, "The answer is 0.00001", "The answer is 0.0001"),
+    "math": ({"answer": r"\frac{3}{4}"}, r"So \boxed{0.75}", r"So \boxed{\frac{3}{5}}"),
+    "choice": ({"answer": "c"}, '{"answer": "C"}', '{"answer": "C, D"}'),
     "exact": ({"answer": "a b"}, " a\nb", "a b c"),
+    "contains": ({"answer": ["Rome", "Roma"]}, "In ROMA.", "In Romania."),
     "grid": (
         {"answer": {"header": ["House", "Pet"], "rows": [["1", "cat"], ["2", "dog"]]}},
         '{"solution": {"House 1": {"Pet": "cat"}, "House 2": {"Pet": "dog"}}}',
@@ -32,7 +36,15 @@ EXAMPLES = {
         "```python\ndef double(x):\n    return x * 2\n```",
         "```python\ndef double(x):\n    return x + 1\n```",
     ),
+    "gsm8k": ({"answer": "1,200"}, "It is $1200.00.", "It is $1200.01."),
+    "ifeval": (
+        {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+        "The sea; the land.",
+        "The sea, the land.",
+    ),
 }
+MISSING = {"ifeval": missing_checkers(), "code": problem()}
+"""Why a grader cannot run on this machine; None if it can."""
 
 all_graders = pytest.mark.parametrize("grader", GRADERS.values(), ids=list(GRADERS))
 _OF_ANSWERS = [grader for grader in GRADERS.values() if grader.reads.startswith("`answer`")]
@@ -52,12 +64,12 @@ def write(path, **values):
 
 def test_every_file_is_listed_under_its_name():
     files = {module.name for module in pkgutil.iter_modules(graders.__path__)} - {"grader"}
-    found = [
+    found = {  # one grader may be made of another, which its file imports
         value
-        for name in sorted(files)
+        for name in files
         for value in vars(importlib.import_module(f"{graders.__name__}.{name}")).values()
         if isinstance(value, Grader)
-    ]
+    }
     assert sorted(grader.name for grader in found) == sorted(GRADERS)
     assert all(GRADERS[grader.name] is grader for grader in found)
 
@@ -74,8 +86,8 @@ def test_a_grader_without_an_implementation_is_no_grader(missing):
 
 @all_graders
 def test_graders_grade_what_their_files_say(grader, tmp_path):
-    if grader.name == "code" and problem() is not None:
-        pytest.skip(problem())
+    if (reason := MISSING.get(grader.name)) is not None:
+        pytest.skip(reason)
     entry, good, bad = EXAMPLES[grader.name]
     task = load_task("t", write(tmp_path / "q.jsonl", **entry), grader=grader)
     (question,) = task.questions
@@ -127,13 +139,39 @@ def test_a_number_is_needed_where_numbers_are_graded(answer, tmp_path):
 @pytest.mark.parametrize(
     "text", ["0.00001", "1e-5", "1E5", "-0.0", "12345678901234567890", "1e400"]
 )
-@pytest.mark.parametrize("grader", [GRADERS["number"], GRADERS["exact"]], ids=lambda g: g.name)
-def test_a_number_in_json_is_graded_as_it_is_written(grader, text, tmp_path):
+@pytest.mark.parametrize("name", ["number", "math", "exact", "contains"])
+def test_a_number_in_json_is_graded_as_it_is_written(name, text, tmp_path):
+    grader = GRADERS[name]
     path = tmp_path / "q.jsonl"
     path.write_text(f'{{"prompt": "a", "answer": {text}}}\n')
     task = load_task("t", str(path), grader=grader)
     assert task.questions[0].reference == text
     assert grader.grade(text, text).correct
+
+
+@pytest.mark.parametrize("answer", ["CD", "1", "C.", "\u0416", 3])
+def test_a_letter_is_needed_where_choices_are_graded(answer, tmp_path):
+    path = write(tmp_path / "q.jsonl", answer=answer)
+    with pytest.raises(ValueError) as refused:
+        load_task("t", path, grader=GRADERS["choice"])
+    line = f'{path}:1: answer={json.dumps(answer)} must be one letter; write e.g. "answer": "C"'
+    assert str(refused.value) == line
+
+
+@pytest.mark.parametrize("answer", ["{", r"\frac{1}{2", "x" * 1001, "$ $", "}{}"])
+def test_latex_is_needed_where_mathematics_is_graded(answer, tmp_path):
+    path = write(tmp_path / "q.jsonl", answer=answer)
+    with pytest.raises(ValueError, match=rf"{path}:1: answer=.* must be .*LaTeX.*; write e.g. "):
+        load_task("t", path, grader=GRADERS["math"])
+    write(tmp_path / "q.jsonl", answer=r"\{1, 2\}")  # control
+    load_task("t", path, grader=GRADERS["math"])
+
+
+@pytest.mark.parametrize("answer", [[], [""], ["a", " "], ["a", 1], {"a": 1}])
+def test_texts_are_needed_where_they_are_looked_for(answer, tmp_path):
+    path = write(tmp_path / "q.jsonl", answer=answer)
+    with pytest.raises(ValueError, match=rf"{path}:1: answer=.* must be "):
+        load_task("t", path, grader=GRADERS["contains"])
 
 
 @pytest.mark.parametrize("task", ["t:=f", ":number=f", "t:number", "t:number="])

@@ -160,8 +160,7 @@ def test_plain_settings_have_short_labels():
         ({"temperature": 1.0, "top_p": 0.9}, "static, T=0, top-p 1", "static, T=1, top-p 0.9"),
         ({"temperature": 1.0, "top_k": 5}, "static, T=0, all tokens", "static, T=1, top-k 5"),
         ({"denoising_steps": 2}, "static, 4 steps", "static, 2 steps"),
-        ({"block_size": 8, "denoising_steps": 8}, "static, block 4, 4 steps",
-         "static, block 8, 8 steps"),
+        ({"block_size": 8, "denoising_steps": 8}, "static, block 4", "static, block 8"),
         ({"limit": 32}, "static, 64 tokens", "static, 32 tokens"),
         ({"thinking": True}, "static, no thinking", "static, thinking"),
         ({"rule": LowConfidenceDynamic(confidence_threshold=0.8)}, "static", "dynamic(0.8)"),
@@ -214,3 +213,21 @@ def test_bad_questions_name_file_line_and_fix(tmp_path, line, count, rule):
     path.write_text(line + "\n")
     with pytest.raises(ValueError, match=rule):
         load_task("t", str(path), count)
+
+
+def test_a_plot_that_could_not_be_written_stays_as_it_was(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    from megatron_opdlm.evaluation.plots import draw_plots
+
+    (path,) = draw_plots(tmp_path, {"a.png": lambda axes: True})
+    before = path.read_bytes()
+    assert before.startswith(b"\x89PNG")
+
+    def fill_the_disk(self, target, **options):
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure, "savefig", fill_the_disk)
+    with pytest.raises(OSError, match="make room, or choose another disk: .*a.png"):
+        draw_plots(tmp_path, {"a.png": lambda axes: True})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

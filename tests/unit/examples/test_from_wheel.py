@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,24 @@ def damaged(tmp_path: Path, damage: str) -> Path:
         write_wheel(path, CONTENT[::-1])
     elif damage == "shorter":
         write_wheel(path, CONTENT[:-7])
+    elif damage == "larger":
+        write_wheel(path, CONTENT + b"\0")
+    elif damage in ("encrypted", "method"):
+        at = content.rindex(b"PK\1\2")  # the member is the last one of the list
+        content[at + 8 : at + 9] = b"\1" if damage == "encrypted" else content[at + 8 : at + 9]
+        content[at + 10 : at + 12] = b"\x63\0" if damage == "method" else content[at + 10 : at + 12]
+        path.write_bytes(content)
+    elif damage in ("lzma", "bzip2"):
+        kind = {"lzma": zipfile.ZIP_LZMA, "bzip2": zipfile.ZIP_BZIP2}[damage]
+        with zipfile.ZipFile(path, "w", kind) as archive:
+            archive.writestr(MEMBER, CONTENT)
+        content = bytearray(path.read_bytes())
+        middle = len(content) // 2
+        content[middle : middle + 40] = bytes(40)
+        path.write_bytes(content)
+    elif damage == "a folder":
+        path.unlink()
+        path.mkdir()
     elif damage == "missing":
         path.unlink()
     elif damage.startswith("gguf"):
@@ -173,6 +192,12 @@ def damaged(tmp_path: Path, damage: str) -> Path:
         ("no member", f"has no {MEMBER}"),
         ("another", "holds another GGUF: sha256"),
         ("shorter", "is cut off: 2,303,993 of 2,304,000 bytes"),
+        ("larger", "holds another GGUF: over 2,304,000 bytes"),
+        ("encrypted", "cannot be read: File"),
+        ("method", "cannot be read: That compression method is not supported"),
+        ("lzma", "is cut off or no wheel"),
+        ("bzip2", "is cut off or no wheel"),
+        ("a folder", "is not a file; name a file"),
         ("missing", "does not exist; check the path"),
         ("gguf cut off", "is cut off: 2,303,993 of 2,304,000 bytes"),
         ("gguf another", "holds another GGUF"),
@@ -184,6 +209,21 @@ def test_a_wrong_source_is_one_line_and_leaves_nothing(tmp_path, damage, words):
     outcome = attempt(source, out)
     assert outcome.status == 2 and words in outcome.error and str(source) in outcome.error
     assert listing(out.parent) == []
+
+
+def test_a_member_that_never_ends_is_not_read_to_its_end():
+    """A small wheel can hold a member that fills any disk."""
+    read = []
+
+    def endless():
+        while True:
+            read.append(1)
+            yield CONTENT
+
+    taken = module("gguf_file").require_content(known(CONTENT), "it", endless())
+    with pytest.raises(ValueError, match="over 2,304,000 bytes"):
+        list(taken)
+    assert len(read) == 2
 
 
 def test_pip_says_what_is_wrong():

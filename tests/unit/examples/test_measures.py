@@ -188,7 +188,8 @@ def states_of(kl):
 
 def values(tokens, results, kl=None):
     found = {
-        "teacher": "t", "student": "s", "parameters": 1000, "response_tokens": tokens,
+        "teacher": "t", "student": "s", "teacher_weights": "ab", "parameters": 1000,
+        "response_tokens": tokens,
         "optimizer_steps": tokens // 10, "block_size": 2,
         "prediction": "same_position", "max_new_tokens": 48, "seed": 3,
         "device": "CPU", "threads": 2, "dtype": "float32", "prompts": ["first?", EVIL],
@@ -309,10 +310,10 @@ def test_a_missing_measurement_is_one_line(out, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said == f"error: {out / 'before.json'}: file not found\n"
     assert not (out / "report").exists()
-    (out / "before.json").write_text((out / "after.json").read_text())
-    assert status_of(report.main) == 0  # control
     only = json.loads((out / "after.json").read_text())
+    (out / "before.json").write_text(json.dumps(only | {"response_tokens": 0}))
+    assert status_of(report.main) == 0  # control
     only["results"] = [r for r in only["results"] if r["writer"] == "student"]
-    for name in ("before", "after"):
-        (out / f"{name}.json").write_text(json.dumps(only))
+    for name, tokens in (("before", 0), ("after", 500)):
+        (out / f"{name}.json").write_text(json.dumps(only | {"response_tokens": tokens}))
     assert status_of(report.main) == 2 and "the teacher was not measured" in capsys.readouterr().err

@@ -42,7 +42,13 @@ def damage(folder, kind):
     elif kind == "no list":
         listed.unlink()
     elif kind == "empty list":
+        listed.write_text('{"parts": []}')
+    elif kind == "nothing":
         listed.write_text("{}")
+    elif kind.startswith("edited"):
+        key, text = kind.split()[1].split("=")
+        values["parts"][1][key] = json.loads(text)
+        listed.write_text(json.dumps(values))
     elif kind == "no part":
         listed.write_text(json.dumps(values | {"parts": [1]}))
     elif kind == "one less":
@@ -59,7 +65,12 @@ def damage(folder, kind):
         ("altered", "part-01 has another sha256 than parts.json says"),
         ("no list", "parts.json: file not found"),
         ("empty list", "lists no parts"),
-        ("no part", "is no list of parts"),
+        ("nothing", "parts.json: parts is missing; split the file anew"),
+        ("no part", r"parts\[0\]=1 must be an object"),
+        ("edited size=10000.0", r"parts\[1\].size=10000.0 must be a whole number"),
+        ('edited size="10000"', r'parts\[1\].size="10000" must be a whole number'),
+        ("edited sha256=5", r"parts\[1\].sha256=5 must be a sha256"),
+        ("edited name=null", r"parts\[1\].name=null must be a text"),
         ("one less", "is cut off: 20,000 of 25,600 bytes"),
         ("other order", "holds another GGUF"),
     ],

@@ -1,7 +1,10 @@
 """Reading JSON leaves the garbage collector as it was; errors of an output name that output."""
 
+import errno
 import gc
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -92,3 +95,37 @@ def test_an_interrupted_replacement_leaves_the_file_as_it_was(
         partial.write_text("ne")
         raise error
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+FULL = (errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("writing", [replacing, atomic_directory])
+def test_a_full_disk_names_the_output_and_a_fix(
+    tmp_path: Path, number: int, writing: Callable[[Path], AbstractContextManager[Path]]
+) -> None:
+    """As `write` of an open file raises it: without a name."""
+    out = tmp_path / "out"
+    with pytest.raises(OSError) as error, writing(out):
+        raise OSError(number, os.strerror(number))
+    assert error.value.filename == str(out) and error.value.errno == number
+    assert str(error.value).endswith(f"; make room, or choose another disk: '{out}'")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named_by_the_inner_of_two(tmp_path: Path) -> None:
+    inner = tmp_path / "out"
+    with pytest.raises(OSError) as error, atomic_directory(inner) as new, replacing(new / "file"):
+        raise OSError(*FULL)
+    assert error.value.filename == str(tmp_path / "out" / "file")
+    assert str(error.value).count("make room") == 1
+
+
+def test_an_error_of_another_kind_is_no_error_of_the_output(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as error, replacing(tmp_path / "out"):
+        raise OSError(errno.ECONNREFUSED, "refused")
+    assert error.value.filename is None and str(error.value) == "[Errno 111] refused"
+    with pytest.raises(OSError) as error, replacing(tmp_path / "out") as partial:
+        (partial / "x").write_text("no folder")
+    assert error.value.filename == str(tmp_path / "out" / "x")

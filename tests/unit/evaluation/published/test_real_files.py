@@ -9,6 +9,7 @@ import pytest
 
 from megatron_opdlm.evaluation.benchmarks import BENCHMARKS
 from megatron_opdlm.evaluation.benchmarks.load import load_benchmark
+from megatron_opdlm.evaluation.graders import GRADERS
 from megatron_opdlm.evaluation.graders.number import parse_number
 
 DATA = Path(__file__).parents[5] / "shared" / "data"
@@ -140,3 +141,12 @@ def test_the_file_of_another_benchmark_is_refused(name, other, kept):
         return
     with pytest.raises(ValueError, match=rf"another schema than {name}: .*it fits .*{other}"):
         load_benchmark(BENCHMARKS[name], DATA / FILES[other][0])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_real_grader_reads_every_entry(name):
+    benchmark = BENCHMARKS[name]
+    if benchmark.grader not in GRADERS:
+        pytest.skip(f"no grader {benchmark.grader} yet")
+    questions = load_benchmark(benchmark, DATA / FILES[name][0]).questions
+    assert len(questions) == FILES[name][1] and all(str(q.reference) for q in questions)

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_opdlm import cli
 from megatron_opdlm.evaluation.sweep.comparisons import compare_all, pairs_of
+from megatron_opdlm.evaluation.sweep.folder import SweepFolder
 from megatron_opdlm.evaluation.sweep.group import read_groups
 from megatron_opdlm.evaluation.sweep.report import ReportFolder
 from megatron_opdlm.evaluation.sweep.result_tables import amount, benchmark_table
@@ -174,11 +175,18 @@ def test_tasks_with_limits_of_their_own_share_a_column(tmp_path):
         cell(A, WORDS, STATIC, response_limit=99): "1111",
     }
     tables = tables_of(*write_cells(tmp_path / "out", [SUMS, WORDS], cells))
-    assert tables["benchmarks"].header == ("", "a, static")
+    assert tables["benchmarks"].header == ["", "a, static"]
     assert tables["benchmarks"].rows == [
         ["sums", "50.0 \u00b1 15.8"],
         ["words", "100.0 \u00b1 0.0"],
     ]
+
+
+def test_benchmarks_have_more_lines_than_columns(tmp_path):
+    cells = {cell(A, SUMS, options): "1111100000" for options in (STATIC, DYNAMIC)}
+    tables = tables_of(*write_cells(tmp_path / "out", [SUMS], cells))
+    assert tables["benchmarks"].header == ["", "sums"]
+    assert [row[0] for row in tables["benchmarks"].rows] == ["a, static", "a, dynamic(0.9)"]
 
 
 def test_training_costs_stand_above_the_benchmarks(tmp_path):
@@ -213,9 +221,10 @@ def test_samples_are_questions_that_cells_differ_in(tmp_path):
     assert list(choose_samples(sweep, read_groups(sweep, plan.cells), 0)) == []
 
 
-@pytest.fixture
-def written(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     """A sweep with something for every table and figure, and its report."""
+    folder = tmp_path_factory.mktemp("written")
     hostile = model('<script>x</script> $a_b$ | & "')
     cells = {}
     for of, good in ((A, 8), (hostile, 6)):
@@ -229,17 +238,23 @@ def written(tmp_path):
             ):
                 cells[cell(of, SUMS, each)] = "1" * (good - number) + "0" * (10 - good + number)
     cells[cell(TEACHER, SUMS, None)] = "1" * 10
-    sweep, plan = write_cells(tmp_path / "out", [SUMS], cells)
+    sweep, plan = write_cells(folder / "out", [SUMS], cells)
     plan = dataclasses.replace(
         plan, costs={"a": TrainingCost(tokens=10**6), hostile.label: TrainingCost(tokens=10**9)}
     )
+    ReportFolder(folder / "out" / "report").write(sweep, plan)
+    return sweep, plan, folder / "out"
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A sweep without figures, which take most of the time."""
+    sweep, plan = write_cells(tmp_path / "out", [SUMS], {cell(A, SUMS, STATIC): "1111111100"})
     return sweep, plan, tmp_path
 
 
 def test_the_report_holds_everything(written):
-    sweep, plan, folder = written
-    report = folder / "report"
-    ReportFolder(report).write(sweep, plan)
+    report = written[2] / "report"
     found = {str(path.relative_to(report)) for path in report.rglob("*") if path.is_file()}
     figures = ("accuracy_by_threshold", "by_block_size", "by_threshold", "pareto")
     tables = ("results", "benchmarks", "decoding", "models", "significance", "pareto_sums", "speed")
@@ -259,17 +274,17 @@ def contents(folder):
 
 def test_two_sweeps_have_the_same_report_but_for_times(written, tmp_path):
     sweep, plan, folder = written
-    ReportFolder(folder / "report").write(sweep, plan)
-    first = contents(folder / "report")
-    for path in (folder / "out" / "cells").glob("*/results.json"):
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    for path in (out / "cells").glob("*/results.json"):
         values = json.loads(path.read_text())
         values["results"][0] |= {"seconds": 99.0, "tokens_per_second": 1.5}
         path.write_text(json.dumps(values))
-    ReportFolder(folder / "report").write(sweep, plan)
-    second = contents(folder / "report")
+    ReportFolder(out / "report").write(SweepFolder(out), plan)
+    first, second = contents(folder / "report"), contents(out / "report")
     different = {name for name in first if first[name] != second[name]}
     assert different == {"tables/speed.md", "tables/speed.tex"}
-    assert list(folder.glob(".report*")) == []
+    assert first.keys() == second.keys() and list(out.glob(".report*")) == []
 
 
 class Elements(HTMLParser):
@@ -290,9 +305,7 @@ class Elements(HTMLParser):
 
 
 def test_the_page_needs_nothing_else_and_nothing_escapes_into_it(written):
-    sweep, plan, folder = written
-    ReportFolder(folder / "report").write(sweep, plan)
-    page = (folder / "report" / "report.html").read_text()
+    page = (written[2] / "report" / "report.html").read_text()
     found = Elements()
     found.feed(page)
     assert "script" not in found.tags and "link" not in found.tags and "b" not in found.tags
@@ -305,8 +318,8 @@ def test_the_page_needs_nothing_else_and_nothing_escapes_into_it(written):
     assert found.tags.count("img") == 4
 
 
-def test_a_report_is_written_again_from_its_plan(written, capsys):
-    sweep, plan, folder = written
+def test_a_report_is_written_again_from_its_plan(small, capsys):
+    sweep, plan, folder = small
     report = ReportFolder(folder / "out" / "report")
     report.check(sweep)
     report.write(sweep, plan)
@@ -317,8 +330,8 @@ def test_a_report_is_written_again_from_its_plan(written, capsys):
     assert "80.0" in capsys.readouterr().out
 
 
-def test_a_report_of_another_plan_does_not_stay_beside_the_new_one(written):
-    sweep, plan, folder = written
+def test_a_report_of_another_plan_does_not_stay_beside_the_new_one(small):
+    sweep, plan, folder = small
     report = ReportFolder(folder / "report")
     report.write(sweep, plan)
     report.begin(plan)
@@ -327,8 +340,8 @@ def test_a_report_of_another_plan_does_not_stay_beside_the_new_one(written):
     assert [path.name for path in report.root.iterdir()] == ["plan.json"]
 
 
-def test_a_folder_of_something_else_is_no_place_for_a_report(written):
-    sweep, plan, folder = written
+def test_a_folder_of_something_else_is_no_place_for_a_report(small):
+    sweep, plan, folder = small
     (folder / "thesis").mkdir()
     (folder / "thesis" / "a.tex").touch()
     for name in ("thesis", "out", "out/cells", "out/questions"):
@@ -337,8 +350,8 @@ def test_a_folder_of_something_else_is_no_place_for_a_report(written):
     ReportFolder(folder / "out" / "table_1").check(sweep)
 
 
-def test_a_damaged_plan_is_one_line(written, capsys):
-    sweep, plan, folder = written
+def test_a_damaged_plan_is_one_line(small, capsys):
+    sweep, plan, folder = small
     report = folder / "out" / "report"
     report.mkdir()
     (report / "plan.json").write_text('{"cells": [{}]}')

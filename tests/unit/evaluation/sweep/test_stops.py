@@ -1,6 +1,7 @@
 """A sweep that is killed at any change of a file, and started again."""
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -11,13 +12,16 @@ import pytest
 from megatron_opdlm.evaluation.sweep import run
 from megatron_opdlm.evaluation.sweep.folder import SweepFolder
 from megatron_opdlm.evaluation.sweep.plan import Plan
-from tests.sweeps import DYNAMIC, STATIC, cell, model, result, task
+from tests.sweeps import STATIC, cell, model, result, task
 
 SUMS, WORDS = task("sums", 4), task("words", 3)
-VERDICTS = {STATIC: "1110", DYNAMIC: "0110"}
+HOT = dataclasses.replace(STATIC, temperature=1.0)
+VERDICTS = {STATIC: "1110", HOT: "0110"}  # no figures, which take most of the time
 CELLS = [
     cell(model(name), asked, options)
-    for name in "ab" for asked in (SUMS, WORDS) for options in (STATIC, DYNAMIC)
+    for name, asked, options in (
+        ("a", SUMS, STATIC), ("a", SUMS, HOT), ("a", WORDS, STATIC), ("b", WORDS, STATIC),
+    )
 ]  # fmt: skip
 CHANGES = (
     (os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"), (pathlib.Path, "mkdir"),
@@ -54,13 +58,15 @@ def loaded(monkeypatch):
     """Paths of the models that were loaded, in order."""
     paths = []
     monkeypatch.setattr(run, "_student", fake_student(paths))
+    monkeypatch.setattr(run.gc, "collect", lambda: 0)  # half a second among torch's objects
     return paths
 
 
 def sweep(out, cells=CELLS, samples=1, **values):
     args = arguments(out)
     vars(args).update(values)
-    return run.sweep(args, Plan(cells=cells, costs={}, samples=samples), [SUMS, WORDS])
+    tasks = [each for each in (SUMS, WORDS) if any(of.task == each.name for of in cells)]
+    return run.sweep(args, Plan(cells=cells, costs={}, samples=samples), tasks)
 
 
 def contents(folder):
@@ -104,7 +110,7 @@ def killed_at(change, out):
 def test_killed_at_any_change_of_a_file_it_ends_in_the_same_files(loaded, tmp_path):
     sweep(tmp_path / "whole")
     whole = contents(tmp_path / "whole")
-    assert len(whole) > 20
+    assert len(whole) > 15
     kills = 0
     while killed_at(kills, tmp_path / f"out{kills}"):
         out = tmp_path / f"out{kills}"
@@ -128,7 +134,7 @@ def test_killed_again_and_again_it_ends_in_the_same_files(loaded, tmp_path):
 
 def test_cells_that_are_there_need_no_model(loaded, tmp_path):
     sweep(tmp_path / "out")
-    assert loaded == ["models/a", "models/b"]  # once for four cells each
+    assert loaded == ["models/a", "models/b"]  # once for all of its cells
     sweep(tmp_path / "out")
     assert loaded == ["models/a", "models/b"]
     shutil.rmtree(tmp_path / "out" / "cells" / CELLS[-1].name)
@@ -137,7 +143,7 @@ def test_cells_that_are_there_need_no_model(loaded, tmp_path):
 
 
 def test_another_sweep_in_the_same_folder_shares_its_cells(loaded, tmp_path):
-    sweep(tmp_path / "out", CELLS[:4])
+    sweep(tmp_path / "out", CELLS[:3])
     sweep(tmp_path / "out", CELLS, report=tmp_path / "out" / "more")
     assert loaded == ["models/a", "models/b"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -156,7 +162,7 @@ def test_a_sweep_beside_another_one_is_refused(loaded, tmp_path):
 
 
 def test_the_bar_says_what_runs(loaded, tmp_path, capsys):
-    sweep(tmp_path / "out", CELLS[:2])
+    sweep(tmp_path / "out", CELLS[3:])
     shown = capsys.readouterr().err
-    assert "a, sums, dynamic(0.9), seed 0" in shown and "4/4 questions" in shown
-    assert "2/2" in shown and "cell" in shown
+    assert "b, words, static, seed 0" in shown and "3/3 questions" in shown
+    assert "1/1" in shown and "cell" in shown

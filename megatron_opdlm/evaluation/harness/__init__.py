@@ -1,0 +1,1 @@
+"""Tasks of lm-eval, the harness of EleutherAI, decoded by the student."""

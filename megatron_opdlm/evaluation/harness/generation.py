@@ -1,0 +1,120 @@
+"""What a task of lm-eval asks of a response: its limit, its stop strings, and its sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_opdlm.checks import require
+
+NO_LIKELIHOOD = (
+    "a block-diffusion model has no likelihood token by token, and a likelihood block by block is "
+    "not implemented; choose a task that generates"
+)
+"""Why tasks that compare likelihoods are refused."""
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names of the response limit. lm-eval takes the first of them that is given."""
+_NEUTRAL: dict[str, Any] = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_p": 0.0,
+}
+"""Arguments of other engines, with the one value that asks for nothing."""
+_READ = (*_LIMITS, "until", "do_sample", "temperature", "top_k", "top_p")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """How a response is decoded, beside the options of block decoding."""
+
+    response_limit: int
+    """Most response tokens."""
+    until: tuple[str, ...]
+    """Strings before the first of which a response ends."""
+    temperature: float
+    """Sampling temperature; 0 is greedy."""
+    top_k: int = 0
+    """Number of tokens that the top-k filter keeps; 0 keeps all."""
+    top_p: float = 1.0
+    """Probability mass that the top-p filter keeps."""
+
+
+def read_generation(given: Mapping[str, Any], *, task: str, default_limit: int) -> Generation:
+    """Reads the `generation_kwargs` of a request.
+
+    As in lm-eval, `do_sample: false` is greedy whatever the temperature is, and without
+    `do_sample` a temperature above 0 samples.
+
+    Args:
+        given: the arguments.
+        task: name of the task, for messages.
+        default_limit: response limit if the task names none.
+
+    Raises:
+        ValueError: an argument is malformed, or asks for what block decoding does not do.
+    """
+    fix = "give the task another value with --gen-kwargs"
+    for name, value in given.items():
+        if name in _NEUTRAL:
+            rule = f"of task {task} must be {_NEUTRAL[name]}: block decoding has no {name}"
+            require(value in (None, _NEUTRAL[name]), name, value, rule, fix)
+        else:
+            known = ", ".join(_READ)
+            rule = f"of task {task} is not an argument of block decoding, which has {known}"
+            require(name in _READ, name, value, rule, "leave it out of the task")
+    limits = [given[name] for name in _LIMITS if given.get(name) is not None]
+    limit = limits[0] if limits else default_limit
+    is_count = isinstance(limit, int) and not isinstance(limit, bool) and limit >= 1
+    require(is_count, "max_gen_toks", limit, f"of task {task} must be at least 1", fix)
+    temperature = _temperature(given, task, fix)
+    if temperature == 0:
+        return Generation(response_limit=limit, until=_until(given, task), temperature=0.0)
+    top_k, top_p = given.get("top_k"), given.get("top_p")
+    return Generation(
+        response_limit=limit,
+        until=_until(given, task),
+        temperature=temperature,
+        top_k=max(0, int(top_k or 0)),  # other engines write -1 for all
+        top_p=1.0 if top_p is None else float(top_p),
+    )
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+    """Returns the text before the first of the stop strings. Empty strings stop nothing.
+
+    >>> cut("7 apples. Question: why?", ["Question:", "."])
+    '7 apples'
+    """
+    places = [place for stop in until if stop and (place := text.find(stop)) >= 0]
+    return text[: min(places, default=len(text))]
+
+
+def _until(given: Mapping[str, Any], task: str) -> tuple[str, ...]:
+    until = given.get("until")
+    if until is None:
+        return ()
+    strings = [until] if isinstance(until, str) else until
+    is_list = isinstance(strings, list) and all(isinstance(each, str) for each in strings)
+    rule = f"of task {task} must be a text or a list of texts"
+    require(is_list, "until", until, rule, "correct the task")
+    return tuple(strings)
+
+
+def _temperature(given: Mapping[str, Any], task: str, fix: str) -> float:
+    sample, value = given.get("do_sample"), given.get("temperature")
+    temperature = 0.0 if value is None else float(value)
+    rule = f"of task {task} must be true or false"
+    require(sample in (None, True, False), "do_sample", sample, rule, fix)
+    if sample is False:
+        return 0.0
+    needs = f"of task {task} must be above 0, because do_sample is true"
+    require(not sample or temperature > 0, "temperature", value, needs, fix)
+    require(temperature >= 0, "temperature", value, f"of task {task} must be at least 0", fix)
+    return temperature
