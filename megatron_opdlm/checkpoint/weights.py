@@ -9,12 +9,16 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_opdlm.checkpoint.layout import ModelDescription, read_description
 from megatron_opdlm.distributed.process_groups import ParallelState
 from megatron_opdlm.model.families import FAMILIES
 from megatron_opdlm.model.gpt import BlockDiffusionModel, BuildOptions, build_model
 from megatron_opdlm.model.tensors import Entry, VocabRows
+
+_READING = "read"
+"""PyTorch's name of the step of a load that reads the files; the one before it compares names."""
 
 
 def load_model(
@@ -29,11 +33,14 @@ def load_model(
 
     Returns:
         This rank's shard of the model, and the description of the whole model.
+
+    Raises:
+        ValueError: a file of the checkpoint is missing or damaged.
     """
     description = read_description(iteration_dir)
     model = build_model(description.config, options, parallel)
     weights = sharded_weights(model, {"dp_cp_group": parallel.dp_group})
-    loaded = dist_checkpointing.load({"model": weights}, str(iteration_dir))
+    loaded = read_tensors({"model": weights}, iteration_dir)
     take_weights(model, loaded["model"])
     return model, description
 
@@ -68,8 +75,34 @@ def load_head(
             replica_id=parallel.dp_rank,
             allow_shape_mismatch=True,
         )
-    loaded = dist_checkpointing.load(wanted, str(iteration_dir))
+    loaded = read_tensors(wanted, iteration_dir)
     return loaded.get("head")
+
+
+def read_tensors(wanted: dict[str, Any], iteration_dir: Path) -> dict[str, Any]:
+    """Reads sharded tensors. Call on all ranks.
+
+    Args:
+        wanted: sharded tensors in nested dictionaries.
+        iteration_dir: iteration folder.
+
+    Returns:
+        The same dictionaries with the tensors that were read.
+
+    Raises:
+        ValueError: a file of the checkpoint is missing or damaged.
+    """
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(iteration_dir))
+    except CheckpointException as error:  # no Exception, so nobody else takes it for an error
+        if error.args[0] != _READING:  # the tensors do not fit: a defect, no damaged file
+            raise
+        reason, _ = next(iter(error.failures.values()))
+        raise ValueError(
+            f"checkpoint {iteration_dir} is damaged: {type(reason).__name__}: {reason}; bring its "
+            "files back, or choose another checkpoint"
+        ) from error
+    return loaded
 
 
 def _is_vocab(entry: Entry) -> bool:

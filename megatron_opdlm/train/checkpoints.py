@@ -30,7 +30,7 @@ from megatron_opdlm.checkpoint.layout import (
     resolve_iteration,
     write_description,
 )
-from megatron_opdlm.checkpoint.weights import sharded_weights, take_weights
+from megatron_opdlm.checkpoint.weights import read_tensors, sharded_weights, take_weights
 from megatron_opdlm.distributed.process_groups import ParallelState, from_main
 from megatron_opdlm.files.folders import read_json_object, replacing, sync_tree, write_json
 from megatron_opdlm.model.gpt import BlockDiffusionModel
@@ -152,14 +152,14 @@ class CheckpointFolder:
         values = read_json_object(iteration_dir / STATE_FILE)
         optimizer.prime_state()
         model_state = sharded_weights(model)
-        loaded = dist_checkpointing.load(
+        loaded = read_tensors(
             {
                 "model": model_state,
                 "optimizer": optimizer.optimizer.sharded_state_dict(
                     model_state, is_loading=True, metadata=dict(_OPTIMIZER_FORMAT)
                 ),
             },
-            str(iteration_dir),
+            iteration_dir,
         )
         take_weights(model, loaded["model"])
         optimizer.load(loaded["optimizer"], int(values["optimizer_steps"]))
