@@ -49,6 +49,10 @@ _TEXT_BEFORE = re.compile(rf"^{_TEXT}\s*\{{[^{{}}]*(?:is|:|=)\s*\}}\s*")
 _MEMBER = re.compile(r"^[A-Za-z]\s*\\in\s*(?=[(\[\]\\{])")
 _POINT_NAME = re.compile(r"^\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)\s*=\s*(?=\()")
 _NAME = re.compile(r"^\s*([A-Za-z](?:_\{?\w+\}?)?(?:\([a-z]\))?)\s*=\s*(?!=)")
+_RELATION = r"\s*(<|>|\\le|\\ge)(?![A-Za-z])\s*"
+_BOUND = re.compile(rf"([^<>]+?){_RELATION}([^<>]+)")
+_BETWEEN = re.compile(r"([^<>]+?)\s*(<|\\le)\s*[A-Za-z]\s*(<|\\le)(?![A-Za-z])\s*([^<>]+)")
+_VARIABLE = re.compile(r"\s*[A-Za-z]\s*")
 _FRENCH = re.compile(r"^\](.+)\[$")
 
 
@@ -133,6 +137,42 @@ def take_apart(text: str) -> Parts:
             return Parts(text[0] + text[-1], items)
     items = _with_signs(_split(text, ",") if len(_split(text, ",")) > 1 else _split(text, ";"))
     return Parts("list", items) if len(items) > 1 else Parts("", items)
+
+
+def as_intervals(parts: Parts) -> Parts:
+    r"""Returns inequalities as intervals: -2 < x \le 7 as (-2, 7], "x < 1 or x > 3" as a union.
+
+    What is no inequality stays as it is.
+    """
+    intervals = [_interval(item) for item in parts.items]
+    if parts.kind not in ("", "list") or not all(intervals):
+        return parts
+    found = [interval for interval in intervals if interval is not None]
+    return take_apart(found[0]) if len(found) == 1 else Parts("union", found)
+
+
+def _interval(text: str) -> str | None:
+    match = _BETWEEN.fullmatch(text)
+    if match is not None:
+        return _bracketed(match[1], match[2] != "<", match[4], match[3] != "<")
+    match = _BOUND.fullmatch(text)
+    if match is None:
+        return None
+    name, relation, bound = match.groups()
+    if not _VARIABLE.fullmatch(name):  # 3 < x
+        name, bound = bound, name
+        relation = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}[relation]
+    if not _VARIABLE.fullmatch(name) or _VARIABLE.fullmatch(bound):
+        return None
+    closed = relation not in ("<", ">")
+    if relation in ("<", "\\le"):
+        return _bracketed(r"-\infty", False, bound, closed)
+    return _bracketed(bound, closed, r"\infty", False)
+
+
+def _bracketed(start: str, starts_closed: bool, end: str, ends_closed: bool) -> str:
+    opening, closing = "[" if starts_closed else "(", "]" if ends_closed else ")"
+    return f"{opening}{start}, {end}{closing}"
 
 
 def _repeating_fraction(match: re.Match[str]) -> str:

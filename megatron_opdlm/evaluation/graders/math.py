@@ -28,7 +28,13 @@ from megatron_opdlm.evaluation.graders.arithmetic import Reader, clean, tokens_o
 from megatron_opdlm.evaluation.graders.choice import letter_of
 from megatron_opdlm.evaluation.graders.final_answer import Statement, statements
 from megatron_opdlm.evaluation.graders.grader import Grade, Grader
-from megatron_opdlm.evaluation.graders.latex import canonical, take_apart, without_name, words_of
+from megatron_opdlm.evaluation.graders.latex import (
+    as_intervals,
+    canonical,
+    take_apart,
+    without_name,
+    words_of,
+)
 from megatron_opdlm.evaluation.graders.number_words import read_number_words
 from megatron_opdlm.evaluation.graders.quantity import QuantityReader, Values
 from megatron_opdlm.responses.entries import Entry
@@ -146,6 +152,8 @@ def _base_of(match: re.Match[str]) -> str:
 
 def _equal_parts(reference: str, said: str) -> bool:
     mine, theirs = take_apart(reference), take_apart(said)
+    if mine.kind != theirs.kind:
+        mine, theirs = as_intervals(mine), as_intervals(theirs)
     if mine.kind == theirs.kind == "":
         return _scalar_equal(mine.items[0], theirs.items[0])
     if mine.kind in ("set", "list"):
@@ -159,13 +167,9 @@ def _equal_parts(reference: str, said: str) -> bool:
         if len({name for name, _ in named}) == len(named):
             named.sort(key=lambda each: each[0])
         return _equal_in_order(mine.items, [value for _, value in named])
-    if mine.kind == theirs.kind:
-        return _equal_in_order(mine.items, theirs.items)
     if theirs.kind == "set" and len(theirs.items) == 1:
         return _equal_parts(reference, theirs.items[0])
-    # An interval may be written as inequalities.
-    is_interval = _RELATION.search(reference) or _RELATION.search(said)
-    return is_interval is not None and _verified(reference, said)
+    return mine.kind == theirs.kind and _equal_in_order(mine.items, theirs.items)
 
 
 def _values(items: list[str]) -> list[str]:
