@@ -8,6 +8,7 @@ A response that ends before its limit costs less, so tokens are upper bounds.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from megatron_opdlm.cli import build_parser
 from megatron_opdlm.config.run import load_config
@@ -15,7 +16,7 @@ from megatron_opdlm.evaluation.benchmarks import BENCHMARKS
 from megatron_opdlm.evaluation.settings import chosen_rules
 from megatron_opdlm.evaluation.sweep.arguments import each_setting, parse_labelled
 from megatron_opdlm.plan.ranks import most_response_tokens
-from tools.gpu.roofline import H100, Shape, decoding_pass
+from tools.gpu.roofline import CONFIGS, H100, Shape, decoding_pass
 
 ROWS = 128
 PROMPT = 300
@@ -27,11 +28,13 @@ def training(config: str, keys: Sequence[str], size: str | None) -> str:
     values = load_config(config, list(keys))
     tokens = most_response_tokens(values)
     text = f"at most {tokens / 1e6:,.0f}M response tokens"
-    if size is None:
-        return text
-    shape = Shape.of(size)
-    flops = 8 * shape.num_parameters * tokens  # Eq. 7, the teacher is as large as the student
+    sizes = [size, _size_of(values.model.teacher_path)]
+    if None in sizes or not values.distill.student_writes:
+        return text  # the bound of a teacher that decodes, or of its size, is not known here
+    student, teacher = (Shape.of(each).num_parameters for each in sizes if each is not None)
+    flops = (2 * teacher + 6 * student) * tokens
     limit = values.rollout.max_response_tokens.end
+    assert size is not None
     hours = tokens / tokens_per_second(size, limit, values.rollout.block_size) / 3600
     hours += H100.seconds(flops) / 3600
     return f"{text}, {flops:.1e} FLOPs (Eq. 7), {hours:,.0f} GPU-hours at the bound of an H100"
@@ -85,6 +88,12 @@ def tokens_per_second(size: str, limit: int, block_size: int) -> float:
         context=PROMPT + limit / 2,
     )
     return ROWS / seconds
+
+
+def _size_of(path: str) -> str | None:
+    """Returns the size of a Qwen3 by its path; None if its configuration is not here."""
+    size = Path(path).name.removeprefix("Qwen3-")
+    return size if (CONFIGS / f"Qwen3-{size}.config.json").is_file() else None
 
 
 def _hours(tokens: dict[tuple[str, int], int], size_of: Callable[[str], str | None]) -> str:

@@ -14,6 +14,7 @@ import argparse
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # for tools/gpu/roofline.py
+warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")  # of megatron-core
 
 import estimate  # noqa: E402
 from training_speed import draw_speeds  # noqa: E402
@@ -78,9 +80,9 @@ def sweep_command(
 ) -> list[str]:
     """Returns the arguments of `opdlm` for one sweep of an experiment."""
     labels, teachers = sweep["checkpoints"], sweep.get("teachers", ())
-    options = list(sweep["options"])
+    places_of_output = ["--out", str(places.out / "sweep"), "--report", str(report)]
     if tiny:
-        return [*_tiny_sweep(catalogue, sweep), "--out", str(places.out), "--report", str(report)]
+        return [*_tiny_sweep(catalogue, sweep), *places_of_output]
     command = ["sweep"]
     for label in labels:
         command += ["--model", f"{label}={places.checkpoints / label}"]
@@ -88,7 +90,7 @@ def sweep_command(
         command += ["--teacher", f"{label}={places.models / label}"]
     for task in sweep["tasks"]:
         command += ["--task", f"{task}={benchmark_path(places, task)}"]
-    return [*command, *options, "--out", str(places.out), "--report", str(report)]
+    return [*command, *sweep["options"], *places_of_output]
 
 
 def _tiny_sweep(catalogue: Catalogue, sweep: Mapping[str, Any]) -> list[str]:
@@ -203,7 +205,8 @@ def _train_tiny(places: Places, labels: Sequence[str]) -> dict[str, Path]:
         size = label.partition("@")[2] or "4"
         keys = [f"block_size={size}", f"denoising_steps={size}", f"save={folder}"]
         command = ["train", "examples/configs/quickstart.yaml", *keys, "train_rollouts=2"]
-        command += ["prompts_per_rollout=16", "eval_interval=0", "lr_warmup_steps=0"]
+        command += ["prompts_per_rollout=16", "eval_data=null", "eval_interval=0"]
+        command += ["lr_warmup_steps=0"]
         # A process of its own, because a job has one parallel layout.
         arguments = [sys.executable, "-m", "megatron_opdlm", *command]
         subprocess.run(arguments, cwd=ROOT, check=True)
@@ -252,4 +255,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
