@@ -14,7 +14,12 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in MODULES]
 
 # torchrun's interface is environment variables, and so is MKL's, for the CPU backend; no knob is.
-USES_ENVIRONMENT = {"cli.py", "distributed/launch.py", "distributed/cpu_backend.py"}
+USES_ENVIRONMENT = {
+    *("cli.py", "distributed/launch.py", "distributed/cpu_backend.py"),
+    "evaluation/execution/sandbox.py",  # the folders of libraries that the interpreter needs
+}
+# Generated code raises what it likes; these files make a value of it.
+RUNS_GENERATED_CODE = {f"evaluation/execution/{name}.py" for name in ("peers", "tester", "wire")}
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +91,7 @@ def test_house_rules(path):
             assert node.type is not None, f"{where}: bare except"
             caught = ast.unparse(node.type)
             narrowed = ast.unparse(node.body[0]) == "if type(error) is not Exception:\n    raise"
-            assert caught != "Exception" or narrowed, f"{where}: broad except"
+            is_allowed = narrowed or name in RUNS_GENERATED_CODE
+            assert caught != "Exception" or is_allowed, f"{where}: broad except"
         if isinstance(node, ast.Attribute) and name not in USES_ENVIRONMENT:
             assert ast.unparse(node) not in ("os.environ", "os.getenv"), f"{where}: environment"

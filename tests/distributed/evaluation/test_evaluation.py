@@ -151,7 +151,7 @@ def reference_answers(rank, hf_dir, questions, padding_side):
     task = load_task("t", questions)
     result = evaluate_teacher(teacher, task, response_limit=LIMIT, batch_size=4)
     by_hand = [greedy_by_hand(teacher, question) for question in task.questions]
-    return [(answer.response, answer.num_tokens) for answer in result.answers], by_hand
+    return [(answer.text, answer.num_tokens) for answer in result.answers], by_hand
 
 
 def greedy_by_hand(teacher, question):

@@ -146,7 +146,7 @@ def thinking(rank, model, folder):
         ]
         for suffix in ("think", "")
     ]
-    texts = [answer.response for answer in result.answers if answer.trajectory is not None]
+    texts = [answer.text for answer in result.answers if answer.trajectory is not None]
     return texts, *hands, result.to_json()["enable_thinking"]
 
 
