@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -168,13 +169,12 @@ class StudentLM(LM):
         total = sum(map(len, groups.values()))
         with tqdm(total=total, desc=setting_name(self.options), disable=not show) as bar:
             for generation, prompts in groups.items():
-                before = bar.n
                 trajectories = self.decoder.decode(
                     prompts,
                     self._options(generation),
                     response_limit=generation.response_limit,
                     seed=self.seed,
-                    on_progress=lambda done, before=before: bar.update(before + done - bar.n),
+                    on_progress=functools.partial(_advance, bar, bar.n),
                 )
                 for prompt, trajectory in zip(prompts, trajectories, strict=True):
                     task = str(requests[prompt.index].task_name)
@@ -235,6 +235,10 @@ class StudentLM(LM):
         counts.passes += trajectory.num_passes
         counts.ended += trajectory.ended
         return graded
+
+
+def _advance(bar: Any, before: int, done: int) -> None:
+    bar.update(before + done - bar.n)
 
 
 def _special_stop(tokenizer: Any, ids: Sequence[int], until: Sequence[str]) -> int:
