@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -173,7 +174,7 @@ class StudentLM(LM):
                     self._options(generation),
                     response_limit=generation.response_limit,
                     seed=self.seed,
-                    on_progress=_advance(bar),
+                    on_progress=functools.partial(_advance, bar, bar.n),
                 )
                 for prompt, trajectory in zip(prompts, trajectories, strict=True):
                     task = str(requests[prompt.index].task_name)
@@ -236,14 +237,8 @@ class StudentLM(LM):
         return graded
 
 
-def _advance(bar: Any) -> Callable[[int], None]:
-    """Returns a function that moves a bar to so many responses after where it stands."""
-    before = bar.n
-
-    def move(done: int) -> None:
-        bar.update(before + done - bar.n)
-
-    return move
+def _advance(bar: Any, before: int, done: int) -> None:
+    bar.update(before + done - bar.n)
 
 
 def _special_stop(tokenizer: Any, ids: Sequence[int], until: Sequence[str]) -> int:

@@ -127,7 +127,7 @@ def test_help_and_errors_know_a_toy_grader(write, capsys):
     assert (
         f"short: an entry has {SHORT.reads}; a response is correct if {SHORT.accepts}" in described
     )
-    assert f"GRADER, one of {', '.join(GRADERS)}, is the way to grade them" in described
+    assert f"GRADER, one of {', '.join(GRADERS)}, is the way to grade the answers" in described
     status, _, said = command("--task", "t:shorter=f", "--model", "nowhere")
     assert status != 0
     assert "grader=shorter of task t must be one of" in said and "did you mean short?" in said
