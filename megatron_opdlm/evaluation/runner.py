@@ -55,18 +55,12 @@ def evaluate(
     start = time.perf_counter()
     show = progress and decoder.parallel.is_main
     with tqdm(total=len(prompts), desc=f"{task.name} {name}", disable=not show) as bar:
-
-        def count(done: int) -> None:
-            bar.update(done - bar.n)
-            if on_progress is not None:
-                on_progress(done)
-
         trajectories = decoder.decode(
             prompts,
             options,
             response_limit=response_limit,
             seed=seed,
-            on_progress=count,
+            on_progress=_counter(bar, on_progress),
         )
     seconds = time.perf_counter() - start
     responses = _responses(task, prompts, trajectories, decoder.student.tokenizer)
@@ -82,6 +76,17 @@ def evaluate(
         answers=list(map(Answer.of, responses, grades)),
         seconds=seconds,
     )
+
+
+def _counter(bar: tqdm, on_progress: Callable[[int], None] | None) -> Callable[[int], None]:
+    """Returns a function that shows the number of decoded prompts in a bar, and passes it on."""
+
+    def count(done: int) -> None:
+        bar.update(done - bar.n)
+        if on_progress is not None:
+            on_progress(done)
+
+    return count
 
 
 def _responses(
