@@ -28,7 +28,7 @@ NO_PAGE = REPOSITORY / "docs" / "LOG.md"
 MADE_BY_RUNS = re.compile(
     r"^(report|modeling_|configuration_block|decoding_block|remasking_block|runs/|"
     r"config\.yaml|metrics\.jsonl|table\.md|summary\.json|scores\.json|teacher_responses\.jsonl|"
-    r"sglang_dllm\.yaml)"
+    r"sglang_dllm\.yaml|speed\.md)"
 )
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -24,7 +24,9 @@ class Group:
     results: Sequence[CellResult]
     """Those that are finished, in the same order."""
     parts: dict[str, str]
-    """Texts of the options that a label names, by option, see `labels.label_parts`."""
+    """Texts of the options in which the settings of a task differ, by option."""
+    common: str = ""
+    """Texts of unusual options that all students have in this task, such as T=1."""
 
     @property
     def cell(self) -> Cell:
@@ -33,8 +35,13 @@ class Group:
 
     @property
     def label(self) -> str:
-        """Setting and options, as tables name them."""
+        """Setting and options, as tables name them beside other settings of the task."""
         return ", ".join([self.cell.setting, *self.parts.values()])
+
+    @property
+    def full_label(self) -> str:
+        """The label with what all settings of the task have in common."""
+        return ", ".join(filter(None, [self.label, self.common]))
 
     def label_without(self, *options: str) -> str:
         """Returns the label's parts but those of some options, and without the setting."""
@@ -97,24 +104,34 @@ def read_groups(folder: SweepFolder, cells: Sequence[Cell]) -> list[Group]:
     by_setting: dict[Cell, list[Cell]] = {}
     for cell in cells:
         by_setting.setdefault(cell.without_seed, []).append(cell)
-    parts = _parts(list(by_setting))
+    parts, common = _label_parts(list(by_setting))
     groups = []
     for setting, each in by_setting.items():
         found = [result for cell in each if (result := folder.read(cell)) is not None]
-        groups.append(Group(cells=each, results=found, parts=parts[setting]))
+        shared = "" if setting.options is None else common[setting.task]
+        groups.append(Group(cells=each, results=found, parts=parts[setting], common=shared))
     return groups
 
 
-def _parts(settings: Sequence[Cell]) -> dict[Cell, dict[str, str]]:
-    """Returns the label parts of every setting: of all that are asked for, finished or not.
+def _label_parts(
+    settings: Sequence[Cell],
+) -> tuple[dict[Cell, dict[str, str]], dict[str, str]]:
+    """Returns the label parts of every setting, and what all students of a task have in common.
 
-    Tasks have response limits of their own, which are no difference between settings.
+    They are those of all settings that are asked for, finished or not. Tasks have response limits
+    and temperatures of their own, which are no difference between settings.
     """
     by_task: dict[str, list[Cell]] = {}
     for cell in settings:
         by_task.setdefault(cell.task, []).append(cell)
-    return {
-        cell: parts
-        for cells in by_task.values()
-        for cell, parts in zip(cells, label_parts(cells), strict=True)
-    }
+    parts: dict[Cell, dict[str, str]] = {}
+    common: dict[str, str] = {}
+    for task, cells in by_task.items():
+        texts = dict(zip(cells, label_parts(cells), strict=True))
+        students = [set(texts[cell].items()) for cell in cells if cell.options is not None]
+        shared = set.intersection(*students) if students else set()
+        names = {name for name, _ in shared}
+        for cell, each in texts.items():
+            parts[cell] = {name: text for name, text in each.items() if name not in names}
+        common[task] = ", ".join(text for _, text in sorted(shared))
+    return parts, common

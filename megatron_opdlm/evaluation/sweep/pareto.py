@@ -31,16 +31,21 @@ class Point:
 def points_of(
     groups: Sequence[Group], costs: Mapping[str, TrainingCost]
 ) -> Iterator[tuple[str, list[Point]]]:
-    """Yields, for each task, the points of its finished groups; none if fewer than two models
-    have known costs.
+    """Yields, for each task, a point per model: its first setting, if that is finished.
+
+    The first setting is chosen before its accuracy is known, unlike the best one. Tasks with fewer
+    than two points have no front.
     """
-    by_task: dict[str, list[Point]] = {}
+    firsts: dict[str, dict[str, Group]] = {}
     for group in groups:
-        cost = costs.get(group.cell.model.label)
-        if cost is not None and cost.tokens is not None and group.is_complete:
-            by_task.setdefault(group.cell.task, []).append(Point(group, cost))
-    for task, points in by_task.items():
-        if len({point.group.cell.model for point in points}) > 1:
+        firsts.setdefault(group.cell.task, {}).setdefault(group.cell.model.label, group)
+    for task, by_model in firsts.items():
+        points = [
+            Point(group, costs[label])
+            for label, group in by_model.items()
+            if label in costs and costs[label].tokens is not None and group.is_complete
+        ]
+        if len(points) > 1:
             yield task, points
 
 

@@ -47,8 +47,14 @@ def benchmark_table(groups: Sequence[Group], costs: Mapping[str, TrainingCost]) 
     lines = [["", *(f"{model}, {label}" for model, label in columns)], *rows]
     if len(columns) > len(rows):  # what is more goes down
         lines = [list(line) for line in zip(*lines, strict=True)]
+    common = {group.cell.task: group.common for group in groups if group.common}
+    notes = [ERRORS, *(f"All settings of {task}: {text}." for task, text in common.items())]
     return Table(
-        name="benchmarks", title="Benchmarks", note=ERRORS, header=lines[0], rows=lines[1:]
+        name="benchmarks",
+        title="Benchmarks",
+        note=" ".join(notes),
+        header=lines[0],
+        rows=lines[1:],
     )
 
 
@@ -81,7 +87,7 @@ def training_table(task: str, points: Sequence[Point]) -> Table:
         name=f"pareto_{file_stem(task)}",
         title=f"{task}: accuracy against training tokens",
         note=f"{ERRORS} A run is dominated if another one has at least its accuracy with at most "
-        "its tokens, and is better in one of both.",
+        "its tokens, and is better in one of both. Models are shown with their first setting.",
         header=("model", "decoding", "training tokens", "training FLOPs", "accuracy", "front"),
         rows=[
             [
@@ -146,7 +152,7 @@ def all_tables(groups: Sequence[Group], costs: Mapping[str, TrainingCost]) -> It
 
 def _result_row(group: Group) -> list[str]:
     cell = group.cell
-    name = [cell.model.label, cell.task, group.label, group.accuracy_text()]
+    name = [cell.model.label, cell.task, group.full_label, group.accuracy_text()]
     seeds = ", ".join(str(each.seed) for each in group.cells)
     if not group.results:
         return [*name, *[MISSING] * 3, str(cell.num_questions), seeds, *[MISSING] * 2]

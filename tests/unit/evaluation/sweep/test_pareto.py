@@ -34,9 +34,11 @@ def group(label, task="t", complete=True):
     return SimpleNamespace(cell=cell, is_complete=complete, accuracy=0.5)
 
 
-def test_only_finished_groups_of_known_cost_are_points():
+def test_a_model_of_known_cost_has_its_first_setting_as_a_point():
     costs = {"a": TrainingCost(tokens=10), "b": TrainingCost(tokens=20), "c": TrainingCost()}
-    groups = [group("a"), group("b", complete=False), group("c"), group("d")]
+    first = group("a")
+    groups = [first, group("a"), group("b", complete=False), group("b"), group("c"), group("d")]
     assert dict(points_of(groups, costs)) == {}  # one model alone has no front
-    ((task, points),) = points_of([*groups, group("b")], costs)
+    ((task, points),) = points_of([*groups[:2], *groups[3:]], costs)
     assert task == "t" and [p.tokens for p in points] == [10, 20]
+    assert points[0].group is first

@@ -114,7 +114,7 @@ def test_seeds_have_mean_and_deviation(tmp_path):
         cell(A, SUMS, HOT, seed=2): "1" * 6 + "0" * 4,
     }
     tables = tables_of(*write_cells(tmp_path / "out", [SUMS], cells))
-    assert tables["seeds"].rows == [["a", "static, T=1", "60.0 \u00b1 10.0 (N=3)"]]
+    assert tables["seeds"].rows == [["a", "static", "60.0 \u00b1 10.0 (N=3)"]]
     row = row_of(tables["results"], "a", "sums", "static, T=1")
     assert row[0] == "60.0 \u00b1 10.0"
     assert row[1:] == ["2.00", "4.0", "1.00", "10", "0, 1, 2", "0", "0"]
@@ -129,7 +129,7 @@ def test_seeds_are_paired_by_question(tmp_path):
         hot_dynamic = dataclasses.replace(DYNAMIC, temperature=1.0)
         cells[cell(A, asked, hot_dynamic, seed=seed)] = "111"
     tables = tables_of(*write_cells(tmp_path / "out", [asked], cells))
-    row = row_of(tables["significance"], "few", "a, static, T=1", "a, dynamic(0.9), T=1")
+    row = row_of(tables["significance"], "few", "a, static", "a, dynamic(0.9)")
     assert row[0] == "+100.0" and row[2:6] == ["3", "0", "3", "0.2500"]
 
 
@@ -180,6 +180,16 @@ def test_tasks_with_limits_of_their_own_share_a_column(tmp_path):
         ["sums", "50.0 \u00b1 15.8"],
         ["words", "100.0 \u00b1 0.0"],
     ]
+
+
+def test_tasks_with_temperatures_of_their_own_share_a_column(tmp_path):
+    cells = {cell(A, SUMS, STATIC): "1111100000"}
+    cells |= {cell(A, WORDS, HOT, seed=seed): "1111" for seed in (0, 1)}
+    tables = tables_of(*write_cells(tmp_path / "out", [SUMS, WORDS], cells))
+    assert tables["benchmarks"].header == ["", "a, static"]
+    assert [row[0] for row in tables["benchmarks"].rows] == ["sums", "words"]
+    assert tables["benchmarks"].note.endswith("All settings of words: T=1.")
+    assert [row[2] for row in tables["results"].rows] == ["static", "static, T=1"]
 
 
 def test_benchmarks_have_more_lines_than_columns(tmp_path):
