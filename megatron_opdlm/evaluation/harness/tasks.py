@@ -43,12 +43,13 @@ def repeatable() -> Iterator[None]:
     """Runs lm-eval without what would make a result depend on the day, or takes long for nothing.
 
     Metrics of some tasks download NLTK's data when they are imported, langdetect draws samples, and
-    lm-eval runs pip and compilers to describe the machine.
+    lm-eval runs pip, compilers and git to describe the machine.
     """
     from lm_eval import evaluator
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_replaced(evaluator, "add_env_info", lambda storage: None))
+        stack.enter_context(_replaced(evaluator, "get_git_commit_hash", lambda: None))
         if importlib.util.find_spec("nltk") is not None:
             import nltk
 
