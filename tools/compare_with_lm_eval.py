@@ -119,7 +119,11 @@ def read(args: argparse.Namespace) -> tuple[Pair, list[Response]]:
     if name not in PAIRS or not path:
         raise ValueError(f"--task={args.task} must be NAME=FILE, NAME one of {', '.join(PAIRS)}")
     found = argparse.Namespace(
-        task=[args.task], grader=None, num_questions=args.num_questions, from_hub=False
+        task=[args.task],
+        grader=None,
+        num_questions=args.num_questions,
+        from_hub=False,
+        unsafe_code_execution=False,
     )
     if name not in task_arguments.BENCHMARKS:
         found.task = [f"{name}:{PAIRS[name].grader}={path}"]

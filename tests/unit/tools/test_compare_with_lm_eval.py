@@ -43,7 +43,10 @@ def write_responses(folder, texts):
 
 @pytest.fixture
 def gsm8k(tmp_path):
-    entries = [{"question": f"{n}?", "answer": answer} for n, (answer, _) in enumerate(GSM8K)]
+    entries = [
+        {"question": f"{n}?", "answer": f"So it is.\n#### {answer}"}
+        for n, (answer, _) in enumerate(GSM8K)
+    ]
     file = write_lines(tmp_path / "test.jsonl", entries)
     responses = write_responses(tmp_path, [text for _, text in GSM8K])
     return ["--task", f"gsm8k={file}", "--responses", responses]
@@ -54,7 +57,7 @@ def ifeval(tmp_path):
     entries = [
         {"key": n, "prompt": f"{n}?", "instruction_id_list": list(given),
          "kwargs": list(given.values())}
-        for n, (given, _) in enumerate(IFEVAL)
+        for n, (given, _) in enumerate(IFEVAL, 1)
     ]  # fmt: skip
     file = write_lines(tmp_path / "input.jsonl", entries)
     responses = write_responses(tmp_path, [text for _, text in IFEVAL])

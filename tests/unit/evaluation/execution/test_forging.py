@@ -135,17 +135,21 @@ def test_no_file_of_the_sandbox_is_inherited(sandbox):
 
 @both
 def test_the_expected_output_of_a_program_is_nowhere_in_the_sandbox(sandbox):
-    """It finds its input, which is the control, and not what it should write."""
+    """It finds its input, which is the control, and not what it should write.
+
+    The text is too long to stand in an object's address by chance.
+    """
+    secret = "471108150042"
     code = (
         "import gc, os, sys\nfound = [str(o) for o in gc.get_objects()]\n"
         "found += [str(sys._getframe(i).f_locals) for i in range(4)] + [str(os.environ)]\n"
         "for fd in range(200):\n  try: found.append(str(os.read(fd, 10000)))\n"
         "  except OSError: pass\n"
-        "needle = ''.join(map(str, (4, 7, 1, 1)))\n"
+        "needle = ''.join(map(str, (4, 7, 1, 1, 0, 8, 1, 5, 0, 0, 4, 2)))\n"
         "print('yes' if any(needle in text for text in found) else 'no')"
     )
-    found = run_program(code, sandbox, expected="no\n4711", seconds=5)
+    found = run_program(code, sandbox, expected=f"no\n{secret}", seconds=5)
     assert found.reason == "1 lines of output instead of 2"
-    found = run_program(code, sandbox, expected="4711", seconds=5)
-    assert found.reason == "line 1 of the output is 'no' instead of '4711'"
-    assert run_program(code, sandbox, given="4711", expected="yes", seconds=5).status == "passed"
+    found = run_program(code, sandbox, expected=secret, seconds=5)
+    assert found.reason == f"line 1 of the output is 'no' instead of '{secret}'"
+    assert run_program(code, sandbox, given=secret, expected="yes", seconds=5).status == "passed"
