@@ -26,13 +26,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # for tools/gpu/roofline.py
 warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")  # of megatron-core
 
-import estimate  # noqa: E402
-from training_speed import draw_speeds  # noqa: E402
-
 from megatron_opdlm import cli  # noqa: E402
 from megatron_opdlm.evaluation.benchmarks import BENCHMARKS  # noqa: E402
-from megatron_opdlm.files.path_kind import is_checkpoint, is_hf_directory  # noqa: E402
 
+# Nothing here imports torch at the top: the processes of graders import this file again.
 HERE = Path(__file__).resolve().parent
 TINY_MODEL = "examples/quickstart/teacher"
 TINY_OPTIONS = ("--num-questions", "2", "--max-new-tokens", "24", "--prediction", "next_position")
@@ -123,6 +120,8 @@ def missing_files(
     catalogue: Catalogue, experiment: Mapping[str, Any], places: Places
 ) -> Iterator[str]:
     """Yields a line for every file of an experiment that is not there, with what brings it."""
+    from megatron_opdlm.files.path_kind import is_checkpoint, is_hf_directory
+
     sweeps = experiment.get("sweeps", ())
     labels = [label for sweep in sweeps for label in sweep["checkpoints"]]
     for label in dict.fromkeys([*labels, *experiment.get("runs", ())]):
@@ -139,6 +138,8 @@ def missing_files(
 
 def describe(catalogue: Catalogue, name: str, places: Places) -> str:
     """Returns what an experiment would run, and what it needs. Reads no weights."""
+    import estimate
+
     experiment = catalogue.experiments[name]
     lines = [f"{name}: {experiment['title']}"]
     lines += [experiment["note"]] if "note" in experiment else []
@@ -184,6 +185,8 @@ def run(catalogue: Catalogue, name: str, places: Places, *, tiny: bool) -> int:
         if status := _run_command(command):
             return status
     if "runs" in experiment:
+        from training_speed import draw_speeds
+
         runs = {label: places.checkpoints / label for label in experiment["runs"]}
         if tiny:
             runs = _train_tiny(places, experiment["runs"])

@@ -37,10 +37,11 @@ def benchmark_table(groups: Sequence[Group], costs: Mapping[str, TrainingCost]) 
     columns = list(dict.fromkeys(map(_column, groups)))
     by_place = {(group.cell.task, _column(group)): group for group in groups}
     rows = []
-    for name, attribute in (("training tokens", "tokens"), ("training FLOPs", "flops")):
-        known = [getattr(costs.get(model), attribute, None) for model, _ in columns]
-        if any(value is not None for value in known):
-            rows.append([name, *map(amount, known)])
+    known = [costs.get(model, TrainingCost()) for model, _ in columns]
+    if any(cost.tokens is not None for cost in known):
+        rows.append(["training tokens", *(amount(cost.tokens) for cost in known)])
+    if any(cost.flops is not None for cost in known):
+        rows.append(["training FLOPs", *(flops_text(cost.flops) for cost in known)])
     for task in dict.fromkeys(group.cell.task for group in groups):
         row = [by_place.get((task, column)) for column in columns]
         rows.append([task, *("-" if group is None else group.accuracy_text() for group in row)])
@@ -94,7 +95,7 @@ def training_table(task: str, points: Sequence[Point]) -> Table:
                 point.group.cell.model.label,
                 point.group.label,
                 amount(point.cost.tokens),
-                amount(point.cost.flops),
+                flops_text(point.cost.flops),
                 point.group.accuracy_text(),
                 "on the front" if point in best else "dominated",
             ]
@@ -126,20 +127,23 @@ def speed_table(groups: Sequence[Group]) -> Table:
     )
 
 
-def amount(value: int | None) -> str:
-    """Returns a large number with three digits.
+def amount(tokens: int | None) -> str:
+    """Returns a number of tokens for people.
 
-    >>> amount(71323), amount(66_000_000), amount(4_200_000_000_000_000_000), amount(None)
-    ('71.3K', '66.0M', '4.20e18', '-')
+    >>> amount(71323), amount(66_000_000), amount(None)
+    ('71.3K', '66.0M', '-')
     """
-    if value is None:
+    if tokens is None:
         return "-"
-    for unit, letter in ((1e12, ""), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if value >= unit:
-            return (
-                f"{value:.2e}".replace("e+", "e") if not letter else f"{value / unit:.1f}{letter}"
-            )
-    return str(value)
+    for unit, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if tokens >= unit:
+            return f"{tokens / unit:.1f}{letter}"
+    return str(tokens)
+
+
+def flops_text(flops: int | None) -> str:
+    """Returns a number of FLOPs for people, such as 4.2e18."""
+    return "-" if flops is None else f"{flops:.1e}".replace("e+", "e")
 
 
 def all_tables(groups: Sequence[Group], costs: Mapping[str, TrainingCost]) -> Iterator[Table]:

@@ -206,7 +206,7 @@ def test_training_costs_stand_above_the_benchmarks(tmp_path):
     table = benchmark_table(groups, costs)
     assert table.rows == [
         ["training tokens", "66.0M", "-"],
-        ["training FLOPs", "4.20e18", "-"],
+        ["training FLOPs", "4.2e18", "-"],
         ["sums", "100.0 \u00b1 0.0", "0.0 \u00b1 0.0"],
     ]
 
@@ -214,7 +214,7 @@ def test_training_costs_stand_above_the_benchmarks(tmp_path):
 @pytest.mark.parametrize(
     ("value", "text"),
     [(None, "-"), (7, "7"), (71323, "71.3K"), (76_000_000, "76.0M"), (55_000_000_000, "55.0B"),
-     (10**12, "1.00e12")],
+     (10**12, "1.0T")],
 )  # fmt: skip
 def test_amounts(value, text):
     assert amount(value) == text
