@@ -109,7 +109,8 @@ def run_and_signal(folder, texts, act, workers):
     )
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    process = subprocess.Popen([sys.executable, str(script)], env=environment, cwd=folder)
+    command = [sys.executable, str(script)]
+    process = subprocess.Popen(command, env=environment, cwd=folder, stderr=subprocess.DEVNULL)
     main = psutil.Process(process.pid)
     try:
         children = wait_for_workers(main, workers)
