@@ -18,6 +18,8 @@ from megatron_opdlm.evaluation.task import Response
 
 _WORKER_BYTES = 4 * 2**30
 """Address space of a worker process. A response that wants more has a grade with an error."""
+_MOST_FAILURES = 3
+"""Most pools in a row that break before they grade one response."""
 _Pair = tuple[str, Any]
 """Text of a response, and the reference."""
 
@@ -74,18 +76,16 @@ def _in_threads(grader: Grader, pairs: Iterable[_Pair], workers: int) -> Iterato
 
 def _in_processes(grader: Grader, pairs: Iterable[_Pair], workers: int) -> Iterator[Grade]:
     """A worker that exceeds its time, or dies, is replaced; only its own response has an error."""
-    left = list(pairs)
-    while left:
+    left, failures = list(pairs), 0
+    while left and failures < _MOST_FAILURES:
         graded = 0
         for grade in _in_pool(grader, left, workers):
             yield grade
             graded += 1
-        if graded == 0:
-            # Not even one: new processes would fare no better.
-            error = f"the processes of the grader {grader.name} do not start"
-            yield from (Grade(correct=False, error=error) for _ in left)
-            return
         left = left[graded:]
+        failures = 0 if graded else failures + 1
+    error = f"the processes of the grader {grader.name} do not start"
+    yield from (Grade(correct=False, error=error) for _ in left)
 
 
 def _in_pool(grader: Grader, pairs: Sequence[_Pair], workers: int) -> Iterator[Grade]:

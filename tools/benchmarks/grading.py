@@ -12,6 +12,7 @@ arms, in turn, as often as --repeats says:
   integers   "The answer is \\boxed{N}." for integers of five digits, every second one wrong
 
 seconds   from the first response to the last grade, with the start of the workers
+CPU       user and system time of the workers; steadier than seconds on a shared machine
 errors    responses without a verdict, because of the time limit for example
 
 Nothing is judged: there is no time limit for the whole.
@@ -21,6 +22,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -51,6 +53,12 @@ def integers() -> Iterator[tuple[str, str]]:
         yield f"The answer is \\boxed{{{number + number % 2}}}.", str(number)
 
 
+def cpu_seconds() -> float:
+    """CPU time of all processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def measure(name: str, pairs: list[tuple[str, str]], workers: int) -> None:
     from megatron_opdlm.evaluation.graders import GRADERS
     from megatron_opdlm.evaluation.grading import grade_all
@@ -66,14 +74,15 @@ def measure(name: str, pairs: list[tuple[str, str]], workers: int) -> None:
         )
         for place, (text, answer) in enumerate(pairs)
     ]  # fmt: skip
-    start = time.perf_counter()
+    start, before = time.perf_counter(), cpu_seconds()
     grades = grade_all(responses, workers=workers)
     seconds = time.perf_counter() - start
     right = sum(grade.correct for grade in grades)
     errors = sum(grade.error is not None for grade in grades)
     print(
         f"{name:10} {len(grades)} answers, {workers} workers: {seconds:6.1f} s, "
-        f"{len(grades) / seconds:6.0f} per second; {right} right, {errors} errors",
+        f"{len(grades) / seconds:6.0f} per second, CPU {cpu_seconds() - before:6.1f} s; "
+        f"{right} right, {errors} errors",
         flush=True,
     )
 

@@ -49,11 +49,11 @@ def extract(response: str, names: Set[str]) -> Extracted:
     text = response.replace("\r\n", "\n").replace("\r", "\n").rpartition("</think>")[2]
     blocks = list(_blocks(text))
     if blocks:
-        tagged = [block for block in blocks if block.language in _PYTHON]
-        untagged = [block for block in blocks if not block.language]
-        defining = [block for block in tagged + untagged if defines(block.text, names)]
-        chosen = defining or tagged or untagged or blocks
-        return Extracted(code=chosen[-1].text, fenced=True)
+        python = [block for block in blocks if block.language in _PYTHON]
+        maybe = [block for block in blocks if block.language in _PYTHON or not block.language]
+        defining = (block for block in reversed(maybe) if defines(block.text, names))
+        chosen = next(defining, None) or (python or maybe or blocks)[-1]
+        return Extracted(code=chosen.text, fenced=True)
     marked = _MARKED.search(text)
     if marked:
         return Extracted(code=marked[1].strip().strip("'"), fenced=True)
@@ -64,9 +64,7 @@ def extract(response: str, names: Set[str]) -> Extracted:
 
 def defines(code: str, names: Set[str]) -> bool:
     """Says whether a program seems to define one of the names."""
-    found = re.findall(
-        r"^[ \t]*(?:async +def|def|class)\s+(\w+)|^(\w+)\s*=[^=]", code, re.MULTILINE
-    )
+    found = _DEFINITION.findall(code)
     return any(name in names for pair in found for name in pair if name)
 
 

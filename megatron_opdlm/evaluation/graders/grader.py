@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
+import os
 import resource
 import signal
 from collections.abc import Callable, Mapping
@@ -93,6 +95,9 @@ def prepare_worker(require: Callable[[], None], most_bytes: int) -> None:
     """
     # A killed evaluation leaves no worker behind that simplifies an expression for ever.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is None or os.getppid() != parent.pid:
+        os._exit(1)  # the evaluation was killed before the line above
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     limit = most_bytes if most == resource.RLIM_INFINITY else min(most_bytes, most)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -18,6 +18,7 @@ _SPELLINGS = [
     for pattern, new in (
         (r"\\(?:displaystyle|textstyle|left|right|[bB]igg?[lr]?)(?![A-Za-z])", ""),
         (r"\\(?:boxed|fbox)(?![A-Za-z])", ""),
+        (r"\\(?:begin|end)\s*\{(?:aligned|align\*?|array|gathered|equation\*?)\}", ""),
         (r"\{,\}\s*", ","),
         (r",\s*\\!\s*", ","),
         (r"(?<!\\)\\!|\\?\$|\*\*", ""),
@@ -45,6 +46,7 @@ _UNIT = re.compile(
     rf"(?<=[\d}}\s)])\s*{_TEXT}\s*\{{([^{{}}]*)\}}(?:\s*\^\s*\{{?[-\d]+\}}?)?\s*$"
     r"|(?<=\d)\s+(?:degrees|cents|dollars|units?|square units?|cm|km|mm|feet|inches)\s*$"
 )
+_NO_UNIT = re.compile(r"\d|hundred|thousand|illion|dozen|percent|pi\b")
 _TEXT_BEFORE = re.compile(rf"^{_TEXT}\s*\{{[^{{}}]*(?:is|:|=)\s*\}}\s*")
 _MEMBER = re.compile(r"^[A-Za-z]\s*\\in\s*(?=[(\[\]\\{])")
 _POINT_NAME = re.compile(r"^\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)\s*=\s*(?=\()")
@@ -83,7 +85,7 @@ def canonical(text: str) -> str:
     text = _REPEATING.sub(_repeating_fraction, text)
     text = text.strip().rstrip(".,;").strip()
     unit = _UNIT.search(text)
-    if unit is not None and not re.search(r"\d", unit[0].rpartition("}")[0]):
+    if unit is not None and not _NO_UNIT.search(unit[0].rpartition("}")[0]):
         text = text[: unit.start()].strip()
     text = _TEXT_BEFORE.sub("", text)
     while text.startswith("{") and _closing(text, 0) == len(text) - 1:
@@ -136,6 +138,10 @@ def take_apart(text: str) -> Parts:
         if len(items) > 1:
             return Parts(text[0] + text[-1], items)
     items = _with_signs(_split(text, ",") if len(_split(text, ",")) > 1 else _split(text, ";"))
+    named = sorted(without_name(item) for item in items)
+    names = {name for name, _ in named}
+    if len(items) > 1 and "" not in names and len(names) == len(items):
+        return Parts("()", [value for _, value in named])  # x = 3, y = 4
     return Parts("list", items) if len(items) > 1 else Parts("", items)
 
 

@@ -53,7 +53,7 @@ _FORMULA = re.compile(
     r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$([^$\n]+)\$(?!\$)", re.DOTALL
 )
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$|\*)|,? (?:because|since|so|which|not|as) |\n")
-_BASE = re.compile(r"([0-9A-Za-z]+)\s*_\s*(?:\{\s*(?:\\text\{)?\s*(\w+)\s*\}?\s*\}|(\w))")
+_BASE = re.compile(r"\(?([0-9A-Za-z]+)\)?\s*_\s*(?:\{\s*(?:\\text\{)?\s*(\w+)\s*\}?\s*\}|(\w))")
 _CHOICE = re.compile(r"(?:\\text(?:bf)?\s*\{)?\(?([A-Z])\)?\}?")
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|in)(?![A-Za-z])")
 
@@ -163,10 +163,7 @@ def _equal_parts(reference: str, said: str) -> bool:
     if mine.kind == theirs.kind == "union":
         return _equal_in_any_order(mine.items, theirs.items)
     if mine.kind == "()" and theirs.kind == "list":
-        named = [without_name(item) for item in theirs.items]
-        if len({name for name, _ in named}) == len(named):
-            named.sort(key=lambda each: each[0])
-        return _equal_in_order(mine.items, [value for _, value in named])
+        return _equal_in_order(mine.items, theirs.items)
     if theirs.kind == "set" and len(theirs.items) == 1:
         return _equal_parts(reference, theirs.items[0])
     return mine.kind == theirs.kind and _equal_in_order(mine.items, theirs.items)

@@ -399,18 +399,18 @@ def caches_beside_the_reference(rank, model, questions):
     """Bytes of the student's caches whenever the reference is about to decode."""
     from megatron_opdlm import cli
     from megatron_opdlm.distributed import process_groups as parallel
-    from megatron_opdlm.evaluation import teacher
+    from megatron_opdlm.evaluation import decode
     from megatron_opdlm.rollout.cache import KVCache
 
     parallel.shutdown = lambda: None  # the group is the test's
-    held, evaluate_teacher = [], teacher.evaluate_teacher
+    held, evaluate_teacher = [], decode.evaluate_teacher
 
     def watch(*args, **options):
         gc.collect()
         held.append(sum(x.num_bytes for x in gc.get_objects() if isinstance(x, KVCache)))
         return evaluate_teacher(*args, **options)
 
-    teacher.evaluate_teacher = watch
+    decode.evaluate_teacher = watch
     tasks = [f"--task=one={questions}", f"--task=two={questions}"]
     with contextlib.redirect_stdout(io.StringIO()):
         status = cli.main(

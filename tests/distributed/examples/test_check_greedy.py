@@ -31,11 +31,18 @@ def test_three_processes_and_another_model(tmp_path, tmp_path_factory, monkeypat
     assert "tensor parallel 3: 0 of 4 responses" in capsys.readouterr().out
 
 
-def test_mistakes_are_refused_before_any_work(monkeypatch):
-    words = ["check_greedy.py", "--model", "m", "--hf", "h", "--prompts", "none.jsonl"]
-    for option, value in (("--tensor-parallel", "1,0"), ("--num-prompts", "0")):
+def test_mistakes_are_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"num_key_value_heads": 3}')
+    file = str(write_prompts(tmp_path / "prompts.jsonl", count=1))
+    words = ["check_greedy.py", "--model", "m", "--hf", str(tmp_path), "--prompts", file]
+    for option, value, message in (
+        ("--tensor-parallel", "1,0", "--tensor-parallel=0 must be at least 1"),
+        ("--tensor-parallel", "1,2", "=2 must divide the 3 key/value heads of .*use some of 1, 3"),
+        ("--num-prompts", "0", "--num-prompts=0 must be at least 1"),
+        ("--prompts", "none.jsonl", "--prompts=none.jsonl does not exist; check the path"),
+    ):
         monkeypatch.setattr(sys, "argv", [*words, option, value])
-        with pytest.raises(ValueError, match="=0 must be at least 1"):
+        with pytest.raises(ValueError, match=message):
             check_greedy.main()
 
 

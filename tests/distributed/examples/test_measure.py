@@ -325,7 +325,7 @@ def test_the_command_writes_one_file(models, tmp_path):
         ({"num_prompts": 0}, "num_prompts=0 must be at least 1"),
         ({"block_size": 0}, "block_size=0 must be at least 1"),
         ({"thresholds": "1.5"}, "confidence_threshold=1.5 must lie in"),
-        ({"heldout": "nowhere.jsonl"}, "prompt file nowhere.jsonl does not exist"),
+        ({"heldout": "nowhere.jsonl"}, "--heldout=nowhere.jsonl does not exist; check the path"),
         ({"student": "nowhere"}, "nowhere"),
     ],
 )

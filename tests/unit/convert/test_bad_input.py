@@ -169,7 +169,8 @@ def test_full_disk(checkpoint: Path, tmp_path: Path, action: str, options: str) 
     if outcome.status == NO_MOUNTS:
         pytest.skip("needs the right to mount")
     assert outcome.status == 2
-    assert outcome.error.endswith("No space left on device") and str(disk) in outcome.error
+    text = "No space left on device; make room, or choose another disk"
+    assert outcome.error.endswith(text) and str(disk) in outcome.error
 
 
 @pytest.mark.parametrize("size", [0, 100, 3000, 20_000, 370_000])
