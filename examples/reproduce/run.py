@@ -28,6 +28,7 @@ warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")  # 
 
 from megatron_opdlm import cli  # noqa: E402
 from megatron_opdlm.evaluation.benchmarks import BENCHMARKS  # noqa: E402
+from megatron_opdlm.files.path_kind import is_checkpoint, is_hf_directory  # noqa: E402
 
 # Nothing here imports torch at the top: the processes of graders import this file again.
 HERE = Path(__file__).resolve().parent
@@ -120,8 +121,6 @@ def missing_files(
     catalogue: Catalogue, experiment: Mapping[str, Any], places: Places
 ) -> Iterator[str]:
     """Yields a line for every file of an experiment that is not there, with what brings it."""
-    from megatron_opdlm.files.path_kind import is_checkpoint, is_hf_directory
-
     sweeps = experiment.get("sweeps", ())
     labels = [label for sweep in sweeps for label in sweep["checkpoints"]]
     for label in dict.fromkeys([*labels, *experiment.get("runs", ())]):

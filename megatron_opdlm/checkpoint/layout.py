@@ -13,10 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opdlm.diffusion.prediction import PREDICTIONS, SAME_POSITION
-from megatron_opdlm.files.dcp_metadata import METADATA_FILE
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.files.folders import read_json_object, write_json
-from megatron_opdlm.files.path_kind import LATEST_FILE, checkpoint_root, describe, is_checkpoint
+from megatron_opdlm.files.path_kind import (
+    LATEST_FILE,
+    METADATA_FILE,
+    checkpoint_root,
+    describe,
+    is_checkpoint,
+)
 from megatron_opdlm.model.hf_config import HFConfig
 
 MODEL_FILE = "opdlm_model.json"

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_opdlm.convert.records import read_region
-from megatron_opdlm.files import dcp_metadata
+from megatron_opdlm.files import path_kind
 from megatron_opdlm.files.dcp_metadata import read_metadata
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.files.raw import BlockFile
@@ -162,7 +162,7 @@ class TorchDistReader:
             ConversionError: the folder is not a complete torch_dist checkpoint.
         """
         self.directory = directory
-        for name in (dcp_metadata.METADATA_FILE, METADATA_FILE):
+        for name in (path_kind.METADATA_FILE, METADATA_FILE):
             if not (directory / name).is_file():
                 raise ConversionError(
                     f"{directory}: not a complete torch_dist checkpoint ({name} is missing)"

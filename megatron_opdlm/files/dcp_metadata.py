@@ -13,8 +13,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_opdlm.files.errors import ConversionError
-
-METADATA_FILE = ".metadata"
+from megatron_opdlm.files.path_kind import METADATA_FILE
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 _INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "bool")

@@ -4,10 +4,10 @@ import re
 import shlex
 from pathlib import Path
 
-from megatron_opdlm.files.dcp_metadata import METADATA_FILE
-
 CONFIG_FILE = "config.json"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
+METADATA_FILE = ".metadata"
+"""Name of the file that lists the tensors of a torch_dist folder."""
 CHECKPOINTS = "checkpoints"
 """Name of the checkpoint root in a run folder."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

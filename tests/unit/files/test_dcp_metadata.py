@@ -10,8 +10,9 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_opdlm.convert.importer import import_hf
 from megatron_opdlm.convert.torch_dist import TorchDistReader
-from megatron_opdlm.files.dcp_metadata import METADATA_FILE, read_metadata
+from megatron_opdlm.files.dcp_metadata import read_metadata
 from megatron_opdlm.files.errors import ConversionError
+from megatron_opdlm.files.path_kind import METADATA_FILE
 from tests.unit.convert.models import write_hf
 
 
