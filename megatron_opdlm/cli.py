@@ -11,13 +11,14 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_opdlm import __version__
 from megatron_opdlm.checks import require_at_least
 from megatron_opdlm.distributed.launch import Launch, read_launch
+from megatron_opdlm.files.signals import stopped_by_signals
 
 if TYPE_CHECKING:
     from megatron_opdlm.config.run import Config
@@ -29,6 +30,9 @@ _SUBCOMMANDS: tuple[tuple[str, str], ...] = (
     ("megatron_opdlm.evaluation.sweep.cli", "add_sweep_parser"),
 )
 """Modules that add their own subcommand. They import torch and others only when it runs."""
+
+_USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+"""Errors of input, disk, network or installation, which are shown as one line."""
 
 _MODEL_CONFIGS = "qwen3"
 """Folder next to a YAML file. It has `<model name>.config.json`, for dry runs without the model."""
@@ -52,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         Exit status: 0, or 2 after a user's error, which is printed as one line.
     """
-    args = _parse(argv)
+    args = build_parser().parse(argv)
     launch = Launch()
     try:
         launch = read_launch()
@@ -61,32 +65,57 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; a training run or a sweep goes on when started again\n")
         return 130
-    except (
-        ValueError,
-        OSError,
-        ImportError,
-        FloatingPointError,
-    ) as error:
+    except _USER_ERRORS as error:
         if args.traceback:
             raise
-        sys.stderr.write(f"{_error_prefix(launch)}: {' '.join(str(error).split())}\n")
+        _write_error(error, _error_prefix(launch))
         return 2
     return status or 0
 
 
-class _Parser(argparse.ArgumentParser):
+def run_script(main: Callable[[], int | None]) -> NoReturn:
+    """Runs the `main` of a script as `opdlm` is run, and ends the process.
+
+    The status is that of `main`, 2 after an error of a user's, which is printed as one line, and
+    128 + n after signal n.
+    """
+    try:
+        with stopped_by_signals():
+            status = main()
+    except _USER_ERRORS as error:
+        _write_error(error)
+        status = 2
+    sys.exit(status or 0)
+
+
+class Parser(argparse.ArgumentParser):
     """A parser without abbreviated options, whose meaning would change with new options."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings, allow_abbrev=False)
 
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parses arguments. Unlike argparse it accepts `key=value` between options.
 
-def build_parser() -> argparse.ArgumentParser:
+        Args:
+            argv: arguments without the program's name; None for those of this process.
+        """
+        args, rest = self.parse_known_args(argv)
+        takes_overrides = "overrides" in vars(args)
+        unknown = [text for text in rest if not takes_overrides or text.startswith("-")]
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if takes_overrides:
+            args.overrides += rest
+        return args
+
+
+def build_parser() -> Parser:
     """Builds the parser of all subcommands.
 
     A subcommand sets `run`, a function from the parsed arguments to an exit status or None.
     """
-    parser: argparse.ArgumentParser = _Parser(
+    parser = Parser(
         prog="opdlm",
         description="Turn an autoregressive language model into a block-diffusion one.",
     )
@@ -102,19 +131,6 @@ def build_parser() -> argparse.ArgumentParser:
             "--traceback", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
     return parser
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses arguments. Unlike argparse it accepts `key=value` between options."""
-    parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
-    takes_overrides = "overrides" in vars(args)
-    unknown = [text for text in rest if not takes_overrides or text.startswith("-")]
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if takes_overrides:
-        args.overrides += rest
-    return args
 
 
 def _add_train_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -286,6 +302,10 @@ def _set_up_logging(launch: Launch) -> None:
     for module in (r"megatron\.core\.", r"torch\.distributed\.", r"torch\.optim\."):
         for category in (FutureWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=module)
+
+
+def _write_error(error: BaseException, prefix: str = "error") -> None:
+    sys.stderr.write(f"{prefix}: {' '.join(str(error).split())}\n")
 
 
 def _error_prefix(launch: Launch) -> str:

@@ -17,12 +17,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import one_line
 import torch
-from paths import require_file
 
 from megatron_opdlm.checks import require, require_at_least
+from megatron_opdlm.cli import run_script
 from megatron_opdlm.files.folders import read_json_object, replacing, write_json
+from megatron_opdlm.files.paths import require_file
 from megatron_opdlm.generate.arguments import require_folder
 
 MODEL_CLASS = "AutoModelForMaskedLM"
@@ -105,4 +105,4 @@ def check(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    one_line.run(main)
+    run_script(main)

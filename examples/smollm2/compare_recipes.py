@@ -24,24 +24,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import one_line
 import torch
 import yaml
 from budget import CPU, GPU, MOST_ROLLOUTS, make_plan
 from curves import share
 from digests import file_digest, folder_digests
 from measurement import Measurement, read_measurement
-from paths import folder
 from prompts import FILES
 from settings import note_settings, require_same_settings
 from table import NONE
 
 from megatron_opdlm.checks import require, require_at_least
+from megatron_opdlm.cli import run_script
 from megatron_opdlm.config.annotations import PATH
 from megatron_opdlm.config.run import Config, load_config
 from megatron_opdlm.config.schema import collect_keys
 from megatron_opdlm.files.folder_lock import FolderLock
 from megatron_opdlm.files.folders import replacing
+from megatron_opdlm.files.paths import folder
 from megatron_opdlm.reporting.logger import read_metrics
 from megatron_opdlm.responses.entries import read_entries
 
@@ -298,4 +298,4 @@ def percent(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    one_line.run(main)
+    run_script(main)

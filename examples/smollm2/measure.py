@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import one_line
 import torch
 from agreement import AskedQuestion, Grader, agreement, read_questions, right_questions
 from decoding import (
@@ -37,17 +36,18 @@ from likelihood import Likelihood
 from lists import list_of
 from measurement import SHAPE as MEASUREMENT
 from pair import STUDENT, TEACHER, Pair, open_pair
-from paths import require_file
 from player import page_records
 from shape import require_shape
 from states import divergences
 
 from megatron_opdlm.checks import require, require_at_least
+from megatron_opdlm.cli import run_script
 from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.diffusion.prediction import PREDICTIONS, SAME_POSITION
 from megatron_opdlm.diffusion.remasking import LowConfidenceDynamic
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.files.folders import replacing
+from megatron_opdlm.files.paths import require_file
 from megatron_opdlm.generate.arguments import require_folder
 from megatron_opdlm.reporting.progress import report_progress
 from megatron_opdlm.responses.prompts import Prompt, PromptTokens, load_prompts
@@ -334,4 +334,4 @@ def say(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    one_line.run(main)
+    run_script(main)

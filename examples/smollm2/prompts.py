@@ -22,14 +22,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import facts
-import one_line
 import sums
-from paths import folder
 from sentences import PERSONS, SENTENCE_LISTS, TIMES, build, parse_clauses
 from templates import TEMPLATES
 from words import LISTS, split_list
 
+from megatron_opdlm.cli import run_script
 from megatron_opdlm.files.folders import replacing
+from megatron_opdlm.files.paths import folder
 
 NUM_TRAIN, NUM_HELDOUT = 4800, 400
 MOST_OF_A_TEMPLATE = 60
@@ -243,4 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    one_line.run(main)
+    run_script(main)

@@ -14,15 +14,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import one_line
 from curves import share, write_curves
 from measurement import Measured, Measurement, read_measured
-from paths import folder
 from samples import samples
 from table import COLUMNS, STATES_COLUMNS, markdown, rows, states_rows
 
+from megatron_opdlm.cli import run_script
 from megatron_opdlm.evaluation.html import render_page
 from megatron_opdlm.files.folders import replacing
+from megatron_opdlm.files.paths import folder
 
 TITLE = "SmolLM2-135M-Instruct as a block-diffusion model"
 WITHOUT = ("responses", "page")
@@ -157,4 +157,4 @@ def shown(measured: Measured) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    one_line.run(main)
+    run_script(main)

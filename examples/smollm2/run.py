@@ -27,7 +27,6 @@ from digests import file_digest  # noqa: E402
 from from_wheel import add_source_options, find_source  # noqa: E402
 from gguf_file import SMOLLM2, read_source, require_space  # noqa: E402
 from parts import join, parts_of, split  # noqa: E402
-from paths import absolute, folder, require_file  # noqa: E402
 from run_steps import RunSteps, prepare  # noqa: E402
 from settings import SETTINGS, note_settings, require_same_settings  # noqa: E402
 from steps import Failed, Steps, Stopped  # noqa: E402
@@ -36,6 +35,7 @@ from training_keys import require_allowed, require_usable  # noqa: E402
 
 from megatron_opdlm.checks import require, require_at_least  # noqa: E402
 from megatron_opdlm.files.folder_lock import FolderLock  # noqa: E402
+from megatron_opdlm.files.paths import absolute, folder, require_file  # noqa: E402
 
 DEFAULT_OUT = "runs/smollm2"
 RUN_BYTES = 6_000_000_000

