@@ -23,6 +23,7 @@ from lists import list_of
 
 from megatron_opdlm.checks import require, require_at_least
 from megatron_opdlm.cli import run_script
+from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.files.folders import read_json_object
 from megatron_opdlm.files.paths import require_file
 from megatron_opdlm.responses.prompts import Prompt, load_prompts
@@ -81,6 +82,7 @@ def check(args: argparse.Namespace) -> None:
             sizes = [str(n) for n in range(1, heads + 1) if heads % n == 0]
             fix = f"use some of {', '.join(sizes)}"
             require(heads % size == 0, "--tensor-parallel", size, rule, fix)
+    ModelSource.open(args.model)
 
 
 def transformers_answers(

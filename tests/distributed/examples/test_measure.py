@@ -328,6 +328,9 @@ def test_the_command_writes_one_file(models, tmp_path):
         ({"thresholds": "1.5"}, "confidence_threshold=1.5 must lie in"),
         ({"heldout": "nowhere.jsonl"}, "--heldout=nowhere.jsonl does not exist; check the path"),
         ({"student": "nowhere"}, "nowhere"),
+        ({"student": ""}, "--student='' must be a path; name a folder"),
+        ({"teacher": ""}, "--teacher='' must be a path; name a folder"),
+        ({"thresholds": "nan"}, "confidence_threshold=nan must lie in"),
     ],
 )
 def test_wrong_arguments_are_one_line(models, tmp_path, changes, message):
