@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_opdlm import __version__
-from megatron_opdlm.checks import require_at_least
+from megatron_opdlm.checks import require, require_at_least
 from megatron_opdlm.distributed.launch import Launch, read_launch
 from megatron_opdlm.files.signals import stopped_by_signals
 
@@ -110,6 +110,26 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
+def list_of(kind: Callable[[str], Any], name: str) -> Callable[[str], list[Any]]:
+    """Returns a function for `type=` of an option whose value is a list with commas.
+
+    Args:
+        kind: reads one entry; it raises a ValueError for a wrong one.
+        name: what the entries are, for the error.
+    """
+
+    def read(text: str) -> list[Any]:
+        try:
+            if not all(part.strip() for part in text.split(",")):
+                raise ValueError
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            said = f"{text!r} must be {name} with commas between them"
+            raise argparse.ArgumentTypeError(said) from None
+
+    return read
+
+
 def build_parser() -> Parser:
     """Builds the parser of all subcommands.
 
@@ -196,15 +216,7 @@ def _relaunch(args: argparse.Namespace, config: Config) -> NoReturn:
     """Replaces this process by torchrun, which starts `--nproc` processes of the same command."""
     if read_launch().has_launcher:
         raise ValueError("--nproc is set and torchrun has started this process; drop one of them")
-    if args.nproc < 1:
-        raise ValueError(f"--nproc={args.nproc} must be at least 1")
-    parallel = config.parallel
-    copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if args.nproc % copy:
-        raise ValueError(
-            f"--nproc={args.nproc} must be a multiple of tensor_model_parallel_size x "
-            f"pipeline_model_parallel_size = {copy}; use {copy} or a multiple of it"
-        )
+    require_processes(args.nproc, config)
     from megatron_opdlm.train import start
 
     start.check(config)  # now, because torchrun would add its own report to the error
@@ -215,6 +227,20 @@ def _relaunch(args: argparse.Namespace, config: Config) -> NoReturn:
     if args.traceback:
         command.insert(2, "--traceback")
     os.execv(sys.executable, [sys.executable, *launcher, *command])
+
+
+def require_processes(nproc: int, config: Config) -> None:
+    """Refuses a number of processes that cannot be laid out as the configuration says.
+
+    Raises:
+        ValueError: the message names the option, its value, the rule and the fix.
+    """
+    require_at_least(1, "--nproc", nproc)
+    parallel = config.parallel
+    copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    rule = f"tensor_model_parallel_size x pipeline_model_parallel_size = {copy}"
+    fix = f"use {copy} or a multiple of it"
+    require(nproc % copy == 0, "--nproc", nproc, f"must be a multiple of {rule}", fix)
 
 
 def _dry_run(args: argparse.Namespace, config: Config) -> int:

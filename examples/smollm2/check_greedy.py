@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lists import list_of
 
 from megatron_opdlm.checks import require, require_at_least
-from megatron_opdlm.cli import run_script
+from megatron_opdlm.cli import list_of, run_script
 from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.files.folders import read_json_object
 from megatron_opdlm.files.paths import require_file

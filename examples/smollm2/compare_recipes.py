@@ -46,6 +46,7 @@ from megatron_opdlm.reporting.logger import read_metrics
 from megatron_opdlm.responses.entries import read_entries
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "quickstart"))
 MACHINE = GPU if torch.cuda.is_available() else CPU
 CONFIG = HERE.parents[1] / MACHINE.config
 COLUMNS = (
@@ -149,13 +150,16 @@ class Trial:
 
     def run(self, *words: str) -> None:
         """Runs one command, its output in the trial's log."""
+        from child import ends_with_parent
+
         environment = {"OMP_NUM_THREADS": str(self.threads), "PYTHONWARNINGS": "ignore"}
         log_file = self.folder / "log.txt"
         with log_file.open("a", encoding="utf-8") as log:
             command = [sys.executable, *words]
             status = subprocess.run(
-                command, env=os.environ | environment, stdout=log, stderr=log
-            ).returncode
+                command, env=os.environ | environment, stdout=log, stderr=log,
+                preexec_fn=ends_with_parent(),
+            ).returncode  # fmt: skip
         if status:
             raise ValueError(f"{self.name}: see the end of {log_file}")
 

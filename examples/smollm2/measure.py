@@ -33,7 +33,6 @@ from decoding import (
 )
 from figures import figures
 from likelihood import Likelihood
-from lists import list_of
 from measurement import SHAPE as MEASUREMENT
 from pair import STUDENT, TEACHER, Pair, open_pair
 from player import page_records
@@ -41,7 +40,7 @@ from shape import require_shape
 from states import divergences
 
 from megatron_opdlm.checks import require, require_at_least
-from megatron_opdlm.cli import run_script
+from megatron_opdlm.cli import list_of, run_script
 from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.diffusion.prediction import PREDICTIONS, SAME_POSITION
 from megatron_opdlm.diffusion.remasking import LowConfidenceDynamic

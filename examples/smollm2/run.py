@@ -24,6 +24,7 @@ ROOT = HERE.parents[1]
 sys.path.append(str(HERE.parent / "quickstart"))
 
 from budget import CPU, GPU, make_plan  # noqa: E402
+from commands import require_allowed  # noqa: E402
 from digests import file_digest  # noqa: E402
 from from_wheel import add_source_options, find_source  # noqa: E402
 from gguf_file import SMOLLM2, read_source, require_cache, require_space  # noqa: E402
@@ -32,7 +33,7 @@ from run_steps import RunSteps, prepare  # noqa: E402
 from settings import SETTINGS, note_settings, require_same_settings  # noqa: E402
 from steps import Failed, Steps, Stopped  # noqa: E402
 from summary import write_summary  # noqa: E402
-from training_keys import require_allowed, require_usable  # noqa: E402
+from training_keys import REFUSED, require_usable  # noqa: E402
 
 from megatron_opdlm.checks import require, require_at_least  # noqa: E402
 from megatron_opdlm.cli import Parser  # noqa: E402
@@ -184,7 +185,7 @@ def planned(args: argparse.Namespace) -> RunSteps:
     """
     import torch
 
-    require_allowed(args.overrides)
+    require_allowed(args.overrides, REFUSED)
     plan = make_plan(GPU if torch.cuda.is_available() else CPU, args.minutes, args.rollouts)
     plan = plan.as_begun(args.out / SETTINGS) if args.rollouts is None else plan
     run = RunSteps(out=args.out, plan=plan, seed=args.seed, keys=tuple(args.overrides))
