@@ -251,6 +251,9 @@ def _dry_run(args: argparse.Namespace, config: Config) -> int:
     launch = read_launch()
     if launch.rank:
         return 0  # one copy is enough
+    for name in ("gpus", "nproc"):
+        if (ranks := getattr(args, name)) is not None:
+            require_at_least(1, f"--{name}", ranks)
     world_size = args.gpus or args.nproc or (launch.world_size if launch.has_launcher else 0)
     resolved, report = _report(args.config, config, world_size, on_gpus=args.gpus is not None)
     sys.stdout.write(resolved.to_yaml() + "\n" + report)

@@ -307,7 +307,7 @@ def measure_states(
     started = time.perf_counter()
     found = divergences(pair, decoding.trajectories).to_json(pair.block_size)
     seconds["states"] = time.perf_counter() - started
-    report_progress(f"KL per masked token {found['kl']:.3f}, {seconds['states']:.1f} s")
+    report_progress(f"forward KL per masked token {found['kl']:.3f}, {seconds['states']:.1f} s")
     return found
 
 

@@ -37,6 +37,10 @@ together that differ. First token, first four: responses that begin as the teach
 All but the second column is about greedy decoding. Tokens per second: all prompts in one batch, on
 this machine.
 """
+STATES = """\
+KL(teacher || student), whichever divergence was trained, at all states of static rollouts at
+temperature 1: mean over all masked positions, by position in the block, by masked positions there.
+"""
 
 
 def main() -> None:
@@ -68,6 +72,7 @@ def write_report(out: Path) -> Path:
     if states:
         parts += [
             "## Divergence at the student's own states\n",
+            STATES,
             markdown(STATES_COLUMNS, states),
         ]
     parts += ["## Curves\n", *(f"![{plot.stem}]({plot.name})\n" for plot in plots)]

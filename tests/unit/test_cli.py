@@ -111,6 +111,9 @@ def test_errors_under_torchrun_name_the_rank(capsys, monkeypatch):
     [
         (["--gpus", "8"], "--gpus is for --dry-run"),
         (["--nproc", "0"], "--nproc=0 must be at least 1"),
+        (["--dry-run", "--gpus", "0"], "--gpus=0 must be at least 1"),
+        (["--dry-run", "--gpus", "-8"], "--gpus=-8 must be at least 1"),
+        (["--dry-run", "--nproc", "0"], "--nproc=0 must be at least 1"),
         (["--dry-run", "--gpus", "3"], "number of GPUs 3 must be a multiple of .* 2 x 1"),
         (["--dry-run", "student=nowhere/Model-1B"], "nowhere/Model-1B holds neither"),
         (

@@ -132,6 +132,27 @@ def test_a_command_that_fails_ends_the_script(quickstart, tmp_path, ended, statu
 
 
 @pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--steps", 0), "--steps=0 must be at least 1"),
+        (("--batch-size", 0), "--batch-size=0 must be at least 1"),
+        (("--num-layers", -1), "--num-layers=-1 must be at least 1"),
+        (("--seed", -1), "--seed=-1 must be at least 0"),
+        (("--lr", "nan"), "--lr=nan must be positive and finite"),
+        (("--lr", "inf"), "--lr=inf must be positive and finite"),
+        (("--out", ""), "argument --out: is empty; name a path"),
+    ],
+)
+def test_a_teacher_that_cannot_be_made_is_refused_before_any_work(monkeypatch, arguments, words):
+    with script("make_teacher") as make_teacher:
+        monkeypatch.setattr(make_teacher, "make_split", None)
+        status, error = started(make_teacher, *arguments)
+        assert status == 2 and words in error.splitlines()[-1]
+        with pytest.raises(TypeError):  # control: it would begin
+            started(make_teacher)
+
+
+@pytest.mark.parametrize(
     ("name", "program"),
     [("quickstart", "quickstart/run.py"), ("compare_methods", "quickstart/compare.py")],
 )
