@@ -31,7 +31,7 @@ _SUBCOMMANDS: tuple[tuple[str, str], ...] = (
 )
 """Modules that add their own subcommand. They import torch and others only when it runs."""
 
-USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+_USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 """Errors of input, disk, network or installation, which are shown as one line."""
 
 _MODEL_CONFIGS = "qwen3"
@@ -65,10 +65,10 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; a training run or a sweep goes on when started again\n")
         return 130
-    except USER_ERRORS as error:
+    except _USER_ERRORS as error:
         if args.traceback:
             raise
-        return refuse(error, _error_prefix(launch))
+        return _refuse(error, _error_prefix(launch))
     return status or 0
 
 
@@ -81,15 +81,9 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     try:
         with stopped_by_signals():
             status = main()
-    except USER_ERRORS as error:
-        status = refuse(error)
+    except _USER_ERRORS as error:
+        status = _refuse(error)
     sys.exit(status or 0)
-
-
-def refuse(error: BaseException, prefix: str = "error") -> int:
-    """Prints a user's error as one line; returns its status, 2."""
-    sys.stderr.write(f"{prefix}: {' '.join(str(error).split())}\n")
-    return 2
 
 
 class Parser(argparse.ArgumentParser):
@@ -335,6 +329,12 @@ def _set_up_logging(launch: Launch) -> None:
     for module in (r"megatron\.core\.", r"torch\.distributed\.", r"torch\.optim\."):
         for category in (FutureWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=module)
+
+
+def _refuse(error: BaseException, prefix: str = "error") -> int:
+    """Prints a user's error as one line; returns its status, 2."""
+    sys.stderr.write(f"{prefix}: {' '.join(str(error).split())}\n")
+    return 2
 
 
 def _error_prefix(launch: Launch) -> str:

@@ -29,7 +29,6 @@ warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")  # 
 from megatron_opdlm import cli  # noqa: E402
 from megatron_opdlm.evaluation.benchmarks import BENCHMARKS  # noqa: E402
 from megatron_opdlm.files.path_kind import is_checkpoint, is_hf_directory  # noqa: E402
-from megatron_opdlm.files.paths import folder  # noqa: E402
 
 # Nothing here imports torch at the top: the processes of graders import this file again.
 HERE = Path(__file__).resolve().parent
@@ -189,10 +188,7 @@ def run(catalogue: Catalogue, name: str, places: Places, *, tiny: bool) -> int:
 
         runs = {label: places.checkpoints / label for label in experiment["runs"]}
         if tiny:
-            runs = {label: places.out / "runs" / label for label in experiment["runs"]}
-            for label, path in runs.items():
-                if status := _train_tiny(label, path):
-                    return status
+            runs = _train_tiny(places, experiment["runs"])
         draw_speeds(places.out / name, runs)
     return 0
 
@@ -204,16 +200,19 @@ def _run_command(command: Sequence[str]) -> int:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, check=False).returncode
 
 
-def _train_tiny(label: str, path: Path) -> int:
-    """Trains the quickstart's student for two rollouts at a block size; returns the status."""
-    size = label.partition("@")[2] or "4"
-    keys = [f"block_size={size}", f"denoising_steps={size}", f"save={path}"]
-    command = ["train", "examples/configs/quickstart.yaml", *keys, "train_rollouts=2"]
-    command += ["prompts_per_rollout=16", "eval_data=null", "eval_interval=0"]
-    command += ["lr_warmup_steps=0"]
-    # A process of its own, because a job has one parallel layout.
-    arguments = [sys.executable, "-m", "megatron_opdlm", *command]
-    return subprocess.run(arguments, cwd=ROOT, check=False).returncode
+def _train_tiny(places: Places, labels: Sequence[str]) -> dict[str, Path]:
+    """Trains the quickstart's student for two rollouts at every block size."""
+    runs = {label: places.out / "runs" / label for label in labels}
+    for label, folder in runs.items():
+        size = label.partition("@")[2] or "4"
+        keys = [f"block_size={size}", f"denoising_steps={size}", f"save={folder}"]
+        command = ["train", "examples/configs/quickstart.yaml", *keys, "train_rollouts=2"]
+        command += ["prompts_per_rollout=16", "eval_data=null", "eval_interval=0"]
+        command += ["lr_warmup_steps=0"]
+        # A process of its own, because a job has one parallel layout.
+        arguments = [sys.executable, "-m", "megatron_opdlm", *command]
+        subprocess.run(arguments, cwd=ROOT, check=True)
+    return runs
 
 
 def main(argv: Sequence[str]) -> int:
@@ -223,10 +222,8 @@ def main(argv: Sequence[str]) -> int:
         The exit status.
     """
     catalogue = Catalogue()
-    parser = cli.Parser(
-        prog="reproduce.sh",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", nargs="?", choices=list(catalogue.experiments), metavar="NAME")
     parser.add_argument("--list", action="store_true", help="show the tables and figures, and end")
@@ -234,11 +231,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tiny", action="store_true", help="on the quickstart's model")
     for name in ("checkpoints", "models", "benchmarks"):
         help_text = f"folder of {name}; default: {name}"
-        parser.add_argument(
-            f"--{name}", type=place, default=Path(name), metavar="DIR", help=help_text
-        )
-    help_text = "default: runs/reproduce, with --tiny runs/reproduce_tiny"
-    parser.add_argument("--out", type=place, metavar="DIR", help=help_text)
+        parser.add_argument(f"--{name}", type=Path, default=Path(name), help=help_text)
+    parser.add_argument(
+        "--out", type=Path, help="default: runs/reproduce, with --tiny runs/reproduce_tiny"
+    )
     args = parser.parse_args(argv)
     if args.list:
         for name, experiment in catalogue.experiments.items():
@@ -260,18 +256,8 @@ def main(argv: Sequence[str]) -> int:
     return run(catalogue, args.name, places, tiny=args.tiny)
 
 
-def place(text: str) -> Path:
-    """A folder as it was given, for `type=` of an option.
-
-    Raises:
-        ArgumentTypeError: it is empty, a file, or below one.
-    """
-    folder(text)
-    return Path(text)
-
-
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except cli.USER_ERRORS as error:
-        sys.exit(cli.refuse(error))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")

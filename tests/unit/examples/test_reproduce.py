@@ -4,7 +4,6 @@ import importlib
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -130,32 +129,6 @@ def test_a_run_without_its_files_is_refused(reproduce, capsys, monkeypatch, tmp_
     assert reproduce.main(["table_2", "--checkpoints", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "table_2 needs files that are not there" in error and "opdlm train examples" in error
-
-
-@pytest.mark.parametrize("option", ["--checkpoints", "--models", "--benchmarks", "--out"])
-def test_a_place_that_is_no_folder_is_named(reproduce, capsys, monkeypatch, tmp_path, option):
-    monkeypatch.setattr(reproduce, "run", lambda *arguments, tiny: 0)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").touch()
-    for text, rule in (("", "is empty; name a path"), ("file", "is not a folder; choose another")):
-        with pytest.raises(SystemExit) as ended:
-            reproduce.main(["table_12", option, text])
-        error = capsys.readouterr().err.splitlines()[-1]
-        assert ended.value.code == 2 and f"argument {option}: " in error and rule in error
-    for text in ("-", "a b", "new/below"):
-        assert reproduce.main(["table_12", option, text]) == 0  # control
-
-
-def test_a_tiny_training_that_fails_ends_the_command(reproduce, places, monkeypatch):
-    begun = []
-
-    def run(command, **options):
-        begun.append(command)
-        return SimpleNamespace(returncode=3)
-
-    monkeypatch.setattr(reproduce.subprocess, "run", run)
-    assert reproduce.run(reproduce.Catalogue(), "figure_6", places, tiny=True) == 3
-    assert len(begun) == 1 and "train" in begun[0]
 
 
 @pytest.mark.parametrize("name", NAMES)
