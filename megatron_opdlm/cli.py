@@ -139,7 +139,8 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    general: argparse.ArgumentParser = parser  # the type that subcommands expect
+    subparsers = general.add_subparsers(metavar="COMMAND", required=True)
     _add_train_parser(subparsers)
     _add_plan_parser(subparsers)
     for module, name in _SUBCOMMANDS:
