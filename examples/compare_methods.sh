@@ -3,6 +3,7 @@
 # Sets everything up in .venv, then trains the quickstart's student by each of the four methods, with several
 # seeds, and writes a table like the paper's Tables 4 and 11. See docs/methods.md.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-tools/setup_venv.sh
-exec .venv/bin/python examples/quickstart/compare.py "$@"
+case " $* " in *" --help "* | *" -h "*) sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}"; exit ;; esac
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+"$root/tools/setup_venv.sh"
+exec "$root/.venv/bin/python" "$root/examples/quickstart/compare.py" "$@"

@@ -5,6 +5,6 @@
 set -euo pipefail
 case " $* " in *" --help "* | *" -h "*) sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}"; exit ;; esac
 started=$(date +%s)
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-tools/setup_venv.sh
-exec .venv/bin/python examples/quickstart/run.py --started "$started" "$@"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+"$root/tools/setup_venv.sh"
+exec "$root/.venv/bin/python" "$root/examples/quickstart/run.py" --started "$started" "$@"

@@ -11,13 +11,14 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_opdlm import __version__
-from megatron_opdlm.checks import require_at_least
+from megatron_opdlm.checks import require, require_at_least
 from megatron_opdlm.distributed.launch import Launch, read_launch
+from megatron_opdlm.files.signals import stopped_by_signals
 
 if TYPE_CHECKING:
     from megatron_opdlm.config.run import Config
@@ -29,6 +30,9 @@ _SUBCOMMANDS: tuple[tuple[str, str], ...] = (
     ("megatron_opdlm.evaluation.sweep.cli", "add_sweep_parser"),
 )
 """Modules that add their own subcommand. They import torch and others only when it runs."""
+
+_USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+"""Errors of input, disk, network or installation, which are shown as one line."""
 
 _MODEL_CONFIGS = "qwen3"
 """Folder next to a YAML file. It has `<model name>.config.json`, for dry runs without the model."""
@@ -52,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         Exit status: 0, or 2 after a user's error, which is printed as one line.
     """
-    args = _parse(argv)
+    args = build_parser().parse(argv)
     launch = Launch()
     try:
         launch = read_launch()
@@ -61,38 +65,82 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; a training run or a sweep goes on when started again\n")
         return 130
-    except (
-        ValueError,
-        OSError,
-        ImportError,
-        FloatingPointError,
-    ) as error:
+    except _USER_ERRORS as error:
         if args.traceback:
             raise
-        sys.stderr.write(f"{_error_prefix(launch)}: {' '.join(str(error).split())}\n")
-        return 2
+        return _refuse(error, _error_prefix(launch))
     return status or 0
 
 
-class _Parser(argparse.ArgumentParser):
+def run_script(main: Callable[[], int | None]) -> NoReturn:
+    """Runs the `main` of a script as `opdlm` is run, and ends the process.
+
+    The status is that of `main`, 2 after an error of a user's, which is printed as one line, and
+    128 + n after signal n.
+    """
+    try:
+        with stopped_by_signals():
+            status = main()
+    except _USER_ERRORS as error:
+        status = _refuse(error)
+    sys.exit(status or 0)
+
+
+class Parser(argparse.ArgumentParser):
     """A parser without abbreviated options, whose meaning would change with new options."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings, allow_abbrev=False)
 
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parses arguments. Unlike argparse it accepts `key=value` between options.
 
-def build_parser() -> argparse.ArgumentParser:
+        Args:
+            argv: arguments without the program's name; None for those of this process.
+        """
+        args, rest = self.parse_known_args(argv)
+        takes_overrides = "overrides" in vars(args)
+        unknown = [text for text in rest if not takes_overrides or text.startswith("-")]
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if takes_overrides:
+            args.overrides += rest
+        return args
+
+
+def list_of(kind: Callable[[str], Any], name: str) -> Callable[[str], list[Any]]:
+    """Returns a function for `type=` of an option whose value is a list with commas.
+
+    Args:
+        kind: reads one entry; it raises a ValueError for a wrong one.
+        name: what the entries are, for the error.
+    """
+
+    def read(text: str) -> list[Any]:
+        try:
+            if not all(part.strip() for part in text.split(",")):
+                raise ValueError
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            said = f"{text!r} must be {name} with commas between them"
+            raise argparse.ArgumentTypeError(said) from None
+
+    return read
+
+
+def build_parser() -> Parser:
     """Builds the parser of all subcommands.
 
     A subcommand sets `run`, a function from the parsed arguments to an exit status or None.
     """
-    parser: argparse.ArgumentParser = _Parser(
+    parser = Parser(
         prog="opdlm",
         description="Turn an autoregressive language model into a block-diffusion one.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    general: argparse.ArgumentParser = parser  # the type that subcommands expect
+    subparsers = general.add_subparsers(metavar="COMMAND", required=True)
     _add_train_parser(subparsers)
     _add_plan_parser(subparsers)
     for module, name in _SUBCOMMANDS:
@@ -102,19 +150,6 @@ def build_parser() -> argparse.ArgumentParser:
             "--traceback", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
     return parser
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses arguments. Unlike argparse it accepts `key=value` between options."""
-    parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
-    takes_overrides = "overrides" in vars(args)
-    unknown = [text for text in rest if not takes_overrides or text.startswith("-")]
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if takes_overrides:
-        args.overrides += rest
-    return args
 
 
 def _add_train_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -180,15 +215,7 @@ def _relaunch(args: argparse.Namespace, config: Config) -> NoReturn:
     """Replaces this process by torchrun, which starts `--nproc` processes of the same command."""
     if read_launch().has_launcher:
         raise ValueError("--nproc is set and torchrun has started this process; drop one of them")
-    if args.nproc < 1:
-        raise ValueError(f"--nproc={args.nproc} must be at least 1")
-    parallel = config.parallel
-    copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if args.nproc % copy:
-        raise ValueError(
-            f"--nproc={args.nproc} must be a multiple of tensor_model_parallel_size x "
-            f"pipeline_model_parallel_size = {copy}; use {copy} or a multiple of it"
-        )
+    require_processes(args.nproc, config)
     from megatron_opdlm.train import start
 
     start.check(config)  # now, because torchrun would add its own report to the error
@@ -201,10 +228,27 @@ def _relaunch(args: argparse.Namespace, config: Config) -> NoReturn:
     os.execv(sys.executable, [sys.executable, *launcher, *command])
 
 
+def require_processes(nproc: int, config: Config) -> None:
+    """Refuses a number of processes that cannot be laid out as the configuration says.
+
+    Raises:
+        ValueError: the message names the option, its value, the rule and the fix.
+    """
+    require_at_least(1, "--nproc", nproc)
+    parallel = config.parallel
+    copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    rule = f"tensor_model_parallel_size x pipeline_model_parallel_size = {copy}"
+    fix = f"use {copy} or a multiple of it"
+    require(nproc % copy == 0, "--nproc", nproc, f"must be a multiple of {rule}", fix)
+
+
 def _dry_run(args: argparse.Namespace, config: Config) -> int:
     launch = read_launch()
     if launch.rank:
         return 0  # one copy is enough
+    for name in ("gpus", "nproc"):
+        if (ranks := getattr(args, name)) is not None:
+            require_at_least(1, f"--{name}", ranks)
     world_size = args.gpus or args.nproc or (launch.world_size if launch.has_launcher else 0)
     resolved, report = _report(args.config, config, world_size, on_gpus=args.gpus is not None)
     sys.stdout.write(resolved.to_yaml() + "\n" + report)
@@ -286,6 +330,12 @@ def _set_up_logging(launch: Launch) -> None:
     for module in (r"megatron\.core\.", r"torch\.distributed\.", r"torch\.optim\."):
         for category in (FutureWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=module)
+
+
+def _refuse(error: BaseException, prefix: str = "error") -> int:
+    """Prints a user's error as one line; returns its status, 2."""
+    sys.stderr.write(f"{prefix}: {' '.join(str(error).split())}\n")
+    return 2
 
 
 def _error_prefix(launch: Launch) -> str:

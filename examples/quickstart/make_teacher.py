@@ -23,6 +23,10 @@ from task import Problem, is_correct, make_problem, make_split
 from tokenizer_files import write_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
+from megatron_opdlm.checks import require, require_at_least
+from megatron_opdlm.cli import run_script
+from megatron_opdlm.files.paths import folder
+
 HERE = Path(__file__).resolve().parent
 NUM_TRAIN_PROMPTS = 4096
 NUM_HELDOUT = 1024
@@ -227,7 +231,7 @@ def parse_args() -> argparse.Namespace:
     """Command line; the defaults make the committed teacher."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--out", type=folder, default=HERE)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--lr", type=float, default=3e-3)
@@ -236,7 +240,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=32)
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--num-threads", type=int, default=1, help="1 keeps runs bit-identical")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, value in vars(args).items():
+        if isinstance(value, int):
+            require_at_least(int(name != "seed"), f"--{name.replace('_', '-')}", value)
+    require(0 < args.lr < math.inf, "--lr", args.lr, "must be positive and finite", "use e.g. 3e-3")
+    return args
 
 
 def main() -> None:
@@ -266,4 +275,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,6 +1,7 @@
 """The quickstart, step by step: import, evaluate, distil, evaluate, export, check, report.
 
-    bash examples/quickstart.sh [--nproc N] [--out DIR] [--seed N] [key=value ...]
+    bash examples/quickstart.sh [--nproc N] [--out DIR] [--seed N] [--num-questions N]
+                                [key=value ...]
 
 Every step is a command that can be typed by hand; it is printed before it runs. `key=value` changes
 a key of examples/configs/quickstart.yaml.
@@ -12,7 +13,6 @@ import argparse
 import json
 import os
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,90 +20,107 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from child import ends_with_parent
+from child import how_it_ended, run_command
+from commands import (
+    CONFIG,
+    HELDOUT,
+    REFUSED,
+    ROOT,
+    TEACHER,
+    THRESHOLD,
+    opdlm,
+    require_allowed,
+    require_questions,
+)
 from memory import PeakMemory
 from rich.console import Console
 from rich.table import Table
 
+from megatron_opdlm.cli import Parser, require_processes, run_script
 from megatron_opdlm.config.run import Config, load_config
+from megatron_opdlm.files.paths import folder
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-CONFIG = "examples/configs/quickstart.yaml"
-TEACHER = "examples/quickstart/teacher"
-HELDOUT = "examples/quickstart/data/heldout.jsonl"
 DEFAULT_OUT = "runs/quickstart"
-THRESHOLD = 0.9
 NUM_CHECKED = 32
 """Questions on which the export is compared with the checkpoint."""
 
 console = Console(highlight=False)
 
 
+class Failed(Exception):
+    """A command failed or was stopped; the text is what is left to say."""
+
+    def __init__(self, status: int, received: int | None) -> None:
+        said = status == 2 or (received is not None and status > 0)
+        super().__init__("" if said else f"the command above {how_it_ended(status)}")
+        self.status = 128 + received if received is not None else 2 if status == 2 else 1
+
+
 def main() -> int:
     """Runs everything; returns the exit status."""
     args = parse_arguments()
     os.chdir(ROOT)
-    try:
-        out = fresh_folder(args.out)
-        overrides = [f"seed={args.seed}", f"save={out / 'run'}", f"student={out / 'student'}"]
-        config = load_config(CONFIG, overrides + args.overrides)
-        out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, FileExistsError) as error:
-        console.print(f"error: {error}", markup=False)
-        return 2
+    out = fresh_folder(args.out)
+    keys = [f"seed={args.seed}", f"save={out / 'run'}", f"student={out / 'student'}"]
+    keys += args.overrides
+    config = checked(args, keys)
+    out.mkdir(parents=True, exist_ok=True)
     steps = Steps(args, config, out)
     with PeakMemory() as memory:
         try:
-            steps.run(overrides + args.overrides)
-        except subprocess.CalledProcessError as error:
-            console.print(f"stopped: the command above ended with status {error.returncode}")
-            return 1
-        except ValueError as error:  # of the export's check
-            console.print(f"error: {error}", markup=False, soft_wrap=True)
-            return 1
+            steps.run(keys)
+        except Failed as error:
+            if text := str(error):
+                sys.stderr.write(f"error: {text}\n")
+            return error.status
         steps.report(memory)
     return 0
 
 
 def parse_arguments() -> argparse.Namespace:
     """Options, and key=value for the training."""
-    parser = argparse.ArgumentParser(prog="quickstart.sh", description=__doc__.split("\n")[0])
-    parser.add_argument("--nproc", type=int, default=1, help="processes; default: 1")
-    parser.add_argument(
-        "--out", help=f"new folder; default: {DEFAULT_OUT}, or {DEFAULT_OUT}-2 ... if taken"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument(
-        "--num-questions", type=int, default=512, help="held-out questions; default: 512"
-    )
+    parser = Parser(prog="quickstart.sh", description=__doc__.split("\n")[0])
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes; default: 1")
+    text = f"new folder; default: {DEFAULT_OUT}, or {DEFAULT_OUT}-2 ... if taken"
+    parser.add_argument("--out", type=folder, metavar="DIR", help=text)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    text = "held-out questions; default: 512"
+    parser.add_argument("--num-questions", type=int, default=512, metavar="N", help=text)
     parser.add_argument("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the training")
-    args, rest = parser.parse_known_args()
-    if unknown := [text for text in rest if text.startswith("-")]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    args.overrides += rest
-    return args
+    return parser.parse()
 
 
-def fresh_folder(wanted: str | None) -> Path:
+def checked(args: argparse.Namespace, keys: list[str]) -> Config:
+    """The configuration of the training; what cannot work is refused here.
+
+    Raises:
+        ValueError: the message names option or key, value, rule and fix.
+    """
+    require_allowed(args.overrides, REFUSED)
+    config = load_config(CONFIG, keys)
+    require_processes(args.nproc, config)
+    require_questions(args.num_questions)
+    return config
+
+
+def fresh_folder(wanted: Path | None) -> Path:
     """Returns where the results go; an earlier run is never touched.
 
     Raises:
         FileExistsError: the folder that was asked for holds something.
     """
     if wanted is not None:
-        out = Path(wanted)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise FileExistsError(f"--out {out} exists and is not empty; choose another folder")
-    else:
-        out, number = Path(DEFAULT_OUT), 1
-        while out.exists():
-            number += 1
-            out = Path(f"{DEFAULT_OUT}-{number}")
-        if number > 1:
-            text = f"{DEFAULT_OUT} holds an earlier run and stays; this one goes to {out}"
-            console.print(text, soft_wrap=True)
+        if wanted.is_dir() and any(wanted.iterdir()):
+            raise FileExistsError(f"--out {wanted} exists and is not empty; choose another folder")
+        return wanted
+    out, number = Path(DEFAULT_OUT), 1
+    while out.exists():
+        number += 1
+        out = Path(f"{DEFAULT_OUT}-{number}")
+    if number > 1:
+        text = f"{DEFAULT_OUT} holds an earlier run and stays; this one goes to {out}"
+        console.print(text, soft_wrap=True)
     return out
 
 
@@ -120,17 +137,21 @@ class Steps:
 
     def run(self, overrides: list[str]) -> None:
         """Runs all commands in order."""
-        student, out = str(self.out / "student"), self.out
+        student = str(self.out / "student")
         nproc = ["--nproc", str(self.args.nproc)] if self.args.nproc > 1 else []
         self.step("Import the teacher as the student's initial weights")
         self.opdlm("convert", "import", "--hf", TEACHER, "--out", student)
         self.step("The teacher, and the student before training")
-        self.evaluate(student, out / "before.json", "--static", "--teacher", TEACHER, examples=2)
+        rollout = self.config.rollout
+        self.evaluate(
+            student, "before", "--static", "--teacher", TEACHER,
+            "--block-size", str(rollout.block_size), "--prediction", rollout.prediction, examples=2,
+        )  # fmt: skip
         self.step("On-policy distillation")
         self.opdlm("train", CONFIG, *nproc, *overrides)
         self.step("The student after training")
         self.evaluate(
-            str(self.run_dir), out / "after.json", "--static", "--dynamic",
+            str(self.run_dir), "after", "--static", "--dynamic",
             "--confidence-threshold", str(THRESHOLD), examples=6,
         )  # fmt: skip
         self.step("Export for transformers and serving engines")
@@ -147,19 +168,27 @@ class Steps:
         console.rule(f"[bold]{title}", align="left")
 
     def opdlm(self, *arguments: str, launcher: tuple[str, ...] = ()) -> None:
-        """Runs one `opdlm` command and keeps its wall time."""
-        console.print("$ opdlm " + shlex.join(arguments), style="dim", markup=False, soft_wrap=True)
-        # One thread: for a model this small a second one costs more than it gives. And no warnings
-        # of libraries about themselves; ours go through logging.
-        environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | os.environ
+        """Runs one `opdlm` command and keeps its wall time.
+
+        Raises:
+            Failed: it ended with another status than 0.
+        """
+        text = shlex.join(arguments).replace(f"{ROOT}/", "")
+        console.print(f"$ opdlm {text}", style="dim", markup=False, soft_wrap=True)
         start = time.monotonic()
-        command = [sys.executable, *launcher, "-m", "megatron_opdlm", *arguments]
-        subprocess.run(command, check=True, env=environment, preexec_fn=ends_with_parent())
+        python, *words = opdlm(*arguments)
+        # One thread: for a model this small a second one costs more than it gives.
+        status, received = run_command([python, *launcher, *words], OMP_NUM_THREADS="1")
+        if status or received is not None:
+            raise Failed(status, received)
         name = " ".join(arguments[: 2 if arguments[0] == "convert" else 1])
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
 
-    def evaluate(self, model: str, out: Path, *settings: str, examples: int) -> None:
-        """Runs `opdlm eval` on the held-out questions, on as many processes as the training."""
+    def evaluate(self, model: str, name: str, *settings: str, examples: int) -> None:
+        """Runs `opdlm eval` on the held-out questions, on as many processes as the training.
+
+        It leaves OUT/name.json, and all responses in OUT/name.
+        """
         parallel = self.config.parallel
         launcher: tuple[str, ...] = ()
         if self.args.nproc > 1:
@@ -171,7 +200,8 @@ class Steps:
             "--max-new-tokens", str(self.config.rollout.max_response_tokens.end), *settings,
             "--tensor-model-parallel-size", str(parallel.tensor_model_parallel_size),
             "--pipeline-model-parallel-size", str(parallel.pipeline_model_parallel_size),
-            "--json", str(out), "--examples", str(examples), launcher=launcher,
+            "--out", str(self.out / name), "--json", str(self.out / f"{name}.json"),
+            "--examples", str(examples), launcher=launcher,
         )  # fmt: skip
 
     def check(self) -> None:
@@ -234,7 +264,8 @@ class Steps:
             f"{summary['train_tokens']:,} training tokens, {summary['seconds']:.0f} s with set-up, "
             f"{summary['peak_memory_gb']:.2f} GB peak memory\n"
             f"report: {self.out / 'report' / 'report.html'}\n"
-            f"watch it decode: .venv/bin/opdlm generate --model {self.run_dir} --show-steps "
+            f"watch it decode: .venv/bin/opdlm generate --model {shlex.quote(str(self.run_dir))} "
+            "--show-steps "
             '--remasking low_confidence_dynamic --max-new-tokens 40 --prompt "Zoe owns 5 coins. '
             'She gives Ivy 4, then doubles them. How many coins now?"',
             markup=False,
@@ -280,4 +311,4 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

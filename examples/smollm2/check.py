@@ -17,12 +17,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import one_line
 import torch
-from paths import require_file
 
 from megatron_opdlm.checks import require, require_at_least
+from megatron_opdlm.cli import run_script
+from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.files.folders import read_json_object, replacing, write_json
+from megatron_opdlm.files.paths import require_file
 from megatron_opdlm.generate.arguments import require_folder
 
 MODEL_CLASS = "AutoModelForMaskedLM"
@@ -102,7 +103,8 @@ def check(args: argparse.Namespace) -> None:
     names = read_json_object(args.export / "config.json").get("auto_map")
     is_export = isinstance(names, dict) and MODEL_CLASS in names
     require(is_export, "--export", args.export, f"has no {MODEL_CLASS} of its own", fix)
+    ModelSource.open(args.run)
 
 
 if __name__ == "__main__":
-    one_line.run(main)
+    run_script(main)

@@ -18,13 +18,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import one_line
 import torch
-from lists import list_of
-from paths import require_file
 
 from megatron_opdlm.checks import require, require_at_least
+from megatron_opdlm.cli import list_of, run_script
+from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.files.folders import read_json_object
+from megatron_opdlm.files.paths import require_file
 from megatron_opdlm.responses.prompts import Prompt, load_prompts
 
 
@@ -81,6 +81,7 @@ def check(args: argparse.Namespace) -> None:
             sizes = [str(n) for n in range(1, heads + 1) if heads % n == 0]
             fix = f"use some of {', '.join(sizes)}"
             require(heads % size == 0, "--tensor-parallel", size, rule, fix)
+    ModelSource.open(args.model)
 
 
 def transformers_answers(
@@ -134,4 +135,4 @@ def our_answers(model: str, prompts: list[Prompt], limit: int, size: int) -> dic
 
 
 if __name__ == "__main__":
-    one_line.run(main)
+    run_script(main)

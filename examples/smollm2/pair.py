@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import tempfile
 from dataclasses import dataclass
@@ -82,7 +81,6 @@ def open_pair(
     max_rows: int,
     block_size: int | None = None,
     prediction: str | None = None,
-    import_cache: str | None = None,
 ) -> Pair:
     """Loads teacher and student.
 
@@ -92,8 +90,6 @@ def open_pair(
         max_rows: most responses decoded at once.
         block_size: block size of an untrained student.
         prediction: prediction of an untrained student.
-        import_cache: folder in which Hugging Face directories are converted and later found again;
-            None uses a temporary folder.
 
     Raises:
         ValueError: a model is missing or broken, or they have different vocabularies.
@@ -113,10 +109,8 @@ def open_pair(
     )
     parallel = process_groups.initialize()
     options = build_options(config.model, config.parallel)
-    with contextlib.ExitStack() as stack:
-        if import_cache is None:
-            import_cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="opdlm_"))
-        cache = ImportCache(folder=Path(import_cache), mask_token=config.model.mask_token)
+    with tempfile.TemporaryDirectory(prefix="opdlm_") as converted:
+        cache = ImportCache(folder=Path(converted), mask_token=config.model.mask_token)
         student_model = load_student(student, cache, options, parallel, mask_token=None)
         teacher_model = load_teacher(config, cache, options, parallel, student_model)
     hf = student_model.description.config

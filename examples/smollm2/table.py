@@ -20,7 +20,7 @@ COLUMNS = (
     "tokens per second",
     "per CPU second",
 )
-STATES_COLUMNS = ("KL per masked token", "before", "after")
+STATES_COLUMNS = ("forward KL per masked token", "before", "after")
 NONE = "-"
 
 

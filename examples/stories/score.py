@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 
+from megatron_opdlm.cli import run_script
+from megatron_opdlm.files.folders import replacing
+
 Pair = tuple[list[int], list[int]]
 """Token ids of a prompt and of its response."""
 NAMES = {
@@ -73,8 +76,10 @@ def main() -> None:
             ]
             speed = sum(len(a) for _, a in pairs) / sum(line["passes"] for line in lines)
             scores.append(score(name, temperature, teacher, tokenizer, pairs, speed))
-    (args.out / "scores.json").write_text(json.dumps([asdict(s) for s in scores], indent=1))
-    (args.out / "report.md").write_text(report(scores), encoding="utf-8")
+    figures = json.dumps([asdict(s) for s in scores], indent=1)
+    for name, content in (("scores.json", figures), ("report.md", report(scores))):
+        with replacing(args.out / name) as partial:  # a report that is there is a finished run
+            partial.write_text(content, encoding="utf-8")
     print(table(scores))
     print(f"with stories: {args.out / 'report.md'}")
 
@@ -154,4 +159,4 @@ def report(scores: list[Score]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

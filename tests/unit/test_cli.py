@@ -60,6 +60,24 @@ def test_an_error_is_one_line_and_status_2(capsys):
     assert err == "error: unknown key lrr; did you mean lr?\n"
 
 
+def test_a_script_ends_as_a_command_does(capsys):
+    def fail(error):
+        raise error
+
+    cases = (
+        (lambda: None, 0, ""), (lambda: 3, 3, ""),
+        (lambda: fail(ValueError("x=1\n  is wrong; use 2")), 2, "error: x=1 is wrong; use 2\n"),
+        (lambda: fail(FileNotFoundError(2, "No such file", "a b")), 2,
+         "error: [Errno 2] No such file: 'a b'\n"),
+    )  # fmt: skip
+    for main, status, said in cases:
+        with pytest.raises(SystemExit) as ended:
+            cli.run_script(main)
+        assert (ended.value.code, capsys.readouterr().err) == (status, said)
+    with pytest.raises(RuntimeError):  # control: a defect shows where it is
+        cli.run_script(lambda: fail(RuntimeError("a defect")))
+
+
 @pytest.mark.parametrize("position", [0, 3])
 def test_a_traceback_is_there_when_asked_for(position):
     argv = ["train", CONFIG, "lrr=1", "--dry-run"]
@@ -93,6 +111,9 @@ def test_errors_under_torchrun_name_the_rank(capsys, monkeypatch):
     [
         (["--gpus", "8"], "--gpus is for --dry-run"),
         (["--nproc", "0"], "--nproc=0 must be at least 1"),
+        (["--dry-run", "--gpus", "0"], "--gpus=0 must be at least 1"),
+        (["--dry-run", "--gpus", "-8"], "--gpus=-8 must be at least 1"),
+        (["--dry-run", "--nproc", "0"], "--nproc=0 must be at least 1"),
         (["--dry-run", "--gpus", "3"], "number of GPUs 3 must be a multiple of .* 2 x 1"),
         (["--dry-run", "student=nowhere/Model-1B"], "nowhere/Model-1B holds neither"),
         (

@@ -123,6 +123,47 @@ def test_commands_are_found() -> None:
     assert sum(len(list(commands(page.read_text()))) for page in PAGES) > 15
 
 
+def script_commands(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Every command line that starts a script of this project: the line, and the script's words."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    for line in joined.splitlines():
+        if match := re.match(r"    [\w./ -]*?((?:examples|tools)/[\w./]+\.(?:sh|py).*)", line):
+            yield line.strip(), re.split(r"[\s|\[\]]+", match[1].partition("#")[0])
+
+
+def wrong_scripts(text: str) -> list[str]:
+    """Commands whose script is not there, has not such an option, or needs an environment."""
+    wrong = []
+    for line, (name, *words) in script_commands(text):
+        path = REPOSITORY / name
+        if not path.is_file() or line.startswith("python examples/"):
+            wrong.append(line)
+            continue
+        sources = {path, *path.parent.glob("*.py"), PACKAGE / "cli.py"}
+        for other in re.findall(r"examples/\w+", path.read_text()):
+            sources |= set((REPOSITORY / other).glob("*.py"))
+        known = "".join(source.read_text() for source in sources)
+        if any(word.startswith("--") and word not in known for word in words):
+            wrong.append(line)
+    return wrong
+
+
+@pages
+def test_scripts_that_are_shown_exist_and_have_these_options(page: Path) -> None:
+    assert wrong_scripts(page.read_text()) == []
+    bad = (
+        "    bash examples/gone.sh\n    bash examples/quickstart.sh --nprocs 4\n"
+        "    python examples/smollm2/check.py --run a"
+    )
+    assert len(wrong_scripts(bad)) == 3  # control
+    good = ".venv/bin/" + bad.rpartition("    ")[2]
+    assert wrong_scripts(f"    {good}") == [] and len(list(script_commands(f"    {good}"))) == 1
+
+
+def test_scripts_are_found() -> None:
+    assert sum(len(list(script_commands(page.read_text()))) for page in PAGES) > 15
+
+
 def unmapped(text: str) -> set[str]:
     """Rooms, and modules outside convert and evaluation, that the map does not name in its room.
 

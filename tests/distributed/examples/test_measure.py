@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_opdlm import cli
 from megatron_opdlm.diffusion.prediction import PREDICTIONS, SAME_POSITION
 from tests import smollm2
 from tests.helpers import run_ranks
@@ -289,7 +290,7 @@ def command(rank, arguments):
     sys.argv = ["measure.py", *map(str, arguments)]
     sys.modules["questions"] = SimpleNamespace(is_right=is_right)
     with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as ended:
-        smollm2.module("one_line").run(measure.main)
+        cli.run_script(measure.main)
     return ended.value.code, said.getvalue()
 
 
@@ -327,6 +328,9 @@ def test_the_command_writes_one_file(models, tmp_path):
         ({"thresholds": "1.5"}, "confidence_threshold=1.5 must lie in"),
         ({"heldout": "nowhere.jsonl"}, "--heldout=nowhere.jsonl does not exist; check the path"),
         ({"student": "nowhere"}, "nowhere"),
+        ({"student": ""}, "--student='' must be a path; name a folder"),
+        ({"teacher": ""}, "--teacher='' must be a path; name a folder"),
+        ({"thresholds": "nan"}, "confidence_threshold=nan must lie in"),
     ],
 )
 def test_wrong_arguments_are_one_line(models, tmp_path, changes, message):

@@ -51,6 +51,21 @@ def test_a_recipe_that_is_the_base_under_another_name_is_refused(tmp_path, monke
     compare.require_different(trials(tmp_path, recipes="base,rows_4,long_from_the_start"))
 
 
+@pytest.mark.parametrize(
+    ("recipes", "words"),
+    [
+        ("", "--recipes= must be one of base,"),
+        ("base,", "--recipes= must be one of base,"),
+        ("bas", "--recipes=bas must be one of base,"),
+        ("cold,base,cold", "--recipes=cold is twice; give it once"),
+    ],
+)
+def test_recipes_that_are_none_or_twice_are_refused(tmp_path, recipes, words):
+    with pytest.raises(ValueError, match=words):
+        trials(tmp_path, recipes=recipes)
+    assert len(trials(tmp_path, recipes="cold,base")) == 2  # control
+
+
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     """A trial whose commands do nothing; its measurement is there."""
@@ -140,7 +155,7 @@ def checked(tmp_path, tmp_path_factory, monkeypatch):
         monkeypatch.setitem(sys.modules, "check_export", fake)
         monkeypatch.setattr(check, "BlockCausal", lambda folder: None)
         out = tmp_path / "check.json"
-        words = ["check.py", "--run", "r", "--export", str(given), "--out", str(out)]
+        words = ["check.py", "--run", str(given), "--export", str(given), "--out", str(out)]
         words += ["--prompts", str(given / "prompts")]
         monkeypatch.setattr(sys, "argv", words)
         check.main()

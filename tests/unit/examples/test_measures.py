@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_opdlm import cli
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from tests import smollm2
 
@@ -299,7 +300,7 @@ def test_the_page_replays_open_prompts_without_a_verdict(out):
 
 def status_of(main):
     with pytest.raises(SystemExit) as ended:
-        smollm2.module("one_line").run(main)
+        cli.run_script(main)
     return ended.value.code
 
 

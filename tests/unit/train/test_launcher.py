@@ -170,6 +170,7 @@ def stories(tmp_path, monkeypatch):
         options = ("--model", tmp_path / "model", "--text", tmp_path / "text", "--out", out)
         command = ["bash", root / "examples/stories.sh", *options, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        run.said = done.stdout
         return done.returncode, done.stderr, log.read_text().splitlines()
 
     return run
@@ -180,21 +181,24 @@ def test_stories_go_on_where_they_were_stopped(stories, tmp_path):
         return sum(word in step for step in steps)
 
     status, _, steps = stories(out=tmp_path / "whole")
-    assert status == 0 and len(steps) == 15 and "score.py" in steps[-1]
+    assert status == 0 and len(steps) == 16 and "score.py" in steps[-1]
+    assert "--dry-run student=" in steps[0]
+    shown = [line[2:] for line in stories.said.splitlines() if line.startswith("$ ")]
+    assert shown == steps[1:]  # each command is printed before it runs
     assert count("opdlm generate", steps) == 9
-    for fail in range(1, 16):
+    for fail in range(1, 17):
         out, before = tmp_path / str(fail), steps[: fail - 1]
         assert stories("lr=1e-3", fail=fail, out=out)[0] == 1
         status, error, rest = stories("lr=1e-3", out=out)
         assert (status, error) == (0, "")
         for word in ("opdlm convert import", "opdlm generate", "opdlm convert export"):
             assert count(word, rest) == count(word, steps) - count(word, before)
-        (train,) = (step for step in rest if "opdlm train" in step)
+        (train,) = (step for step in rest if "opdlm train" in step and "--dry-run" not in step)
         assert f"save={out}/run lr=1e-3" in train
 
 
 def test_stories_refuse_a_folder_of_something_else(stories, tmp_path):
-    assert stories("lr=1e-3", fail=5)[0] == 1
+    assert stories("lr=1e-3", fail=6)[0] == 1
     for arguments in ((), ("lr=2e-3",)):
         status, error, steps = stories(*arguments)
         assert (status, steps) == (2, []) and "no unfinished run of this model, text and" in error
@@ -202,10 +206,55 @@ def test_stories_refuse_a_folder_of_something_else(stories, tmp_path):
     status, error, steps = stories("lr=1e-3")
     assert (status, steps) == (2, []) and "holds a finished run" in error
     (tmp_path / "foreign").mkdir()
-    assert stories(out=tmp_path / "foreign", fail=1)[0] == 1  # empty: nobody's
+    assert stories(out=tmp_path / "foreign", fail=2)[0] == 1  # empty: nobody's
     (tmp_path / "foreign/settings.txt").unlink()
     (tmp_path / "foreign/thesis.tex").touch()
     assert stories(out=tmp_path / "foreign")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--out",), "--out needs a value"),
+        (("--out", ""), "--out is empty; name a folder"),
+        (("--model", ""), "--model '' must be a Hugging Face directory"),
+        (("--text", "."), "--text '.' must be a file"),
+        (("--model=x",), "unknown argument --model=x; --help shows all"),
+        (("--lr=1e-3",), "unknown argument --lr=1e-3; --help shows all"),
+        (("lr",), "unknown argument lr; --help shows all"),
+        (("save=x",), "save=x is set by the script; leave it out"),
+        (("student=x",), "student=x is set by the script; leave it out"),
+        (("--out", __file__), "test_launcher.py is not a folder; choose another path"),
+        (("--out", f"{__file__}/a/b"), "test_launcher.py is not a folder; choose another path"),
+        (("--out", "x" * 300), "--out: File name too long; choose another path"),
+    ],
+)
+def test_wrong_options_of_the_stories_are_one_line_before_any_work(
+    stories, tmp_path, arguments, words
+):
+    status, error, steps = stories(*arguments)
+    assert (status, steps) == (2, []) and error.count("\n") == 1 and words in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["-", "a b", "a\nb"])
+def test_the_folder_of_the_stories_may_have_any_name(stories, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    status, error, _ = stories(out=name)
+    assert (status, error) == (0, "") and (tmp_path / name / "report.md").exists()
+    assert "holds a finished run" in stories(out=name)[1]
+
+
+def test_keys_of_the_stories_are_looked_at_first(stories, tmp_path):
+    """The dry run refuses them; nothing is made then."""
+    status, error, steps = stories("block_size=8", "prediction=next_position", fail=1)
+    assert (status, error, len(steps)) == (1, "", 1) and not (tmp_path / "out").exists()
+    assert steps[0].endswith(f"student={tmp_path / 'model'} block_size=8 prediction=next_position")
+    steps = stories("block_size=8", "prediction=next_position")[2]
+    decoded = [step for step in steps if "opdlm generate" in step]
+    assert [("--block-size 8 --prediction next_position" in step) for step in decoded] == [
+        *[True] * 3, *[False] * 6,  # a trained student knows its own
+    ]  # fmt: skip
 
 
 def test_a_python_without_the_packages_is_told_how_to_get_them(machine, monkeypatch, tmp_path):
