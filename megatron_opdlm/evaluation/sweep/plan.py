@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from megatron_opdlm.checks import require
 from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.evaluation.decode import seeds_of
 from megatron_opdlm.evaluation.settings import chosen_rules
 from megatron_opdlm.evaluation.sweep.arguments import (
+    THINKING,
     each_setting,
     parse_labelled,
     parse_training_tokens,
@@ -65,9 +67,13 @@ def make_plan(args: argparse.Namespace, tasks: Sequence[Task]) -> Plan:
         tasks: the tasks, from `task_arguments.load_tasks`.
 
     Raises:
-        ValueError: a path has no model, a model cannot be decoded with a setting, or a prompt does
-            not fit its chat template.
+        ValueError: a path has no model, a model cannot be decoded with a setting, a prompt does not
+            fit its chat template, or --seeds-temperature has no effect.
     """
+    has_seeds = args.seeds_temperature is None or any(task.seeds > 1 for task in tasks)
+    rule = "has no effect: no task asks for several seeds"
+    fix = "leave it out, or use --temperature"
+    require(has_seeds, "--seeds-temperature", args.seeds_temperature, rule, fix)
     cells: list[Cell] = []
     costs: dict[str, TrainingCost] = {}
     for text in args.model or ():
@@ -108,8 +114,9 @@ def _cells(
     dtype = params_dtype("auto" if model.is_teacher else args.params_dtype)
     for task in tasks:
         digest = questions_digest(task.questions)
+        for thinks in THINKING[args.thinking]:
+            check_rendering(task.questions, source, enable_thinking=thinks)
         for setting in each_setting(args, seeds=task.seeds):
-            check_rendering(task.questions, source, enable_thinking=setting.enable_thinking)
             for options, limit, seed in _ways(setting, model, source, task):
                 yield Cell(
                     model=model,

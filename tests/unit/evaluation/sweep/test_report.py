@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -354,10 +355,51 @@ def test_a_folder_of_something_else_is_no_place_for_a_report(small):
     sweep, plan, folder = small
     (folder / "thesis").mkdir()
     (folder / "thesis" / "a.tex").touch()
-    for name in ("thesis", "out", "out/cells", "out/questions"):
+    for name in ("thesis", "out", "out/cells", "out/questions", "out/cells/a"):
         with pytest.raises(ValueError, match=r"--report=.* must not"):
             ReportFolder(folder / name).check(sweep)
     ReportFolder(folder / "out" / "table_1").check(sweep)
+
+
+def test_a_report_does_not_take_the_place_of_the_sweep(tmp_path):
+    """It replaces its folder as a whole, so a folder above the sweep would be lost with it."""
+    sweep = SweepFolder(tmp_path / "runs" / "sweep")
+    with pytest.raises(ValueError, match="--report=.*runs must not hold the sweep"):
+        ReportFolder(tmp_path / "runs").check(sweep)
+    ReportFolder(tmp_path / "runs" / "report").check(sweep)  # control
+
+
+def test_the_folder_that_this_runs_in_is_no_place_for_a_report(small, monkeypatch):
+    here = small[2] / "here"
+    here.mkdir()
+    ReportFolder(here).check(small[0])  # control
+    monkeypatch.chdir(here)
+    for path in (here, Path(".")):
+        with pytest.raises(ValueError, match="--report=.* cannot be replaced: it is a mount point"):
+            ReportFolder(path).check(small[0])
+
+
+def test_a_link_to_a_folder_is_a_place_for_a_report(small):
+    sweep, plan, folder = small
+    (folder / "disk").mkdir()
+    (folder / "link").symlink_to(folder / "disk")
+    report = ReportFolder(folder / "link")
+    for _ in range(2):
+        report.check(sweep)
+        report.begin(plan)
+        report.write(sweep, plan)
+    assert (folder / "link").is_symlink() and (folder / "disk" / "report.html").is_file()
+    assert sorted(path.name for path in folder.iterdir()) == ["disk", "link", "out"]
+
+
+def test_half_of_a_plan_is_replaced(small):
+    sweep, plan, folder = small
+    report = ReportFolder(folder / "report")
+    report.begin(plan)
+    (folder / "report" / "plan.json").write_text("")
+    report.check(sweep)
+    report.begin(plan)
+    assert report.read_plan() == plan
 
 
 def test_a_damaged_plan_is_one_line(small, capsys):
