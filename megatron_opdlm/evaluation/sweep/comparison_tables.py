@@ -96,8 +96,8 @@ def _significance_table(found: Sequence[Comparison], num_missing: int) -> Table:
         rows=[
             [
                 each.group.cell.task,
-                _whole_name(each.reference),
-                _whole_name(each.group),
+                each.reference.name,
+                each.group.name,
                 _points(each.delta),
                 f"{_points(each.interval[0])} to {_points(each.interval[1])}",
                 str(each.better),
@@ -124,10 +124,6 @@ def _names(kind: str, group: Group) -> tuple[str, str]:
         rest = ", ".join(filter(None, [group.cell.setting, group.label_without("enable_thinking")]))
         name = "thinking" if group.cell.enable_thinking else "no thinking"
     return ", ".join(filter(None, [model, rest])), name
-
-
-def _whole_name(group: Group) -> str:
-    return f"{group.cell.model.label}, {group.label}"
 
 
 def _text(group: Group | None) -> str:

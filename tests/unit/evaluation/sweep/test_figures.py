@@ -18,15 +18,19 @@ def groups_of(tmp_path, cells):
     return read_groups(sweep, plan.cells)
 
 
-def drawn(groups, kind, costs=None):
-    """Lines of a figure: by label, the points (x, y) in order and the lengths of their bars."""
+def axes_of(groups, kind):
     from matplotlib.figure import Figure
 
-    (figure,) = [f for f in figures_of(groups, costs or {}) if f.name.startswith(kind)]
+    (figure,) = [f for f in figures_of(groups, {}) if f.name.startswith(kind)]
     axes = Figure().subplots()
     assert figure.draw(axes)
+    return axes
+
+
+def drawn(groups, kind):
+    """Lines of a figure: by label, the points (x, y) in order and the lengths of their bars."""
     found = {}
-    for bars in axes.containers:
+    for bars in axes_of(groups, kind).containers:
         line, _, (segments,) = bars.lines
         lengths = [round(float(s[1][1] - s[0][1]) / 2, 1) for s in segments.get_segments()]
         points = [(round(x, 2), round(float(y), 1)) for x, y in line.get_xydata()]
@@ -80,6 +84,33 @@ def test_speed_is_on_the_x_axis(tmp_path):
     sweep, plan = write_cells(tmp_path / "out", [SUMS], {})
     both = read_groups(sweep, [*slow, *(group.cells[0] for group in groups)])
     assert drawn(both, "by_block_size")["a, block 4"][0] == [(2.0, 80.0), (1.0, 90.0)]
+
+
+def test_thresholds_of_points_that_coincide_share_a_text(tmp_path):
+    a = model("a")
+    cells = {cell(a, SUMS, threshold(t)): verdicts(8) for t in (0.8, 0.9, 0.95)}
+    cells[cell(a, SUMS, STATIC)] = verdicts(9)
+    axes = axes_of(groups_of(tmp_path, cells), "by_block_size")
+    assert [text.get_text() for text in axes.texts] == ["0.8, 0.9, 0.95", "1"]
+
+
+def test_teachers_are_told_apart(tmp_path):
+    a, teacher = model("a"), model("t", is_teacher=True)
+    cells = {}
+    for thinks in (False, True):
+        for options in (STATIC, threshold(0.9)):
+            cells[cell(a, SUMS, options, enable_thinking=thinks)] = verdicts(8)
+        cells[cell(teacher, SUMS, None, enable_thinking=thinks)] = verdicts(9)
+    axes = axes_of(groups_of(tmp_path, cells), "accuracy_by_threshold")
+    assert [text.get_text() for text in axes.texts] == ["t, no thinking", "t, thinking"]
+
+
+def test_many_lines_have_looks_of_their_own(tmp_path):
+    names = [f"m{n}" for n in range(20)]
+    cells = {cell(model(n), SUMS, o): verdicts(8) for n in names for o in (STATIC, threshold(0.9))}
+    axes = axes_of(groups_of(tmp_path, cells), "accuracy_by_threshold")
+    lines = [bars.lines[0] for bars in axes.containers]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 20
 
 
 def test_a_task_without_lines_has_no_figures(tmp_path):
