@@ -121,6 +121,30 @@ def test_seeds_have_mean_and_deviation(tmp_path):
     assert row[1:] == ["2.00", "4.0", "1.00", "10", "0, 1, 2", "0", "0"]
 
 
+def test_a_long_row_of_seeds_is_shown_by_its_ends(tmp_path):
+    cells = {cell(A, SUMS, HOT, seed=seed): "1" * 10 for seed in range(2, 6)}
+    cells |= {cell(B, SUMS, HOT, seed=seed): "1" * 10 for seed in (1, 2, 3, 5)}
+    table = tables_of(*write_cells(tmp_path / "out", [SUMS], cells))["results"]
+    assert [row[8] for row in table.rows] == ["2 to 5", "1, 2, 3, 5"]
+
+
+def test_one_finished_seed_has_no_deviation(tmp_path):
+    cells = {cell(A, SUMS, HOT, seed=0): "1" * 5 + "0" * 5, cell(A, SUMS, HOT, seed=1): None}
+    tables = tables_of(*write_cells(tmp_path / "out", [SUMS], cells))
+    assert tables["seeds"].rows == [["a", "static", "50.0 (1 of N=2)"]]
+
+
+def test_a_teacher_that_thinks_says_so(tmp_path):
+    cells = {cell(A, SUMS, HOT, enable_thinking=True): "1" * 10}
+    cells[cell(TEACHER, SUMS, None, enable_thinking=True)] = "1" * 10
+    tables = tables_of(*write_cells(tmp_path / "out", [SUMS], cells))
+    assert [row[2] for row in tables["results"].rows] == [
+        "static, thinking, T=1",
+        "teacher, thinking",
+    ]
+    assert tables["benchmarks"].note.endswith("All settings of sums: thinking, T=1.")
+
+
 def test_seeds_are_paired_by_question(tmp_path):
     """Three questions that four seeds all agree on: p = 2 / 2^3, not 2 / 2^12."""
     asked = task("few", 3)
