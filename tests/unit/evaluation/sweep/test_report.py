@@ -117,6 +117,19 @@ def test_the_page_needs_nothing_else_and_nothing_escapes_into_it(written):
     assert found.tags.count("img") == 4
 
 
+def test_a_sample_says_why_it_counts_as_wrong(small):
+    sweep, plan, folder = small
+    path = folder / "out" / "cells" / plan.cells[0].name / "responses.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0] |= {"correct": False, "prompt_fits": False}
+    lines[1] |= {"correct": False, "error": "<it> took 15 s"}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ReportFolder(folder / "report").write(sweep, plan)
+    page = (folder / "report" / "report.html").read_text()
+    assert "\u2717 wrong, the prompt is too long to decode<" in page
+    assert "\u2717 wrong, not graded: &lt;it&gt; took 15 s<" in page
+
+
 def test_a_report_is_written_again_from_its_plan(small, capsys):
     sweep, plan, folder = small
     report = ReportFolder(folder / "out" / "report")
