@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from megatron_opdlm.checks import require
 from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.evaluation.decode import seeds_of
@@ -25,6 +23,7 @@ from megatron_opdlm.evaluation.sweep.training import TrainingCost, read_cost
 from megatron_opdlm.evaluation.task import Task
 from megatron_opdlm.evaluation.teacher import open_reference
 from megatron_opdlm.generate.arguments import decoding_options, prompt_room
+from megatron_opdlm.generate.decoder import chosen_dtype
 from megatron_opdlm.responses.rendering import check_rendering
 from megatron_opdlm.rollout.request import DecodingOptions
 
@@ -94,13 +93,6 @@ def make_plan(args: argparse.Namespace, tasks: Sequence[Task]) -> Plan:
     return Plan(cells=unique, costs=known, samples=args.samples)
 
 
-def params_dtype(asked: str) -> str:
-    """Returns the type of the weights that `--params-dtype` means on this machine."""
-    if asked != "auto":
-        return asked
-    return "bfloat16" if torch.cuda.is_available() else "float32"
-
-
 def _swept(label: str, source: ModelSource, *, is_teacher: bool) -> SweptModel:
     digest = files_digest(source.folder)
     return SweptModel(label=label, path=source.path, is_teacher=is_teacher, files=digest)
@@ -111,7 +103,7 @@ def _cells(
 ) -> Iterator[Cell]:
     """Yields the cells of one model, task by task."""
     # transformers decodes a teacher in the type that the device has, see `evaluate_teacher`
-    dtype = params_dtype("auto" if model.is_teacher else args.params_dtype)
+    dtype = chosen_dtype("auto" if model.is_teacher else args.params_dtype)
     for task in tasks:
         digest = questions_digest(task.questions)
         for thinks in THINKING[args.thinking]:
