@@ -27,8 +27,6 @@ class HarnessTasks:
     """lm-eval's TaskManager."""
     specs: list[Any]
     """What `lm_eval.simple_evaluate` takes as its tasks."""
-    names: list[str]
-    """Names of all tasks, those of groups included."""
 
 
 def require_lm_eval() -> None:
@@ -104,7 +102,7 @@ def load_tasks(names: Sequence[str], include: Sequence[str]) -> HarnessTasks:
     # Loaded tasks need not be loaded again; groups do, because lm-eval takes them whole by name.
     if not loaded.get("groups"):
         specs = list(loaded["tasks"].values())
-    return HarnessTasks(manager=manager, specs=specs, names=list(loaded["tasks"]))
+    return HarnessTasks(manager=manager, specs=specs)
 
 
 def _load(manager: Any, specs: list[Any]) -> Any:
