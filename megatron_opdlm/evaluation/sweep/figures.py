@@ -5,6 +5,7 @@ A figure has the finished groups of one task. What is missing is left out, never
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from megatron_opdlm.evaluation.sweep.training import TrainingCost
 COLORS = ("#2563eb", "#ea580c", "#059669", "#7c3aed", "#db2777", "#0891b2", "#ca8a04", "#475569")
 MARKERS = "osD^vPX*"
 KINDS = ("svg", "png")
+_DASHES = ("--", ":", "-.")
+_LEGEND_WIDTH = 90
+"""Characters in a row of a legend."""
 
 
 @dataclass(frozen=True)
@@ -137,20 +141,20 @@ def _speed(axes: Any, task: str, lines: _Lines, teachers: Sequence[Group]) -> bo
         for (at, group), speed in zip(points, speeds, strict=True):
             assert speed is not None, "a student counts its tokens and passes"
             y, color = 100 * group.accuracy, _color(number)
-            numbers.append(PointLabel(x=speed, y=y, text=f"{at:g}", color=color))
-    names = _teacher_lines(axes, teachers)
-    write_labels(axes, [*share_texts(axes, numbers), *names])
+            numbers.append(PointLabel(x=speed, y=y, numbers=(at,), color=color))
+    _teacher_lines(axes, teachers)
+    write_labels(axes, share_texts(axes, numbers, mixed=GREY))
     label_axes(axes, _shown(task), "response tokens per forward", "correct answers, %")
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
     return True
 
 
 def _by_threshold(axes: Any, task: str, lines: _Lines, teachers: Sequence[Group]) -> bool:
     for number, (label, points) in enumerate(lines.items()):
         _errorbar(axes, [at for at, _ in points], [group for _, group in points], number, label)
-    write_labels(axes, _teacher_lines(axes, teachers))
+    _teacher_lines(axes, teachers)
     label_axes(axes, _shown(task), "confidence threshold (1: static)", "correct answers, %")
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
     return True
 
 
@@ -166,23 +170,20 @@ def _pareto_figure(task: str, points: Sequence[Point]) -> Figure:
 
 def _pareto(axes: Any, task: str, points: Sequence[Point]) -> bool:
     best = front(points)
-    axes.set_xscale("log")
-    axes.margins(x=0.2)  # for the names
-    names = []
-    for point in points:
-        color = COLORS[0] if point in best else GREY
+    for number, point in enumerate(points):
+        color = _color(number)
         axes.errorbar(
-            [point.tokens], [100 * point.accuracy], yerr=[100 * point.group.error], fmt="o",
-            color=color, markerfacecolor=color if point in best else "white", capsize=2,
+            [point.tokens], [100 * point.accuracy], yerr=[100 * point.group.error],
+            label=_shown(point.group.name), color=color, marker=_marker(number), linestyle="none",
+            markerfacecolor=color if point in best else "white", capsize=2,
         )  # fmt: skip
-        y, name = 100 * point.accuracy, _shown(point.group.name)
-        names.append(PointLabel(x=point.tokens, y=y, text=name, color=color))
     axes.plot(
         [point.tokens for point in best], [100 * point.accuracy for point in best],
-        color=COLORS[0], linewidth=1.5, drawstyle="steps-post", zorder=0,
+        color=GREY, linewidth=1.5, drawstyle="steps-post", zorder=0,
     )  # fmt: skip
-    write_labels(axes, names)
+    axes.set_xscale("log")
     label_axes(axes, _shown(task), "training tokens", "correct answers, %")
+    _legend(axes)
     return True
 
 
@@ -196,16 +197,24 @@ def _errorbar(
     )  # fmt: skip
 
 
-def _teacher_lines(axes: Any, teachers: Sequence[Group]) -> list[PointLabel]:
-    """Draws a line per teacher; returns their names, which belong to the ends of the lines."""
-    for group in teachers:
-        axes.axhline(100 * group.accuracy, color=GREY, linewidth=1, linestyle="--")
-    names: list[PointLabel] = []
-    for group in teachers:
-        text = ", ".join(filter(None, [group.cell.model.label, group.label_without()]))
-        y, end = 100 * group.accuracy, axes.get_xlim()[1]
-        names.append(PointLabel(x=end, y=y, text=_shown(text), color=GREY))
-    return names
+def _teacher_lines(axes: Any, teachers: Sequence[Group]) -> None:
+    for number, group in enumerate(teachers):
+        name = ", ".join(filter(None, [group.cell.model.label, group.label_without()]))
+        axes.axhline(
+            100 * group.accuracy, color=GREY, linewidth=1, label=_shown(name),
+            linestyle=_DASHES[number % len(_DASHES)],
+        )  # fmt: skip
+
+
+def _legend(axes: Any) -> None:
+    """Names the lines below the figure, which grows by as much. So a name covers no point."""
+    handles, names = axes.get_legend_handles_labels()
+    columns = max(1, min(4, _LEGEND_WIDTH // (max(map(len, names)) + 8)))
+    figure = axes.get_figure()
+    figure.set_figheight(figure.get_figheight() + 0.18 * math.ceil(len(names) / columns))
+    figure.legend(
+        handles, names, loc="outside lower left", ncols=columns, frameon=False, fontsize=8
+    )
 
 
 def _color(number: int) -> str:

@@ -18,13 +18,18 @@ def groups_of(tmp_path, cells):
     return read_groups(sweep, plan.cells)
 
 
-def axes_of(groups, kind):
+def axes_of(groups, kind, costs=None):
     from matplotlib.figure import Figure
 
-    (figure,) = [f for f in figures_of(groups, {}) if f.name.startswith(kind)]
-    axes = Figure().subplots()
+    (figure,) = [f for f in figures_of(groups, costs or {}) if f.name.startswith(kind)]
+    axes = Figure(layout="constrained").subplots()
     assert figure.draw(axes)
     return axes
+
+
+def names_of(axes):
+    (legend,) = axes.figure.legends
+    return [text.get_text() for text in legend.get_texts()]
 
 
 def drawn(groups, kind):
@@ -102,7 +107,8 @@ def test_teachers_are_told_apart(tmp_path):
             cells[cell(a, SUMS, options, enable_thinking=thinks)] = verdicts(8)
         cells[cell(teacher, SUMS, None, enable_thinking=thinks)] = verdicts(9)
     axes = axes_of(groups_of(tmp_path, cells), "accuracy_by_threshold")
-    assert [text.get_text() for text in axes.texts] == ["t, no thinking", "t, thinking"]
+    assert names_of(axes)[:2] == ["t, no thinking", "t, thinking"]
+    assert len({line.get_linestyle() for line in axes.lines[-2:]}) == 2
 
 
 def test_many_lines_have_looks_of_their_own(tmp_path):
@@ -111,6 +117,24 @@ def test_many_lines_have_looks_of_their_own(tmp_path):
     axes = axes_of(groups_of(tmp_path, cells), "accuracy_by_threshold")
     lines = [bars.lines[0] for bars in axes.containers]
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == 20
+
+
+def test_names_of_lines_cover_no_point(tmp_path):
+    """However many and long they are: the legend stands below the axes, which stay as large."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    sizes = []
+    for names in (["a"], [f"{'long' * 15}{n}" for n in range(12)]):
+        cells = {
+            cell(model(n), SUMS, o): verdicts(8) for n in names for o in (STATIC, threshold(0.9))
+        }
+        axes = axes_of(groups_of(tmp_path / names[0], cells), "accuracy_by_threshold")
+        FigureCanvasAgg(axes.figure).draw()
+        (legend,) = axes.figure.legends
+        box = legend.get_window_extent()
+        assert box.y1 <= axes.get_tightbbox().y0 and box.x1 <= axes.figure.bbox.x1
+        sizes.append(axes.get_window_extent().height)
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
 
 
 def test_a_task_without_lines_has_no_figures(tmp_path):
@@ -127,17 +151,12 @@ def test_dominated_runs_are_drawn_hollow(tmp_path):
     costs = {
         name: TrainingCost(tokens=tokens) for name, tokens in (("a", 10), ("b", 20), ("c", 30))
     }
-    groups = groups_of(tmp_path, cells)
-    (figure,) = [f for f in figures_of(groups, costs) if f.name == "pareto_sums"]
-    from matplotlib.figure import Figure
-
-    axes = Figure().subplots()
-    assert figure.draw(axes)
+    axes = axes_of(groups_of(tmp_path, cells), "pareto_sums", costs)
     faces = [bars.lines[0].get_markerfacecolor() for bars in axes.containers]
     assert [face == "white" for face in faces] == [False, False, True]
     (path,) = [line for line in axes.lines if line.get_drawstyle() == "steps-post"]
     assert path.get_xydata().tolist() == [[10, 50], [20, 80]]
-    assert [text.get_text() for text in axes.texts] == ["a, static", "b, static", "c, static"]
+    assert names_of(axes) == ["a, static", "b, static", "c, static"]
 
 
 def test_names_are_drawn_as_they_are(tmp_path):
