@@ -3,7 +3,8 @@
 Every canonical solution must pass, as a fenced block and, of HumanEval, as the body that it is. A
 mutant is the solution with one change, and has 2 s. It should fail. If a problem's tests let all of
 its mutants pass, the problem is listed: they cannot tell. The own time is that of the same code and
-tests in one process, one problem after the other.
+tests in one process, one problem after the other, without a sandbox. The exit status is 1 if a
+canonical solution fails.
 
 --workers N: problems at once (default: cores); --unsafe: without bubblewrap; --limit N: the first N
 """
@@ -16,12 +17,14 @@ import copy
 import gzip
 import json
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+from megatron_opdlm.checks import require
 from megatron_opdlm.evaluation.execution.code_tests import FunctionTests
 from megatron_opdlm.evaluation.execution.sandbox import Sandbox
 from megatron_opdlm.evaluation.graders.code import grade_code
@@ -135,18 +138,22 @@ def own_seconds(problem: Problem) -> float:
     receiver, sender = os.pipe()
     pid = os.fork()
     if pid == 0:
-        null = os.open("/dev/null", os.O_RDWR)
-        os.dup2(null, 1)
-        start = time.perf_counter()
-        space: dict = {"__name__": "solution"}
-        for code in (problem.solution, problem.tests.setup, *problem.tests.tests):
-            exec(code.replace("\r\n", "\n"), space)
-        os.write(sender, str(time.perf_counter() - start).encode())
-        os._exit(0)
+        try:
+            os.dup2(os.open("/dev/null", os.O_RDWR), 1)
+            start = time.perf_counter()
+            space: dict = {"__name__": "solution"}
+            for code in (problem.solution, problem.tests.setup, *problem.tests.tests):
+                exec(code.replace("\r\n", "\n"), space)
+            os.write(sender, str(time.perf_counter() - start).encode())
+        finally:  # whatever the code raised, this process ends here
+            os._exit(0)
     os.waitpid(pid, 0)
     os.close(sender)
     with os.fdopen(receiver) as lines:
-        return float(lines.read())
+        text = lines.read()
+    if not text:
+        raise ValueError(f"{problem.name}: its own solution fails its own tests")
+    return float(text)
 
 
 def grade_many(
@@ -162,7 +169,14 @@ def grade_many(
     return [grade.correct for grade in grades], time.perf_counter() - start
 
 
-def check(problems: list[Problem], sandbox: Sandbox, workers: int) -> None:
+def check(problems: list[Problem], sandbox: Sandbox, workers: int) -> bool:
+    """Grades and prints; returns whether every canonical solution passes."""
+    all_pass = check_canonical(problems, sandbox, workers)
+    check_mutants(problems, sandbox, workers)
+    return all_pass
+
+
+def check_canonical(problems: list[Problem], sandbox: Sandbox, workers: int) -> bool:
     own = sum(map(own_seconds, problems))
     right = [(fenced(p.solution), p.tests) for p in problems]
     verdicts, seconds = grade_many(right, sandbox, workers)
@@ -174,9 +188,13 @@ def check(problems: list[Problem], sandbox: Sandbox, workers: int) -> None:
     )
     print("  fail:", [p.name for p, ok in zip(problems, verdicts, strict=True) if not ok])
     bodies = [(body, p.tests) for p in problems for body in p.responses]
+    of_bodies, seconds = grade_many(bodies, sandbox, workers)
     if bodies:
-        verdicts, seconds = grade_many(bodies, sandbox, workers)
-        print(f"as a body: {sum(verdicts)} of {len(verdicts)} pass, in {seconds:.1f} s")
+        print(f"as a body: {sum(of_bodies)} of {len(bodies)} pass, in {seconds:.1f} s")
+    return all(verdicts) and all(of_bodies)
+
+
+def check_mutants(problems: list[Problem], sandbox: Sandbox, workers: int) -> None:
     cases = [(p, name, code) for p in problems for name, code in mutants(p).items()]
     pairs = [(fenced(code), replace(p.tests, seconds=2.0)) for p, _, code in cases]
     verdicts, seconds = grade_many(pairs, sandbox, workers)
@@ -192,7 +210,8 @@ def check(problems: list[Problem], sandbox: Sandbox, workers: int) -> None:
     print("  tests that let every mutant pass:", [p.name for p in problems if p.name not in failed])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Checks; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -201,17 +220,26 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--unsafe", action="store_true")
     parser.add_argument("--limit", type=int)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     sandbox = Sandbox(isolated=not args.unsafe)
-    sandbox.require()
-    for name, load, path in (
-        ("HumanEval", humaneval, args.humaneval),
-        ("MBPP", mbpp, args.mbpp),
-    ):
-        if path is not None:
-            print(name)
-            check(list(load(path))[: args.limit], sandbox, args.workers)
+    asked = [("HumanEval", humaneval, args.humaneval), ("MBPP", mbpp, args.mbpp)]
+    all_pass = True
+    try:
+        given = args.humaneval is not None or args.mbpp is not None
+        require(given, "--humaneval", None, "or --mbpp must be given", "name a benchmark's file")
+        sandbox.require()
+        for name, load, path in asked:
+            if path is not None:
+                print(name)
+                all_pass &= check(list(load(path))[: args.limit], sandbox, args.workers)
+    except KeyError as error:
+        sys.stderr.write(f"error: {path}: an entry has no {error}; give the published file\n")
+        return 2
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0 if all_pass else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,8 @@ from megatron_opdlm.evaluation.harness.local_tasks import write_local_task
 from megatron_opdlm.evaluation.harness.tasks import repeatable, require_lm_eval
 from megatron_opdlm.evaluation.response_file import read_responses
 from megatron_opdlm.evaluation.task import Answer, Response
+from megatron_opdlm.files.folders import replacing, write_json
+from megatron_opdlm.generate.arguments import require_folder
 
 OWN = "correct"
 """Name of our own verdict."""
@@ -93,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         require_lm_eval()
+        if args.json is not None:
+            require_folder(args.json, "--json")
         pair, responses = read(args)
         with repeatable():
             theirs = ask_lm_eval(pair, responses, args.task.partition("=")[2])
@@ -104,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in lines_of(report):
         print(line)
     if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        with replacing(Path(args.json)) as partial:
+            write_json(partial, report)
     return 0 if report["agree"] else 1
 
 
@@ -125,8 +129,6 @@ def read(args: argparse.Namespace) -> tuple[Pair, list[Response]]:
         from_hub=False,
         unsafe_code_execution=False,
     )
-    if name not in task_arguments.BENCHMARKS:
-        found.task = [f"{name}:{PAIRS[name].grader}={path}"]
     tasks = task_arguments.load_tasks(found)
     groups = read_responses(args.responses, tasks, allow_more=args.num_questions is not None)
     if len(groups) > 1:
@@ -294,7 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", required=True, metavar="NAME=FILE")
     parser.add_argument("--responses", required=True, metavar="FILE")
     parser.add_argument("--num-questions", type=int, metavar="N", help="the first N; default: all")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the report here")
+    parser.add_argument("--json", metavar="OUT", help="also write the report here")
     return parser
 
 

@@ -11,6 +11,7 @@ experiments.yaml says what each one is made of. docs/reproduce.md has the list.
 from __future__ import annotations
 
 import argparse
+import difflib
 import shlex
 import subprocess
 import sys
@@ -27,6 +28,7 @@ sys.path.append(str(ROOT))  # for tools/gpu/roofline.py
 warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")  # of megatron-core
 
 from megatron_opdlm import cli  # noqa: E402
+from megatron_opdlm.checks import require  # noqa: E402
 from megatron_opdlm.evaluation.benchmarks import BENCHMARKS  # noqa: E402
 from megatron_opdlm.files.path_kind import is_checkpoint, is_hf_directory  # noqa: E402
 
@@ -127,6 +129,8 @@ def missing_files(
         path = places.checkpoints / label
         if not is_checkpoint(path) and not is_hf_directory(path):
             yield f"{path}: {shlex.join(catalogue.training(label, places))}"
+        elif label in experiment.get("runs", ()) and not (path / "metrics.jsonl").is_file():
+            yield f"{path / 'metrics.jsonl'}: is in the folder of the run, not in an export"
     for label in dict.fromkeys(each for sweep in sweeps for each in sweep.get("teachers", ())):
         if not is_hf_directory(places.models / label):
             yield f"{places.models / label}: the Hugging Face directory of {label}"
@@ -201,7 +205,11 @@ def _run_command(command: Sequence[str]) -> int:
 
 
 def _train_tiny(places: Places, labels: Sequence[str]) -> dict[str, Path]:
-    """Trains the quickstart's student for two rollouts at every block size."""
+    """Trains the quickstart's student for two rollouts at every block size.
+
+    Raises:
+        ValueError: a training fails; it has said why.
+    """
     runs = {label: places.out / "runs" / label for label in labels}
     for label, folder in runs.items():
         size = label.partition("@")[2] or "4"
@@ -211,8 +219,15 @@ def _train_tiny(places: Places, labels: Sequence[str]) -> dict[str, Path]:
         command += ["lr_warmup_steps=0"]
         # A process of its own, because a job has one parallel layout.
         arguments = [sys.executable, "-m", "megatron_opdlm", *command]
-        subprocess.run(arguments, cwd=ROOT, check=True)
+        if status := subprocess.run(arguments, cwd=ROOT, check=False).returncode:
+            raise ValueError(f"the training of {label} has ended with status {status}")
     return runs
+
+
+def _require_name(name: str | None, names: Sequence[str]) -> None:
+    near = difflib.get_close_matches(name or "", names, n=1)
+    fix = f"did you mean {near[0]}?" if near else f"name one of {', '.join(names)}"
+    require(name in names, "NAME", name, "is no table or figure of the paper", fix)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -220,15 +235,19 @@ def main(argv: Sequence[str]) -> int:
 
     Returns:
         The exit status.
+
+    Raises:
+        ValueError: there is no such table or figure, or a part of it fails.
     """
     catalogue = Catalogue()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", nargs="?", choices=list(catalogue.experiments), metavar="NAME")
-    parser.add_argument("--list", action="store_true", help="show the tables and figures, and end")
-    parser.add_argument("--dry-run", action="store_true", help="show what it needs and would run")
-    parser.add_argument("--tiny", action="store_true", help="on the quickstart's model")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="table_1, figure_3, ...")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--list", action="store_true", help="show the tables and figures, and end")
+    way.add_argument("--dry-run", action="store_true", help="show what it needs and would run")
+    way.add_argument("--tiny", action="store_true", help="on the quickstart's model")
     for name in ("checkpoints", "models", "benchmarks"):
         help_text = f"folder of {name}; default: {name}"
         parser.add_argument(f"--{name}", type=Path, default=Path(name), help=help_text)
@@ -240,8 +259,7 @@ def main(argv: Sequence[str]) -> int:
         for name, experiment in catalogue.experiments.items():
             print(f"{name:10} {experiment['title']}")
         return 0
-    if args.name is None:
-        parser.error(f"name one of {', '.join(catalogue.experiments)}")
+    _require_name(args.name, list(catalogue.experiments))
     out = args.out or Path("runs", "reproduce_tiny" if args.tiny else "reproduce")
     places = Places(args.checkpoints, args.models, args.benchmarks, out)
     if args.dry_run:
@@ -260,4 +278,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.exit(2)

@@ -204,13 +204,18 @@ class Decoder:
         return collect(engine, requests, self.parallel, on_progress=on_progress)[0]
 
 
+def chosen_dtype(asked: str) -> str:
+    """Returns the type of the weights that `--params-dtype` means on this machine."""
+    if asked != "auto":
+        return asked
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
 def _build_options(params_dtype: str) -> BuildOptions:
     """Returns the build options of a student that only decodes, on this machine."""
-    if params_dtype == "auto":
-        params_dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     return BuildOptions(
         layer_spec="transformer_engine" if has_transformer_engine() else "local",
-        params_dtype=DTYPES[params_dtype],
+        params_dtype=DTYPES[chosen_dtype(params_dtype)],
     )
 
 

@@ -32,6 +32,7 @@ _NOT_HARNESS = {
     "teacher": "lm-eval measures it with its own model hf",
     "examples": "samples.jsonl has all responses",
     "from_hub": "lm-eval gets the data of its tasks itself",
+    "unsafe_code_execution": "tasks that run code are refused",
     "top_k": "lm-eval's tasks say how to sample; use --gen-kwargs top_k=K",
     "top_p": "lm-eval's tasks say how to sample; use --gen-kwargs top_p=P",
 }
@@ -116,12 +117,10 @@ def check_harness(args: argparse.Namespace) -> None:
     for name in ("num_questions", "num_fewshot"):
         if (value := getattr(args, name)) is not None:
             require_at_least(1 if name == "num_questions" else 0, name, value)
-    given, args.seeds = (
-        args.seeds,
-        None,
-    )  # a seed matters where a task samples, despite --temperature
-    check_arguments(args, "seeds")
-    args.seeds = given
+    for seed in args.seeds or ():
+        require_at_least(0, "--seeds", seed)
+    # A seed has an effect where a task samples, whatever --temperature is.
+    check_arguments(argparse.Namespace(**vars(args) | {"seeds": None}), "seeds")
     check_settings(args)
     if args.json is not None:
         require_folder(args.json, "--json")

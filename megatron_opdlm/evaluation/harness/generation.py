@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ _NEUTRAL: dict[str, Any] = {
 }
 """Arguments of other engines, with the one value that asks for nothing."""
 _READ = (*_LIMITS, "until", "do_sample", "temperature", "top_k", "top_p")
+_FIX = "give the task another value with --gen-kwargs"
+_THOUGHTS_END = "</think>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +63,10 @@ def read_generation(given: Mapping[str, Any], *, task: str, default_limit: int) 
     Raises:
         ValueError: an argument is malformed, or asks for what block decoding does not do.
     """
-    fix = "give the task another value with --gen-kwargs"
     for name, value in given.items():
         if name in _NEUTRAL:
             rule = f"of task {task} must be {_NEUTRAL[name]}: block decoding has no {name}"
-            require(value in (None, _NEUTRAL[name]), name, value, rule, fix)
+            require(value in (None, _NEUTRAL[name]), name, value, rule, _FIX)
         else:
             known = ", ".join(_READ)
             rule = f"of task {task} is not an argument of block decoding, which has {known}"
@@ -72,17 +74,20 @@ def read_generation(given: Mapping[str, Any], *, task: str, default_limit: int) 
     limits = [given[name] for name in _LIMITS if given.get(name) is not None]
     limit = limits[0] if limits else default_limit
     is_count = isinstance(limit, int) and not isinstance(limit, bool) and limit >= 1
-    require(is_count, "max_gen_toks", limit, f"of task {task} must be at least 1", fix)
-    temperature = _temperature(given, task, fix)
+    rule = f"of task {task} must be a whole number above 0"
+    require(is_count, "max_gen_toks", limit, rule, _FIX)
+    until, temperature = _until(given, task), _temperature(given, task)
     if temperature == 0:
-        return Generation(response_limit=limit, until=_until(given, task), temperature=0.0)
-    top_k, top_p = given.get("top_k"), given.get("top_p")
+        return Generation(response_limit=limit, until=until, temperature=0.0)
+    top_k = _number(given, "top_k", task, default=0.0)
+    rule = f"of task {task} must be a whole number"
+    require(top_k == int(top_k), "top_k", given.get("top_k"), rule, _FIX)
     return Generation(
         response_limit=limit,
-        until=_until(given, task),
+        until=until,
         temperature=temperature,
-        top_k=max(0, int(top_k or 0)),  # other engines write -1 for all
-        top_p=1.0 if top_p is None else float(top_p),
+        top_k=max(0, int(top_k)),  # other engines write -1 for all
+        top_p=_number(given, "top_p", task, default=1.0),
     )
 
 
@@ -96,6 +101,17 @@ def cut(text: str, until: Sequence[str]) -> str:
     return text[: min(places, default=len(text))]
 
 
+def thoughts_length(text: str) -> int:
+    """Returns how many characters of a response stand before its answer.
+
+    They are its thoughts, up to the last </think>, and white space.
+
+    >>> thoughts_length("<think>7 or 8?</think> 7")
+    23
+    """
+    return len(text) - len(text.rpartition(_THOUGHTS_END)[2].lstrip())
+
+
 def _until(given: Mapping[str, Any], task: str) -> tuple[str, ...]:
     until = given.get("until")
     if until is None:
@@ -107,14 +123,24 @@ def _until(given: Mapping[str, Any], task: str) -> tuple[str, ...]:
     return tuple(strings)
 
 
-def _temperature(given: Mapping[str, Any], task: str, fix: str) -> float:
+def _temperature(given: Mapping[str, Any], task: str) -> float:
     sample, value = given.get("do_sample"), given.get("temperature")
-    temperature = 0.0 if value is None else float(value)
+    temperature = _number(given, "temperature", task, default=0.0)
     rule = f"of task {task} must be true or false"
-    require(sample in (None, True, False), "do_sample", sample, rule, fix)
+    require(sample in (None, True, False), "do_sample", sample, rule, _FIX)
     if sample is False:
         return 0.0
     needs = f"of task {task} must be above 0, because do_sample is true"
-    require(not sample or temperature > 0, "temperature", value, needs, fix)
-    require(temperature >= 0, "temperature", value, f"of task {task} must be at least 0", fix)
+    require(not sample or temperature > 0, "temperature", value, needs, _FIX)
+    require(temperature >= 0, "temperature", value, f"of task {task} must be at least 0", _FIX)
     return temperature
+
+
+def _number(given: Mapping[str, Any], name: str, task: str, *, default: float) -> float:
+    value = given.get(name)
+    try:
+        number = default if value is None else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    require(math.isfinite(number), name, value, f"of task {task} must be a number", _FIX)
+    return number

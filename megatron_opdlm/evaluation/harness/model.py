@@ -13,7 +13,7 @@ import bisect
 import dataclasses
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -31,6 +31,7 @@ from megatron_opdlm.evaluation.harness.generation import (
     Generation,
     cut,
     read_generation,
+    thoughts_length,
 )
 from megatron_opdlm.evaluation.labels import setting_name
 from megatron_opdlm.generate.decoder import Decoder
@@ -105,6 +106,12 @@ class StudentLM(LM):
     def tokenizer(self) -> Any:
         """Tokenizer of the student."""
         return self.decoder.student.tokenizer
+
+    @functools.cached_property
+    def _special_ids(self) -> dict[str, int]:
+        """Id of every special token by its text. Decoding leaves these tokens out."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {token.content: number for number, token in added if token.special}
 
     @property
     def tokenizer_name(self) -> str:
@@ -222,14 +229,19 @@ class StudentLM(LM):
         return self.decoder.prompt_room(self.options, generation.response_limit, key="max_gen_toks")
 
     def _text(self, trajectory: Trajectory, generation: Generation, counts: Counts) -> str:
-        """Returns the text before the stop strings, and counts."""
+        """Returns the text before the stop strings, and counts.
+
+        Thoughts that were asked for are no part of it, and stop strings in them stop nothing.
+        """
         ids = trajectory.text_ids.tolist()
-        kept = ids[: _special_stop(self.tokenizer, ids, generation.until)]
+        kept = ids[: _special_stop(self._special_ids, ids, generation.until)]
         text: str = self.tokenizer.decode(kept, skip_special_tokens=True)
-        graded = cut(text, generation.until)
-        counts.stopped += len(kept) < len(ids) or graded != text
-        if graded != text:
-            kept = kept[: _length_of(self.tokenizer, kept, graded)]
+        start = thoughts_length(text) if self.enable_thinking else 0
+        graded = cut(text[start:], generation.until)
+        is_cut = start + len(graded) < len(text)
+        counts.stopped += len(kept) < len(ids) or is_cut
+        if is_cut:
+            kept = kept[: _length_of(self.tokenizer, kept, text[: start + len(graded)])]
         counts.tokens += len(ids)
         counts.tokens_cut += len(ids) - len(kept)
         counts.passes += trajectory.num_passes
@@ -241,13 +253,12 @@ def _advance(bar: Any, before: int, done: int) -> None:
     bar.update(before + done - bar.n)
 
 
-def _special_stop(tokenizer: Any, ids: Sequence[int], until: Sequence[str]) -> int:
+def _special_stop(special: Mapping[str, int], ids: Sequence[int], until: Sequence[str]) -> int:
     """Returns how many tokens stand before a special token that is a stop string.
 
     Decoding leaves special tokens out, so `cut` would not see them. The last token is kept: it is
     the end of sequence that a response counts.
     """
-    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     stops = {special[stop] for stop in until if stop in special}
     places = (place for place, token in enumerate(ids[:-1]) if token in stops)
     return next(places, len(ids))

@@ -121,12 +121,19 @@ def _report(args: argparse.Namespace, about: dict[str, Any], results: list[Harne
     folder.mkdir(parents=True, exist_ok=True)
     value = write_folder(folder, about, results)
     console.print(table(results))
-    for line in _notes(results):
+    for line in [*_fewshot_notes(results[0], args.num_fewshot), *_notes(results)]:
         console.print(line)
     console.print(f"responses and figures: {folder}")
     if args.json is not None:
         with replacing(Path(args.json)) as partial:
             partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _fewshot_notes(result: HarnessResult, asked: int | None) -> Iterator[str]:
+    """Yields a line for every task that has another number of examples than the user asked for."""
+    for task, number in result.figures.get("n-shot", {}).items():
+        if asked is not None and isinstance(number, int) and number != asked:
+            yield f"{task}: num_fewshot={number}, which its file fixes, and not {asked}"
 
 
 def _notes(results: list[HarnessResult]) -> Iterator[str]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
+
 from megatron_opdlm.checks import require
 from megatron_opdlm.evaluation.harness.generation import NO_LIKELIHOOD
 
@@ -25,8 +27,6 @@ class HarnessTasks:
     """lm-eval's TaskManager."""
     specs: list[Any]
     """What `lm_eval.simple_evaluate` takes as its tasks."""
-    names: list[str]
-    """Names of all tasks, those of groups included."""
 
 
 def require_lm_eval() -> None:
@@ -80,8 +80,8 @@ def load_tasks(names: Sequence[str], include: Sequence[str]) -> HarnessTasks:
 
     Raises:
         FileNotFoundError: a file or folder does not exist, or the data of a task is not there.
-        ValueError: a name is unknown; a task compares likelihoods, runs the code of responses, or
-            has images or sound.
+        ValueError: a name is unknown; a YAML file is no task; a task compares likelihoods, runs the
+            code of responses, or has images or sound.
     """
     from lm_eval.tasks import TaskManager
 
@@ -96,13 +96,24 @@ def load_tasks(names: Sequence[str], include: Sequence[str]) -> HarnessTasks:
         for name in names:
             _require_known(name, manager)
         specs = list(names)
-    loaded = manager.load(specs)
+    loaded = _load(manager, specs)
     for name, task in loaded["tasks"].items():
         _require_possible(name, task)
     # Loaded tasks need not be loaded again; groups do, because lm-eval takes them whole by name.
     if not loaded.get("groups"):
         specs = list(loaded["tasks"].values())
-    return HarnessTasks(manager=manager, specs=specs, names=list(loaded["tasks"]))
+    return HarnessTasks(manager=manager, specs=specs)
+
+
+def _load(manager: Any, specs: list[Any]) -> Any:
+    """Loads tasks. Whatever lm-eval raises at a YAML file of the user's is an error of one line."""
+    try:
+        return manager.load(specs)
+    except (KeyError, TypeError, AttributeError, AssertionError, yaml.YAMLError) as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(
+            f"--harness={','.join(specs)}: lm-eval cannot load it ({what}); correct its YAML file"
+        ) from error
 
 
 def _spec(name: str, manager: Any) -> Any:

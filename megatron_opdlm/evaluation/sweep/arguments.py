@@ -15,7 +15,11 @@ from megatron_opdlm.evaluation.settings import (
     check_settings,
     require_no_repeats,
 )
-from megatron_opdlm.evaluation.task_arguments import add_task_arguments, check_task_arguments
+from megatron_opdlm.evaluation.task_arguments import (
+    TaskArgument,
+    add_task_arguments,
+    check_task_arguments,
+)
 from megatron_opdlm.generate.arguments import (
     add_decoding_arguments,
     add_machine_arguments,
@@ -185,20 +189,14 @@ def check_sweep_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the message names argument, value, rule and fix.
     """
-    models = [*(args.model or ()), *(args.teacher or ())]
-    require(bool(models), "--model", None, "must be given", "write e.g. --model mine=runs/mine")
     require(bool(args.task), "--task", None, "must be given", "write e.g. --task gsm8k=test.jsonl")
-    labels = [parse_labelled(text)[0] for text in models]
-    for place, (text, label) in enumerate(zip(models, labels, strict=True)):
-        is_path = bool(parse_labelled(text)[1])
-        require(bool(label) and is_path, "--model", text, "must be LABEL=PATH", "name a folder")
-        fix = f"write e.g. --model another_label={text.partition('=')[2] or text}"
-        rule = f"has the label of another model, {label}"
-        require(label not in labels[:place], "--model", text, rule, fix)
+    labels = _check_models(args)
     for label in parse_training_tokens(args.training_tokens or ()):
         fix = f"use one of {', '.join(labels)}"
         require(label in labels, "--training-tokens", label, "must be a model's label", fix)
     check_task_arguments(args)
+    for task in args.task:
+        _require_printable("--task", TaskArgument.parse(task).name)
     require_at_least(0, "--samples", args.samples)
     check_settings(args)
     repeated = ("block_size", "temperature", "max_new_tokens", "seeds")
@@ -210,6 +208,29 @@ def check_sweep_arguments(args: argparse.Namespace) -> None:
     for seeds in (1, 2):
         for setting in each_setting(args, seeds=seeds):
             check_arguments(setting, "seeds")
+
+
+def _check_models(args: argparse.Namespace) -> list[str]:
+    """Returns the labels of all models, each of which must be one of its own."""
+    given = [("--model", text) for text in args.model or ()]
+    given += [("--teacher", text) for text in args.teacher or ()]
+    require(bool(given), "--model", None, "must be given", "write e.g. --model mine=runs/mine")
+    labels: list[str] = []
+    for flag, text in given:
+        label, path = parse_labelled(text)
+        require(bool(label and path), flag, text, "must be LABEL=PATH", "name a folder")
+        _require_printable(flag, label)
+        rule = f"has the label of another model, {label}"
+        fix = f"write e.g. {flag} another_label={path}"
+        require(label not in labels, flag, text, rule, fix)
+        labels.append(label)
+    return labels
+
+
+def _require_printable(flag: str, name: str) -> None:
+    """Refuses a name with a line break or a control character, which no table or SVG can show."""
+    rule = "has a character that cannot be shown"
+    require(name.isprintable(), flag, ascii(name), rule, "write a name without it")
 
 
 def each_setting(args: argparse.Namespace, *, seeds: int = 1) -> Iterator[argparse.Namespace]:

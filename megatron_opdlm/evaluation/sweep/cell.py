@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_opdlm.evaluation.labels import TEACHER, setting_name
+from megatron_opdlm.evaluation.sweep.digests import name_part
 from megatron_opdlm.rollout.request import DecodingOptions
 
-_LONGEST_PART = 60
-"""Characters that a label or a task's name has in a folder's name, which may have 255."""
 _CONTENT = {
     "model_files": "the files of its model",
     "questions": "its questions",
@@ -92,8 +90,7 @@ class Cell:
             parts += [f"T{options.temperature:g}"] if options.temperature else []
         parts += ["think"] if self.enable_thinking else []
         parts += [f"s{self.seed}"]
-        words = (re.sub(r"[^\w.@+-]+", "_", part).strip("_")[:_LONGEST_PART] for part in parts)
-        legible = ".".join(words)
+        legible = ".".join(name_part(part).strip("_") for part in parts)
         values = {key: value for key, value in self.to_json().items() if key not in _UNNAMED}
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
         return f"{legible.lstrip('.')}-{digest}"

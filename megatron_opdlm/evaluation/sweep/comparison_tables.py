@@ -79,9 +79,9 @@ def _delta_table(kind: str, pairs: Sequence[Pair], found: Sequence[Comparison]) 
 
 def _significance_table(found: Sequence[Comparison], num_missing: int) -> Table:
     note = (
-        "\u0394 is in points, with a 95 % interval by a bootstrap over questions. Better and worse "
-        "count questions. p is exact, of McNemar's test or, for several seeds, of a sign-flip test "
-        f"with the question as its unit. {summary(found)}"
+        "\u0394 is in points, with a 95 % interval by a bootstrap over questions; * marks one that "
+        "is significant. Better and worse count questions. p is exact, of McNemar's test or, for "
+        f"several seeds, of a sign-flip test with the question as its unit. {summary(found)}"
     )
     if num_missing:
         note += f" {num_missing} comparisons are {MISSING}, because their cells are."
@@ -91,21 +91,20 @@ def _significance_table(found: Sequence[Comparison], num_missing: int) -> Table:
         note=note,
         header=(
             *("task", "reference", "compared", "\u0394", "95 % interval", "better", "worse"),
-            *("questions", "p", "p, Holm", "significant"),
+            *("questions", "p", "p, Holm"),
         ),
         rows=[
             [
                 each.group.cell.task,
-                _whole_name(each.reference),
-                _whole_name(each.group),
-                _points(each.delta),
+                each.reference.name,
+                each.group.name,
+                _marked(each),
                 f"{_points(each.interval[0])} to {_points(each.interval[1])}",
                 str(each.better),
                 str(each.worse),
                 str(each.group.cell.num_questions),
                 _p_text(each.p_value),
                 _p_text(each.adjusted),
-                "yes" if each.is_significant else "no",
             ]
             for each in found
         ],
@@ -126,10 +125,6 @@ def _names(kind: str, group: Group) -> tuple[str, str]:
     return ", ".join(filter(None, [model, rest])), name
 
 
-def _whole_name(group: Group) -> str:
-    return f"{group.cell.model.label}, {group.label}"
-
-
 def _text(group: Group | None) -> str:
     return "-" if group is None else group.accuracy_text()
 
@@ -139,9 +134,11 @@ def _delta(pair: Pair | None, deltas: dict[tuple[str, Cell, Cell], Comparison]) 
         return "-"
     kind, reference, group = pair
     found = deltas.get((kind, reference.cell, group.cell))
-    if found is None:
-        return MISSING
-    return _points(found.delta) + ("*" if found.is_significant else "")
+    return MISSING if found is None else _marked(found)
+
+
+def _marked(comparison: Comparison) -> str:
+    return _points(comparison.delta) + ("*" if comparison.is_significant else "")
 
 
 def _points(share: float) -> str:

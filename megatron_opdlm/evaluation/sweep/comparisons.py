@@ -133,21 +133,16 @@ def _without_model(cell: Cell) -> Cell:
 
 
 def _compare(kind: str, reference: Group, group: Group) -> Comparison:
-    # Numbers of seeds may differ: differences are in units of 1 / scale of an accuracy.
-    num_before, num_now = len(reference.results), len(group.results)
-    scale = math.lcm(num_before, num_now)
+    num_seeds, num_questions = len(group.results), group.cell.num_questions
+    assert len(reference.results) == num_seeds, "groups that are alike have the same seeds"
     before, now = reference.correct, group.correct
-    differences = [
-        now[name] * (scale // num_now) - before[name] * (scale // num_before)
-        for name in sorted({*before, *now})
-    ]
-    num_questions = group.cell.num_questions
+    differences = [now[name] - before[name] for name in sorted({*before, *now})]
     return Comparison(
         kind=kind,
         reference=reference,
         group=group,
-        delta=sum(differences) / (num_questions * scale),
-        interval=bootstrap_interval(differences, num_questions, scale),
+        delta=sum(differences) / (num_questions * num_seeds),
+        interval=bootstrap_interval(differences, num_questions, num_seeds),
         better=sum(difference > 0 for difference in differences),
         worse=sum(difference < 0 for difference in differences),
         p_value=sign_flip_p_value(differences),

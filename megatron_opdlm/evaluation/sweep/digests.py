@@ -13,6 +13,8 @@ from typing import Any
 from megatron_opdlm.evaluation.task import Question
 
 _DIGITS = 16
+_LONGEST_PART = 60
+"""Bytes that a label or a task's name has in a file's name."""
 
 
 def files_digest(folder: Path) -> str:
@@ -31,13 +33,22 @@ def questions_digest(questions: Sequence[Question]) -> str:
     return _digest([[q.id, q.digest, plain(q.reference), q.grader.name] for q in questions])
 
 
-def file_stem(text: str, longest: int = 60) -> str:
+def name_part(text: str) -> str:
+    """Returns a text as a part of a file's name, which may have 255 bytes.
+
+    >>> name_part("runs/a b")
+    'runs_a_b'
+    """
+    return re.sub(r"[^\w.@+-]+", "_", text).encode()[:_LONGEST_PART].decode(errors="ignore")
+
+
+def file_stem(text: str) -> str:
     """Returns a name of files for any text: the text itself if it can be one.
 
     >>> file_stem("gsm8k"), file_stem("a b")
     ('gsm8k', 'a_b-c8687a08')
     """
-    legible = re.sub(r"[^\w.@+-]+", "_", text)[:longest].lstrip(".")
+    legible = name_part(text).lstrip(".")
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return legible if legible == text else f"{legible}-{digest}"
 

@@ -5,6 +5,7 @@ A figure has the finished groups of one task. What is missing is left out, never
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,15 @@ from megatron_opdlm.evaluation.sweep.comparisons import STATIC
 from megatron_opdlm.evaluation.sweep.digests import file_stem
 from megatron_opdlm.evaluation.sweep.group import Group
 from megatron_opdlm.evaluation.sweep.pareto import Point, front, points_of
+from megatron_opdlm.evaluation.sweep.point_labels import PointLabel, share_texts, write_labels
 from megatron_opdlm.evaluation.sweep.training import TrainingCost
 
 COLORS = ("#2563eb", "#ea580c", "#059669", "#7c3aed", "#db2777", "#0891b2", "#ca8a04", "#475569")
 MARKERS = "osD^vPX*"
 KINDS = ("svg", "png")
+_DASHES = ("--", ":", "-.")
+_LEGEND_WIDTH = 90
+"""Characters in a row of a legend."""
 
 
 @dataclass(frozen=True)
@@ -129,17 +134,18 @@ def _threshold_line(group: Group) -> str | None:
 
 
 def _speed(axes: Any, task: str, lines: _Lines, teachers: Sequence[Group]) -> bool:
+    numbers: list[PointLabel] = []
     for number, (label, points) in enumerate(lines.items()):
         speeds = [group.mean("tokens_per_forward") for _, group in points]
         _errorbar(axes, speeds, [group for _, group in points], number, label)
         for (at, group), speed in zip(points, speeds, strict=True):
-            axes.annotate(
-                f"{at:g}", (speed, 100 * group.accuracy), xytext=(4, 4),
-                textcoords="offset points", fontsize=7, color=_color(number),
-            )  # fmt: skip
+            assert speed is not None, "a student counts its tokens and passes"
+            y, color = 100 * group.accuracy, _color(number)
+            numbers.append(PointLabel(x=speed, y=y, numbers=(at,), color=color))
     _teacher_lines(axes, teachers)
+    write_labels(axes, share_texts(axes, numbers, mixed=GREY))
     label_axes(axes, _shown(task), "response tokens per forward", "correct answers, %")
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
     return True
 
 
@@ -148,7 +154,7 @@ def _by_threshold(axes: Any, task: str, lines: _Lines, teachers: Sequence[Group]
         _errorbar(axes, [at for at, _ in points], [group for _, group in points], number, label)
     _teacher_lines(axes, teachers)
     label_axes(axes, _shown(task), "confidence threshold (1: static)", "correct answers, %")
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
     return True
 
 
@@ -164,24 +170,20 @@ def _pareto_figure(task: str, points: Sequence[Point]) -> Figure:
 
 def _pareto(axes: Any, task: str, points: Sequence[Point]) -> bool:
     best = front(points)
-    for point in points:
-        color = COLORS[0] if point in best else GREY
+    for number, point in enumerate(points):
+        color = _color(number)
         axes.errorbar(
-            [point.tokens], [100 * point.accuracy], yerr=[100 * point.group.error], fmt="o",
-            color=color, markerfacecolor=color if point in best else "white", capsize=2,
-        )  # fmt: skip
-        name = f"{point.group.cell.model.label}, {point.group.label}"
-        axes.annotate(
-            _shown(name), (point.tokens, 100 * point.accuracy), xytext=(5, 4),
-            textcoords="offset points", fontsize=7, color=color,
+            [point.tokens], [100 * point.accuracy], yerr=[100 * point.group.error],
+            label=_shown(point.group.name), color=color, marker=_marker(number), linestyle="none",
+            markerfacecolor=color if point in best else "white", capsize=2,
         )  # fmt: skip
     axes.plot(
         [point.tokens for point in best], [100 * point.accuracy for point in best],
-        color=COLORS[0], linewidth=1.5, drawstyle="steps-post", zorder=0,
+        color=GREY, linewidth=1.5, drawstyle="steps-post", zorder=0,
     )  # fmt: skip
     axes.set_xscale("log")
-    axes.margins(x=0.2)  # for the names
     label_axes(axes, _shown(task), "training tokens", "correct answers, %")
+    _legend(axes)
     return True
 
 
@@ -190,22 +192,38 @@ def _errorbar(
 ) -> None:
     axes.errorbar(
         xs, [100 * group.accuracy for group in groups], yerr=[100 * g.error for g in groups],
-        label=_shown(label), color=_color(number), marker=MARKERS[number % len(MARKERS)],
+        label=_shown(label), color=_color(number), marker=_marker(number),
         markersize=4, linewidth=1.5, elinewidth=1, capsize=2,
     )  # fmt: skip
 
 
 def _teacher_lines(axes: Any, teachers: Sequence[Group]) -> None:
-    for group in teachers:
-        axes.axhline(100 * group.accuracy, color=GREY, linewidth=1, linestyle="--")
-        axes.annotate(
-            _shown(group.cell.model.label), (0.99, 100 * group.accuracy), va="bottom", ha="right",
-            xycoords=("axes fraction", "data"), fontsize=7, color=GREY,
+    for number, group in enumerate(teachers):
+        name = ", ".join(filter(None, [group.cell.model.label, group.label_without()]))
+        axes.axhline(
+            100 * group.accuracy, color=GREY, linewidth=1, label=_shown(name),
+            linestyle=_DASHES[number % len(_DASHES)],
         )  # fmt: skip
+
+
+def _legend(axes: Any) -> None:
+    """Names the lines below the figure, which grows by as much. So a name covers no point."""
+    handles, names = axes.get_legend_handles_labels()
+    columns = max(1, min(4, _LEGEND_WIDTH // (max(map(len, names)) + 8)))
+    figure = axes.get_figure()
+    figure.set_figheight(figure.get_figheight() + 0.18 * math.ceil(len(names) / columns))
+    figure.legend(
+        handles, names, loc="outside lower left", ncols=columns, frameon=False, fontsize=8
+    )
 
 
 def _color(number: int) -> str:
     return COLORS[number % len(COLORS)]
+
+
+def _marker(number: int) -> str:
+    """Returns a marker; lines that share a colour have others."""
+    return MARKERS[(number + number // len(COLORS)) % len(MARKERS)]
 
 
 def _shown(text: str) -> str:

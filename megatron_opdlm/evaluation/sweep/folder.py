@@ -21,6 +21,7 @@ from megatron_opdlm.evaluation.result import EvalResult
 from megatron_opdlm.evaluation.sweep.cell import Cell
 from megatron_opdlm.evaluation.sweep.digests import file_stem
 from megatron_opdlm.evaluation.task import Task
+from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.files.folder_lock import LOCK_FILE, FolderLock
 from megatron_opdlm.files.folders import atomic_directory, read_json_object, replacing
 from megatron_opdlm.responses.entries import Entry, read_entries
@@ -88,6 +89,10 @@ class SweepFolder:
         """Lets other sweeps into the folder."""
         self._lock.close()
 
+    def changed(self, cells: Sequence[Cell]) -> list[tuple[Cell, list[str]]]:
+        """Returns the finished cells that were computed from something else, and from what."""
+        return [(cell, what) for cell in cells if (what := self._changes(cell))]
+
     def missing(self, cells: Sequence[Cell], *, replace: bool = False) -> list[Cell]:
         """Returns the cells that are still to be computed.
 
@@ -99,7 +104,7 @@ class SweepFolder:
             ValueError: a finished cell was computed from something else; the message says from
                 what, and what to do.
         """
-        changed = [(cell, what) for cell in cells if (what := self._changes(cell))]
+        changed = self.changed(cells)
         if changed and not replace:
             _refuse(self._place(changed[0][0]), changed[0][1], len(changed))
         for cell, _ in changed:
@@ -174,9 +179,12 @@ class SweepFolder:
 
     def _content(self, cell: Cell) -> dict[str, Any]:
         path = self._place(cell) / RESULTS
-        content = read_json_object(path)
-        is_whole = isinstance(content.get("cell"), dict) and len(content.get("results", ())) == 1
         fix = f"delete the folder {path.parent} to have it computed again"
+        try:
+            content = read_json_object(path)
+        except ConversionError as error:
+            raise ValueError(f"{error}; {fix}") from None
+        is_whole = isinstance(content.get("cell"), dict) and len(content.get("results", ())) == 1
         require(is_whole, "cell", path, "is not the file of a cell", fix)
         return content
 

@@ -26,7 +26,8 @@ class Group:
     parts: dict[str, str]
     """Texts of the options in which the settings of a task differ, by option."""
     common: str = ""
-    """Texts of unusual options that all students have in this task, such as T=1."""
+    """Texts of unusual options that all students have in this task, such as T=1; of a teacher,
+    those that it has, too."""
 
     @property
     def cell(self) -> Cell:
@@ -37,6 +38,11 @@ class Group:
     def label(self) -> str:
         """Setting and options, as tables name them beside other settings of the task."""
         return ", ".join([self.cell.setting, *self.parts.values()])
+
+    @property
+    def name(self) -> str:
+        """Model and label."""
+        return f"{self.cell.model.label}, {self.label}"
 
     @property
     def full_label(self) -> str:
@@ -83,13 +89,11 @@ class Group:
         """Number of seeds with a correct answer, by id of the question."""
         return Counter(name for result in self.results for name in result.correct_ids)
 
-    def accuracy_text(self, *, with_error: bool = True) -> str:
+    def accuracy_text(self) -> str:
         """Returns the accuracy in %, "missing", or what the seeds that are there have."""
         if not self.results:
             return MISSING
-        text = f"{100 * self.accuracy:.1f}"
-        if with_error:
-            text += f" \u00b1 {100 * self.error:.1f}"
+        text = f"{100 * self.accuracy:.1f} \u00b1 {100 * self.error:.1f}"
         if not self.is_complete:
             text += f" ({len(self.results)} of {len(self.cells)} seeds)"
         return text
@@ -108,15 +112,16 @@ def read_groups(folder: SweepFolder, cells: Sequence[Cell]) -> list[Group]:
     groups = []
     for setting, each in by_setting.items():
         found = [result for cell in each if (result := folder.read(cell)) is not None]
-        shared = "" if setting.options is None else common[setting.task]
-        groups.append(Group(cells=each, results=found, parts=parts[setting], common=shared))
+        groups.append(
+            Group(cells=each, results=found, parts=parts[setting], common=common[setting])
+        )
     return groups
 
 
 def _label_parts(
     settings: Sequence[Cell],
-) -> tuple[dict[Cell, dict[str, str]], dict[str, str]]:
-    """Returns the label parts of every setting, and what all students of a task have in common.
+) -> tuple[dict[Cell, dict[str, str]], dict[Cell, str]]:
+    """Returns the label parts of every setting, and what it has in common with all students.
 
     They are those of all settings that are asked for, finished or not. Tasks have response limits
     and temperatures of their own, which are no difference between settings.
@@ -125,13 +130,12 @@ def _label_parts(
     for cell in settings:
         by_task.setdefault(cell.task, []).append(cell)
     parts: dict[Cell, dict[str, str]] = {}
-    common: dict[str, str] = {}
-    for task, cells in by_task.items():
+    common: dict[Cell, str] = {}
+    for cells in by_task.values():
         texts = dict(zip(cells, label_parts(cells), strict=True))
         students = [set(texts[cell].items()) for cell in cells if cell.options is not None]
         shared = set.intersection(*students) if students else set()
-        names = {name for name, _ in shared}
         for cell, each in texts.items():
-            parts[cell] = {name: text for name, text in each.items() if name not in names}
-        common[task] = ", ".join(text for _, text in sorted(shared))
+            parts[cell] = {n: text for n, text in each.items() if (n, text) not in shared}
+            common[cell] = ", ".join(text for _, text in sorted(shared & set(each.items())))
     return parts, common

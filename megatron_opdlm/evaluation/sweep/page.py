@@ -79,7 +79,8 @@ def _sample(sample: Sample) -> str:
     for name, line in sample.responses:
         verdict = "correct" if line["correct"] else "wrong"
         mark = "\u2713" if line["correct"] else "\u2717"
-        more = "" if line["error"] is None else f", not graded: {line['error']}"
+        more = "" if line["prompt_fits"] else ", the prompt is too long to decode"
+        more += "" if line["error"] is None else f", not graded: {line['error']}"
         counts = f"{_count(line['num_tokens'])} tokens, {_count(line['num_passes'])} passes"
         cards.append(
             f'<div class="card"><h4>{html.escape(name)}</h4>'

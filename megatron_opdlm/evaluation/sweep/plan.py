@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from megatron_opdlm.checks import require
 from megatron_opdlm.convert.model_source import ModelSource
 from megatron_opdlm.evaluation.decode import seeds_of
 from megatron_opdlm.evaluation.settings import chosen_rules
 from megatron_opdlm.evaluation.sweep.arguments import (
+    THINKING,
     each_setting,
     parse_labelled,
     parse_training_tokens,
@@ -23,6 +23,7 @@ from megatron_opdlm.evaluation.sweep.training import TrainingCost, read_cost
 from megatron_opdlm.evaluation.task import Task
 from megatron_opdlm.evaluation.teacher import open_reference
 from megatron_opdlm.generate.arguments import decoding_options, prompt_room
+from megatron_opdlm.generate.decoder import chosen_dtype
 from megatron_opdlm.responses.rendering import check_rendering
 from megatron_opdlm.rollout.request import DecodingOptions
 
@@ -65,9 +66,13 @@ def make_plan(args: argparse.Namespace, tasks: Sequence[Task]) -> Plan:
         tasks: the tasks, from `task_arguments.load_tasks`.
 
     Raises:
-        ValueError: a path has no model, a model cannot be decoded with a setting, or a prompt does
-            not fit its chat template.
+        ValueError: a path has no model, a model cannot be decoded with a setting, a prompt does not
+            fit its chat template, or --seeds-temperature has no effect.
     """
+    has_seeds = args.seeds_temperature is None or any(task.seeds > 1 for task in tasks)
+    rule = "has no effect: no task asks for several seeds"
+    fix = "leave it out, or use --temperature"
+    require(has_seeds, "--seeds-temperature", args.seeds_temperature, rule, fix)
     cells: list[Cell] = []
     costs: dict[str, TrainingCost] = {}
     for text in args.model or ():
@@ -88,13 +93,6 @@ def make_plan(args: argparse.Namespace, tasks: Sequence[Task]) -> Plan:
     return Plan(cells=unique, costs=known, samples=args.samples)
 
 
-def params_dtype(asked: str) -> str:
-    """Returns the type of the weights that `--params-dtype` means on this machine."""
-    if asked != "auto":
-        return asked
-    return "bfloat16" if torch.cuda.is_available() else "float32"
-
-
 def _swept(label: str, source: ModelSource, *, is_teacher: bool) -> SweptModel:
     digest = files_digest(source.folder)
     return SweptModel(label=label, path=source.path, is_teacher=is_teacher, files=digest)
@@ -105,11 +103,12 @@ def _cells(
 ) -> Iterator[Cell]:
     """Yields the cells of one model, task by task."""
     # transformers decodes a teacher in the type that the device has, see `evaluate_teacher`
-    dtype = params_dtype("auto" if model.is_teacher else args.params_dtype)
+    dtype = chosen_dtype("auto" if model.is_teacher else args.params_dtype)
     for task in tasks:
         digest = questions_digest(task.questions)
+        for thinks in THINKING[args.thinking]:
+            check_rendering(task.questions, source, enable_thinking=thinks)
         for setting in each_setting(args, seeds=task.seeds):
-            check_rendering(task.questions, source, enable_thinking=setting.enable_thinking)
             for options, limit, seed in _ways(setting, model, source, task):
                 yield Cell(
                     model=model,

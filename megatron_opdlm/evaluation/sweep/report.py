@@ -52,9 +52,14 @@ class ReportFolder:
         Raises:
             ValueError: the message names the folder, the rule and the fix.
         """
-        kept = {sweep.root.resolve()} | {(sweep.root / n).resolve() for n in (CELLS, QUESTIONS)}
-        rule = "must not be the folder of the sweep or of its cells"
-        require(self.root.resolve() not in kept, "--report", self.root, rule, "name another")
+        here, out = self.root.resolve(), sweep.root.resolve()
+        holds_sweep = out.is_relative_to(here)  # a report takes the place of its folder
+        is_inside = any(here.is_relative_to(out / name) for name in (CELLS, QUESTIONS))
+        rule = "must not hold the sweep, or be among its cells"
+        require(not holds_sweep and not is_inside, "--report", self.root, rule, "name another")
+        is_fixed = self.root.is_dir() and (self.root.samefile(".") or here.is_mount())
+        rule = "cannot be replaced: it is a mount point, or the folder that this runs in"
+        require(not is_fixed, "--report", self.root, rule, "name a folder in it")
         is_free = not self.root.exists() or (self.root.is_dir() and not any(self.root.iterdir()))
         is_ours = (self.root / PLAN).is_file()
         rule = "must not exist, be an empty folder, or the report of a sweep"
@@ -76,11 +81,16 @@ class ReportFolder:
 
     def begin(self, plan: Plan) -> None:
         """Writes the plan. A report of another plan that stands there is removed."""
-        path = self.root / PLAN
-        if path.is_file() and read_json_object(path) == plan.to_json():
+        if self._shows(plan):
             return
         with _replaced(self.root) as partial:
             write_json(partial / PLAN, plan.to_json())
+
+    def _shows(self, plan: Plan) -> bool:
+        try:
+            return read_json_object(self.root / PLAN) == plan.to_json()
+        except ConversionError:  # there is none, or a power failure left half of it
+            return False
 
     def write(self, sweep: SweepFolder, plan: Plan) -> list[Group]:
         """Writes the whole report.
@@ -124,6 +134,7 @@ def _replaced(root: Path) -> Iterator[Path]:
 
     A kill in between leaves the old folder, none, or the new one.
     """
+    root = root.resolve()  # a link cannot be replaced by a folder, its target can
     new, old = (root.with_name(f".{root.name}.{word}") for word in ("new", "old"))
     for left_over in (new, old):
         shutil.rmtree(left_over, ignore_errors=True)

@@ -48,7 +48,8 @@ def benchmark_table(groups: Sequence[Group], costs: Mapping[str, TrainingCost]) 
     lines = [["", *(f"{model}, {label}" for model, label in columns)], *rows]
     if len(columns) > len(rows):  # what is more goes down
         lines = [list(line) for line in zip(*lines, strict=True)]
-    common = {group.cell.task: group.common for group in groups if group.common}
+    students = [group for group in groups if group.cell.options is not None]
+    common = {group.cell.task: group.common for group in students if group.common}
     notes = [ERRORS, *(f"All settings of {task}: {text}." for task, text in common.items())]
     return Table(
         name="benchmarks",
@@ -74,7 +75,7 @@ def seed_table(groups: Sequence[Group]) -> Table | None:
     return Table(
         name="seeds",
         title="Several seeds",
-        note="Accuracies in %, mean \u00b1 standard deviation over N seeds.",
+        note="Accuracies in %, mean \u00b1 standard deviation over N seeds. One seed has none.",
         header=("model", "decoding", *tasks),
         rows=rows,
         left=2,
@@ -157,7 +158,7 @@ def all_tables(groups: Sequence[Group], costs: Mapping[str, TrainingCost]) -> It
 def _result_row(group: Group) -> list[str]:
     cell = group.cell
     name = [cell.model.label, cell.task, group.full_label, group.accuracy_text()]
-    seeds = ", ".join(str(each.seed) for each in group.cells)
+    seeds = _seeds([each.seed for each in group.cells])
     if not group.results:
         return [*name, *[MISSING] * 3, str(cell.num_questions), seeds, *[MISSING] * 2]
     return [
@@ -180,11 +181,18 @@ def _seeds_text(group: Group) -> str:
     count = f"N={len(group.cells)}"
     if not group.is_complete:
         count = f"{len(group.results)} of {count}"
-    return (
-        f"{MISSING} ({count})"
-        if not group.results
-        else (f"{100 * group.accuracy:.1f} \u00b1 {100 * group.error:.1f} ({count})")
-    )
+    if not group.results:
+        return f"{MISSING} ({count})"
+    deviation = f" \u00b1 {100 * group.error:.1f}" if len(group.results) > 1 else ""
+    return f"{100 * group.accuracy:.1f}{deviation} ({count})"
+
+
+def _seeds(numbers: Sequence[int]) -> str:
+    """Returns seeds as text; a long row of them by its ends."""
+    is_row = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    if is_row and len(numbers) > 3:
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))
 
 
 def _number(value: float | None, spec: str) -> str:

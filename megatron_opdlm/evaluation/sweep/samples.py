@@ -41,7 +41,7 @@ def choose_samples(folder: SweepFolder, groups: Sequence[Group], count: int) -> 
         questions = folder.questions(shown[0].cell)
         chosen = _choose(shown, list(questions), count)
         lines = [_lines(folder, group, chosen) for group in shown]
-        names = [f"{group.cell.model.label}, {group.label}" for group in shown]
+        names = [group.name for group in shown]
         for name in chosen:
             yield Sample(
                 task=task,

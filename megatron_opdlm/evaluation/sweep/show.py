@@ -27,7 +27,9 @@ def list_cells(args: argparse.Namespace, plan: Plan) -> int:
         return 0  # one copy is enough
     folder = SweepFolder(args.out)
     folder.check()
-    missing = set(folder.missing(plan.cells))
+    ReportFolder(report_path(args)).check(folder)
+    changed = {cell for cell, _ in folder.changed(plan.cells)} if args.replace else set()
+    missing = changed | set(folder.missing([c for c in plan.cells if c not in changed]))
     table = RichTable("cell", "state", "questions", "most tokens")
     for column in table.columns[2:]:
         column.justify = "right"
@@ -51,6 +53,8 @@ def report_again(args: argparse.Namespace) -> int:
     Returns:
         The exit status.
     """
+    if read_launch().rank:
+        return 0
     folder, report = SweepFolder(args.out), ReportFolder(report_path(args))
     show_report(report.write(folder, report.read_plan()), report)
     return 0

@@ -58,17 +58,15 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
-    "`": r"\textasciigrave{}",
+    '"': r"\texttt{\char34}",  # \textquotedbl needs a font encoding that is not the default
+    "`": r"\`{}",
     "[": "{[}",  # after a line's end, a bracket would be an argument
     "]": "{]}",
     "\u00b1": r"$\pm$",
     "\u0394": r"$\Delta$",
-    "\u03b3": r"$\gamma$",
-    "\u2212": "$-$",
-    "\u2264": r"$\leq$",
-    "\u00d7": r"$\times$",
 }
+_LIGATURES = re.compile(r"([-',])(?=\1)")
+"""Characters that LaTeX joins with an equal one after them, such as the hyphens of a dash."""
 
 
 def latex_text(text: str) -> str:
@@ -77,4 +75,5 @@ def latex_text(text: str) -> str:
     >>> latex_text("50 % of a_b")
     '50 \\% of a\\_b'
     """
-    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
+    plain = "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
+    return _LIGATURES.sub(r"\1{}", plain)

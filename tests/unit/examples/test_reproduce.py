@@ -131,6 +131,55 @@ def test_a_run_without_its_files_is_refused(reproduce, capsys, monkeypatch, tmp_
     assert "table_2 needs files that are not there" in error and "opdlm train examples" in error
 
 
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["table1"], "NAME=table1 is no table or figure of the paper; did you mean table_1?"),
+        (["x"], "NAME=x is no table or figure of the paper; name one of table_1, table_2, "),
+        ([], "NAME=null is no table or figure of the paper; name one of table_1, "),
+    ],
+)
+def test_another_name_is_refused_with_the_nearest(reproduce, argv, says):
+    with pytest.raises(ValueError) as refused:
+        reproduce.main(argv)
+    assert str(refused.value).startswith(says)
+
+
+def test_a_dry_run_is_not_tiny(reproduce, capsys):
+    """It would tell of another run than the one that --tiny starts."""
+    with pytest.raises(SystemExit):
+        reproduce.main(["table_1", "--dry-run", "--tiny"])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_a_figure_over_training_needs_the_folders_of_the_runs(reproduce, places):
+    catalogue = reproduce.Catalogue()
+    experiment = catalogue.experiments["figure_6"]
+    for label in experiment["runs"]:
+        (places.checkpoints / label).mkdir(parents=True)
+        (places.checkpoints / label / "config.json").touch()  # an export has no metrics
+    assert len(list(reproduce.missing_files(catalogue, experiment, places))) == 3
+    for label in experiment["runs"]:
+        (places.checkpoints / label / "metrics.jsonl").touch()
+    assert list(reproduce.missing_files(catalogue, experiment, places)) == []
+
+
+def test_a_training_that_fails_is_one_line(reproduce, places, monkeypatch):
+    monkeypatch.setattr(reproduce.sys, "executable", "false")
+    with pytest.raises(ValueError, match="the training of OPDLM-4B has ended with status 1"):
+        reproduce.run(reproduce.Catalogue(), "figure_6", places, tiny=True)
+
+
+def test_sampled_benchmarks_are_sampled_everywhere(reproduce):
+    """AIME and GPQA-Diamond ask for several seeds, which greedy decoding does not have."""
+    several = {name for name, benchmark in BENCHMARKS.items() if benchmark.seeds > 1}
+    assert several == {"aime_24", "aime_25", "gpqa_diamond"}
+    for name, experiment in reproduce.Catalogue().experiments.items():
+        for sweep in experiment.get("sweeps", ()):
+            is_sampled = "--seeds-temperature" in sweep["options"]
+            assert is_sampled == bool(several & set(sweep["tasks"])), name
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tiny_sweep_is_a_command_on_shipped_files(reproduce, places, name):
     catalogue = reproduce.Catalogue()

@@ -121,6 +121,12 @@ def test_the_first_questions_can_be_compared_alone(gsm8k, tmp_path):
     assert {each["responses"] for each in found.values()} == {2}
 
 
+def test_a_report_without_a_folder_is_refused_before_any_work(gsm8k, capsys, monkeypatch):
+    monkeypatch.setattr(compare_with_lm_eval, "read", None)
+    assert compare_with_lm_eval.main([*gsm8k, "--json", "missing/x.json"]) == 2
+    assert "--json=missing/x.json: there is no folder missing" in capsys.readouterr().err
+
+
 def test_another_task_is_refused(gsm8k, capsys):
     assert compare_with_lm_eval.main(["--task", "mmlu=x", *gsm8k[2:]]) == 2
     assert "--task=mmlu=x must be NAME=FILE, NAME one of gsm8k, ifeval" in capsys.readouterr().err

@@ -4,7 +4,12 @@ import importlib.util
 
 import pytest
 
-from megatron_opdlm.evaluation.harness.generation import Generation, cut, read_generation
+from megatron_opdlm.evaluation.harness.generation import (
+    Generation,
+    cut,
+    read_generation,
+    thoughts_length,
+)
 
 GSM8K = {"until": ["Question:", "</s>"], "do_sample": False, "temperature": 0.0}
 
@@ -70,8 +75,14 @@ def test_arguments_mean_what_they_mean_in_lm_eval(changes):
         ({"do_sample": True, "temperature": None}, "temperature=null of task t must be above 0"),
         ({"do_sample": None, "temperature": -1}, "temperature=-1 of task t must be at least 0"),
         ({"do_sample": "maybe"}, "do_sample=maybe of task t must be true or false"),
-        ({"max_gen_toks": 0}, "max_gen_toks=0 of task t must be at least 1"),
-        ({"max_gen_toks": "12"}, "max_gen_toks=12 of task t must be at least 1"),
+        ({"max_gen_toks": 0}, "max_gen_toks=0 of task t must be a whole number above 0; give the"),
+        ({"max_gen_toks": "12"}, "max_gen_toks=12 of task t must be a whole number above 0"),
+        ({"do_sample": True, "temperature": "hot"}, "temperature=hot of task t must be a number"),
+        ({"do_sample": None, "temperature": [1]}, "temperature=[1] of task t must be a number"),
+        ({"do_sample": None, "temperature": "nan"}, "temperature=nan of task t must be a number"),
+        ({"do_sample": True, "temperature": 1, "top_k": "x"}, "top_k=x of task t must be a number"),
+        ({"do_sample": True, "temperature": 1, "top_k": 2.5}, "top_k=2.5 of task t must be a who"),
+        ({"do_sample": True, "temperature": 1, "top_p": ""}, "top_p= of task t must be a number"),
         ({"until": [1]}, "until=[1] of task t must be a text or a list of texts"),
     ],
     ids=str,
@@ -114,3 +125,19 @@ def test_texts_are_cut_as_lm_eval_cuts_them():
     stops = [["ab"], ["ab", "c"], ["c", "ab"], ["", "ca"], ["abc", "b"], []]
     for text, until in itertools.product(texts, stops):
         assert cut(text, until) == postprocess_generated_text(text, until, None)
+
+
+THOUGHTS = (
+    "<think>7, c?</think>\n\n7, a. c", "7, a. c", "</think>", "a</think>b</think> 7 c",
+    "<think>7, c", " 7", "",
+)  # fmt: skip
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
+@pytest.mark.parametrize("text", THOUGHTS)
+def test_thoughts_end_where_they_end_in_lm_eval(text):
+    from lm_eval.models.utils import postprocess_generated_text
+
+    answer = text[thoughts_length(text) :]
+    for until in ([], ["c"], ["7"]):
+        assert cut(answer, until) == postprocess_generated_text(text, until, "</think>")

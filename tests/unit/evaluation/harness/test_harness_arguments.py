@@ -53,6 +53,8 @@ def test_good_arguments_are_accepted():
         (("--top-k", "3"), "--top-k=3 has no effect with --harness: lm-eval's tasks say how to"),
         (("--temperature", "1"), "--temperature=1.0 has no effect with --harness"),
         (("--seeds", "1", "2"), "--seeds=[1, 2] must be one seed"),
+        (("--seeds", "-1"), "--seeds=-1 must be at least 0"),
+        (("--unsafe-code-execution",), "--unsafe-code-execution=true has no effect with --harness"),
         (("--no-chat-template", "--fewshot-as-multiturn"),
          "--fewshot-as-multiturn=true needs the chat template"),
         (("--num-fewshot", "-1"), "num_fewshot=-1 must be at least 0"),

@@ -84,6 +84,49 @@ def test_a_response_ends_before_its_stop_string(model, tokenizer, text, until, k
     assert counts.passes == found.num_passes
 
 
+def test_a_special_token_that_has_no_name_is_a_stop_string_too(tokenizer):
+    """As <|eot_id|> of Llama 3: decoding leaves it out, and it is neither bos, eos nor pad."""
+    import copy
+
+    from megatron_opdlm.evaluation.harness.counts import Counts
+    from megatron_opdlm.evaluation.harness.generation import Generation
+    from megatron_opdlm.evaluation.harness.model import StudentLM
+    from megatron_opdlm.rollout.request import DecodingOptions
+
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens(["<|eot|>"], special_tokens=True)
+    assert "<|eot|>" not in more.all_special_tokens
+    model = StudentLM(FakeDecoder(FakeStudent(more)), DecodingOptions())
+    found = trajectory(more, "It is 14.<|eot|>And 15.")
+    for until, kept in {("<|eot|>",): "It is 14.", (): "It is 14.And 15."}.items():
+        generation = Generation(response_limit=99, until=until, temperature=0.0)
+        assert model._text(found, generation, Counts()) == kept
+
+
+THOUGHTS = "<think>1. or 2.</think>\n"
+
+
+@pytest.mark.parametrize(
+    ("thinks", "text", "kept", "cut_off"),
+    [
+        (True, f"{THOUGHTS}It is 14. Or", "It is 14", 4),
+        (True, f"{THOUGHTS}It is 14", "It is 14", 0),
+        (True, "It is 14. Or", "It is 14", 4),  # no thoughts
+        (True, "<think>1. or 2", "<think>1", 6),  # they did not end
+        (False, f"{THOUGHTS}It is 14. Or", "<think>1", 28),
+    ],
+)
+def test_thoughts_that_were_asked_for_are_not_graded(model, tokenizer, thinks, text, kept, cut_off):
+    from megatron_opdlm.evaluation.harness.counts import Counts
+    from megatron_opdlm.evaluation.harness.generation import Generation
+
+    model.enable_thinking = thinks
+    counts = Counts()
+    generation = Generation(response_limit=99, until=(".",), temperature=0.0)
+    assert model._text(trajectory(tokenizer, text), generation, counts) == kept
+    assert (counts.tokens, counts.tokens_cut) == (len(text), cut_off)
+
+
 def test_characters_of_several_tokens_are_counted_whole(model, tokenizer):
     """Two bytes, so two tokens, per letter."""
     from megatron_opdlm.evaluation.harness.counts import Counts

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_opdlm.evaluation.harness.tasks import _require_known, _spec, repeatable
+from megatron_opdlm.evaluation.harness.run import _fewshot_notes
+from megatron_opdlm.evaluation.harness.tasks import _require_known, _spec, load_tasks, repeatable
 from tests.harness_tasks import needs_lm_eval, needs_lm_eval_and_checkers, refuse_network
 
 EMPTY = SimpleNamespace(all_tasks=[])
@@ -31,6 +32,25 @@ def test_a_name_of_ones_own_folder_stays_a_name(tmp_path):
     assert _spec(str(file), EMPTY) == str(file)
     with pytest.raises(FileNotFoundError, match="--harness: there is no file nowhere.yaml"):
         _spec("nowhere.yaml", EMPTY)
+
+
+@needs_lm_eval
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("task: [", "lm-eval cannot load it (ParserError: "),
+        ("task: null\ngroup: null\n", "lm-eval cannot load it (KeyError: "),
+        ("task: t\nfew_shots: 3\n", "lm-eval cannot load it (TypeError: "),
+        ("- task\n", "Expected YAML dict from "),
+        ("dataset_path: json\n", "Unknown config shape: "),
+    ],
+)
+def test_a_file_that_is_no_task_is_one_line(tmp_path, text, says):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError) as refused:
+        load_tasks([str(file)], [])
+    assert says in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():
@@ -59,6 +79,12 @@ def test_nothing_is_downloaded_and_nothing_is_drawn():
             found.add(langdetect.detect("hello"))
         assert len(found) == 1
     assert (langdetect.DetectorFactory.seed, nltk.download) == before
+
+
+def test_a_task_with_examples_of_its_own_is_named():
+    result = SimpleNamespace(figures={"n-shot": {"a": 0, "b": 5, "group": " "}})
+    assert list(_fewshot_notes(result, 5)) == ["a: num_fewshot=0, which its file fixes, and not 5"]
+    assert list(_fewshot_notes(result, None)) == []
 
 
 def test_control_the_network_is_refused_where_tests_say_so(monkeypatch):

@@ -1,6 +1,7 @@
 """Arguments of `opdlm sweep`: what is refused, and which settings they make."""
 
 import argparse
+import dataclasses
 import json
 
 import pytest
@@ -12,6 +13,8 @@ from megatron_opdlm.evaluation.sweep.arguments import (
     parse_labelled,
 )
 from megatron_opdlm.evaluation.sweep.cli import add_sweep_parser
+from megatron_opdlm.evaluation.sweep.plan import make_plan
+from tests import sweeps
 
 BASE = ["--model", "a=models/a", "--task", "t=q.jsonl"]
 
@@ -28,7 +31,10 @@ def parsed(*argv):
         (["--task", "t=q"], "--model=null must be given"),
         (["--model", "a=m"], "--task=null must be given"),
         ([*BASE, "--model", "a=n"], "--model=a=n has the label of another model, a; write e.g."),
-        ([*BASE, "--teacher", "x/a"], "--model=x/a has the label of another model, a;"),
+        ([*BASE, "--teacher", "x/lr=1/a"], "--teacher=x/lr=1/a has the label of another model, a; "
+         "write e.g. --teacher another_label=x/lr=1/a"),
+        (["--model", "a\nb=m", "--task", "t=q"], r"--model='a\nb' has a character that cannot be"),
+        (["--model", "a=m", "--task", "t\x1b=q"], r"--task='t\x1b' has a character that cannot be"),
         (["--model", "a=", "--task", "t=q"], "--model=a= must be LABEL=PATH"),
         ([*BASE, "--training-tokens", "a"], "--training-tokens=a must be LABEL=N"),
         ([*BASE, "--training-tokens", "a=0.5"], "--training-tokens=a=0.5 must be LABEL=N"),
@@ -54,6 +60,19 @@ def test_bad_arguments_are_one_line(capsys, argv, text):
     assert cli.main(["sweep", *argv]) == 2
     error = capsys.readouterr().err
     assert text in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["a b", "\u00e9\u4e2d", "<a>|$x$"])
+def test_control_a_name_with_any_other_character_is_fine(name):
+    check_sweep_arguments(parsed("--model", f"{name}=m", "--task", f"{name}=q"))
+
+
+def test_a_temperature_for_seeds_that_no_task_has_is_refused():
+    args = parsed(*BASE, "--seeds-temperature", "1")
+    with pytest.raises(ValueError, match="--seeds-temperature=1.0 has no effect: no task asks"):
+        make_plan(args, [sweeps.task()])
+    args.model = None  # control: with a benchmark of several seeds there is a plan
+    assert make_plan(args, [dataclasses.replace(sweeps.task(), seeds=8)]).cells == []
 
 
 def test_a_model_that_is_not_there(capsys, tmp_path):

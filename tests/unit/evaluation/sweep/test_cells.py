@@ -1,5 +1,6 @@
 """Names and identities of cells, and the folder that keeps them."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -17,6 +18,7 @@ from megatron_opdlm.evaluation.sweep.digests import (
     questions_digest,
 )
 from megatron_opdlm.evaluation.sweep.folder import SweepFolder
+from megatron_opdlm.evaluation.sweep.show import list_cells
 from tests.sweeps import DYNAMIC, STATIC, cell, model, result, task, threshold, write_cells
 
 SUMS = task()
@@ -50,12 +52,13 @@ def test_what_a_user_does_not_choose_changes_no_name():
 
 
 @pytest.mark.parametrize(
-    "label", ["a/b", "../up", ".hidden", "a b", "\u00e9\u4e2d", "x" * 500, "a.b"]
+    "label", ["a/b", "../up", ".hidden", "a b", "\u00e9\u4e2d", "x" * 500, "a.b", "\u4e2d" * 90]
 )
 def test_any_label_makes_a_folder_of_its_own(label, tmp_path):
-    name = cell(model(label), SUMS, STATIC).name
+    name = cell(model(label), task(label), STATIC).name
+    (tmp_path / f".{name}.partial-{'h' * 40}-12345678").mkdir()  # a cell that is being written
     (tmp_path / name).mkdir()
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert len(list(tmp_path.iterdir())) == 2
     assert not name.startswith(".")
     assert cell(model(f"{label}."), SUMS, STATIC).name != name
 
@@ -116,9 +119,11 @@ def test_a_model_that_was_trained_further_has_another_digest(tmp_path):
     assert files_digest(tmp_path) != before
 
 
-def test_stems_of_files_are_told_apart():
-    names = ["a b", "a_b", "a/b", "A", "x" * 80, "x" * 81, ".x", "x"]
+def test_stems_of_files_are_told_apart(tmp_path):
+    names = ["a b", "a_b", "a/b", "A", "x" * 80, "x" * 81, ".x", "x", "\u4e2d" * 80, "\u4e2d" * 81]
     assert len({file_stem(name) for name in names}) == len(names)
+    for name in names:
+        (tmp_path / f"accuracy_by_threshold_{file_stem(name)}.svg.partial").touch()
     assert file_stem("gsm8k") == "gsm8k"
 
 
@@ -159,6 +164,21 @@ def test_a_cell_of_something_else_is_refused_or_replaced(tmp_path, change, text)
     assert [path.name for path in (tmp_path / "out" / "cells").iterdir()] == []
 
 
+def test_a_dry_run_with_replace_says_what_it_would_replace(tmp_path, capsys):
+    out = tmp_path / "out"
+    sweep, plan = write_cells(out, [SUMS], {BASE: "1100", OTHERS["rule"]: "1100"})
+    plan = dataclasses.replace(
+        plan, cells=[dataclasses.replace(BASE, questions="other"), OTHERS["rule"]]
+    )
+    args = argparse.Namespace(out=out, report=None, replace=False)
+    with pytest.raises(ValueError, match="its questions changed"):
+        list_cells(args, plan)
+    args.replace = True
+    assert list_cells(args, plan) == 0
+    assert "1 of 2 cells to run" in capsys.readouterr().out
+    assert sweep.missing([BASE, OTHERS["rule"]]) == []  # nothing was deleted
+
+
 def test_a_model_that_was_moved_is_the_same(tmp_path):
     sweep, _ = write_cells(tmp_path / "out", [SUMS], {BASE: "1100"})
     moved = dataclasses.replace(BASE.model, path="elsewhere")
@@ -185,7 +205,7 @@ def test_a_damaged_cell_is_named(tmp_path):
     with pytest.raises(ValueError, match="delete the folder .* to have it computed again"):
         sweep.missing([BASE])
     path.write_text('{"cell": {')
-    with pytest.raises(ValueError, match=r"results.json:1: not valid JSON"):
+    with pytest.raises(ValueError, match=r"results.json:1: not valid JSON: .*; delete the folder"):
         sweep.missing([BASE])
 
 

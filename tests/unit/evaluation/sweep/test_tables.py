@@ -12,7 +12,7 @@ from megatron_opdlm.evaluation.sweep.tables import Table, latex_text
 ASCII = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=12)
 HOSTILE = (
     "a|b", "*x*", "_x_ x_y", "`c`", "<b>&amp;", "[l](u)", "\\", "\\|", "a\\", "100 %", "$5 & #1",
-    "x^2 ~ {y}", "~~no~~", '"q"', "\u00b1 \u0394", "![i](j)",
+    "x^2 ~ {y}", "~~no~~", '"q"', "\u00b1 \u0394", "![i](j)", "a--b---c", "''x''", ",,y",
 )  # fmt: skip
 
 
@@ -53,13 +53,17 @@ def test_control_markdown_without_escapes_is_another_text():
 
 COMMANDS = {
     r"\textbackslash{}": "\\", r"\textasciitilde{}": "~", r"\textasciicircum{}": "^",
-    r"\textless{}": "<", r"\textgreater{}": ">", r"\textbar{}": "|", r"\textquotedbl{}": '"',
-    r"\textasciigrave{}": "`", r"$\pm$": "\u00b1", r"$\Delta$": "\u0394", "{[}": "[", "{]}": "]",
+    r"\textless{}": "<", r"\textgreater{}": ">", r"\textbar{}": "|", r"\texttt{\char34}": '"',
+    r"\`{}": "`", r"$\pm$": "\u00b1", r"$\Delta$": "\u0394", "{[}": "[", "{]}": "]",
+    "-{}": "-", "'{}": "'", ",{}": ",",
 }  # fmt: skip
+LIGATURES = ("--", "''", ",,")
+"""What LaTeX prints as another character; a backquote is always a command."""
 
 
 def shown_by_latex(text):
     """The text that LaTeX prints, and nothing else of its markup may be left."""
+    assert not any(pair in text for pair in LIGATURES), f"a ligature is in {text}"
     pattern = "|".join(map(re.escape, sorted(COMMANDS, key=len, reverse=True)))
     parts = re.findall(rf"({pattern})|\\([&%$#_{{}}])|(.)", text)
     shown = []
@@ -82,6 +86,8 @@ def test_latex_prints_any_text(text):
 def test_control_latex_without_escapes_is_markup():
     with pytest.raises(AssertionError, match="is markup"):
         shown_by_latex("50 % of a_b")
+    with pytest.raises(AssertionError, match="a ligature is in a--b"):
+        shown_by_latex("a--b")
 
 
 @pytest.mark.parametrize("text", HOSTILE)
