@@ -239,6 +239,20 @@ def test_a_solution_that_is_gone_passes_no_test_that_catches_everything():
     assert verdict("def f(x): raise KeyError", test) == ("passed", "")  # control
 
 
+def test_an_exception_that_ends_a_loop_passes_nothing():
+    solution, test = "def f(x): raise StopIteration", "assert all(map(lambda x: f(x) == 4, [2]))"
+    assert verdict(solution, test) == ("failed", "RuntimeError: the solution raised StopIteration")
+    assert in_one_process(solution, test) == "passed"  # control
+    assert verdict("def f(x): return 4", test) == ("passed", "")
+
+
+def test_a_module_that_the_tests_name_is_no_use_of_the_solution():
+    solution, test = "import math\ndef f(x): return x", "def check(c):\n    assert c(math.pi)"
+    unused = ("ungraded", "the tests do not use the solution")
+    assert verdict(solution, test, entry_point="f") == unused
+    assert verdict(solution, f"{test}\ncheck(f)", entry_point="f") == ("passed", "")  # control
+
+
 def test_control_such_an_object_fools_one_process():
     assert [in_one_process(LIAR, test) for test in LIED_TO].count("passed") >= 6
 

@@ -69,7 +69,8 @@ FIRST = {
         "write the answer to stdout (do not directly test on the sample inputs). Enclose your code "
         "within delimiters as follows.\n```python\n# YOUR CODE HERE\n```\n\n### Answer: (use the "
         "provided format with backticks)\n\n",
-        {"inputs": ["2\n2", "5\n6"], "outputs": ["4", "11"], "prelude": COMPETITION_PRELUDE}),
+        {"inputs": ["2\n2", "5\n6"], "outputs": ["4", "11"], "prelude": COMPETITION_PRELUDE,
+         "seconds": 6}),
     "codeforces": (
         "1/A", None,
         "This is the problem:\nNext\n\nGiven $n$, print $n+1$.\n\nInput\nOne integer $n$.\n\n"
@@ -198,6 +199,7 @@ def test_functions_of_livecodebench_are_called_with_json(made, kept):
         "inputs": [[3, 2], [5, 6]],
         "outputs": [5, 11],
         "prelude": COMPETITION_PRELUDE,
+        "seconds": 6,
     }
     assert "```python\nclass Solution:\n```" in question.messages[-1]["content"]
 
