@@ -97,6 +97,10 @@ class Peer(Wire):
         kind = self.class_of(name)
         if kind is None:
             raise WireError(f"no class {name}")
+        for key in state:
+            method = getattr(kind, key, None)
+            if callable(method) and not isinstance(method, type):
+                raise WireError(f"a {name} whose {key} is its own")
         copy = kind.__new__(kind)
         vars(copy).update(state)
         return copy
