@@ -209,7 +209,8 @@ class TrainConfig(Section):
     log_samples: Annotated[int, MAY_CHANGE] = 4
     """Responses per rollout that are written to rollouts/ in the run folder."""
     eval_data: Annotated[str | None, PATH, MAY_CHANGE] = None
-    """Prompt file with answers, for evaluation during training."""
+    """Prompt file with answers, for evaluation during training. An entry may name its grader;
+    others are graded as numbers."""
     eval_interval: Annotated[int, MAY_CHANGE] = 0
     """Rollouts between evaluations; 0 = no evaluation. Needs eval_data."""
     eval_questions: Annotated[int, MAY_CHANGE] = 128

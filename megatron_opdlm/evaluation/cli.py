@@ -14,6 +14,7 @@ from megatron_opdlm.evaluation.settings import (
     add_setting_arguments,
     check_settings,
     require_no_repeats,
+    rule_flags,
 )
 from megatron_opdlm.evaluation.task_arguments import (
     add_task_arguments,
@@ -124,9 +125,7 @@ def _check(args: argparse.Namespace) -> None:
     fix = "name a run folder, a checkpoint or a Hugging Face directory"
     require(bool(given) or args.model is not None, "--model", None, "must be given", fix)
     if given:
-        for name in ("model", "teacher", "seeds"):
-            value, rule = getattr(args, name), f"has no effect with --{given[0]}"
-            require(value is None, f"--{name}", value, rule, "leave it out")
+        _require_no_decoding(args, given[0])
     fix = "write e.g. --task gsm8k=test.jsonl"
     require(bool(args.task or args.regrade), "--task", None, "must be given", fix)
     check_task_arguments(args)
@@ -139,6 +138,25 @@ def _check(args: argparse.Namespace) -> None:
         from megatron_opdlm.evaluation.records import require_new
 
         require_new(args.out)
+
+
+def _require_no_decoding(args: argparse.Namespace, given: str) -> None:
+    """Refuses arguments that have no effect because nothing is decoded."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_model_arguments(parser, required=False)
+    add_setting_arguments(parser)
+    unused = vars(parser.parse_args([])) | {"teacher": None, "seeds": None}
+    if given == "regrade" and not args.task:
+        unused |= {"grader": None, "num_questions": None, "from_hub": False}
+    for name, default in unused.items():
+        value = getattr(args, name)
+        flag = f"--{name.replace('_', '-')}"
+        if name == "rules" and value:
+            flag, value = rule_flags(value), True
+        rule = f"has no effect with --{given}"
+        if name in ("grader", "num_questions", "from_hub"):
+            rule += ", which asks the same questions again, unless --task is given"
+        require(value == default, flag, value, rule, "leave it out")
 
 
 def _check_decoding(args: argparse.Namespace) -> None:

@@ -14,8 +14,18 @@ from megatron_opdlm.evaluation.runner import evaluate
 from megatron_opdlm.evaluation.settings import chosen_rules
 from megatron_opdlm.evaluation.task import Task
 from megatron_opdlm.evaluation.task_arguments import load_tasks, to_json
-from megatron_opdlm.evaluation.teacher import Reference, evaluate_teacher, load_reference
-from megatron_opdlm.generate.arguments import MAX_ROWS, decoding_options, open_decoder
+from megatron_opdlm.evaluation.teacher import (
+    Reference,
+    evaluate_teacher,
+    load_reference,
+    open_reference,
+)
+from megatron_opdlm.generate.arguments import (
+    MAX_ROWS,
+    decoding_options,
+    open_decoder,
+    prompt_room,
+)
 from megatron_opdlm.generate.decoder import Decoder
 from megatron_opdlm.responses.rendering import check_rendering
 from megatron_opdlm.rollout.request import DecodingOptions
@@ -26,6 +36,7 @@ def decode_and_grade(args: argparse.Namespace) -> int:
     tasks = load_tasks(args)
     source = ModelSource.open(args.model)
     settings = [decoding_options(args, source, rule) for rule in chosen_rules(args)]
+    _require_room(args, source, tasks, settings)
     for task in tasks:
         check_rendering(task.questions, source, enable_thinking=args.enable_thinking)
     teacher = None if args.teacher is None else load_reference(args.teacher)
@@ -44,6 +55,26 @@ def decode_and_grade(args: argparse.Namespace) -> int:
     # Only after success: this is a collective, and would wait for ranks that failed.
     process_groups.shutdown()
     return 0
+
+
+def _require_room(
+    args: argparse.Namespace,
+    source: ModelSource,
+    tasks: Sequence[Task],
+    settings: Sequence[DecodingOptions],
+) -> None:
+    """Refuses a response limit that leaves a model no room for a prompt, before any is loaded.
+
+    Raises:
+        ValueError: see `prompt_room`.
+    """
+    models = [(source, options.block_size) for options in settings]
+    if args.teacher is not None:
+        models.append((open_reference(args.teacher), 1))
+    for task in tasks:
+        limit = args.max_new_tokens or task.response_limit
+        for model, block_size in models:
+            prompt_room(model.config.max_position_embeddings, limit, block_size)
 
 
 def seeds_of(task: Task, given: Sequence[int] | None, temperature: float) -> list[int]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_opdlm.checks import require
 from megatron_opdlm.evaluation import task_arguments
 from megatron_opdlm.evaluation.grading import grade_all
 from megatron_opdlm.evaluation.records import (
@@ -60,6 +62,7 @@ def regrade(args: argparse.Namespace) -> int:
     asked = args if args.task else task_arguments.from_json(about)
     asked.unsafe_code_execution = args.unsafe_code_execution
     tasks = {task.name: task for task in task_arguments.load_tasks(asked)}
+    _require_some(tasks, about)
     again = {"regraded": args.regrade, "model": about.get("model")}
     again |= task_arguments.to_json(asked, list(tasks.values()))
     folder = EvaluationFolder(args.out or default_folder(), about=again)
@@ -76,6 +79,14 @@ def regrade(args: argparse.Namespace) -> int:
         folder.add(results[-1])
     show_results(args, results, folder)
     return 0
+
+
+def _require_some(tasks: Iterable[str], about: dict[str, Any]) -> None:
+    """Refuses tasks of which none was evaluated, before any work."""
+    evaluated = {result["task"]: None for result in about["results"]}
+    rule = f"must name one of the tasks that were evaluated, {', '.join(evaluated)}"
+    require(any(name in evaluated for name in tasks), "--task", ", ".join(tasks), rule,
+            "leave it out to take all of them")  # fmt: skip
 
 
 def _result(before: dict[str, Any], task: Task, responses: list[Response]) -> EvalResult:

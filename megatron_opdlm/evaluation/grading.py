@@ -13,7 +13,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_opdlm.evaluation.graders.grader import Grade, Grader, grade_safely, prepare_worker
+from megatron_opdlm.evaluation.graders.grader import (
+    Grade,
+    Grader,
+    grade_safely,
+    prepare_worker,
+    without_thoughts,
+)
 from megatron_opdlm.evaluation.task import Response
 
 _WORKER_BYTES = 4 * 2**30
@@ -29,6 +35,9 @@ def grade_all(
 ) -> list[Grade]:
     """Grades responses. Grades do not depend on how many are graded side by side.
 
+    Only what a model says after its thoughts is graded. A prompt that was too long counts as wrong,
+    whatever the grader.
+
     Args:
         responses: responses to questions with any graders.
         workers: processes or threads at once; None for as many as this process has cores.
@@ -40,27 +49,34 @@ def grade_all(
     """
     workers = workers or len(os.sched_getaffinity(0))
     by_grader: dict[str, list[int]] = {}
-    for place, response in enumerate(responses):
-        by_grader.setdefault(response.question.grader.name, []).append(place)
     grades: dict[int, Grade] = {}
-    with tqdm(total=len(responses), desc="grading", disable=not progress, delay=1) as bar:
+    for place, response in enumerate(responses):
+        if response.prompt_fits:
+            by_grader.setdefault(response.question.grader.name, []).append(place)
+        else:
+            grades[place] = _all_false(Grade(correct=False), response)
+    with tqdm(
+        total=len(responses) - len(grades), desc="grading", disable=not progress, delay=1
+    ) as bar:
         for places in by_grader.values():
             grader = responses[places[0]].question.grader
-            pairs = [(responses[i].text, responses[i].question.reference) for i in places]
+            pairs = [
+                (without_thoughts(responses[i].text), responses[i].question.reference)
+                for i in places
+            ]
             found = _WAYS[grader.runs_in](grader, pairs, workers)
             for place, grade in zip(places, found, strict=True):
-                grades[place] = _whole(grade, responses[place])
+                is_whole = grade.error is None
+                grades[place] = grade if is_whole else _all_false(grade, responses[place])
                 bar.update()
     return [grades[place] for place in range(len(responses))]
 
 
-def _whole(grade: Grade, response: Response) -> Grade:
-    """Returns a grade with all its verdicts; those of a response that was not graded are false.
+def _all_false(grade: Grade, response: Response) -> Grade:
+    """Returns the grade of a response that was not graded, with all its verdicts.
 
-    Otherwise a response that breaks the grader would leave the denominator of a figure.
+    Otherwise such a response would leave the denominator of a figure.
     """
-    if grade.error is None:
-        return grade
     counts = response.question.grader.count_verdicts(response.question.reference)
     return dataclasses.replace(grade, verdicts={name: (False,) * n for name, n in counts.items()})
 

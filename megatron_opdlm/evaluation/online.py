@@ -8,6 +8,7 @@ import time
 from megatron_opdlm.config.run import Config
 from megatron_opdlm.distill.student import Student
 from megatron_opdlm.evaluation.labels import setting_name
+from megatron_opdlm.evaluation.report_results import notes
 from megatron_opdlm.evaluation.runner import evaluate
 from megatron_opdlm.evaluation.settings import DEFAULT_RULES
 from megatron_opdlm.evaluation.task import Task, load_task
@@ -26,13 +27,16 @@ def load_questions(config: Config) -> Task | None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: see `load_task`.
+        ValueError: see `load_task`; or a grader cannot run on this machine.
+        ImportError: a grader needs a package that is not installed.
     """
     if config.train.eval_data is None:
         return None
-    return load_task(
+    task = load_task(
         "eval", config.train.eval_data, config.train.eval_questions, key="eval_questions"
     )
+    task.require_graders()
+    return task
 
 
 class OnlineEvaluation:
@@ -92,7 +96,7 @@ class OnlineEvaluation:
         assert self.task is not None, "is_due() says whether there is anything to run"
         start = time.perf_counter()
         metrics: dict[str, float] = {"eval/questions": len(self.task.questions)}
-        said = []
+        said, apart = [], []
         for options in self.settings:
             name = options.rule.label
             result = evaluate(
@@ -106,10 +110,15 @@ class OnlineEvaluation:
             assert tokens_per_forward is not None, "the passes of a student are known"
             metrics[f"eval/accuracy_{name}"] = result.accuracy
             metrics[f"eval/tokens_per_forward_{name}"] = tokens_per_forward
+            metrics[f"eval/ungraded_{name}"] = len(result.ungraded_ids)
+            metrics[f"eval/too_long_{name}"] = len(result.too_long_ids)
             said.append(
                 f"{setting_name(options)} {100 * result.accuracy:.1f} % correct, "
                 f"{tokens_per_forward:.2f} tokens per forward"
             )
+            apart += notes([result])
         if self.decoder.parallel.is_main:
             logger.info("evaluation, %d questions: %s", result.num_questions, "; ".join(said))
+            for note in apart:
+                logger.warning("evaluation: %s", note)
         return metrics | {"eval/seconds": time.perf_counter() - start}

@@ -24,6 +24,12 @@ from megatron_opdlm.responses.entries import Entry, read_entries
 RESULTS = "results.json"
 RESPONSES = "responses.jsonl"
 TABLE = "table.md"
+_OF_EVALUATION = ("tasks", "grader", "num_questions", "results")
+_OF_RESULT = (
+    *("task", "setting", "options", "max_new_tokens"),
+    *("enable_thinking", "seed", "seconds"),
+)
+"""Keys of results.json, and of each of its results, that grading again needs."""
 
 
 def default_folder() -> Path:
@@ -55,6 +61,10 @@ class EvaluationFolder:
         """
         require_new(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        try:
+            (folder / RESPONSES).touch(exist_ok=False)
+        except FileExistsError:  # another evaluation began in the same second
+            require_new(folder)
         self.folder = folder
         self._about = dict(about)
         self._table = table
@@ -117,14 +127,32 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], list[Entry]]:
 
     Raises:
         FileNotFoundError: it is not the folder of an evaluation.
-        ValueError: a file is damaged.
+        ValueError: a file is damaged, or another program's.
     """
-    if not (folder / RESULTS).is_file():
-        raise FileNotFoundError(f"--regrade={folder} has no {RESULTS}; name a folder of opdlm eval")
+    for name in (RESULTS, RESPONSES):
+        if not (folder / name).is_file():
+            fix = "name a folder of opdlm eval --task"
+            raise FileNotFoundError(f"--regrade={folder} has no {name}; {fix}")
     about = read_json_object(folder / RESULTS)
+    _require_keys(about, _OF_EVALUATION, folder)
+    for result in about["results"]:
+        _require_keys(result, _OF_RESULT, folder)
     whole = range(len(about["results"]))
     entries = read_entries(folder / RESPONSES)
-    return about, [entry for entry in entries if entry.values.get("result") in whole]
+    return about, [
+        entry
+        for entry in entries
+        if type(entry.values.get("result")) is int and entry.values["result"] in whole
+    ]
+
+
+def _require_keys(values: Any, keys: Sequence[str], folder: Path) -> None:
+    missing = [key for key in keys if not isinstance(values, dict) or key not in values]
+    if missing:
+        raise ValueError(
+            f"{folder / RESULTS}: has no {missing[0]}, which opdlm eval writes; name a folder of "
+            "opdlm eval --task, or decode again"
+        )
 
 
 def by_result(entries: Sequence[Entry]) -> Iterator[tuple[int, list[Entry]]]:

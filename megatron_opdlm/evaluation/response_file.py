@@ -71,6 +71,7 @@ def read_response(entry: Entry, questions: dict[str, Question]) -> Response:
     text = entry.values.get("response")
     if not isinstance(text, str):
         raise entry.refusal("response", "must be text", 'write e.g. "response": "14"')
+    entry.label("response")  # half a surrogate pair could be graded, but not written
     if entry.values.get("prompt_digest", question.digest) != question.digest:
         rule = f"must be {question.digest}: the question was another one"
         raise entry.refusal("prompt_digest", rule, "give the file that was asked, or ask again")
@@ -104,7 +105,7 @@ def _task_of(entry: Entry, tasks: dict[str, Task]) -> Task:
     if "task" not in entry.values and len(tasks) == 1:
         return next(iter(tasks.values()))
     name = entry.values.get("task")
-    if name not in tasks:
+    if not isinstance(name, str) or name not in tasks:
         fix = "write the task of every response, or grade one task at a time"
         raise entry.refusal("task", f"must be one of {', '.join(tasks)}", fix)
     return tasks[name]

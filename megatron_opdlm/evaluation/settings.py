@@ -89,6 +89,11 @@ def chosen_rules(args: argparse.Namespace) -> list[RemaskingRule]:
     return rules
 
 
+def rule_flags(names: Sequence[str]) -> str:
+    """Returns the flags of rules, as a user gave them."""
+    return " ".join(map(_flag, names))
+
+
 def _names(args: argparse.Namespace) -> list[str]:
     asked = args.rules or DEFAULT_RULES
     return [name for name in RULES if name in asked]

@@ -119,7 +119,7 @@ def load_tasks(args: argparse.Namespace) -> list[Task]:
     tasks = []
     for argument in map(TaskArgument.parse, args.task):
         name, path = argument.benchmark, argument.path
-        if name is not None and args.grader is None:
+        if name is not None:  # benchmarks keep their own grader
             from megatron_opdlm.evaluation.benchmarks.load import fetch_from_hub, load_benchmark
 
             path = path or fetch_from_hub(BENCHMARKS[name])

@@ -24,6 +24,7 @@ from megatron_opdlm.evaluation.result import EvalResult
 from megatron_opdlm.evaluation.task import Answer, Question, Response, Task
 from megatron_opdlm.files.errors import ConversionError
 from megatron_opdlm.files.path_kind import describe
+from megatron_opdlm.generate.arguments import prompt_room
 
 
 @dataclass(frozen=True)
@@ -88,24 +89,30 @@ def evaluate_teacher(
 ) -> EvalResult:
     """Decodes and grades every question of a task. Call on all ranks; each decodes a share.
 
+    As for a student, a prompt that leaves no room for a response counts as a wrong answer.
+
     Args:
         teacher: the teacher, from `load_reference`.
         task: the questions.
         response_limit: most response tokens.
         enable_thinking: passed to the chat template.
-        batch_size: number of questions decoded at once. Questions are sorted by length, and padded
-            on the left.
+        batch_size: number of questions decoded at once, sorted by length and padded on the left.
         progress: whether to show a progress bar.
 
     Returns:
         The graded answers; the same on every rank. Collectives: one gather over all ranks.
+
+    Raises:
+        ValueError: the response alone is too long for the model's positions.
     """
+    room = prompt_room(teacher.model.config.max_position_embeddings, response_limit, 1)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     teacher.model.to(device=torch.cuda.current_device(), dtype=dtype)
     start = time.perf_counter()
-    mine = list(range(rank, task_size := len(task.questions), world_size))
-    mine.sort(key=lambda index: len(task.questions[index].messages[-1]["content"]))
+    share = range(rank, len(task.questions), world_size)
+    lengths = _lengths(teacher, task, share, enable_thinking)
+    mine = sorted((index for index in share if lengths[index] <= room), key=lengths.__getitem__)
     found: dict[int, _Said] = {}
     show = progress and rank == 0
     with tqdm(total=len(mine), desc=f"{task.name} teacher", disable=not show) as bar:
@@ -115,16 +122,8 @@ def evaluate_teacher(
             texts = _respond(teacher, questions, response_limit, enable_thinking)
             found |= dict(zip(batch, texts, strict=True))
             bar.update(len(batch))
-    parts: list[Any] = [None] * world_size
-    dist.all_gather_object(parts, found)
+    responses = _gathered(task, found)
     seconds = time.perf_counter() - start
-    everyone = {index: said for part in parts for index, said in part.items()}
-    responses = [
-        Response(question=question, text=text, num_tokens=length, num_passes=length, ended=ended)
-        for question, (text, length, ended) in zip(
-            task.questions, (everyone[index] for index in range(task_size)), strict=True
-        )
-    ]
     grades = from_main(lambda: grade_all(responses, progress=show), is_main=rank == 0)
     return EvalResult(
         task=task.name,
@@ -137,6 +136,43 @@ def evaluate_teacher(
         answers=list(map(Answer.of, responses, grades)),
         seconds=seconds,
     )
+
+
+def _gathered(task: Task, found: dict[int, _Said]) -> list[Response]:
+    """Returns the responses of all ranks, in order."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, found)
+    everyone = {index: said for part in parts for index, said in part.items()}
+    return [_response(question, everyone.get(i)) for i, question in enumerate(task.questions)]
+
+
+def _response(question: Question, said: _Said | None) -> Response:
+    """Returns a response; an empty one if the prompt was too long to decode."""
+    text, length, ended = said or ("", 0, False)
+    return Response(
+        question=question,
+        text=text,
+        num_tokens=length,
+        num_passes=length,
+        ended=ended,
+        prompt_fits=said is not None,
+    )
+
+
+def _lengths(
+    teacher: Reference, task: Task, share: Sequence[int], enable_thinking: bool
+) -> dict[int, int]:
+    """Returns the number of tokens of each of these prompts, of which there may be none."""
+    if not share:
+        return {}
+    rows = teacher.tokenizer.apply_chat_template(
+        [task.questions[index].messages for index in share],
+        add_generation_prompt=True,
+        enable_thinking=enable_thinking,
+        tokenize=True,
+        return_dict=False,
+    )
+    return dict(zip(share, map(len, rows), strict=True))
 
 
 def _respond(

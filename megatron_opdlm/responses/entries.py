@@ -302,5 +302,6 @@ def _require_characters(text: str, name: str, where: str) -> None:
 
 
 def _short(value: Any) -> str:
-    text = value.text if isinstance(value, WrittenFloat) else json.dumps(value)
+    # Entries of other kinds of files may hold what JSON has not, such as bytes.
+    text = value.text if isinstance(value, WrittenFloat) else json.dumps(value, default=str)
     return text if len(text) <= 40 else text[:37] + "..."

@@ -1,10 +1,8 @@
 """The benchmarks of the paper. A new one is a record in the file of its family."""
 
-import difflib
-
-from megatron_opdlm.checks import require
 from megatron_opdlm.evaluation.benchmarks import (
     coding,
+    contests,
     instructions,
     knowledge,
     livebench,
@@ -14,24 +12,21 @@ from megatron_opdlm.evaluation.benchmarks import (
 )
 from megatron_opdlm.evaluation.benchmarks.benchmark import Benchmark
 
-_FAMILIES = (mathematics, reasoning, knowledge, livebench, instructions, coding, multilingual)
+_FAMILIES = (
+    mathematics,
+    reasoning,
+    knowledge,
+    livebench,
+    instructions,
+    coding,
+    contests,
+    multilingual,
+)
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark for family in _FAMILIES for benchmark in family.BENCHMARKS
 }
 COLUMNS = ("name", "benchmark", "questions", "grader", "limit", "seeds", "licence", "source")
 """Heads of the columns of `list_table`."""
-
-
-def find_benchmark(name: str) -> Benchmark:
-    """Returns the benchmark of a name.
-
-    Raises:
-        ValueError: there is no such benchmark; the message has the nearest names.
-    """
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), BENCHMARKS, n=2)
-    fix = f"did you mean {' or '.join(near)}?" if near else "choose one of them"
-    require(name in BENCHMARKS, "benchmark", name, f"must be one of {', '.join(BENCHMARKS)}", fix)
-    return BENCHMARKS[name]
 
 
 def list_table() -> list[tuple[str, ...]]:

@@ -6,7 +6,6 @@ counted by name, so the figure is not that of the whole benchmark, and the log s
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from megatron_opdlm.evaluation.benchmarks.benchmark import (
@@ -16,7 +15,7 @@ from megatron_opdlm.evaluation.benchmarks.benchmark import (
     HubFiles,
     LeftOut,
 )
-from megatron_opdlm.evaluation.benchmarks.coding import contest_tests
+from megatron_opdlm.evaluation.benchmarks.contests import contest_tests, function_name
 from megatron_opdlm.evaluation.benchmarks.fields import answer_text, mapping, texts
 from megatron_opdlm.evaluation.graders.livebench import RULES
 from megatron_opdlm.responses.entries import Entry
@@ -49,21 +48,13 @@ def _ask(entry: Entry) -> Asked | LeftOut:
 def _answer(entry: Entry, task: str) -> tuple[dict[str, Any], str | None]:
     """Returns what the task's grader reads, and the grader's name; None if there is none."""
     if task == "LCB_generation":
-        return contest_tests(entry, _function_name(entry)), "code"
+        metadata = mapping(entry, "original_json").get("metadata")
+        return contest_tests(entry, function_name(entry, "original_json", metadata)), "code"
     if task == "AMPS_Hard":
         return {"answer": answer_text(entry, "ground_truth")}, "math"
     if task in RULES:
         return {"answer": answer_text(entry, "ground_truth"), "task": task}, "livebench"
     return {}, None
-
-
-def _function_name(entry: Entry) -> str | None:
-    try:
-        name = json.loads(mapping(entry, "original_json")["metadata"]).get("func_name")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        rule = "must have metadata, JSON of an object"
-        raise entry.refusal("original_json", rule, "get the file anew") from None
-    return name if isinstance(name, str) else None
 
 
 def _release(entry: Entry) -> str:

@@ -92,6 +92,7 @@ class _Reader:
     def questions(self) -> Iterator[Question]:
         """Yields the questions in the order of the files, and refuses a second one of an id."""
         places: dict[str, str] = {}
+        repeats = _Repeats()
         for entry in self._entries():
             self._num_entries += 1
             form = self._form_of(entry)
@@ -107,7 +108,9 @@ class _Reader:
                         f"{places[question.id]} too; get the file anew, or give one copy of it"
                     )
                 places[question.id] = entry.where
+                repeats.count(question, entry)
                 yield question
+        repeats.refuse()
 
     def check_size(self, num_questions: int, path: Path) -> None:
         """Refuses a wrong split, and warns of another number of questions than is published."""
@@ -179,6 +182,40 @@ class _Reader:
         if len(self._files) == 1 or entry.path is None:
             return str(entry.number)
         return f"{part_name(entry.path)}/{entry.number}"
+
+
+class _Repeats:
+    """Counts the questions of a file that stand in an earlier file, too.
+
+    A folder may hold a set twice: in two formats, or as a whole and in parts. Some sets do hold a
+    few questions twice.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[str, Path | None] = {}
+        self._sizes: Counter[Path | None] = Counter()
+        self._repeated: Counter[tuple[Path | None, Path | None]] = Counter()
+
+    def count(self, question: Question, entry: Entry) -> None:
+        """Counts a question."""
+        self._sizes[entry.path] += 1
+        earlier = self._first.setdefault(question.digest, entry.path)
+        if earlier != entry.path:
+            self._repeated[earlier, entry.path] += 1
+
+    def refuse(self) -> None:
+        """Refuses a file of which more than a half stands in another one.
+
+        Raises:
+            ValueError: the message names both files.
+        """
+        for (earlier, path), count in self._repeated.items():
+            size = self._sizes[path]
+            if 2 * count > size:
+                raise ValueError(
+                    f"{path}: {count:,} of its {size:,} questions stand in {earlier} too, and "
+                    "would count twice; give one of the files, or a folder without the other"
+                )
 
 
 def _fits(entry: Entry, form: Form) -> bool:

@@ -118,7 +118,7 @@ def _opened(path: Path) -> Iterator[_Bytes]:
 
 def _read_json(file: _Bytes, path: Path, split: str) -> Iterator[Entry]:
     """Reads a list, an object that holds one, or JSON Lines under the name .json."""
-    data = file.read()
+    data = file.read().removeprefix(codecs.BOM_UTF8)
     first, _, rest = data.strip().partition(b"\n")
     if first[:1] != b"{" or (rest and _is_json(first)):
         yield from parse_entries(io.BytesIO(data), path)
@@ -208,7 +208,7 @@ def _read_parquet(path: Path) -> Iterator[Entry]:
             rows = (row for batch in file.iter_batches(64) for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
                 yield Entry(f"{path}: entry {number}", number, _as_json(row), path)
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: not a Parquet file that can be read: {reason}") from None
 

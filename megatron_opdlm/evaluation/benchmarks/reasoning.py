@@ -54,9 +54,11 @@ def _grid(entry: Entry) -> Asked:
     """The words are this package's; the JSON is that of ZeroEval (github.com/WildEval/ZeroEval)."""
     solution = mapping(entry, "solution")
     _require_shown(entry, "solution", solution)
-    columns = solution.get("header", [])[1:]
-    rows = solution.get("rows", [])
-    empty = {f"House {i}": dict.fromkeys(columns, _HIDDEN) for i in range(1, len(rows) + 1)}
+    header, rows = solution.get("header"), solution.get("rows")
+    if not isinstance(header, list) or not isinstance(rows, list):
+        raise entry.refusal("solution", "must have the lists header and rows", "get the file anew")
+    cells = dict.fromkeys(map(str, header[1:]), _HIDDEN)
+    empty = {f"House {number}": cells for number in range(1, len(rows) + 1)}
     template = {"reasoning": _HIDDEN, "solution": empty}
     return Asked(
         text=_PROMPT.format(
@@ -74,7 +76,7 @@ def _released(entry: Entry) -> Asked:
     """The question holds ZeroEval's prompt; the answer is JSON in a text."""
     try:
         solution = json.loads(answer_text(entry, "ground_truth_answer"))
-    except ValueError:
+    except (ValueError, RecursionError):
         solution = None
     if not isinstance(solution, dict):
         raise entry.refusal("ground_truth_answer", "must be JSON of a grid", "get the file")
@@ -84,7 +86,7 @@ def _released(entry: Entry) -> Asked:
 
 
 def _require_shown(entry: Entry, key: str, solution: dict[str, Any]) -> None:
-    if _HIDDEN in json.dumps(solution):
+    if _HIDDEN in json.dumps(solution, default=str):
         raise entry.refusal(
             key,
             "is hidden (allenai/ZebraLogicBench hides the solutions of all puzzles)",

@@ -1,9 +1,9 @@
 """What the process of generated code may use, and which system calls it may make.
 
 Resource limits bound time, memory, files and open files. A seccomp filter leaves the process alone
-in the world: it cannot start a process or a program, signal or look into another process, open a
-socket, mount, or make memory that the limits do not count. As there is one process, its limits are
-those of everything that it does. Threads work.
+in the world: it cannot start a process or a program, signal or look into another process, leave its
+group, open a socket, mount, or make memory that the limits do not count. As there is one process,
+its limits are those of everything that it does. Threads work.
 
 Each number stands for the call of that name (Linux, include/uapi/asm-generic/unistd.h and
 arch/x86/entry/syscalls/syscall_64.tbl).
@@ -27,6 +27,7 @@ _CALLS = {
     "process_mrelease": (448, 448), "tkill": (200, 130), "rt_sigqueueinfo": (129, 138),
     "rt_tgsigqueueinfo": (297, 240), "setpriority": (141, 140), "ioprio_set": (251, 30),
     "sched_setscheduler": (144, 119), "sched_setattr": (314, 274), "sched_setaffinity": (203, 122),
+    "setsid": (112, 157), "setpgid": (109, 154),
     "socket": (41, 198), "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40),
     "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "open_tree": (428, 428),
     "move_mount": (429, 429), "fsopen": (430, 430), "fsmount": (432, 432), "fspick": (433, 433),

@@ -40,13 +40,13 @@ def extract(response: str, names: Set[str]) -> Extracted:
     (LiveCodeBench's harness takes the last block, too, OpenCompass's for HumanEval the first.) A
     block that never ends goes to the end of the response. Without fences the program is what is
     between [BEGIN] and [DONE] (MBPP's own prompt), else all from the first line on that looks like
-    code, else the whole response. Thinking, up to the last </think>, is left out.
+    code, else the whole response.
 
     Args:
         response: text of the response.
         names: names that a solution defines; may be empty.
     """
-    text = response.replace("\r\n", "\n").replace("\r", "\n").rpartition("</think>")[2]
+    text = response.replace("\r\n", "\n").replace("\r", "\n")
     blocks = list(_blocks(text))
     if blocks:
         python = [block for block in blocks if block.language in _PYTHON]

@@ -160,8 +160,15 @@ def _compare_result(output: bytes, expected: Any) -> str | None:
     except WireError:
         return "it returned no plain value"
     if _as_json(result) != _as_json(expected):
-        return f"it returned {str(result)[:80]} instead of {str(expected)[:80]}"
+        return f"it returned {_shown(result)} instead of {_shown(expected)}"
     return None
+
+
+def _shown(value: Any) -> str:
+    try:
+        return str(value)[:80]
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "a number of too many digits"
 
 
 def _as_json(value: Any) -> Any:

@@ -13,7 +13,8 @@ not see what a test compares its results with. It does see the arguments, and if
 two objects of the solution's own class, that class says whether they are equal.
 
 Arguments that the solution changes in place are changed in the tester, too. Functions in arguments
-are called back. An instance of a class of the prelude is copied, because both sides have the class.
+are called back. An instance of a class of the prelude is copied, because both sides have the class;
+so are some values of the standard library and numpy.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Peer(Wire):
         return call_deep(self.loads, receive(self._inbox))
 
     def write_other(self, value: Any, out: list[bytes]) -> bool:
-        """Appends the bytes of an instance of a class of the prelude."""
+        """Appends the bytes of an instance of a class of the prelude, and says whether it did."""
         name = type(value).__name__
         if self.class_of(name) is not type(value) or not hasattr(value, "__dict__"):
             return False
@@ -71,14 +72,35 @@ class Peer(Wire):
         self.write((name, vars(value)), out)
         return True
 
+    def write_kin(self, value: Any, out: list[bytes]) -> None:
+        """Writes a value of the standard library or numpy, or a named tuple, as itself."""
+        kind = type(value)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if name in _LIBRARY:
+            out.append(b"K")
+            self.write((name, _LIBRARY[name][0](value)), out)
+        elif isinstance(value, tuple) and hasattr(kind, "_fields"):
+            out.append(b"n")
+            self.write((kind.__name__, tuple(kind._fields), tuple(value)), out)
+        else:
+            super().write_kin(value, out)
+
     def read_other(self, letter: bytes, reader: Reader) -> Any:
-        """Returns the copy of such an instance."""
+        """Returns the copy of such a value."""
+        if letter == b"K":
+            return _read_library(reader)
+        if letter == b"n":
+            return _read_named_tuple(reader)
         if letter != b"o":
             return super().read_other(letter, reader)
         name, state = reader.value()
         kind = self.class_of(name)
         if kind is None:
             raise WireError(f"no class {name}")
+        for key in state:
+            method = getattr(kind, key, None)
+            if callable(method) and not isinstance(method, type):
+                raise WireError(f"a {name} whose {key} is its own")
         copy = kind.__new__(kind)
         vars(copy).update(state)
         return copy
@@ -112,3 +134,44 @@ def nearest_exception(names: Sequence[str], text: str) -> BaseException:
             except TypeError:  # UnicodeDecodeError wants five arguments
                 continue
     return Exception(text)
+
+
+def _read_library(reader: Reader) -> Any:
+    name, parts = reader.value()
+    make = _LIBRARY[name][1]  # before anything is imported by that name
+    module, _, attribute = name.rpartition(".")
+    return make(getattr(__import__(module), attribute), parts)
+
+
+def _read_named_tuple(reader: Reader) -> Any:
+    from collections import namedtuple
+
+    name, fields, values = reader.value()
+    if not all(type(text) is str for text in (name, *fields)):
+        raise WireError("names of fields must be text")
+    return namedtuple(name, fields, rename=True)(*values)
+
+
+_LIBRARY: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
+    "collections.deque": (list, lambda kind, parts: kind(parts)),
+    "collections.Counter": (dict, lambda kind, parts: kind(parts)),
+    "collections.OrderedDict": (dict, lambda kind, parts: kind(parts)),
+    "decimal.Decimal": (str, lambda kind, parts: kind(parts)),
+    "fractions.Fraction": (
+        lambda value: (value.numerator, value.denominator),
+        lambda kind, parts: kind(*parts),
+    ),
+    "datetime.date": (lambda value: value.isoformat(), lambda kind, p: kind.fromisoformat(p)),
+    "datetime.time": (lambda value: value.isoformat(), lambda kind, p: kind.fromisoformat(p)),
+    "datetime.datetime": (lambda value: value.isoformat(), lambda kind, p: kind.fromisoformat(p)),
+    "datetime.timedelta": (
+        lambda value: (value.days, value.seconds, value.microseconds),
+        lambda kind, parts: kind(*parts),
+    ),
+    "numpy.ndarray": (
+        lambda value: (value.tolist(), str(value.dtype)),
+        lambda kind, parts: __import__("numpy").array(parts[0], dtype=parts[1]),
+    ),
+}
+"""Values of the standard library and numpy that are sent as themselves: their parts as plain
+values, and how they are made again. No other name in a message is looked up."""

@@ -99,7 +99,7 @@ class Solution(Peer):
             out.append(b"a" + count(number))
             return True
         try:
-            self._write_kin(value, out)
+            self.write_kin(value, out)
         except WireError:
             if id(value) not in self._numbers:
                 self._numbers[id(value)] = len(self._objects)

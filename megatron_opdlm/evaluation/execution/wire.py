@@ -2,8 +2,8 @@
 
 Three processes talk to each other: the one that grades, the one that runs tests, and the one that
 runs generated code, which may send anything. So reading a message builds plain values and nothing
-else: no class, function or attribute is looked up by a name in it, except the few in `_LIBRARY`.
-(pickle would run what it reads, and marshal does not promise to survive it.)
+else: no class, function or attribute is looked up by a name in it. (pickle would run what it reads,
+and marshal does not promise to survive it.)
 
 A value is one letter, its size, and its content. What has no letter here is the business of the
 subclasses in peers.py. This file is imported in every sandbox, so it imports next to nothing.
@@ -121,7 +121,7 @@ class Wire:
         if write is not None:
             write(self, value, out)
         elif not self.write_other(value, out):
-            self._write_kin(value, out)
+            self.write_kin(value, out)
 
     def write_other(self, value: Any, out: list[bytes]) -> bool:
         """Appends the bytes of a value that a subclass knows, and says whether it did."""
@@ -135,24 +135,16 @@ class Wire:
         """Returns the error for a value that has no bytes."""
         return WireError(f"a value of type {type(value).__qualname__} is no plain value")
 
-    def _write_kin(self, value: Any, out: list[bytes]) -> None:
-        """Writes what is not a plain value but stands for one: a Fraction, an IntEnum, a scalar."""
-        kind = type(value)
-        name = f"{kind.__module__}.{kind.__qualname__}"
-        if name in _LIBRARY:
-            out.append(b"K")
-            self.write((name, _LIBRARY[name][0](value)), out)
-        elif isinstance(value, tuple) and hasattr(kind, "_fields"):
-            out.append(b"n")
-            self.write((kind.__name__, tuple(kind._fields), tuple(value)), out)
-        elif name.startswith("numpy.") and hasattr(value, "item"):
+    def write_kin(self, value: Any, out: list[bytes]) -> None:
+        """Writes what is no plain value but stands for one: an IntEnum, a Counter, a scalar."""
+        if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
             self.write(value.item(), out)
-        else:
-            for base in _BASES:
-                if isinstance(value, base):
-                    self.write(base(value), out)
-                    return
-            raise self.unsendable(value)
+            return
+        for base in _BASES:
+            if isinstance(value, base):
+                self.write(base(value), out)
+                return
+        raise self.unsendable(value)
 
 
 class Reader:
@@ -170,7 +162,7 @@ class Reader:
     def take(self, size: int) -> bytes:
         """Returns the next bytes."""
         end = self.place + size
-        if end > len(self._data):
+        if size < 0 or end > len(self._data):  # going back would read the same bytes for ever
             raise WireError("the message is cut off")
         part = self._data[self.place : end]
         self.place = end
@@ -189,12 +181,16 @@ class Reader:
         read = _READERS.get(letter)
         return self._wire.read_other(letter, self) if read is None else read(self)
 
+    def length(self) -> int:
+        """Returns the number of values that follow."""
+        size = self.number()
+        if not 0 <= size <= len(self._data) - self.place:  # a value has at least one byte
+            raise WireError("the message is cut off")
+        return size
+
     def values(self) -> list[Any]:
         """Returns a list of values, whose number stands before them."""
-        size = self.number()
-        if size > len(self._data) - self.place:  # a value has at least one byte
-            raise WireError("the message is cut off")
-        return [self.value() for _ in range(size)]
+        return [self.value() for _ in range(self.length())]
 
     def sized(self) -> bytes:
         """Returns bytes, whose number stands before them."""
@@ -297,7 +293,7 @@ _WRITERS: dict[type, Callable[[Wire, Any, list[bytes]], None]] = {
 
 def _read_dict(reader: Reader) -> dict[Any, Any]:
     found = {}
-    for _ in range(reader.number()):
+    for _ in range(reader.length()):
         key = reader.value()
         found[key] = reader.value()
     return found
@@ -305,22 +301,6 @@ def _read_dict(reader: Reader) -> dict[Any, Any]:
 
 def _read_float(reader: Reader) -> float:
     return float(_DOUBLE.unpack(reader.take(8))[0])
-
-
-def _read_library(reader: Reader) -> Any:
-    name, parts = reader.value()
-    make = _LIBRARY[name][1]  # before anything is imported by that name
-    module, _, attribute = name.rpartition(".")
-    return make(getattr(__import__(module), attribute), parts)
-
-
-def _read_named_tuple(reader: Reader) -> Any:
-    from collections import namedtuple
-
-    name, fields, values = reader.value()
-    if not all(type(text) is str for text in (name, *fields)):
-        raise WireError("names of fields must be text")
-    return namedtuple(name, fields, rename=True)(*values)
 
 
 _READERS: dict[bytes, Callable[[Reader], Any]] = {
@@ -339,8 +319,6 @@ _READERS: dict[bytes, Callable[[Reader], Any]] = {
     b"e": lambda reader: set(reader.values()),
     b"z": lambda reader: frozenset(reader.values()),
     b"d": _read_dict,
-    b"K": _read_library,
-    b"n": _read_named_tuple,
     b"P": _read_packed,
 }
 _CONTAINERS: dict[bytes, Any] = {b"l": list, b"t": tuple, b"e": set, b"z": frozenset}
@@ -359,27 +337,3 @@ _BASES: tuple[Any, ...] = (
     dict,
 )
 """An object of a subclass of these is sent as one of these."""
-
-_LIBRARY: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
-    "collections.deque": (list, lambda kind, parts: kind(parts)),
-    "collections.Counter": (dict, lambda kind, parts: kind(parts)),
-    "collections.OrderedDict": (dict, lambda kind, parts: kind(parts)),
-    "decimal.Decimal": (str, lambda kind, parts: kind(parts)),
-    "fractions.Fraction": (
-        lambda value: (value.numerator, value.denominator),
-        lambda kind, parts: kind(*parts),
-    ),
-    "datetime.date": (lambda value: value.isoformat(), lambda kind, p: kind.fromisoformat(p)),
-    "datetime.time": (lambda value: value.isoformat(), lambda kind, p: kind.fromisoformat(p)),
-    "datetime.datetime": (lambda value: value.isoformat(), lambda kind, p: kind.fromisoformat(p)),
-    "datetime.timedelta": (
-        lambda value: (value.days, value.seconds, value.microseconds),
-        lambda kind, parts: kind(*parts),
-    ),
-    "numpy.ndarray": (
-        lambda value: (value.tolist(), str(value.dtype)),
-        lambda kind, parts: __import__("numpy").array(parts[0], dtype=parts[1]),
-    ),
-}
-"""Values of the standard library and numpy that are sent as themselves: their parts as plain
-values, and how they are made again."""

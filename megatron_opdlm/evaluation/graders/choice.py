@@ -37,7 +37,7 @@ _NOISE = re.compile(
     r"|[*`\"\u2018\u201c\u201d\u3010\u3011$\\{}\[\]]|(?<![A-Za-z])['_]|['_](?!\w)"
 )
 _LEAD = re.compile(
-    r"(?:\W|\b(?:the|is|be|options?|choices?|letters?|statement|alternative|la|le|el|die|correct|right|best|answer|clearly|therefore|"
+    r"(?:\W|\b(?:the|is|be|options?|choices?|letters?|statement|alternative|la|le|el|die|correct|right|best|answer|clearly|therefore|so|"
     r"thus|hence|obviously|definitely|likely|most|probably|indeed|simply|just|final)\b)*",
     re.IGNORECASE,
 )
@@ -187,6 +187,8 @@ def _letter_at_start(plain: str, *, are_listed: bool) -> str | None:
     if match is None:
         return None
     after = rest[match.end() :]
+    if match["letter"] in ("A", "I") and _ARTICLE.match(after):  # "I am sure that it is B"
+        return None
     if are_listed or re.match(r"\s*[).:\]]|\W*$", after) is None:
         return ""
     return _judged(match["letter"], after, bracketed=_is_bracketed(plain, lead))

@@ -13,7 +13,7 @@ def grade_contains(response: str, answer: str | tuple[str, ...]) -> Grade:
 
     Case, white space and the way in which characters are composed do not count. A text may begin
     or end within a word only in scripts without capital letters, such as Chinese and Arabic, which
-    write words together. A number is whole: 5 is not contained in 15, 5.5 or 1,005.
+    write words together. A number is whole: 5 is not contained in 15, 5.5, 1,005 or -5.
 
     Args:
         response: text of the response.
@@ -36,7 +36,8 @@ def _has(said: str, text: str) -> bool:
     while start >= 0:
         end = start + len(text)
         before, after = said[max(0, start - 2) : start][::-1], said[end : end + 2]
-        if not (_continues(before, text[0]) or _continues(after, text[-1])):
+        is_part = _continues(before, text[0]) or _continues(after, text[-1])
+        if not (is_part or (text[0].isdigit() and _is_sign(before))):
             return True
         start = said.find(text, start + 1)
     return False
@@ -49,6 +50,11 @@ def _continues(beside: str, edge: str) -> bool:
     if edge.isdigit() and beside[0] in ".," and beside[1:].isdigit():
         return True
     return _is_in_words(edge) and _is_in_words(beside[0])
+
+
+def _is_sign(before: str) -> bool:
+    """Whether the characters before a number, nearest first, end in a minus that is its sign."""
+    return before[:1] in ("-", "\u2212") and not before[1:].isalnum()
 
 
 def _is_in_words(char: str) -> bool:

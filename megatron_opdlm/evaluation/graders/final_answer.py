@@ -48,6 +48,11 @@ _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _BETWEEN_BOXES = re.compile(
     r"[\s$]*(?:[,;&]|\\text\s*\{\s*(?:and|or)\s*\}|,?\s*(?:and|or))[\s$]*", re.IGNORECASE
 )
+_BEHIND_BOX = re.compile(
+    r"(?:\s*\\pi(?![A-Za-z])|\s*\\sqrt\s*(?:\{[^{}]*\}|\d)"
+    r"|\s*\^\s*(?!\{?\s*(?:\\circ|st\b|nd\b|rd\b|th\b))(?:\{[^{}]*\}|\w))*"
+)
+"""A factor or an exponent behind a box: what stands in the box is a part of the answer."""
 _MINUS_BEFORE = re.compile(r"(?:^|[=$(\[:]|\bis)\s*[-\u2212]\s*\Z")
 
 
@@ -138,7 +143,10 @@ def _box(response: str, marker: re.Match[str]) -> tuple[str, int]:
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
             content = response[start + 1 : brace.start()]
-            return (f"-({content})" if sign else content), brace.end()
+            behind = _BEHIND_BOX.match(response, brace.end(), brace.end() + _WINDOW)
+            factors = "" if behind is None else behind[0]
+            content = f"({content}){factors}" if factors else content
+            return (f"-({content})" if sign else content), brace.end() + len(factors)
     line = _line(response, start + 1)
     return sign + line, start + 1 + len(line)
 

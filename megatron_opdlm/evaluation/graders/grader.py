@@ -14,6 +14,8 @@ from typing import Any, Literal
 from megatron_opdlm.responses.entries import Entry
 
 _PR_SET_PDEATHSIG = 1  # Linux, include/uapi/linux/prctl.h
+_THOUGHTS_END = "</think>"
+"""What ends the thoughts of Qwen3 and of most other models that think."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +61,9 @@ class Grader:
     """Function that returns the reference of an entry, or raises `Entry.refusal` if it has none.
     Reports show `str(reference)`, and processes send the reference to each other by pickle."""
     grade: Callable[[str, Any], Grade]
-    """Function from the text of a response and the reference to the verdict. Where `runs_in` is
-    "processes" it is a function of a module, because processes find it by name."""
+    """Function from the text of a response, without thoughts, and the reference to the verdict.
+    Where `runs_in` is "processes" it is a function of a module, because processes find it by
+    name."""
     require: Callable[[], None] = _needs_nothing
     """Function that raises, with a fix, if this machine lacks what the grader needs. It is called
     before a model is loaded, and in every worker process before the first response: a library that
@@ -74,6 +77,16 @@ class Grader:
     side by side; the grader starts a process of its own per response and bounds it."""
     seconds: float | None = None
     """Most seconds per response where `runs_in` is "processes"."""
+
+
+def without_thoughts(text: str) -> str:
+    """Returns what a model says after its thoughts; all of it if no thought ends.
+
+    >>> without_thoughts("<think>Lyon? Or Paris?</think>\\n\\nParis."), without_thoughts("Paris.")
+    ('Paris.', 'Paris.')
+    """
+    _, end, rest = text.rpartition(_THOUGHTS_END)
+    return rest.lstrip("\r\n") if end else text
 
 
 def grade_safely(grade: Callable[[str, Any], Grade], text: str, reference: Any) -> Grade:

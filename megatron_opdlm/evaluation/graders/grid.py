@@ -1,8 +1,8 @@
 """Grades the solution of a logic puzzle about houses, which a response gives as JSON.
 
-The last JSON object of a response counts. It has the cells of every house, as ZebraLogic's
-evaluation asks for them (github.com/WildEval/ZeroEval, zebra_grid_eval.py), under `solution` or at
-the top:
+The last JSON object of a response counts, in a fence or not. It has the cells of every house, as
+ZebraLogic's evaluation asks for them (github.com/WildEval/ZeroEval, zebra_grid_eval.py), under
+`solution` or at the top:
 
     {"reasoning": "...", "solution": {"House 1": {"Name": "Mia", "Pet": "dog"}, ...}}
 
@@ -74,12 +74,11 @@ def _solution(response: str) -> dict[str, Any] | None:
 
 
 def _objects(response: str) -> Iterator[str]:
-    """Yields the texts that may be JSON objects, the last first: fenced ones, then any in braces.
+    """Yields the texts that may be JSON objects, the last first: those in fences or in braces.
 
-    Texts in braces do not overlap, so all of them together take no longer than the response.
+    Neither kind overlaps itself, so all of them together take no longer than the response.
     """
-    yield from reversed(_FENCED.findall(response))
-    found, depth, start = [], 0, 0
+    found, depth, start = [match.span(1) for match in _FENCED.finditer(response)], 0, 0
     for match in _BRACE.finditer(response):
         if match[0] == "{":
             start = match.start() if depth == 0 else start
@@ -87,8 +86,9 @@ def _objects(response: str) -> Iterator[str]:
         elif depth:
             depth -= 1
             if depth == 0:
-                found.append(response[start : match.end()])
-    yield from reversed(found)
+                found.append((start, match.end()))
+    for start, end in sorted(found, key=lambda span: span[1], reverse=True):
+        yield response[start:end]
 
 
 def _by_name(value: Any) -> dict[str, Any]:

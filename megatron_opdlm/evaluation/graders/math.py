@@ -123,31 +123,44 @@ def _equal(reference: str, said: str) -> bool:
         return False
     if reference.replace(" ", "") == said.replace(" ", ""):
         return True
-    words = words_of(reference) if "\\text" in reference or "\\m" in reference else None
-    if words is not None:
-        return words == words_of(said)
+    words = words_of(reference)
+    is_text = "\\text" in reference or "\\m" in reference
+    if words is not None and (is_text or len(words) > 2 or "\\text" in said):
+        if words == words_of(said):
+            return True
+        if is_text:
+            return False
     choice = _CHOICE.fullmatch(reference)
     if choice is not None and letter_of(said) is not None:
         return letter_of(said) == choice[1]
-    if _BASE.fullmatch(reference) or _BASE.fullmatch(said):
+    if _in_base(reference) or _in_base(said):
         return _equal_in_base(reference, said)
     return _equal_parts(reference, said)
 
 
 def _equal_in_base(reference: str, said: str) -> bool:
     """Compares numbers such as 2516_8; one without base has the base of the question."""
-    first, second = _BASE.fullmatch(reference), _BASE.fullmatch(said)
+    first, second = _in_base(reference), _in_base(said)
     if first is None:
         return _scalar_equal(reference, said)
-    if second is None:
-        return first[1] == said.replace(" ", "")
-    return first[1] == second[1] and _base_of(first) == _base_of(second)
+    return first == second if second is not None else first[0] == said.replace(" ", "")
 
 
-def _base_of(match: re.Match[str]) -> str:
+def _in_base(text: str) -> tuple[str, int] | None:
+    """Returns the digits and the base of a number such as 2516_8; None if it is none, as x_1."""
+    match = _BASE.fullmatch(text)
+    if match is None:
+        return None
     base = match[2] or match[3]
-    number = read_number_words([base.lower()])
-    return base if number is None else str(number[0])
+    words = read_number_words([base.lower()])
+    number = int(base) if base.isdecimal() else 0 if words is None else words[0]
+    if not 2 <= number <= 36:
+        return None
+    try:
+        int(match[1], number)
+    except ValueError:
+        return None
+    return match[1], number
 
 
 def _equal_parts(reference: str, said: str) -> bool:

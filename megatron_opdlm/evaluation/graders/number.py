@@ -41,6 +41,11 @@ _SENTENCE_END = re.compile(r"[.!?\u3002](?=\s+[^\W\d_a-z]|\s*$)|\n")
 _CRIES = re.compile(r"!+(?=[\s*\"')]|$)")
 _BOLD = re.compile(r"\*\*([^*\n]{1,60})\*\*")
 _CONCLUDING = {"so", "thus", "therefore", "hence", "then", "means", "but", "which", ";"}
+_STEP = re.compile(
+    r"\W*(?:step|part|case|section|question|problem|example|method|approach|stage|phase|option)"
+    r"\s+\d+\W*", re.IGNORECASE
+)  # fmt: skip
+"""A heading in place of an answer, such as "#### Step 3"."""
 _LINE = 2000
 """Most characters of a line that are read."""
 _IN_CHAIN = set("+-*/^=\u2248(){}[]!%") | {r"\frac", r"\sqrt", "sqrt", "times", "plus", "minus"}
@@ -105,6 +110,8 @@ def _read(statement: Statement) -> Values | None:
     text = _CRIES.sub(".", statement.text)
     reader = QuantityReader(tokens_of(clean(text)))
     values = reader.statement()
+    if statement.announced_by == "hashes" and _STEP.fullmatch(text):
+        return None
     if statement.announced_by == "hashes":
         after = reader.peek()
         is_heading = reader.skipped_words or (after is not None and after.text in ".:)")

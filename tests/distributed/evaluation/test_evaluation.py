@@ -1,4 +1,4 @@
-"""Decoding and grading on process groups, the transformers reference, evaluation in training."""
+"""Decoding and grading on process groups, and the transformers reference."""
 
 import argparse
 import contextlib
@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import io
 import json
-import logging
 import shutil
 import warnings
 
@@ -14,10 +13,13 @@ import pytest
 import torch
 
 from megatron_opdlm.diffusion.remasking import LowConfidenceDynamic
+from megatron_opdlm.evaluation.cli import add_eval_parser
 from tests.helpers import run_ranks
 from tests.tiny import tiny_model, write_prompts
 
 LIMIT = 12
+OVERHEAD = 19
+"""Tokens of the chat template around the text of one turn: 3 marks and 16 letters."""
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +127,54 @@ def test_a_prompt_that_is_too_long_counts_as_wrong(model, tmp_path):
     short, long = run_ranks(answer, 1)[0]
     assert short.trajectory is not None
     assert (long.question.id, long.correct, long.num_tokens) == ("long", False, 0)
+
+
+def test_a_prompt_that_is_too_long_for_the_teacher_counts_as_wrong(model, tmp_path):
+    """The model has 256 positions. A prompt of as many as fit is the control."""
+    path = tmp_path / "q.jsonl"
+    names = {"short": 1, "fits": 256 - LIMIT - OVERHEAD, "long": 257 - LIMIT - OVERHEAD}
+    lines = [{"prompt": "x" * n, "answer": 1, "id": name} for name, n in names.items()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def answer(rank):
+        from megatron_opdlm.distributed import process_groups as parallel
+        from megatron_opdlm.evaluation.task import load_task
+        from megatron_opdlm.evaluation.teacher import evaluate_teacher, load_reference
+
+        teacher = load_reference(str(model.hf))
+        parallel.initialize()
+        result = evaluate_teacher(teacher, load_task("t", str(path)), response_limit=LIMIT)
+        with pytest.raises(ValueError, match="max_new_tokens=256 .* leaves no room for a prompt"):
+            evaluate_teacher(teacher, load_task("t", str(path)), response_limit=256)
+        return result.too_long_ids, [answer.num_tokens for answer in result.answers]
+
+    ((too_long, tokens),) = run_ranks(answer, 1)
+    assert too_long == ["long"]
+    assert tokens[0] > 0 and tokens[1] > 0 and tokens[2] == 0
+
+
+def test_a_limit_without_room_is_refused_before_a_model_is_loaded(model, questions, monkeypatch):
+    from megatron_opdlm.evaluation import decode
+
+    def load(*args, **options):
+        raise OSError("loaded")
+
+    monkeypatch.setattr(decode, "open_decoder", load)
+    monkeypatch.setattr(decode, "load_reference", load)
+    argv = [
+        "--model",
+        str(model.checkpoint),
+        "--teacher",
+        str(model.hf),
+        "--task",
+        f"t={questions}",
+    ]
+    for limit, said in ((253, "no room for a prompt in the model's 256 positions"), (9, "loaded")):
+        args = argparse_parser(add_eval_parser).parse_args(
+            ["eval", *argv, "--block-size", "4", "--max-new-tokens", str(limit)]
+        )
+        with pytest.raises((ValueError, OSError), match=said):
+            args.run(args)
 
 
 def test_no_model_at_the_path(tmp_path):
@@ -258,74 +308,6 @@ def test_figures_of_the_reference_are_sums_by_hand(model, questions, tmp_path, w
         assert (figures["max_new_tokens"], figures["enable_thinking"]) == (LIMIT, True)
 
 
-def train(rank, model, prompts, run_dir, overrides):
-    from megatron_opdlm.config.run import load_config
-    from megatron_opdlm.reporting.logger import read_metrics
-    from megatron_opdlm.train.trainer import Trainer
-
-    warnings.simplefilter("ignore")
-    keys = [
-        f"student={model.checkpoint}", f"data={prompts}", f"save={run_dir}", "train_rollouts=3",
-        "prompts_per_rollout=4", "rows_per_optimizer_step=4", "max_prompt_tokens=64", "lr=1e-2",
-        "max_response_tokens.start=8", "max_response_tokens.end=8", "lr_warmup_steps=0",
-        "confidence_threshold=0.03",
-    ]  # fmt: skip
-    Trainer(load_config(None, keys + overrides).resolved(cuda=False)).train()
-    records = read_metrics(run_dir / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if "seconds" not in k} for r in records]
-
-
-def test_evaluation_does_not_change_the_training(model, questions, tmp_path):
-    evaluating = [f"eval_data={questions}", "eval_interval=2", "eval_questions=6"]
-    plain = run_ranks(train, 1, model, questions, tmp_path / "plain", [])[0]
-    found = run_ranks(train, 1, model, questions, tmp_path / "eval", evaluating)[0]
-    with_eval = [record for record in found if "eval/questions" in record]
-    assert [record for record in found if "eval/questions" not in record] == plain
-    assert [record["rollout_step"] for record in with_eval] == [0, 2, 3]
-    assert with_eval[0]["eval/questions"] == 6
-    assert {"eval/accuracy_static", "eval/accuracy_dynamic"} < with_eval[0].keys()
-    # Control: the weights that are evaluated are the live ones.
-    speeds = {record["eval/tokens_per_forward_dynamic"] for record in with_eval}
-    assert len(speeds) > 1
-
-
-def said_while_training(rank, model, questions, run_dir, overrides):
-    """Lines of evaluations, and their records."""
-    lines, logger = [], logging.getLogger("megatron_opdlm.evaluation.online")
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    records = train(rank, model, questions, run_dir, overrides)
-    return lines, [record for record in records if "eval/questions" in record]
-
-
-def test_an_evaluation_in_training_is_one_line_on_one_rank(model, questions, tmp_path):
-    evaluating = [f"eval_data={questions}", "eval_interval=2", "eval_questions=6"]
-    ranks = run_ranks(said_while_training, 2, model, questions, tmp_path / "run", evaluating)
-    (lines, records), (silent, _) = ranks
-    assert silent == []
-    assert lines == [
-        f"evaluation, 6 questions: static {100 * record['eval/accuracy_static']:.1f} % correct, "
-        f"{record['eval/tokens_per_forward_static']:.2f} tokens per forward; dynamic(0.03) "
-        f"{100 * record['eval/accuracy_dynamic']:.1f} % correct, "
-        f"{record['eval/tokens_per_forward_dynamic']:.2f} tokens per forward"
-        for record in records
-    ]
-    assert len(records) == 3
-
-
-def test_too_few_questions_show_before_the_training(model, questions, tmp_path):
-    evaluating = [f"eval_data={questions}", "eval_interval=2", "eval_questions=11"]
-
-    def refuse(rank):
-        with pytest.raises(ValueError, match="eval_questions=11 must be between 1 and .* 10"):
-            train(rank, model, questions, tmp_path / "run", evaluating)
-        return True
-
-    assert run_ranks(refuse, 1) == [True]
-
-
 @pytest.mark.parametrize("show", [[], ["--show-steps"]])
 def test_generate_writes_what_it_prints(model, questions, tmp_path, show):
     out = tmp_path / "out.jsonl"
@@ -370,8 +352,6 @@ def test_eval_writes_the_table_and_the_figures(model, questions, tmp_path):
     out = tmp_path / "figures.json"
 
     def evaluate(rank):
-        from megatron_opdlm.evaluation.cli import add_eval_parser
-
         warnings.simplefilter("ignore")
         args = argparse_parser(add_eval_parser).parse_args(
             ["eval", "--model", str(model.checkpoint), "--task", f"mine={questions}"]

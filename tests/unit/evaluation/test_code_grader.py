@@ -84,9 +84,7 @@ def test_a_grade_has_the_program_that_was_run():
     assert (found.correct, found.extracted, found.error) == (False, "def f(x): return 3 * x", None)
 
 
-@pytest.mark.parametrize(
-    "response", ["", " \n", "```python\n```", "<think>def f(x): return 4</think>"]
-)
+@pytest.mark.parametrize("response", ["", " \n", "```python\n```"])
 def test_a_response_without_a_program_is_wrong(response):
     found = grade(response)
     assert (found.correct, found.extracted, found.error) == (False, None, None)

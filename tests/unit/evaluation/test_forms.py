@@ -32,7 +32,7 @@ def read_groups():
 GROUPS = read_groups()
 
 
-@pytest.mark.parametrize(("name", "why"), GROUPS, ids=":".join)
+@pytest.mark.parametrize(("name", "why"), GROUPS, ids=map(": ".join, GROUPS))
 def test_responses_are_graded_as_a_person_would(name, why):
     grade = GRADERS[name].grade
     failed = []

@@ -30,6 +30,7 @@ CORRECT = {
     "fenced without a language": f"```\n{text(RIGHT)}\n```",
     "after an attempt": f"{text(WRONG)}\nNo, that is wrong.\n{text(RIGHT)}",
     "after a fenced attempt": f"```json\n{text(WRONG)}\n```\nNo.\n```json\n{text(RIGHT)}\n```",
+    "after a fenced attempt, without a fence": f"```json\n{text(WRONG)}\n```\nNo.\n{text(RIGHT)}",
     "without solution": json.dumps(RIGHT),
     "a list of houses": text(list(RIGHT.values())),
     "case and space": text(
@@ -52,6 +53,10 @@ INCORRECT = {
     "a cell holds the answer": (text(changed("House 1", Name="Ann or Bob")), "3 of 4 cells"),
     "a house is missing": (text({"House 1": RIGHT["House 1"]}), "2 of 4 cells"),
     "the last one counts": (f"{text(RIGHT)}\nOr rather:\n{text(WRONG)}", "3 of 4 cells"),
+    "a fence does not count more": (
+        f"```json\n{text(RIGHT)}\n```\nNo.\n{text(WRONG)}",
+        "3 of 4 cells",
+    ),
     "not filled in": (text({h: dict.fromkeys(c, "___") for h, c in RIGHT.items()}), "0 of 4 cells"),
     "words alone": ("Ann lives in house 1 with the iPhone 13, Bob in house 2.", None),
     "cut off": (text(RIGHT)[:-20], None),

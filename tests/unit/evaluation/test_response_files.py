@@ -5,10 +5,11 @@ import json
 import pytest
 
 from megatron_opdlm import cli
+from megatron_opdlm.evaluation import records
 from megatron_opdlm.evaluation.graders.grader import Grade
 from megatron_opdlm.evaluation.graders.number import NUMBER
 from megatron_opdlm.evaluation.labels import TEACHER
-from megatron_opdlm.evaluation.records import EvaluationFolder
+from megatron_opdlm.evaluation.records import EvaluationFolder, require_new
 from megatron_opdlm.evaluation.response_file import read_responses
 from megatron_opdlm.evaluation.result import EvalResult
 from megatron_opdlm.evaluation.task import Answer, load_task
@@ -99,6 +100,8 @@ def test_seeds_and_tasks_are_told_apart(files, tmp_path):
         ([{"id": "a", "response": "", "seed": -1}], ":1: seed=-1 must be a whole number"),
         ([{"id": "a", "response": "", "seed": True}], ":1: seed=true must be a whole number"),
         ([{"id": "a", "response": "", "task": "u"}], ':1: task="u" must be one of t'),
+        ([{"id": "a", "response": "", "task": ["t"]}], ':1: task=["t"] must be one of t'),
+        ([{"id": "a", "response": "\ud800"}], ":1: response holds half of a surrogate pair"),
         ([{"id": "a", "response": "", "num_tokens": -1}], ":1: num_tokens=-1 must be a whole"),
         ([{"id": "a", "response": "", "ended": 1}], ":1: ended=1 must be true or false"),
         ([{"id": "a", "response": "", "prompt_digest": "0"}], "the question was another one"),
@@ -187,6 +190,42 @@ def test_questions_that_changed_are_refused(files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda about: about.pop("tasks"), "has no tasks, which opdlm eval writes"),
+        (lambda about: about["results"][0].pop("seed"), "has no seed, which opdlm eval writes"),
+        (lambda about: about["results"].append(3), "has no task, which opdlm eval writes"),
+    ],
+)
+def test_a_folder_of_another_program_is_refused(files, tmp_path, capsys, change, said):
+    questions, _ = files
+    task = load_task("t", str(questions))
+    about = {"model": "m", "tasks": [f"t={questions}"], "grader": None, "num_questions": None}
+    folder = EvaluationFolder(tmp_path / "before", about=about)
+    folder.add(decoded(task, ["2", "3", "7"], None, 0))
+    path = folder.folder / "results.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+    assert command("--regrade", folder.folder, "--out", tmp_path / "after") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}: {said}") and error.count("\n") == 1
+
+
+def test_tasks_that_were_not_evaluated_are_not_regraded(files, tmp_path, capsys):
+    questions, _ = files
+    task = load_task("t", str(questions))
+    about = {"model": "m", "tasks": [f"t={questions}"], "grader": None, "num_questions": None}
+    folder = EvaluationFolder(tmp_path / "before", about=about)
+    folder.add(decoded(task, ["2", "3", "7"], None, 0))
+    argv = ["--regrade", folder.folder, "--out", tmp_path / "after"]
+    assert command(*argv, "--task", f"u={questions}") == 2
+    said = "--task=u must name one of the tasks that were evaluated, t; leave it out"
+    assert said in capsys.readouterr().err and not (tmp_path / "after").exists()
+    assert command(*argv, "--task", f"t={questions}") == 0  # control
+
+
+@pytest.mark.parametrize(
     ("argv", "said"),
     [
         (["--task", "t=f"], "--model=null must be given; name a run folder"),
@@ -194,6 +233,20 @@ def test_questions_that_changed_are_refused(files, tmp_path, capsys):
         (["--responses", "f", "--regrade", "d", "--task", "t=f"], "excludes --responses"),
         (["--responses", "f", "--task", "t=f", "--model", "m"], "has no effect with --responses"),
         (["--responses", "f"], "--task=null must be given"),
+        (
+            ["--responses", "f", "--task", "t=f", "--temperature", "1"],
+            "--temperature=1.0 has no effect with --responses; leave it out",
+        ),
+        (
+            ["--responses", "f", "--task", "t=f", "--static", "--entropy-bounded"],
+            "--static --entropy-bounded=true has no effect with --responses",
+        ),
+        (
+            ["--regrade", "d", "--grader", "math"],
+            "--grader=math has no effect with --regrade, which asks the same questions again, "
+            "unless --task is given",
+        ),
+        (["--regrade", "d", "--num-questions", "2"], "--num-questions=2 has no effect with"),
         (["--responses", "f", "--task", "t=f", "--seeds", "1"], "has no effect with --responses"),
         (["--regrade", "nowhere"], "nowhere has no results.json"),
         (["--responses", "f", "--task", "t=f", "--grader", "numbr"], "did you mean number?"),
@@ -204,6 +257,15 @@ def test_what_cannot_be_done_is_said_in_one_line(argv, said, capsys):
     assert command(*argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+
+
+def test_of_two_evaluations_one_has_the_folder(tmp_path, monkeypatch):
+    """The second one found the folder empty, before the first one wrote."""
+    EvaluationFolder(tmp_path / "out", about={})
+    checks = [lambda folder: None, require_new]
+    monkeypatch.setattr(records, "require_new", lambda folder: checks.pop(0)(folder))
+    with pytest.raises(ValueError, match="must not exist, or be an empty folder"):
+        EvaluationFolder(tmp_path / "out", about={})
 
 
 def test_finished_work_is_not_overwritten(files, tmp_path, capsys):

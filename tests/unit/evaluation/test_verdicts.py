@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 
+from megatron_opdlm.evaluation.graders import GRADERS
+from megatron_opdlm.evaluation.graders.grader import Grade, without_thoughts
 from megatron_opdlm.evaluation.graders.number import NUMBER
 from megatron_opdlm.evaluation.grading import grade_all
 from megatron_opdlm.evaluation.records import response_record
@@ -56,6 +58,49 @@ def test_control_a_grader_without_further_verdicts_has_no_line():
     found = result(responses(NUMBER, "2"))
     assert found.verdicts == {} and found.to_json()["verdicts"] == {}
     assert further_figures([found]) == []
+
+
+def answered(grader, reference, text, **more):
+    """The grade of one response."""
+    question = Question(id="q", messages=[], where="here", reference=reference, grader=grader)
+    known = {"num_tokens": 1, "num_passes": 1, "ended": True}
+    (grade,) = grade_all([Response(question=question, text=text, **known, **more)])
+    return grade
+
+
+THOUGHTS = {
+    # grader: reference, thoughts, what is said after them; the thoughts turn the verdict around
+    "number": ("14", "The answer is 14", "It is 15."),
+    "choice": ("B", "The answer is B", "I take option C."),
+    "exact": ("yes", "No", "yes"),
+    "contains": ("Paris", "Lyon or Paris", "Lyon"),
+}
+
+
+@pytest.mark.parametrize("name", THOUGHTS)
+def test_thoughts_are_not_graded(name):
+    reference, thoughts, said = THOUGHTS[name]
+    plain = answered(GRADERS[name], reference, said)
+    for text in (f"<think>{thoughts}</think>\n\n{said}", f"{thoughts}.</think>{said}"):
+        assert answered(GRADERS[name], reference, text) == plain
+    unfinished = answered(GRADERS[name], reference, f"<think>{thoughts}. {said}")
+    assert unfinished.correct is not plain.correct  # control
+
+
+def test_a_program_after_thoughts_keeps_its_margin():
+    assert without_thoughts("<think>x</think>\r\n\n    return 1\n") == "    return 1\n"
+    assert without_thoughts("    return 1") == "    return 1"
+
+
+def test_a_prompt_that_was_too_long_is_wrong_whatever_the_grader():
+    """This grader takes an empty response for a correct one, which is the control."""
+    grader = dataclasses.replace(COUNTING, grade=lambda text, most: Grade(correct=True))
+    assert answered(grader, 2, "").correct
+    unasked = answered(grader, 2, "", prompt_fits=False)
+    assert (unasked.correct, unasked.error) == (False, None)
+    assert unasked.verdicts == {
+        name: (False,) * count for name, count in COUNTING.count_verdicts(2).items()
+    }
 
 
 def test_a_worker_process_imports_before_its_first_response():

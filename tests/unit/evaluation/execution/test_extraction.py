@@ -32,8 +32,6 @@ FOR_F = {
     "shell before it": (f"```bash\npip install x\n```\n```python\n{F}\n```", F),
     "shell after it": (f"```python\n{F}\n```\n```bash\npython f.py\n```", F),
     "closed by an opening": (f"```python\n{G}\n```python\n{F}\n```", F),
-    "thinking": (f"<think>```python\n{G}\n```</think>```python\n{F}\n```", F),
-    "thinking with the name": (f"<think>\n{F} + 1\n</think>\n{F}", F),
     "a class": ("```python\nclass f:\n    pass\n```\n```python\nf()\n```", "class f:\n    pass"),
     "a value": ("```python\nf = abs\n```\n```python\nf(1)\n```", "f = abs"),
     "async": ("```python\nasync def f(): pass\n```\n```python\n1\n```", "async def f(): pass"),
@@ -132,7 +130,6 @@ LONG = {
     "definitions": "def " + " " * 10**6,
     "equations": "a\n" * 500_000,
     "marks": "[BEGIN]" * 140_000,
-    "thoughts": "</think>" * 120_000,
     "letters as a body": "    " + "x = 1;" * 160_000,
 }
 

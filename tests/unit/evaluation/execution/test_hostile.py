@@ -76,6 +76,8 @@ REFUSED = {
     "signal to the parent": "import os" + TRY.format("os.kill(os.getppid(), 9)"),
     "signal to all": "import os" + TRY.format("os.kill(-1, 9)"),
     "signal to pid 1": "import os" + TRY.format("os.kill(1, 9)"),
+    "a session of its own": "import os" + TRY.format("os.setsid()"),
+    "a group of its own": "import os" + TRY.format("os.setpgid(0, 0)"),
     "signal to a group": "import os" + TRY.format("os.killpg(os.getpgid(0), 9)"),
     "network": "import socket" + TRY.format("socket.create_connection(('127.0.0.1', 1))"),
     "limits of the parent": "import os, resource" + TRY.format(
@@ -98,7 +100,10 @@ def test_what_is_refused(code, sandbox):
     assert found.status == "passed", found
 
 
-@pytest.mark.parametrize("name", ["fork", "program", "exec", "network", "memory in files"])
+@pytest.mark.parametrize(
+    "name", ["fork", "program", "exec", "network", "memory in files", "a session of its own",
+             "a group of its own"]
+)  # fmt: skip
 def test_control_it_is_allowed_elsewhere(name):
     done = subprocess.run([sys.executable, "-c", REFUSED[name]], capture_output=True, check=True)
     assert b"PermissionError" not in done.stdout

@@ -101,6 +101,35 @@ def test_a_function_gets_its_arguments_and_a_fresh_solution():
     assert objects.reason == "WireError: a value of type object is no plain value"
 
 
+FORGED = {
+    # bytes that the solution writes in place of a result, and the verdict
+    "what it should return": ("b'i3;'", "passed", ""),
+    "no value": ("b'?'", "failed", "it returned no plain value"),
+    "one key for ever": ("b'dffffffffffff;b-4;'", "failed", "it returned no plain value"),
+    "an array of a petabyte": (
+        "b'K' + b't2;s%x;numpy.ndarrayt2;l1;s1;as12;S99999999999999999' % 13", "failed",
+        "it returned no plain value"),
+    "keys of one hash": ("b'd30000;' + b''.join(b'i%x;N' % (n * (2**61 - 1)) "
+                         "for n in range(3 * 16**4))", "failed", "more than 2 s of wall time"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "status", "reason"), FORGED.values(), ids=FORGED)
+def test_a_result_that_is_hard_to_read_stops_nobody(data, status, reason, monkeypatch):
+    monkeypatch.setattr(judging, "_wall_seconds", lambda tests: 2.0)
+    code = f"import os\ndef f():\n  data = {data}\n  os.write(3, data)\n  os._exit(0)"
+    tests = CallTests(entry_point="f", inputs=((),), outputs=(3,))
+    found = run(code, tests, SANDBOX)
+    assert (found.status, found.reason) == (status, reason)
+
+
+def test_a_number_that_python_does_not_write_is_a_result():
+    tests = CallTests(entry_point="f", inputs=((5000,),), outputs=(10**5000,))
+    assert run("def f(n): return 10 ** n", tests, SANDBOX).status == "passed"
+    found = run("def f(n): return 10 ** n + 1", tests, SANDBOX)
+    assert (found.status, found.reason.count("too many digits")) == ("failed", 2)
+
+
 def test_the_prelude_of_competitions_has_what_their_sites_have():
     code = (
         "class Solution:\n  def f(self, xs: List[int]) -> Optional[int]:\n"

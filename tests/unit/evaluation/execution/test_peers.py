@@ -223,7 +223,8 @@ LIED_TO = ["assert f(2) == 4", "assert 4 == f(2)", "assert abs(f(2) - 4) < 1e-6"
 @pytest.mark.parametrize("test", LIED_TO)
 def test_an_object_that_equals_everything_passes_nothing(test):
     assert verdict(LIAR, test)[0] == "failed"
-    assert verdict("def f(x): return 4", test)[0] in ("passed", "failed")
+    honest = "def f(x): return 4"
+    assert verdict(honest, test)[0] == in_one_process(honest, test)
 
 
 def test_a_solution_that_is_gone_passes_no_test_that_catches_everything():
@@ -237,6 +238,31 @@ def test_a_solution_that_is_gone_passes_no_test_that_catches_everything():
     status, reason = verdict(gone, test)
     assert status == "failed" and reason.startswith("its process sent a message of 184467440737")
     assert verdict("def f(x): raise KeyError", test) == ("passed", "")  # control
+
+
+def test_an_object_of_the_preludes_class_has_the_preludes_methods():
+    prelude = "class P:\n  def ok(self): return self.x == 4\ndef f(x): pass"
+    liar = "def f(x):\n  p = P()\n  p.x, p.ok = 3, lambda: True\n  return p"
+    case = ("assert f(2).ok()",), {"prelude": prelude, "entry_point": "f"}
+    assert in_one_process(liar, *case[0], **case[1]) == "passed"  # control
+    status, reason = verdict(liar, *case[0], **case[1])
+    assert (status, reason) == ("failed", "its process sent a P whose ok is its own")
+    honest = "def f(x):\n  p = P()\n  p.x = 4\n  return p"
+    assert verdict(honest, *case[0], **case[1]) == ("passed", "")
+
+
+def test_an_exception_that_ends_a_loop_passes_nothing():
+    solution, test = "def f(x): raise StopIteration", "assert all(map(lambda x: f(x) == 4, [2]))"
+    assert verdict(solution, test) == ("failed", "RuntimeError: the solution raised StopIteration")
+    assert in_one_process(solution, test) == "passed"  # control
+    assert verdict("def f(x): return 4", test) == ("passed", "")
+
+
+def test_a_module_that_the_tests_name_is_no_use_of_the_solution():
+    solution, test = "import math\ndef f(x): return x", "def check(c):\n    assert c(math.pi)"
+    unused = ("ungraded", "the tests do not use the solution")
+    assert verdict(solution, test, entry_point="f") == unused
+    assert verdict(solution, f"{test}\ncheck(f)", entry_point="f") == ("passed", "")  # control
 
 
 def test_control_such_an_object_fools_one_process():

@@ -1,4 +1,8 @@
-"""Values as bytes: what comes back is what was sent, and bytes of a stranger build plain values."""
+"""Values as bytes: what comes back is what was sent, and bytes of a stranger build plain values.
+
+`wire` is that of tests and solution, which has values of the standard library; `plain` is that of
+the process that grades, which has none.
+"""
 
 import contextlib
 import datetime
@@ -14,9 +18,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_opdlm.evaluation.execution.peers import Peer
 from megatron_opdlm.evaluation.execution.wire import Wire, WireError, receive, send
 
-wire = Wire()
+wire, plain = Peer(-1, -1, {}), Wire()
 atoms = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
     | st.binary() | st.complex_numbers(allow_nan=False) | st.fractions() | st.dates()
@@ -93,8 +98,21 @@ def test_values_of_the_standard_library_come_back(value):
 
 
 def test_a_named_tuple_keeps_its_names():
-    back = wire.loads(wire.dumps(namedtuple("Point", "x y")(1, 2)))
+    point = namedtuple("Point", "x y")(1, 2)
+    back = wire.loads(wire.dumps(point))
     assert (back, back.x, back.y, type(back).__name__) == ((1, 2), 1, 2, "Point")
+    assert type(plain.loads(plain.dumps(point))) is tuple
+
+
+def test_the_process_that_grades_reads_nothing_but_plain_values():
+    for value in (Fraction(1, 3), namedtuple("Point", "x")(1), numpy.arange(2), deque([1])):
+        with pytest.raises(WireError, match="unknown letter"):
+            plain.loads(wire.dumps(value))
+        assert wire.loads(wire.dumps(value)) is not None  # control
+    assert plain.loads(plain.dumps(Counter("aab"))) == {"a": 2, "b": 1}
+    for value in (Fraction(1, 3), numpy.arange(2), deque([1])):
+        with pytest.raises(WireError, match="is no plain value"):
+            plain.dumps(value)
 
 
 def test_an_object_that_stands_for_a_plain_value_becomes_it():
@@ -148,7 +166,8 @@ def test_a_message_that_is_cut_off_is_an_error(value, place):
 
 @pytest.mark.parametrize(
     "message", [b"l" + b"f" * 15 + b";", b"s" + b"f" * 15 + b";", b"i-", b"?", b"",
-                b"l1;" * 100_000, b"i" + b"z" * 9 + b";"]
+                b"l1;" * 100_000, b"i" + b"z" * 9 + b";",
+                b"d" + b"f" * 15 + b";b-4;", b"l9;" + b"b-4;" * 9, b"Pls-8;", b"d-1;"]
 )  # fmt: skip
 def test_hostile_sizes_cost_nothing(message):
     with pytest.raises(WireError):

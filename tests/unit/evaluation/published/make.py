@@ -171,10 +171,11 @@ FILES = [
         "url": "https://example.org/2024_AIME_II_Problems/Problem_4"})}, 2, "boxed"),
     Synthetic("aime_25", {"synthetic.jsonl": many(lambda n: {
         "problem": f"Find {n}.", "answer": "70", "id": str(n)})}, 2),
-    Synthetic("aime_25", {f"synthetic-{part}.jsonl": many(lambda n: {
-        "question": f"Find {n}.", "answer": 70 + n}) for part in ("I", "II")}, 4, "two files"),
-    Synthetic("lmb_hard", {f"synthetic_hard_{language}.jsonl": many(lambda n: {
-        "question": f"Find {n}.", "answer": r"$2\sqrt{3}$", "question_type": "fill"})
+    Synthetic("aime_25", {f"synthetic-{part}.jsonl": many(lambda n, part=part: {
+        "question": f"Find {part}{n}.", "answer": 70 + n}) for part in ("I", "II")}, 4,
+        "two files"),
+    Synthetic("lmb_hard", {f"synthetic_hard_{language}.jsonl": many(lambda n, language=language: {
+        "question": f"Find {language} {n}.", "answer": r"$2\sqrt{3}$", "question_type": "fill"})
         for language in ("cn", "en")}, 4),
     Synthetic("zebra_logic", {"grid_mode/synthetic.parquet": many(lambda n: {
         "id": f"lgp-test-2x2-{n}", "size": "2*2", "puzzle": f"Puzzle {n}", "solution": GRID,
@@ -235,22 +236,23 @@ FILES = [
         codeforces(1), codeforces(2, interaction_format="Ask."),
         codeforces(3, generated_checker="checker"), codeforces(4, input_mode="file"),
         codeforces(5, executable=False), codeforces(6, official_tests=[])]}, 1),
-    Synthetic("mmmlu_lite", {f"{language}/test-00000-of-00001.parquet": many(lambda n: {
+    Synthetic("mmmlu_lite", {
+        f"{language}/test-00000-of-00001.parquet": many(lambda n, language=language: {
         "sample_id": f"law/test/{n}", "subject": "law", "subject_category": "Humanities",
-        "question": f"Which {n}?", "option_a": "a", "option_b": "b", "option_c": "c",
+        "question": f"{language} {n}?", "option_a": "a", "option_b": "b", "option_c": "c",
         "option_d": "d", "answer": "B", "cultural_sensitivity_label": "CS"})
         for language in ("de", "en")}, 4),
     Synthetic("include_lite", {f"{language}/test-00000-of-00001.parquet": [{
         "language": language, "country": "X", "domain": "d", "subject": "s",
-        "regional_feature": "r", "level": "l", "question": f"Which {n}?",
+        "regional_feature": "r", "level": "l", "question": f"{language} {n}?",
         "choices": ["a", "b", "c", "d"], "answer": 3} for n in (1, 2)]
         for language in ("Greek", "Hindi")}, 4),
     Synthetic("mt_aime_2024", {"synthetic-mt-aime2024.parquet": many(lambda n: {
         "answer": 200 + n, "en": f"Find {n}.", "fr": f"Trouvez {n}.", "ko": f"K {n}",
         "zh-cn": f"Z {n}"})}, 8),
-    Synthetic("mlogiqa", {f"mlogiqa/test/{language}.jsonl": many(lambda n: {
-        "context": "All cats run. ", "question": f"Which {n}?", "options": ["a", "b", "c", "d"],
-        "label": 0, "id": n}) for language in ("en", "th")}, 4),
+    Synthetic("mlogiqa", {f"mlogiqa/test/{language}.jsonl": many(lambda n, language=language: {
+        "context": "All cats run. ", "question": f"{language} {n}?", "id": n,
+        "options": ["a", "b", "c", "d"], "label": 0}) for language in ("en", "th")}, 4),
     Synthetic("mlogiqa", {"en.jsonl": many(lambda n: {
         "context": "All cats run.", "question": f"Which {n}?", "option_1": "a", "option_2": "b",
         "option_3": "c", "option_4": "d", "answer": "3"})}, 2, "OpenCompass"),

@@ -9,7 +9,15 @@ from megatron_opdlm.evaluation.benchmarks.knowledge import shuffled
 from megatron_opdlm.evaluation.benchmarks.load import load_benchmark
 from megatron_opdlm.evaluation.execution.code_tests import COMPETITION_PRELUDE
 from megatron_opdlm.evaluation.graders import GRADERS
-from tests.unit.evaluation.published.make import FILES, GRID, Synthetic, gpqa
+from tests.unit.evaluation.published.make import (
+    FILES,
+    GRID,
+    Synthetic,
+    codeforces,
+    gpqa,
+    live_code,
+    livebench_code,
+)
 
 REASON = "Please reason step by step, and put your final answer within \\boxed{}."
 CHOOSE = (
@@ -34,8 +42,8 @@ FIRST = {
     "aime_24 ID": ("2024-II-1", None, f"Find 1.\n{REASON}", {"answer": "204"}),
     "aime_24 boxed": ("1", None, f"Find 1.\n{REASON}", {"answer": "204"}),
     "aime_25": ("1", None, f"Find 1.\n{REASON}", {"answer": "70"}),
-    "aime_25 two files": ("synthetic-I/1", None, f"Find 1.\n{REASON}", {"answer": "71"}),
-    "lmb_hard": ("synthetic_hard_cn/1", "cn", f"Find 1.\n{REASON}", {"answer": r"$2\sqrt{3}$"}),
+    "aime_25 two files": ("synthetic-I/1", None, f"Find I1.\n{REASON}", {"answer": "71"}),
+    "lmb_hard": ("synthetic_hard_cn/1", "cn", f"Find cn 1.\n{REASON}", {"answer": r"$2\sqrt{3}$"}),
     "zebra_logic released": ("1", None, "Solve.", {"answer": GRID}),
     "mmlu hub": ("1", "law", f"Which 1?\nA. a\nB. b\nC. c\nD. d\n{CHOOSE}",
                  {"answer": "C"}),
@@ -69,7 +77,8 @@ FIRST = {
         "write the answer to stdout (do not directly test on the sample inputs). Enclose your code "
         "within delimiters as follows.\n```python\n# YOUR CODE HERE\n```\n\n### Answer: (use the "
         "provided format with backticks)\n\n",
-        {"inputs": ["2\n2", "5\n6"], "outputs": ["4", "11"], "prelude": COMPETITION_PRELUDE}),
+        {"inputs": ["2\n2", "5\n6"], "outputs": ["4", "11"], "prelude": COMPETITION_PRELUDE,
+         "seconds": 6}),
     "codeforces": (
         "1/A", None,
         "This is the problem:\nNext\n\nGiven $n$, print $n+1$.\n\nInput\nOne integer $n$.\n\n"
@@ -77,12 +86,12 @@ FIRST = {
         "your code in ```python ```. Use input() to read input and print() to produce output in "
         "your script. ",
         {"inputs": ["1\n"], "outputs": ["2\n"], "seconds": 7}),
-    "mmmlu_lite": ("de/law/test/1", "de", f"Which 1?\nA. a\nB. b\nC. c\nD. d\n{CHOOSE}",
+    "mmmlu_lite": ("de/law/test/1", "de", f"de 1?\nA. a\nB. b\nC. c\nD. d\n{CHOOSE}",
                    {"answer": "B"}),
-    "include_lite": ("Greek/1", "Greek", f"Which 1?\nA. a\nB. b\nC. c\nD. d\n{CHOOSE}",
+    "include_lite": ("Greek/1", "Greek", f"Greek 1?\nA. a\nB. b\nC. c\nD. d\n{CHOOSE}",
                      {"answer": "D"}),
     "mt_aime_2024": ("en/1", "en", f"Find 1.\n{REASON}", {"answer": "201"}),
-    "mlogiqa": ("en/1", "en", f"All cats run.\nWhich 1?\nA. a\nB. b\nC. c\nD. d\n{CHOOSE}",
+    "mlogiqa": ("en/1", "en", f"All cats run.\nen 1?\nA. a\nB. b\nC. c\nD. d\n{CHOOSE}",
                 {"answer": "A"}),
     "mlogiqa OpenCompass": (
         "en/1", "en", f"All cats run.\nWhich 1?\nA. a\nB. b\nC. c\nD. d\n{CHOOSE}",
@@ -198,6 +207,7 @@ def test_functions_of_livecodebench_are_called_with_json(made, kept):
         "inputs": [[3, 2], [5, 6]],
         "outputs": [5, 11],
         "prelude": COMPETITION_PRELUDE,
+        "seconds": 6,
     }
     assert "```python\nclass Solution:\n```" in question.messages[-1]["content"]
 
@@ -285,6 +295,19 @@ def test_options_of_gpqa_are_shuffled_by_the_id_alone(tmp_path, kept):
          "turns=.* must be a list of texts"),
         ("zebra_logic", {"id": "1", "size": "s", "puzzle": "p", "solution": "x"},
          'solution="x" must be an object'),
+        ("zebra_logic", {"id": "1", "size": "s", "puzzle": "p", "solution": {"header": None}},
+         "solution=.* must have the lists header and rows"),
+        ("mbpp_all", {"task_id": 1, "text": "a", "test_list": ["b"], "test_setup_code": ["c"]},
+         r'test_setup_code=\["c"\] must be text or a number'),
+        ("codeforces", codeforces(1, time_limit="2 s"), 'time_limit="2 s" must be a number of sec'),
+        ("codeforces", codeforces(1, time_limit=1e999), "time_limit=.* must be a number of sec"),
+        ("codeforces", codeforces(1, note=["a"]), r'note=\["a"\] must be text or a number'),
+        ("live_code_bench_v6", live_code(1, "2024-08-01") | {"metadata": "[" * 100_000},
+         "metadata=.* must hold metadata that are JSON of an object"),
+        ("live_code_bench_v6", live_code(1, "2024-08-01") | {"starter_code": ["a"]},
+         r'starter_code=\["a"\] must be text or a number'),
+        ("live_bench", livebench_code(1) | {"original_json": {}},
+         "original_json={} must hold metadata that are JSON of an object"),
     ],
     ids=str,
 )  # fmt: skip

@@ -66,7 +66,7 @@ def test_a_file_is_fetched_and_read(hub, kept):
 def test_several_repositories_are_one_folder(hub, kept):
     def question(category):
         return lines({"question_id": category, "category": category, "task": "typos",
-                      "turns": ["t"], "ground_truth": "g"})  # fmt: skip
+                      "turns": [category], "ground_truth": "g"})  # fmt: skip
 
     parts = BENCHMARKS["live_bench"].hub
     names = [part.repository for part in parts]

@@ -44,10 +44,6 @@ def entries(count, **more):
     return [{"q": f"q{n}", "a": n} | more for n in range(1, count + 1)]
 
 
-def load(path, num_questions=None, caplog=None):
-    return load_benchmark(TOY, path, num_questions)
-
-
 def test_a_task_has_what_the_record_says(tmp_path, caplog):
     path = write(tmp_path / "t.jsonl", *entries(4))
     task = load_benchmark(TOY, path)
@@ -118,9 +114,32 @@ def test_an_id_that_is_there_twice_is_refused(tmp_path):
 
 def test_ids_of_several_files_have_their_names(tmp_path):
     for name in ("b", "a"):
-        write(tmp_path / f"{name}.jsonl", *entries(2))
+        write(tmp_path / f"{name}.jsonl", *({"q": f"{name}{n}", "a": n} for n in range(2)))
     ids = [question.id for question in load_benchmark(TOY, tmp_path).questions]
     assert ids == ["a/1", "a/2", "b/1", "b/2"]
+
+
+def test_a_set_that_a_folder_holds_twice_is_refused(tmp_path):
+    write(tmp_path / "a.jsonl", *entries(4))
+    (tmp_path / "b.json").write_text(json.dumps(entries(4)))
+    with pytest.raises(ValueError) as refused:
+        load_benchmark(TOY, tmp_path)
+    assert str(refused.value) == (
+        f"{tmp_path}/b.json: 4 of its 4 questions stand in {tmp_path}/a.jsonl too, and would count "
+        "twice; give one of the files, or a folder without the other"
+    )
+    assert len(load_benchmark(TOY, tmp_path / "a.jsonl").questions) == 4
+
+
+def test_a_few_questions_may_stand_in_two_files(tmp_path):
+    """As in MMLU, whose subjects share some."""
+    write(tmp_path / "a.jsonl", *entries(4))
+    others = [{"q": f"p{n}", "a": n} for n in range(2)]
+    write(tmp_path / "b.jsonl", *entries(2), *others)
+    assert len(load_benchmark(TOY, tmp_path).questions) == 8
+    write(tmp_path / "b.jsonl", *entries(3), *others)
+    with pytest.raises(ValueError, match="3 of its 5 questions stand in"):  # control
+        load_benchmark(TOY, tmp_path)
 
 
 def test_a_field_that_is_missing_later_is_named(tmp_path):

@@ -97,6 +97,38 @@ def test_a_json_object_may_hold_the_list(document, names, tmp_path):
     assert [entry.values["a"] for entry in read(path)] == names
 
 
+def test_a_mark_of_utf_8_may_stand_before_a_document(tmp_path):
+    path = tmp_path / "e.json"
+    path.write_text(json.dumps({"data": [{"a": 1}]}, indent=1), encoding="utf-8-sig")
+    assert [entry.values["a"] for entry in read(path)] == [1]
+
+
+def test_bytes_of_a_parquet_file_are_refused_where_a_text_is_read(tmp_path):
+    pytest.importorskip("pyarrow", reason="Parquet files need pyarrow (the extra eval)")
+    path = tmp_path / "e.parquet"
+    write(path, [{"a": b"\xff", "b": "text"}])
+    (entry,) = read(path)
+    assert entry.text("b") == "text"  # control
+    with pytest.raises(ValueError, match=r"entry 1: a=.* must be text, and not empty"):
+        entry.text("a")
+
+
+def test_a_text_of_a_parquet_file_that_is_none_is_refused(tmp_path):
+    arrow = pytest.importorskip("pyarrow", reason="Parquet files need pyarrow (the extra eval)")
+    import pyarrow.parquet
+
+    path = tmp_path / "e.parquet"
+    for data, is_text in ((b"caf\xe9", False), ("caf\u00e9".encode(), True)):
+        column = arrow.Array.from_buffers(
+            arrow.string(), 1, arrow.array([data], arrow.binary()).buffers()
+        )
+        pyarrow.parquet.write_table(arrow.table({"a": column}), path)
+        if is_text:
+            assert [entry.values["a"] for entry in read(path)] == ["caf\u00e9"]
+        else:
+            assert refused(path).startswith(": not a Parquet file that can be read: ")
+
+
 def test_lines_may_be_called_json(tmp_path):
     path = tmp_path / "e.json"
     path.write_text('{"a": [{"b": 1}]}\n{"a": [{"b": 2}]}\n')

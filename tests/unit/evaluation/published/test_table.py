@@ -1,5 +1,6 @@
 """The registry: names, the table of `opdlm eval --list`, and docs/benchmarks.md."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,10 @@ import pytest
 from megatron_opdlm.evaluation.benchmarks import (
     BENCHMARKS,
     COLUMNS,
-    find_benchmark,
     list_table,
 )
 from megatron_opdlm.evaluation.benchmarks.load import print_benchmarks
+from megatron_opdlm.evaluation.task_arguments import check_task_arguments
 
 PAGE = Path(__file__).parents[4] / "docs" / "benchmarks.md"
 OF_THE_PAPER = {  # appendix B.2
@@ -46,18 +47,20 @@ def test_a_record_is_whole(benchmark):
      ("mmlu-pro", "mmlu_pro"), ("human_eval", "humaneval"), ("livebench", "live_bench")],
 )  # fmt: skip
 def test_a_typo_has_the_nearest_name(name, near):
-    with pytest.raises(ValueError, match=rf"benchmark={name} must be one of .*; did you mean .*"):
-        find_benchmark(name)
-    try:
-        find_benchmark(name)
-    except ValueError as error:
-        assert near in str(error).rpartition("did you mean ")[2]
-    assert find_benchmark(near) is BENCHMARKS[near]
+    with pytest.raises(ValueError, match=f"task={name} is not a benchmark, but .* is near {near};"):
+        check(f"{name}=file.jsonl")
+    check(f"{near}=file.jsonl")  # control
 
 
-def test_nothing_is_near_nonsense():
-    with pytest.raises(ValueError, match="must be one of .*; choose one of them"):
-        find_benchmark("qqq")
+def test_nothing_is_near_a_name_of_ones_own():
+    for name in ("qqq", "heldout", "math", "sums"):
+        check(f"{name}=file.jsonl")
+
+
+def check(task):
+    check_task_arguments(
+        argparse.Namespace(task=[task], grader=None, from_hub=False, num_questions=None)
+    )
 
 
 def test_the_list_has_a_row_per_benchmark(capsys):
