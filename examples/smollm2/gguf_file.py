@@ -206,6 +206,8 @@ def pip_reason(errors: str) -> str:
         why = re.sub(r"<[^>]*>:? ?", "", broken[-1].partition("broken by ")[2])
         return f"the package index cannot be reached: {why}"
     said = [line for line in lines if line.startswith("ERROR:")]
+    if said[:1] == ["ERROR: Exception:"]:  # a traceback follows, and its last line has the reason
+        said = lines[-1:]
     return (said or lines or ["no reason given"])[0].removeprefix("ERROR: ")
 
 

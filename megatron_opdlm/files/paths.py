@@ -19,6 +19,8 @@ def absolute(text: str) -> Path:
         raise argparse.ArgumentTypeError("is empty; name a path")
     path = Path(text).absolute()
     try:
+        if ".." in path.parts:  # `new/..` is a folder that is there already
+            path = Path(os.path.realpath(path))
         str(path).encode()
         os.stat(path)
     except UnicodeEncodeError:

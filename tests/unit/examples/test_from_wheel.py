@@ -239,6 +239,11 @@ def test_pip_says_what_is_wrong():
     assert reason(unreachable).startswith(cannot)
     absent = "ERROR: Could not find a version (from versions: 0.1)\nERROR: No matching\n"
     assert reason(absent) == "Could not find a version (from versions: 0.1)"
+    full = (
+        "ERROR: Exception:\nTraceback (most recent call last):\n  File \"x.py\", line 1, in f\n"
+        "OSError: [Errno 28] No space left on device: '/a/tiny.whl'\n"
+    )
+    assert reason(full) == "OSError: [Errno 28] No space left on device: '/a/tiny.whl'"
     assert reason("/bin/python: No module named pip\n") == "/bin/python: No module named pip"
     assert reason("") == "no reason given"
 

@@ -86,6 +86,8 @@ def test_a_folder_with_something_in_it_is_not_touched(quickstart, tmp_path):
     status, error, begun = quickstart("--out", tmp_path)
     assert (status, begun, listing(tmp_path)) == (2, [], ["thesis.tex"])
     assert error == f"error: --out {tmp_path} exists and is not empty; choose another folder\n"
+    assert quickstart("--out", tmp_path / "new" / "..")[:2] == (status, error)
+    assert listing(tmp_path) == ["thesis.tex"]
     (tmp_path / "thesis.tex").unlink()
     assert quickstart("--out", tmp_path)[0] == 0  # control
 

@@ -8,7 +8,21 @@ import pytest
 from megatron_opdlm.files.paths import absolute, folder, require_file
 
 
-@pytest.mark.parametrize("text", ["-", "..", "a b", "a\nb", "new/below/new", "ä"])
+@pytest.mark.parametrize("text", ["..", "new/..", "../new", "link/..", "a/../new/../.."])
+def test_a_path_with_two_dots_is_the_folder_that_would_be_made(text, tmp_path, monkeypatch):
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere" / "deep"
+    here.mkdir()
+    elsewhere.mkdir(parents=True)
+    (here / "link").symlink_to(elsewhere)
+    monkeypatch.chdir(here)
+    expected = {
+        "..": tmp_path, "new/..": here, "../new": tmp_path / "new",
+        "link/..": elsewhere.parent, "a/../new/../..": tmp_path,
+    }[text]  # fmt: skip
+    assert absolute(text) == folder(text) == expected
+
+
+@pytest.mark.parametrize("text", ["-", "a b", "a\nb", "new/below/new", "ä"])
 def test_a_path_that_can_be_used_stays_the_same_elsewhere(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for read in (absolute, folder):
