@@ -143,6 +143,7 @@ def _speed(axes: Any, task: str, lines: _Lines, teachers: Sequence[Group]) -> bo
             y, color = 100 * group.accuracy, _color(number)
             numbers.append(PointLabel(x=speed, y=y, numbers=(at,), color=color))
     _teacher_lines(axes, teachers)
+    axes.margins(y=0.1)  # for numbers above the highest points
     write_labels(axes, share_texts(axes, numbers, mixed=GREY))
     label_axes(axes, _shown(task), "response tokens per forward", "correct answers, %")
     _legend(axes)

@@ -61,7 +61,8 @@ class Page:
 
     def _figure(self, figure: Figure) -> str:
         image = image_html(self.folder / f"{figure.name}.svg", figure.caption)
-        return f"<figure>{image}<figcaption>{html.escape(figure.caption)}</figcaption></figure>\n"
+        caption = f"<figcaption>{html.escape(figure.caption)}</figcaption>"
+        return f'<figure><div class="scroll" tabindex="0">{image}</div>{caption}</figure>\n'
 
 
 def _section(name: str, title: str, content: str) -> str:
@@ -118,11 +119,13 @@ a { color: var(--link); }
   background-repeat: no-repeat; }
 .scroll table { width: auto; min-width: 60%; }
 .scroll th, .scroll td { white-space: nowrap; }
-.left-2 :is(th, td):nth-child(-n+2), .left-3 :is(th, td):nth-child(-n+3) { text-align: left; }
+.left-1 :is(th, td):first-child, .left-2 :is(th, td):nth-child(-n+2),
+.left-3 :is(th, td):nth-child(-n+3) { text-align: left; white-space: normal;
+  overflow-wrap: break-word; }
 .note { color: var(--soft); font-size: .85rem; margin: .5rem 0 0; max-width: 60rem; }
 .plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 .plots img { background: #ffffff; }
-figure { margin: 0; } figcaption { color: var(--soft); font-size: .85rem; }
+figure { margin: 0; min-width: 0; } figcaption { color: var(--soft); font-size: .85rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr));
   gap: .75rem; margin-top: .75rem; }
 .card { min-width: 0; }
@@ -134,7 +137,8 @@ figure { margin: 0; } figcaption { color: var(--soft); font-size: .85rem; }
 @media (max-width: 40rem) {
   main { padding: 1rem .75rem 3rem; }
   .scroll th, .scroll td { padding: .35rem .4rem; font-size: .85rem; }
-  .scroll th, .scroll td:nth-child(-n+3) { white-space: normal; }
+  .scroll th { white-space: normal; }
+  .plots img { min-width: 32rem; }
 }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e5e7eb; --soft: #9ca3af; --line: #374151; --page: #111827; --card: #1f2937;
