@@ -11,7 +11,7 @@ from megatron_opdlm.evaluation.benchmarks import BENCHMARKS, COLUMNS, list_table
 from megatron_opdlm.evaluation.benchmarks.benchmark import Asked, Benchmark, Form, LeftOut
 from megatron_opdlm.evaluation.benchmarks.fields import part_name
 from megatron_opdlm.evaluation.benchmarks.hub import fetch_from_hub
-from megatron_opdlm.evaluation.benchmarks.published import find_files, read_published
+from megatron_opdlm.evaluation.benchmarks.published import find_files, listed, read_published
 from megatron_opdlm.evaluation.graders import find_grader
 from megatron_opdlm.evaluation.task import Question, Task, name_of, require_questions
 from megatron_opdlm.responses.entries import Entry
@@ -231,7 +231,7 @@ def _wrong_schema(entry: Entry, benchmark: Benchmark) -> str:
         if other is not benchmark and any(_fits(entry, form) for form in other.forms)
     ]
     hint = f"; it fits {' and '.join(fitting)}" if fitting else ""
-    found = ", ".join(map(str, entry.values)) or "none"
+    found = listed(entry.values) or "none"
     return (
         f"{entry.where}: the file has another schema than {benchmark.name}: its keys are {found}"
         f"{hint}; known forms and their keys: {known}"

@@ -14,7 +14,7 @@ import io
 import itertools
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -131,10 +131,10 @@ def _read_json(file: _Bytes, path: Path, split: str) -> Iterator[Entry]:
     }
     chosen = lists if len(lists) == 1 else {key: lists[key] for key in (split,) if key in lists}
     if not chosen:
-        held = f"the lists {_listed(lists)}" if lists else "no list of objects"
+        held = f"the lists {listed(lists)}" if lists else "no list of objects"
         raise ValueError(
             f"{path}: the JSON object must hold one list of entries, or one named {split}; it has "
-            f"{held}; its keys are {_listed(document)}"
+            f"{held}; its keys are {listed(document)}"
         )
     for values in chosen.values():
         for number, value in enumerate(values, 1):
@@ -169,7 +169,7 @@ def _read_table(
         if len(row) != len(columns):
             raise ValueError(
                 f"{path}:{line}: the line has {len(row)} columns and must have {len(columns)}: "
-                f"{', '.join(columns)}"
+                f"{listed(columns)}"
             )
         yield Entry(f"{path}:{line}", number, dict(zip(columns, row, strict=True)), path)
 
@@ -228,6 +228,7 @@ def _as_json(value: Any) -> Any:
     return value
 
 
-def _listed(values: Mapping[str, Any]) -> str:
-    names = list(values)
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+def listed(names: Iterable[str]) -> str:
+    """Returns the first names of a file's keys or columns, for messages."""
+    shown = [name if len(name) <= 40 else name[:37] + "..." for name in names]
+    return ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "")

@@ -40,6 +40,9 @@ _CALLS = {
 """Calls that are refused."""
 _OWN_PROCESS = {"kill": (62, 129), "tgkill": (234, 131)}
 """Calls whose first argument must be the process itself."""
+_OPERATIONS = {"fcntl": ((72, 25), (8, 15)), "ioctl": ((16, 29), (0x8901, 0x8902))}
+"""Calls whose second argument must not be one of these: they have the kernel signal any process
+when a file is ready (F_SETOWN, F_SETOWN_EX, FIOSETOWN, SIOCSPGRP)."""
 _CLONE, _CLONE3, _PRLIMIT = (56, 220), (435, 435), (302, 261)
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Column of the tables above, and the number by which a filter knows the machine."""
@@ -48,7 +51,7 @@ _CLONE_THREAD = 0x10000
 
 _LOAD, _EQUAL, _AT_LEAST, _BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _ERROR, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
-_NUMBER, _MACHINE, _ARGUMENT = 0, 4, 16  # places in struct seccomp_data
+_NUMBER, _MACHINE, _ARGUMENT, _SECOND = 0, 4, 16, 24  # places in struct seccomp_data
 _SET_DUMPABLE, _SET_NO_NEW_PRIVS, _SET_SECCOMP, _MODE_FILTER = 4, 38, 22, 2
 
 _THREADS = 256
@@ -139,6 +142,11 @@ def _program(column: int, machine: int, *, own_pid: int) -> bytes:
         for pid in own:
             steps += [_step(_EQUAL, pid, 0, 1), allow]
         steps.append(refuse)
+    for numbers, refused in _OPERATIONS.values():
+        steps += [_step(_EQUAL, numbers[column], 0, 2 + 2 * len(refused)), _step(_LOAD, _SECOND)]
+        for operation in refused:
+            steps += [_step(_EQUAL, operation, 0, 1), refuse]
+        steps.append(allow)
     return b"".join([*steps, allow])
 
 

@@ -17,6 +17,7 @@ ALLOW, EPERM = 0x7FFF0000, 0x50000 | errno.EPERM
 NUMBERS = {
     **confinement._CALLS,
     **confinement._OWN_PROCESS,
+    **{name: numbers for name, (numbers, _) in confinement._OPERATIONS.items()},
     "clone": confinement._CLONE,
     "clone3": confinement._CLONE3,
     "prlimit64": confinement._PRLIMIT,
@@ -67,6 +68,10 @@ def test_what_the_filter_answers(column, machine):
         assert answer(machine, call, 77, 9) == ALLOW
         for pid in (1, 76, 0, 2**32 - 1):
             assert answer(machine, call, pid, 9) == EPERM
+    for numbers, refused in confinement._OPERATIONS.values():
+        for operation in (0, 1, 8, 9, 15, 0x5401, 0x8901, 0x8902):
+            expected = EPERM if operation in refused else ALLOW
+            assert answer(machine, numbers[column], 3, operation) == expected
     limits = confinement._PRLIMIT[column]
     assert answer(machine, limits, 0) == answer(machine, limits, 77) == ALLOW
     assert answer(machine, limits, 76) == EPERM

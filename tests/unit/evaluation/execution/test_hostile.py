@@ -79,6 +79,10 @@ REFUSED = {
     "a session of its own": "import os" + TRY.format("os.setsid()"),
     "a group of its own": "import os" + TRY.format("os.setpgid(0, 0)"),
     "signal to a group": "import os" + TRY.format("os.killpg(os.getpgid(0), 9)"),
+    "signal by a file": "import fcntl, os" + TRY.format(
+        "fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())"),
+    "signal by a socket": "import fcntl, socket, struct" + TRY.format(
+        "fcntl.ioctl(socket.socketpair()[0].fileno(), 0x8901, struct.pack('i', 1))"),
     "network": "import socket" + TRY.format("socket.create_connection(('127.0.0.1', 1))"),
     "limits of the parent": "import os, resource" + TRY.format(
         "resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (0, 0))"),
@@ -102,7 +106,7 @@ def test_what_is_refused(code, sandbox):
 
 @pytest.mark.parametrize(
     "name", ["fork", "program", "exec", "network", "memory in files", "a session of its own",
-             "a group of its own"]
+             "a group of its own", "signal by a file", "signal by a socket"]
 )  # fmt: skip
 def test_control_it_is_allowed_elsewhere(name):
     done = subprocess.run([sys.executable, "-c", REFUSED[name]], capture_output=True, check=True)

@@ -163,6 +163,14 @@ def test_another_schema_is_refused_with_the_known_ones(entry, tmp_path):
     )
 
 
+def test_a_schema_of_many_keys_is_told_in_part(tmp_path):
+    path = write(tmp_path / "t.jsonl", {f"k{n}" + "x" * (50 * (n == 2)): n for n in range(999)})
+    with pytest.raises(ValueError) as refused:
+        load_benchmark(TOY, path)
+    keys = f"its keys are k0, k1, k2{'x' * 35}..., k3, k4, k5, k6, k7, k8, k9, k10, k11, ...; known"
+    assert keys in str(refused.value)
+
+
 def test_a_schema_of_another_benchmark_is_recognised(tmp_path):
     entry = {"key": 1, "prompt": "p", "instruction_id_list": ["a"], "kwargs": [{}]}
     path = write(tmp_path / "t.jsonl", entry)
