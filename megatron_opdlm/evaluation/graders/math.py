@@ -54,7 +54,9 @@ _FORMULA = re.compile(
 )
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$|\*)|,? (?:because|since|so|which|not|as) |\n")
 _BASE = re.compile(r"\(?([0-9A-Za-z]+)\)?\s*_\s*(?:\{\s*(?:\\text\{)?\s*(\w+)\s*\}?\s*\}|(\w))")
-_CHOICE = re.compile(r"(?:\\text(?:bf)?\s*\{)?\(?([A-Z])\)?\}?")
+_CHOICE = re.compile(r"(?:\\text(?:bf)?\s*\{)?\(?([A-J])\)?\}?")
+_PRIME = re.compile(r"(?<=[A-Za-z)}'])'|\\prime")
+_LETTER = re.compile(r"\\(?:text|mathrm|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+|(?P<one>[A-Za-z])")
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|in)(?![A-Za-z])")
 
 
@@ -206,21 +208,23 @@ def _scalar_equal(reference: str, said: str) -> bool:
     """Compares two expressions or equations."""
     name, value = without_name(reference)
     said_name, said_value = without_name(said)
-    if name and said_name and name != said_name:
+    if name and said_name and name.lower() != said_name.lower():
         return _verified(reference, said)
     if name and "=" not in said:
         reference = value
     if "=" not in reference and "=" in said and not _RELATION.search(said):
         last, first = said.rpartition("=")[2].strip(), said.partition("=")[0].strip()
-        said = first if re.fullmatch("[A-Za-z]", last) else last
-    elif name and name == said_name:
+        is_turned = re.fullmatch("[A-Za-z]", last) and not said_name  # 14 = x
+        said = first if is_turned else last
+    elif name and said_name:
         reference, said = value, said_value
     numbers = _number(reference)
     if numbers:
         said_numbers = QuantityReader(tokens_of(clean(said))).statement()
         if said_numbers:
             return bool(set(numbers) & set(said_numbers))
-    return _verified(reference, said)
+    # math-verify does not see primes.
+    return _PRIME.findall(reference) == _PRIME.findall(said) and _verified(reference, said)
 
 
 def _number(text: str) -> Values:
@@ -237,7 +241,7 @@ def _number(text: str) -> Values:
 def _verified(reference: str, said: str) -> bool:
     """Whether math-verify finds two expressions equal."""
     _, verify = _library()
-    gold, found = _parsed(reference), _parsed(said)
+    gold, found = map(_parsed, _with_cases_apart(reference, said))
     return bool(gold and found) and verify(
         gold,
         found,
@@ -246,6 +250,24 @@ def _verified(reference: str, said: str) -> bool:
         timeout_seconds=None,
         raise_on_error=True,
     )
+
+
+def _with_cases_apart(*texts: str) -> list[str]:
+    r"""Returns formulas with other letters for the capital ones that stand there small, too.
+
+    math-verify takes R for r, and so R^2 - r^2 for 0.
+
+    >>> _with_cases_apart("R^2 - r^2", r"\Re(R)")
+    ['a^2 - r^2', '\\Re(a)']
+    """
+    letters = {match["one"] for text in texts for match in _LETTER.finditer(text)} - {None}
+    both = sorted(letter for letter in letters if letter.isupper() and letter.lower() in letters)
+    small = {letter.lower() for letter in letters}
+    free = [letter for letter in "abcfghjklmnopqrstuvwxyz" if letter not in small]
+    other = dict(zip(both, free, strict=False))
+    return [
+        _LETTER.sub(lambda match: other.get(match["one"] or "", match[0]), text) for text in texts
+    ]
 
 
 @lru_cache(maxsize=4096)
