@@ -86,7 +86,8 @@ def write_cells(
     for one, verdicts in cells.items():
         if verdicts is not None:
             asked = by_name[one.task]
-            about = {"tasks": [f"{asked.name}={asked.path}"], "grader": None}
+            tasks = [f"{asked.name}={asked.path}"]
+            about = {"tasks": tasks, "grader": None, "num_questions": None}
             sweep.write(one, result(one, asked, verdicts, **values), about)
     sweep.end()
     costs: dict[str, TrainingCost] = {}
