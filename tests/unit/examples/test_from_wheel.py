@@ -240,7 +240,7 @@ def test_pip_says_what_is_wrong():
     absent = "ERROR: Could not find a version (from versions: 0.1)\nERROR: No matching\n"
     assert reason(absent) == "Could not find a version (from versions: 0.1)"
     full = (
-        "ERROR: Exception:\nTraceback (most recent call last):\n  File \"x.py\", line 1, in f\n"
+        'ERROR: Exception:\nTraceback (most recent call last):\n  File "x.py", line 1, in f\n'
         "OSError: [Errno 28] No space left on device: '/a/tiny.whl'\n"
     )
     assert reason(full) == "OSError: [Errno 28] No space left on device: '/a/tiny.whl'"
