@@ -25,6 +25,7 @@ from megatron_opdlm.generate.cli import add_generate_parser, write_responses
 from megatron_opdlm.generate.decoder import Decoder
 from megatron_opdlm.responses.prompts import Prompt, PromptTokens, TokenizedPrompts
 from megatron_opdlm.rollout.request import DecodingOptions
+from tests.tiny import tiny_model
 from tests.training import tiny_config
 
 
@@ -219,15 +220,17 @@ def test_a_setting_is_decoded_once(options, rule):
     ],
 )
 def test_decoding_options_are_read_before_the_model_is_loaded(
-    command, options, rule, tmp_path, monkeypatch
+    command, options, rule, tmp_path, tmp_path_factory, monkeypatch
 ):
-    """A folder that names a block size and has no weights is enough to refuse them."""
+    """A configuration with a block size is enough to refuse them; there are no weights."""
     monkeypatch.setattr(Decoder, "open", None)
-    (tmp_path / "config.json").write_text('{"block_size": 8}')
+    tiny = tiny_model(tmp_path_factory.getbasetemp()).hf
+    config = json.loads((tiny / "config.json").read_text()) | {"block_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"prompt": "1 + 1?", "answer": "2"}\n')
     source = {"generate": ["--prompts", str(questions)], "eval": ["--task", f"t={questions}"]}
-    argv = [command, *source[command], "--model", str(tmp_path)]
+    argv = [command, *source[command], "--model", str(tmp_path), "--max-new-tokens", "16"]
     with pytest.raises(ValueError, match=rule):
         run(*argv, *options)
     with pytest.raises(TypeError, match="not callable"):  # control: here it would be loaded

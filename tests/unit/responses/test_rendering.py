@@ -66,7 +66,7 @@ def test_commands_say_so_before_the_import(
     for command in (
         ["train", str(tmp_path / "config.yaml")],
         ["generate", "--prompts", str(data), *model],
-        ["eval", "--task", f"t={data}", *model],
+        ["eval", "--task", f"t={data}", "--max-new-tokens", "16", *model],
     ):
         assert cli.main(command) == 2
         (line,) = (text for text in capsys.readouterr().err.splitlines() if "error" in text)
