@@ -230,7 +230,8 @@ def finished(run: Run) -> dict[str, Any]:
         f"{run.method}, seed {run.seed}: static {100 * figures['static']:.1f} %, dynamic "
         f"{100 * figures['dynamic']:.1f} %, {figures['tokens_per_forward']:.2f} tokens per "
         f"forward, trained in {figures['seconds']:.0f} s",
-    )  # fmt: skip
+        soft_wrap=True,
+    )
     return figures
 
 
