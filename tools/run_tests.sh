@@ -10,4 +10,8 @@ bin=.venv/bin
 $bin/ruff check .
 $bin/ruff format --check .
 $bin/mypy
-$bin/pytest -q tests/unit tests/distributed "$@"
+if [ $# = 0 ]; then
+  tools/parallel_tests.sh $bin/pytest
+else
+  $bin/pytest -q tests/unit tests/distributed "$@"
+fi

@@ -99,7 +99,10 @@ def write_directory(model: Any, tokenizer: Any, folder: Path) -> None:
     try:
         plain.save_pretrained(folder)
     except SafetensorError as error:  # it says so of a full disk, too
-        raise OSError(f"cannot write the weights: {error}") from None
+        raise OSError(
+            f"cannot write the weights to {folder}: {error}; if the disk is full, make room or "
+            "choose another folder"
+        ) from None
     (folder / "model.safetensors").chmod(0o644)
     write_tokenizer(tokenizer, folder, values["max_position_embeddings"])
 
