@@ -34,9 +34,10 @@ class Machine:
     """Of the rollouts, after which the student is measured on the way."""
 
 
-CPU = Machine("2 CPU cores", "examples/configs/smollm2.yaml", 60, 24, 76, (0.25, 0.5))
-"""From a run of 33 rollouts on a quiet machine: 72.6 s each, and 22.5 minutes of everything else.
-What is more than that is room for the set-up of .venv, which took 2.6 minutes."""
+CPU = Machine("2 CPU cores", "examples/configs/smollm2.yaml", 60, 27, 80, (0.25, 0.5))
+"""From two runs of 33 and 28 rollouts, all but alone on the machine: 72.6 and 78.3 s each, and 22.5
+and 25 minutes of everything else. The rest is room for the set-up of .venv, which took 2.6 minutes.
+"""
 GPU = Machine("a GPU", "examples/configs/smollm2_gpu.yaml", 8, 4, 6)
 """On an H100 a rollout took 4.5 s beside five other trainings, and the first one 24 s; the minutes
 of everything else are a guess.
