@@ -5,5 +5,11 @@
 set -euo pipefail
 case " $* " in *" --help "* | *" -h "*) sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}"; exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-tools/setup_venv.sh
+case " $* " in
+  *" --list "* | *" --dry-run "*) tools/setup_venv.sh ;;
+  *)
+    tools/setup_venv.sh --extra eval
+    .venv/bin/python tools/get_punkt.py || true # only IFEval needs it, and says so
+    ;;
+esac
 exec .venv/bin/python examples/reproduce/run.py "$@"

@@ -101,8 +101,8 @@ def _require_sentence_model(nltk: Any) -> None:
     except LookupError:
         raise FileNotFoundError(
             f"grader=ifeval needs NLTK's data {_SENTENCE_MODEL.strip('/')}, which is not on this "
-            "machine; get it with: python -m nltk.downloader punkt_tab, or set NLTK_DATA=DIR to "
-            "the folder that has it"
+            "machine; get it with: python -m nltk.downloader punkt_tab, or from the package index "
+            "with: python tools/get_punkt.py, or set NLTK_DATA=DIR to the folder that has it"
         ) from None
 
 

@@ -82,6 +82,7 @@ def load_tasks(names: Sequence[str], include: Sequence[str]) -> HarnessTasks:
         FileNotFoundError: a file or folder does not exist, or the data of a task is not there.
         ValueError: a name is unknown; a YAML file is no task; a task compares likelihoods, runs the
             code of responses, or has images or sound.
+        ConnectionError: the data of a task is on the hub, which cannot be reached.
     """
     from lm_eval.tasks import TaskManager
 
@@ -109,6 +110,11 @@ def _load(manager: Any, specs: list[Any]) -> Any:
     """Loads tasks. Whatever lm-eval raises at a YAML file of the user's is an error of one line."""
     try:
         return manager.load(specs)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"--harness={','.join(specs)}: {error}; run it where the hub can be reached, or give a "
+            "YAML file that names data on this machine, as docs/evaluation.md shows"
+        ) from error
     except (KeyError, TypeError, AttributeError, AssertionError, yaml.YAMLError) as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(

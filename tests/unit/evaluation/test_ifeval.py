@@ -342,8 +342,8 @@ def test_a_missing_model_of_sentences_is_refused_and_not_downloaded(monkeypatch)
         IFEVAL.require()
     assert str(refused.value) == (
         "grader=ifeval needs NLTK's data tokenizers/punkt_tab/english, which is not on this "
-        "machine; get it with: python -m nltk.downloader punkt_tab, or set NLTK_DATA=DIR to the "
-        "folder that has it"
+        "machine; get it with: python -m nltk.downloader punkt_tab, or from the package index "
+        "with: python tools/get_punkt.py, or set NLTK_DATA=DIR to the folder that has it"
     )
     monkeypatch.undo()
     IFEVAL.require()  # control

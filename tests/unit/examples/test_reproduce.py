@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -40,6 +41,33 @@ def test_every_table_and_figure_has_a_command_and_a_line_in_the_docs(reproduce):
     assert list(reproduce.Catalogue().experiments) == NAMES
     page = (ROOT / "docs" / "reproduce.md").read_text()
     assert re.findall(r"^\| .* `bash examples/reproduce.sh (\w+)` \|", page, re.MULTILINE) == NAMES
+
+
+@pytest.mark.parametrize(
+    "words, extra",
+    [
+        (["--list"], []),
+        (["table_1", "--dry-run"], []),
+        (["table_1", "--tiny"], ["--extra", "eval"]),
+        (["table_1"], ["--extra", "eval"]),
+    ],
+)
+def test_the_script_sets_up_what_graders_need(tmp_path, words, extra):
+    """IFEval needs the extra `eval` and NLTK's file; a machine without the file runs the rest."""
+    script = tmp_path / "examples" / "reproduce.sh"
+    interpreter, setup = tmp_path / ".venv/bin/python", tmp_path / "tools/setup_venv.sh"
+    for path in (script, interpreter, setup):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    script.write_bytes((ROOT / "examples" / "reproduce.sh").read_bytes())
+    setup.write_text('#!/usr/bin/env bash\necho setup "$@"\n')
+    interpreter.write_text('#!/usr/bin/env bash\necho python "$@"\n[ $1 != tools/get_punkt.py ]\n')
+    for path in (interpreter, setup):
+        path.chmod(0o755)
+    done = subprocess.run(["bash", script, *words], capture_output=True, text=True, timeout=60)
+    for_ifeval = ["python tools/get_punkt.py"] if extra else []
+    runs = f"python examples/reproduce/run.py {' '.join(words)}"
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [" ".join(["setup", *extra]), *for_ifeval, runs]
 
 
 def test_everything_that_is_named_exists(reproduce):

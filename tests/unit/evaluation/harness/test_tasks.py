@@ -7,7 +7,13 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_opdlm.evaluation.harness.run import _fewshot_notes
-from megatron_opdlm.evaluation.harness.tasks import _require_known, _spec, load_tasks, repeatable
+from megatron_opdlm.evaluation.harness.tasks import (
+    _load,
+    _require_known,
+    _spec,
+    load_tasks,
+    repeatable,
+)
 from tests.harness_tasks import needs_lm_eval, needs_lm_eval_and_checkers, refuse_network
 
 EMPTY = SimpleNamespace(all_tasks=[])
@@ -51,6 +57,24 @@ def test_a_file_that_is_no_task_is_one_line(tmp_path, text, says):
     with pytest.raises(ValueError) as refused:
         load_tasks([str(file)], [])
     assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_with_what_to_do():
+    class Manager:
+        def load(self, specs):
+            raise error
+
+    error = ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub (LocalEntryNotFoundError)")
+    with pytest.raises(ConnectionError) as refused:
+        _load(Manager(), ["gsm8k"])
+    assert str(refused.value) == (
+        "--harness=gsm8k: Couldn't reach 'openai/gsm8k' on the Hub (LocalEntryNotFoundError); run "
+        "it where the hub can be reached, or give a YAML file that names data on this machine, as "
+        "docs/evaluation.md shows"
+    )
+    error = OSError("another error")
+    with pytest.raises(OSError, match="^another error$"):  # control
+        _load(Manager(), ["gsm8k"])
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():
