@@ -56,7 +56,7 @@ class Failed(Exception):
 
 
 class Stopped(Exception):
-    """A signal has stopped the commands; the text is what is left to say."""
+    """A signal has stopped the commands; the text says so, and how to go on."""
 
     def __init__(self, number: int, text: str) -> None:
         super().__init__(text)
@@ -220,7 +220,7 @@ class Steps:
         self.write()
         if number is not None:
             text = f"stopped by {signal.Signals(number).name}; the same command goes on from here"
-            raise Stopped(number, "" if status > 0 else text)  # then the command has said it
+            raise Stopped(number, text)
         if status:
             raise Failed(status, step)
 
