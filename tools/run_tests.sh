@@ -12,6 +12,6 @@ $bin/ruff format --check .
 $bin/mypy
 if [ $# = 0 ]; then
   tools/parallel_tests.sh $bin/pytest
-else
+else # one process: a selection may leave nothing of one of the two folders
   $bin/pytest -q tests/unit tests/distributed "$@"
 fi

@@ -61,8 +61,7 @@ def main() -> int:
         else:
             go(args)
     except Stopped as stop:
-        if text := str(stop):
-            sys.stderr.write(f"\n{text}\n")
+        sys.stderr.write(f"\n{stop}\n")
         return 128 + stop.number
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped; the same command goes on from here\n")

@@ -108,17 +108,18 @@ def load_tasks(names: Sequence[str], include: Sequence[str]) -> HarnessTasks:
 
 def _load(manager: Any, specs: list[Any]) -> Any:
     """Loads tasks. Whatever lm-eval raises at a YAML file of the user's is an error of one line."""
+    named = ",".join(specs)
     try:
         return manager.load(specs)
     except ConnectionError as error:
         raise ConnectionError(
-            f"--harness={','.join(specs)}: {error}; run it where the hub can be reached, or give a "
+            f"--harness={named}: {error}; run it where the hub can be reached, or give a "
             "YAML file that names data on this machine, as docs/evaluation.md shows"
         ) from error
     except (KeyError, TypeError, AttributeError, AssertionError, yaml.YAMLError) as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(
-            f"--harness={','.join(specs)}: lm-eval cannot load it ({what}); correct its YAML file"
+            f"--harness={named}: lm-eval cannot load it ({what}); correct its YAML file"
         ) from error
 
 
